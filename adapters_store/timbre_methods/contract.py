@@ -1,0 +1,96 @@
+"""The method interface: a file format and a paper, compiled once to operators.
+
+A method has no run-time code and knows neither the server, the store nor batches. To add one, add one
+file below this package that defines one `Method` subclass, and one golden test.
+
+Laws that the conformance suite holds for every method:
+
+* ``compile`` on meta tensors gives the same shapes and dtypes as on real ones;
+* running the compiled program equals ``reference`` to rounding, and shares no arithmetic with it;
+* inputs are never modified, and prepared tensors never alias the caller's mapping keys' storage lifetime;
+* every tensor given is used or refused by name; every option that is on is honoured or refused by name.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from timbre_methods.program import AdapterProgram
+
+Tensors = Mapping[str, Tensor]
+"""An adapter's tensors by the names in its file, on one device (meta when only shapes are asked)."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Site:
+    """One linear layer of the base: ``y0 = W x + b``.
+
+    ``weight_OI`` [O, I] and ``bias_O`` [O] or None, in the base's dtype; a `Conv1D` is already transposed.
+    They are meta tensors where only shapes are known (at upload), real ones where the adapter is loaded.
+    Read-only: a method never writes to them.
+    """
+
+    path: str
+    weight_OI: Tensor
+    bias_O: Tensor | None
+
+    @property
+    def in_features(self) -> int:
+        return self.weight_OI.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.weight_OI.shape[0]
+
+
+Sites = Mapping[str, Site]
+"""The base's linear layers by their module path (``model.layers.0.self_attn.q_proj``), in model order."""
+
+Config = TypeVar("Config")
+
+
+class Method(ABC, Generic[Config]):
+    """How one kind of adapter is read. Stateless; one instance serves all adapters of the kind."""
+
+    name: ClassVar[str]
+    """The method's name in manifests, metrics and tables, e.g. ``lora``."""
+    paper: ClassVar[str]
+    """Title or arXiv number of the paper, or the public code that defines the format."""
+
+    @abstractmethod
+    def claims(self, raw_config: Mapping[str, Any]) -> bool:
+        """Whether this method reads adapters with this ``adapter_config.json``. Exactly one method may."""
+
+    @abstractmethod
+    def parse(self, raw_config: Mapping[str, Any]) -> Config:
+        """The typed config. Raises `UnsupportedMethod` for an option that is on and not served, by name,
+        and `InvalidConfig` for a value out of its bounds. Options that are off are accepted."""
+
+    @abstractmethod
+    def compile(self, config: Config, tensors: Tensors, sites: Sites) -> AdapterProgram:
+        """The adapter as operators. Runs on the meta device too, so it must not read values.
+
+        Raises `InvalidTensors` for a missing, surplus or misshapen tensor and `AdapterMismatch` for a
+        site that the base lacks, naming the first culprit with found and expected.
+        """
+
+    def check_values(self, config: Config, tensors: Tensors, sites: Sites) -> None:
+        """What only the values can tell (index ranges, repeats). Real tensors on the CPU, called once at
+        upload after `compile` has passed; the values are already known to be finite. Raises `InvalidTensors`."""
+        return None
+
+    @abstractmethod
+    def reference(self, config: Config, tensors: Tensors, site: Site, x_TI: Tensor) -> Tensor:
+        """The paper's formula at one site, densely, in x's dtype: the adapted layer's output y [T, O] with
+        bias. Shares no arithmetic with `compile`. A site that the adapter does not touch gives ``W x + b``."""
+
+    @abstractmethod
+    def example(self, sites: Sites, generator: torch.Generator) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """A small random valid adapter for these sites: ``adapter_config.json`` and tensors, as the public
+        writer of the format would save them. Used by the conformance suite."""

@@ -1,0 +1,28 @@
+"""What can be wrong with an adapter, as the methods see it.
+
+MethodError
+├── UnsupportedMethod      no method reads this peft_type, or an option that is on is not served
+├── InvalidConfig          a field of the config is missing, mistyped or out of bounds
+├── AdapterMismatch        sites or shapes do not fit this base model
+└── InvalidTensors         a tensor is missing, surplus, misshapen or holds impossible values
+"""
+
+
+class MethodError(ValueError):
+    """An adapter that cannot be served; the message says what was found, what was expected, what to do."""
+
+
+class UnsupportedMethod(MethodError):
+    pass
+
+
+class InvalidConfig(MethodError):
+    pass
+
+
+class AdapterMismatch(MethodError):
+    pass
+
+
+class InvalidTensors(MethodError):
+    pass

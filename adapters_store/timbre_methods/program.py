@@ -1,0 +1,113 @@
+"""The operators' vocabulary: what an adapter compiles to, as plain dataclasses of tensors.
+
+A *part* is the parameters of one operator at one site, owned by one adapter. A site is one linear
+layer of the base, ``y0 = W x + b``. Every part stands for a change that is **added** to the base, so
+parts of one adapter, and of several adapters in a mix, combine by weighted sums and in any order::
+
+    x' = x + Σ w · input_change(x)          Diagonal(side="input")
+    y  = W x' + b + Σ w · change(x, y0)      all others
+
+This module knows no file format, no method's name and no batch.
+
+Legend: I in features, O out features, R rank, N stored coefficients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Literal
+
+from torch import Tensor
+
+SHARED = {"shared": True}
+"""Field metadata: the tensor belongs to a basis that many adapters use, so no adapter owns its bytes."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LowRank:
+    """``y += B (A x)``; every scale is already in B. ``a_RI`` [R, I], ``b_OR`` [O, R], float32."""
+
+    a_RI: Tensor
+    b_OR: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Places:
+    """Where the coefficients of a transform pair sit, shared by all adapters of equal seed and shape.
+
+    ``rows_N`` int64 in [0, O) and ``columns_N`` int64 in [0, I): coefficient k couples input frequency
+    ``columns_N[k]`` with output frequency ``rows_N[k]``. Equal places add.
+    """
+
+    transform: Literal["dft"]
+    out_features: int
+    in_features: int
+    rows_N: Tensor
+    columns_N: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Spectral:
+    """``y += Q (S (P x))`` with ``S[rows[k], columns[k]] += c_N[k]`` in a named transform pair.
+
+    ``dft``: ``y += Re ifft_O(S · ifft_I(x))`` (both inverse transforms carry their 1/length, as
+    ``torch.fft.ifft`` does); every scale is already in ``c_N``, float32.
+    """
+
+    c_N: Tensor
+    places: Places = field(metadata=SHARED)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sparse:
+    """``y += S x`` with S in CSR: ``row_ends`` int64 [O + 1], ``columns_N`` int32, ``values_N`` float32.
+
+    Columns are in [0, I); within a row they may come in any order and must not repeat.
+    """
+
+    row_ends: Tensor
+    columns_N: Tensor
+    values_N: Tensor
+    in_features: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Diagonal:
+    """An element-wise gain and shift, as a change.
+
+    ``input``: ``x' = x + (gain − 1) ∘ x`` before the base product, ``gain`` [I], no shift.
+    ``output``: ``y += (gain − 1) ∘ y0 + shift``, ``gain`` and ``shift`` [O], y0 with the base's bias.
+    """
+
+    side: Literal["input", "output"]
+    gain: Tensor
+    shift: Tensor | None = None
+
+
+Part = LowRank | Spectral | Sparse | Diagonal
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AdapterProgram:
+    """One adapter, ready to run: for each adapted site (its path in the base) the parts that act there."""
+
+    sites: Mapping[str, tuple[Part, ...]]
+
+    @property
+    def prepared_bytes(self) -> int:
+        """Bytes that this adapter alone needs in memory; exact on the meta device too."""
+        return sum(
+            tensor.numel() * tensor.element_size()
+            for parts in self.sites.values()
+            for part in parts
+            for tensor in owned_tensors(part)
+        )
+
+
+def owned_tensors(part: Part) -> Iterator[Tensor]:
+    """The tensors of a part that belong to its adapter, without the shared basis."""
+    for part_field in fields(part):
+        value = getattr(part, part_field.name)
+        if isinstance(value, Tensor) and not part_field.metadata.get("shared"):
+            yield value

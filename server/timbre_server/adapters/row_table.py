@@ -1,0 +1,75 @@
+"""Which rows of a step's batch use which adapters: the only thing that operators see of a request.
+
+Rows are the tokens of a flattened batch. Each *span* of consecutive rows (one request's tokens in this
+step) has up to K pairs (adapter slot, weight). One adapter is one pair of weight 1, a mix is several, a
+base row has none. A router may give each row its own weights; operators cannot tell.
+
+Legend: T rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+Pairs = tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Span:
+    """``num_rows`` consecutive rows that use the same adapters with the same weights."""
+
+    num_rows: int
+    pairs: Pairs = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """All rows of a batch that use one adapter: ``rows_N`` int64, increasing, and ``weights_N`` float32."""
+
+    slot: int
+    rows_N: Tensor
+    weights_N: Tensor
+
+
+class RowTable:
+    """The pairs of every row of one step. Immutable; built once a step on the CPU, then moved."""
+
+    def __init__(self, spans: Sequence[Span], device: torch.device | str = "cpu") -> None:
+        self.spans = tuple(spans)
+        self.device = torch.device(device)
+        self.num_rows = sum(span.num_rows for span in self.spans)
+
+    @property
+    def signature(self) -> tuple[Span, ...]:
+        """Equal signatures mean equal tables: what was prepared for one serves the other."""
+        return self.spans
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """The distinct adapter slots in use, in order of first appearance."""
+        return tuple(dict.fromkeys(slot for span in self.spans for slot, weight in span.pairs))
+
+    @cached_property
+    def segments(self) -> tuple[Segment, ...]:
+        """The same pairs sorted by adapter: one segment for each distinct slot."""
+        rows: dict[int, list[int]] = {}
+        weights: dict[int, list[float]] = {}
+        start = 0
+        for span in self.spans:
+            for slot, weight in span.pairs:
+                rows.setdefault(slot, []).extend(range(start, start + span.num_rows))
+                weights.setdefault(slot, []).extend([weight] * span.num_rows)
+            start += span.num_rows
+        return tuple(
+            Segment(
+                slot,
+                torch.tensor(rows[slot], device=self.device),
+                torch.tensor(weights[slot], dtype=torch.float32, device=self.device),
+            )
+            for slot in rows
+        )

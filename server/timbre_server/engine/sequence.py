@@ -1,0 +1,102 @@
+"""A request inside the engine, and the plain data that scheduler and runner exchange. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from timbre_server.engine.messages import Submit, TokenLogprobs
+
+AdapterSlots = tuple[tuple[int, float], ...]
+"""The resolved mix of a running request: (adapter slot, weight) pairs; empty for the base."""
+
+
+class Status(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One request's tokens and its place in the KV cache. Only the scheduler changes it."""
+
+    request: Submit
+    token_ids: list[int]
+    """Prompt, then output."""
+    arrival: int
+    """Order of submission; ties are impossible."""
+    status: Status = Status.WAITING
+    num_computed_tokens: int = 0
+    """Leading tokens whose KV entries are in the cache."""
+    num_cached_tokens: int = 0
+    """Of the prompt, taken from the prefix cache at the (last) admission."""
+    block_table: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
+    """One for each full block of token_ids so far."""
+    adapter_slots: AdapterSlots = ()
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - len(self.request.prompt_token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledChunk:
+    """Run ``num_tokens`` of a sequence, from ``sequence.num_computed_tokens`` on.
+
+    A token is drawn if and only if the chunk reaches the sequence's last token. Chunked prefill, a
+    prefix hit, recomputation and decode are all this same case.
+    """
+
+    sequence: Sequence
+    num_tokens: int
+
+    @property
+    def start(self) -> int:
+        return self.sequence.num_computed_tokens
+
+    @property
+    def end(self) -> int:
+        return self.sequence.num_computed_tokens + self.num_tokens
+
+    @property
+    def draws_token(self) -> bool:
+        return self.end == len(self.sequence.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What runs in one step. Decodes come first, each sequence at most once."""
+
+    chunks: tuple[ScheduledChunk, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(chunk.num_tokens for chunk in self.chunks)
+
+
+@dataclass(slots=True)
+class ChunkResult:
+    """What one chunk gave, in the plan's order."""
+
+    token_id: int | None = None
+    """The drawn token, where the chunk draws one."""
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    """Where asked: entry i is for prompt token ``chunk.start + 1 + i`` (as many as the chunk predicts)."""
+    error_message: str | None = None
+    """This row failed (NaN logits): its request ends with an error, the others go on."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    results: tuple[ChunkResult, ...]

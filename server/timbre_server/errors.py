@@ -1,0 +1,79 @@
+"""Everything that the server can refuse or fail with.
+
+ServerError
+├── RequestError               the caller can mend it
+│   ├── InvalidRequest
+│   ├── ContextLengthExceeded
+│   ├── AdapterNotFound
+│   └── AdapterMismatch
+├── CapacityError              later, or elsewhere
+│   ├── QueueFull
+│   └── NotReady
+├── RequestAborted             the caller left, or the server drained
+└── EngineError                ours
+    ├── AdapterLoadFailed      fails the adapter's own requests, not the batch
+    ├── EngineDied
+    └── UnsupportedModel       at start: the model's name and the reason
+
+Which HTTP status and code each one means stands in one table, `http/errors.py`; a test maps every leaf.
+"""
+
+
+class ServerError(Exception):
+    """The message says what was found, what was expected and what to do; it is safe to show to a client."""
+
+
+class RequestError(ServerError):
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class InvalidRequest(RequestError):
+    pass
+
+
+class ContextLengthExceeded(RequestError):
+    pass
+
+
+class AdapterNotFound(RequestError):
+    pass
+
+
+class AdapterMismatch(RequestError):
+    pass
+
+
+class CapacityError(ServerError):
+    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class QueueFull(CapacityError):
+    pass
+
+
+class NotReady(CapacityError):
+    pass
+
+
+class RequestAborted(ServerError):
+    pass
+
+
+class EngineError(ServerError):
+    pass
+
+
+class AdapterLoadFailed(EngineError):
+    pass
+
+
+class EngineDied(EngineError):
+    pass
+
+
+class UnsupportedModel(EngineError):
+    pass
