@@ -1,0 +1,55 @@
+"""What every test runs under: one thread, no network, no deadline in property tests.
+
+Knows nothing of any room: shared builders live beside the tests that use them.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import sys
+
+# Before torch or a tokenizer is imported anywhere, and inherited by every process that a test starts.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import hypothesis
+import pytest
+
+
+class OutsideConnection(RuntimeError):
+    """A test tried to reach another machine."""
+
+
+def is_loopback(host: str) -> bool:
+    """Whether `host` names this machine without asking a resolver."""
+    if host in {"", "localhost"}:
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback or host in {"0.0.0.0", "::"}
+    except ValueError:
+        return False
+
+
+def refuse_outside_connections(event: str, arguments: tuple[object, ...]) -> None:
+    """Audit hook: connecting, or looking a name up, succeeds for this machine only."""
+    if event == "socket.connect":
+        address = arguments[1]
+        host = address[0] if isinstance(address, tuple) else ""
+    elif event == "socket.getaddrinfo":
+        host = arguments[0] or ""
+    else:
+        return
+    text = host.decode() if isinstance(host, bytes) else str(host)
+    if not is_loopback(text):
+        raise OutsideConnection(f"{event} to {text!r}: tests stay on this machine")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Install the hook once a process; property tests are bounded by examples, never by time."""
+    if not getattr(sys, "_timbre_offline", False):
+        sys.addaudithook(refuse_outside_connections)
+        sys._timbre_offline = True  # type: ignore[attr-defined]
+    hypothesis.settings.register_profile("timbre", deadline=None, max_examples=50)
+    hypothesis.settings.load_profile("timbre")
