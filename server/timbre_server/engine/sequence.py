@@ -35,6 +35,12 @@ class Sequence:
     block_hashes: list[bytes] = field(default_factory=list)
     """One for each full block of token_ids so far."""
     adapter_slots: AdapterSlots = ()
+    mix: tuple[tuple[str, float], ...] = ()
+    """The request's adapters by digest, each once, by `kv_blocks.resolved_mix`."""
+    num_skips: int = 0
+    """Later requests admitted while this one waited for an adapter."""
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """For prompt tokens 1, 2, ... as far as they are computed; only where asked."""
 
     @property
     def request_id(self) -> str:
