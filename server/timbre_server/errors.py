@@ -3,12 +3,14 @@
 ServerError
 ├── RequestError               the caller can mend it
 │   ├── InvalidRequest
+│   │   └── UnsupportedParameter   a field of the API that is not served here
 │   ├── ContextLengthExceeded
 │   ├── AdapterNotFound
 │   └── AdapterMismatch
 ├── CapacityError              later, or elsewhere
 │   ├── QueueFull
 │   └── NotReady
+│       └── Draining
 ├── RequestAborted             the caller left, or the server drained
 └── EngineError                ours
     ├── AdapterLoadFailed      fails the adapter's own requests, not the batch
@@ -30,6 +32,10 @@ class RequestError(ServerError):
 
 
 class InvalidRequest(RequestError):
+    pass
+
+
+class UnsupportedParameter(InvalidRequest):
     pass
 
 
@@ -56,6 +62,10 @@ class QueueFull(CapacityError):
 
 
 class NotReady(CapacityError):
+    pass
+
+
+class Draining(NotReady):
     pass
 
 
