@@ -9,7 +9,7 @@ Legend: T rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -52,7 +52,17 @@ class RowTable:
     @property
     def slots(self) -> tuple[int, ...]:
         """The distinct adapter slots in use, in order of first appearance."""
-        return tuple(dict.fromkeys(slot for span in self.spans for slot, weight in span.pairs))
+        return tuple(dict.fromkeys(slot for span in self.spans for slot, _ in span.pairs))
+
+    def rows_using(self, slots: Collection[int]) -> Tensor | None:
+        """The rows, int64 increasing, that use any of these slots; None if all rows do."""
+        rows: list[int] = []
+        start = 0
+        for span in self.spans:
+            if any(slot in slots for slot, _ in span.pairs):
+                rows.extend(range(start, start + span.num_rows))
+            start += span.num_rows
+        return None if len(rows) == self.num_rows else torch.tensor(rows, device=self.device)
 
     @cached_property
     def segments(self) -> tuple[Segment, ...]:

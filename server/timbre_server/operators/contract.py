@@ -1,0 +1,80 @@
+"""The operator interface: a meaning for one adapter, and a way to run many at once.
+
+``meaning`` is the definition, in plain PyTorch, for rows that all use one part. ``bind`` prepares the
+parts of all adapters that a row table names, at one group of layers that read the same input, and gives
+a `Bound` that may be run any number of times while the table stays the same: decode steps repeat a table,
+so what a bind costs is shared by many steps. Law, tested for every operator::
+
+    for each row t and each of its pairs (slot, w):   bound change[t] = Σ w · meaning(part[slot], x[t])
+
+Everything here is float32, whatever the base's dtype: the sum is rounded once, where it meets the base.
+
+Legend: T rows of the batch, N some of them, I in features, O out features, G members of a group.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Generic, TypeVar
+
+from torch import Tensor
+
+from timbre_methods.program import Part
+from timbre_server.operators.row_table import RowTable
+
+PartT = TypeVar("PartT", bound=Part)
+
+Uses = Sequence[Mapping[int, Sequence[PartT]]]
+"""For each member of the group, in order: adapter slot -> that adapter's parts there, of one kind."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Change:
+    """What to add to some rows: ``values_NO`` float32 to the rows ``rows_N`` (None: to all, in order).
+
+    ``rows_N`` may repeat a row (a mix); repeated rows add.
+    """
+
+    values_NO: Tensor
+    rows_N: Tensor | None = None
+
+
+class Bound:
+    """One operator, ready for one row table at one group. An operator overrides what it acts on."""
+
+    def input_change(self, member: int, x_TI: Tensor) -> Change | None:
+        """What to add to the input of one member's base product."""
+        return None
+
+    def sums(self, x_TI: Tensor) -> Sequence[Sequence[Change]]:
+        """What to add to the output of every member, from the input alone; computed together so that
+        members share transforms and shrinks. Empty, or one sequence for each member."""
+        return ()
+
+    def output_change(self, member: int, y_TO: Tensor) -> Change | None:
+        """What to add to one member's output, from the base's own output y0."""
+        return None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Meaning:
+    """What one part does to rows that all use it with weight 1."""
+
+    input_change_TI: Tensor | None = None
+    change_TO: Tensor | None = None
+
+
+class Operator(ABC, Generic[PartT]):
+    """One kind of algebra."""
+
+    part: ClassVar[type[Part]]
+
+    @abstractmethod
+    def meaning(self, part: PartT, x_TI: Tensor, y_TO: Tensor) -> Meaning:
+        """The definition. ``y_TO`` is the base's output at x, with its bias."""
+
+    @abstractmethod
+    def bind(self, uses: Uses[PartT], table: RowTable) -> Bound:
+        """Prepare the parts for a table. Parts are never modified and stay owned by their adapters."""

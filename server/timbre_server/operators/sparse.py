@@ -1,0 +1,94 @@
+"""`Sparse`: ``y += S x`` with S in CSR, for rows with different S.
+
+An adapter with many rows, or with a matrix too large to be worth copying, gets one sparse product of its
+own over all its rows; small ones are laid along one block diagonal.
+
+Legend: T rows of the batch, N rows of one adapter, P pooled (row, adapter) pairs, I in, O out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from timbre_methods.program import Sparse
+from timbre_server.operators.block_diagonal import BlockDiagonal, csr
+from timbre_server.operators.contract import Bound, Change, Meaning, Operator, Uses
+from timbre_server.operators.row_table import RowTable
+
+MIN_ROWS_ALONE = 8
+MAX_POOLED_NON_ZEROS = 16_384
+
+
+class SparseOperator(Operator[Sparse]):
+    part = Sparse
+
+    def meaning(self, part: Sparse, x_TI: Tensor, y_TO: Tensor) -> Meaning:
+        rows = torch.repeat_interleave(torch.arange(y_TO.shape[1], device=x_TI.device), part.row_ends.diff())
+        change_TO = torch.zeros(x_TI.shape[0], y_TO.shape[1], device=x_TI.device)
+        return Meaning(
+            change_TO=change_TO.index_add_(1, rows, x_TI[:, part.columns_N.long()] * part.values_N)
+        )
+
+    def bind(self, uses: Uses[Sparse], table: RowTable) -> Bound:
+        return _BoundSparse([_bind_member(parts, table) for parts in uses])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Alone:
+    rows_N: Tensor
+    weights_N: Tensor
+    matrix_OI: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Pool:
+    rows_P: Tensor
+    weights_P1: Tensor
+    matrices: BlockDiagonal
+
+
+def _bind_member(parts_by_slot: Mapping[int, Sequence[Sparse]], table: RowTable) -> list[_Alone | _Pool]:
+    bound: list[_Alone | _Pool] = []
+    pooled: list[tuple[Tensor, Tensor, Sparse]] = []
+    for segment in table.segments:
+        for part in parts_by_slot.get(segment.slot, ()):
+            if len(segment.rows_N) >= MIN_ROWS_ALONE or len(part.values_N) > MAX_POOLED_NON_ZEROS:
+                shape = (len(part.row_ends) - 1, part.in_features)
+                matrix = csr(part.row_ends, part.columns_N, part.values_N, shape)
+                bound.append(_Alone(segment.rows_N, segment.weights_N, matrix))
+            else:
+                pooled.append((segment.rows_N, segment.weights_N, part))
+    if pooled:
+        blocks = [
+            (part.row_ends, part.columns_N, part.values_N)
+            for rows_N, _, part in pooled
+            for _ in range(len(rows_N))
+        ]
+        first = pooled[0][2]
+        bound.append(
+            _Pool(
+                torch.cat([rows_N for rows_N, _, _ in pooled]),
+                torch.cat([weights_N for _, weights_N, _ in pooled]).unsqueeze(1),
+                BlockDiagonal(blocks, (len(first.row_ends) - 1, first.in_features)),
+            )
+        )
+    return bound
+
+
+class _BoundSparse(Bound):
+    def __init__(self, members: Sequence[Sequence[_Alone | _Pool]]) -> None:
+        self._members = members
+
+    def sums(self, x_TI: Tensor) -> Sequence[Sequence[Change]]:
+        return [[_apply(bound, x_TI) for bound in member] for member in self._members]
+
+
+def _apply(bound: _Alone | _Pool, x_TI: Tensor) -> Change:
+    if isinstance(bound, _Pool):
+        return Change(bound.matrices(x_TI[bound.rows_P]) * bound.weights_P1, bound.rows_P)
+    x_IN = x_TI[bound.rows_N].T.contiguous()
+    return Change((bound.matrix_OI @ x_IN).T * bound.weights_N.unsqueeze(1), bound.rows_N)

@@ -1,0 +1,183 @@
+"""Every operator against its own meaning, row by row, whatever the crowd."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from timbre_methods.program import Diagonal, LowRank, Part, Places, Sparse, Spectral
+from timbre_server.operators.catalogue import all_operators
+from timbre_server.operators.contract import Change, Operator, Uses
+from timbre_server.operators.diagonal import DiagonalOperator
+from timbre_server.operators.low_rank import LowRankOperator
+from timbre_server.operators.row_table import RowTable, Span
+from timbre_server.operators.sparse import SparseOperator
+from timbre_server.operators.spectral import SpectralOperator
+
+OPERATORS = {type(operator).__name__: operator for operator in all_operators()}
+
+CROWDS = {
+    "one row of one adapter": [Span(1, ((0, 1.0),))],
+    "all rows of one adapter": [Span(24, ((0, 1.0),))],
+    "identical": [Span(1, ((1, 1.0),))] * 5,
+    "distinct": [Span(1, ((slot, 1.0),)) for slot in (3, 0, 2, 1)],
+    "uniform with base rows": [
+        Span(1),
+        Span(1, ((2, 1.0),)),
+        Span(3),
+        Span(2, ((0, 1.0),)),
+        Span(1, ((2, 1.0),)),
+    ],
+    "prefill beside decode": [Span(1, ((1, 1.0),)), Span(40, ((2, 1.0),)), Span(1), Span(17, ((0, 1.0),))],
+    "mixes": [
+        Span(2, ((0, 0.7), (1, 0.3))),
+        Span(1, ((1, -1.5),)),
+        Span(20, ((2, 0.25), (0, 2.0), (3, 0.5))),
+        Span(1),
+        Span(1, ((3, 1.0),)),
+    ],
+}
+
+
+def random_part(
+    operator: Operator[Any], in_features: int, out_features: int, generator: torch.Generator
+) -> Part:
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    def integers(high: int, count: int) -> Tensor:
+        return torch.randint(0, high, (count,), generator=generator)
+
+    count = int(integers(9, 1)) + 1
+    if isinstance(operator, LowRankOperator):
+        return LowRank(normal(count, in_features), normal(out_features, count))
+    if isinstance(operator, SpectralOperator):
+        rows, columns = integers(out_features, 4 * count), integers(in_features, 4 * count)
+        places = Places("dft", out_features, in_features, rows, columns)
+        return Spectral(normal(4 * count), places)
+    if isinstance(operator, SparseOperator):
+        flat = torch.randperm(out_features * in_features, generator=generator)[: 5 * count].sort().values
+        row_ends = torch.searchsorted(flat, torch.arange(out_features + 1) * in_features)
+        return Sparse(row_ends, (flat % in_features).int(), normal(5 * count), in_features)
+    assert isinstance(operator, DiagonalOperator)
+    if count % 2:
+        return Diagonal("input", normal(in_features))
+    return Diagonal("output", normal(out_features), normal(out_features) if count % 4 else None)
+
+
+def by_meaning(
+    operator: Operator[Any], parts: Sequence[Part], weights: Sequence[float], x_TI: Tensor, y_TO: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The summed input change and change of rows that all have the same parts."""
+    input_change, change = torch.zeros_like(x_TI), torch.zeros_like(y_TO)
+    for part, weight in zip(parts, weights, strict=True):
+        meaning = operator.meaning(part, x_TI, y_TO)
+        if meaning.input_change_TI is not None:
+            input_change += weight * meaning.input_change_TI
+        if meaning.change_TO is not None:
+            change += weight * meaning.change_TO
+    return input_change, change
+
+
+def summed(changes: Sequence[Change | None], like: Tensor) -> Tensor:
+    total = torch.zeros_like(like)
+    for change in changes:
+        if change is not None:
+            rows = torch.arange(len(like)) if change.rows_N is None else change.rows_N
+            total.index_add_(0, rows, change.values_NO)
+    return total
+
+
+@pytest.mark.parametrize("shape", [(16, 24), (15, 9), (32, 32), (8, 27)], ids=str)
+@pytest.mark.parametrize("crowd", CROWDS)
+@pytest.mark.parametrize("name", OPERATORS)
+def test_a_bound_operator_gives_each_row_the_weighted_sum_of_meanings(
+    name: str, crowd: str, shape: tuple[int, int]
+) -> None:
+    operator = OPERATORS[name]
+    in_features, first_out = shape
+    generator = torch.Generator().manual_seed(len(name) * 1000 + len(crowd) + in_features)
+    members = (first_out, first_out // 2 + 1)
+    # The second member is adapted by only some of the adapters.
+    uses: Uses[Any] = [
+        {slot: [random_part(operator, in_features, members[0], generator)] for slot in range(4)},
+        {slot: [random_part(operator, in_features, members[1], generator)] for slot in (0, 3)},
+    ]
+    table = RowTable(CROWDS[crowd])
+    x_TI = torch.randn(table.num_rows, in_features, generator=generator)
+    outputs = [torch.randn(table.num_rows, out, generator=generator) for out in members]
+
+    bound = operator.bind(uses, table)
+    sums = bound.sums(x_TI)
+
+    for member, y_TO in enumerate(outputs):
+        shared = list(sums[member]) if sums else []
+        change = summed([*shared, bound.output_change(member, y_TO)], y_TO)
+        input_change = summed([bound.input_change(member, x_TI)], x_TI)
+        row = 0
+        for span in table.spans:
+            own = [(p, w) for slot, w in span.pairs for p in uses[member].get(slot, ())]
+            rows = slice(row, row + span.num_rows)
+            expected = by_meaning(operator, [p for p, _ in own], [w for _, w in own], x_TI[rows], y_TO[rows])
+            torch.testing.assert_close(input_change[rows], expected[0], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(change[rows], expected[1], atol=1e-4, rtol=1e-4)
+            row += span.num_rows
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_binding_and_running_modify_neither_parts_nor_input(name: str) -> None:
+    operator = OPERATORS[name]
+    generator = torch.Generator().manual_seed(5)
+    part = random_part(operator, 16, 24, generator)
+    tensors = {field: getattr(part, field) for field in part.__slots__}
+    before = {field: value.clone() for field, value in tensors.items() if isinstance(value, Tensor)}
+    table = RowTable(CROWDS["prefill beside decode"])
+    x_TI = torch.randn(table.num_rows, 16, generator=generator)
+    x_before = x_TI.clone()
+
+    bound = operator.bind([{slot: [part] for slot in range(3)}], table)
+    for _ in range(2):
+        bound.sums(x_TI)
+        bound.input_change(0, x_TI)
+
+    assert torch.equal(x_TI, x_before)
+    for field, value in before.items():
+        assert torch.equal(getattr(part, field), value)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (9, 8), (8, 9), (9, 15)], ids=str)
+def test_a_spectral_part_equals_the_dense_inverse_transform(shape: tuple[int, int]) -> None:
+    """FourierFT's own formula, ΔW = Re ifft2(S), built densely in double precision."""
+    out_features, in_features = shape
+    generator = torch.Generator().manual_seed(3)
+    flat = torch.randperm(out_features * in_features, generator=generator)[:30]
+    rows, columns = flat // in_features, flat % in_features
+    c_N = torch.randn(30, generator=generator)
+    dense = torch.zeros(out_features, in_features, dtype=torch.float64)
+    dense[rows, columns] = c_N.double()
+    delta_OI = torch.fft.ifft2(dense).real
+    x_TI = torch.randn(5, in_features, generator=generator)
+
+    part = Spectral(c_N, Places("dft", out_features, in_features, rows, columns))
+    bound = SpectralOperator().bind([{0: [part]}], RowTable([Span(5, ((0, 1.0),))]))
+
+    [[change]] = bound.sums(x_TI)
+    torch.testing.assert_close(change.values_NO.double(), x_TI.double() @ delta_OI.T, atol=1e-6, rtol=1e-5)
+
+
+def test_a_low_rank_part_with_several_parts_at_one_site_sums_them() -> None:
+    generator = torch.Generator().manual_seed(4)
+    operator = LowRankOperator()
+    parts = [random_part(operator, 6, 5, generator) for _ in range(2)]
+    x_TI = torch.randn(3, 6, generator=generator)
+
+    bound = operator.bind([{7: parts}], RowTable([Span(3, ((7, 0.5),))]))
+
+    [changes] = bound.sums(x_TI)
+    dense = sum(p.b_OR @ p.a_RI for p in parts if isinstance(p, LowRank))
+    expected = 0.5 * x_TI @ dense.T
+    torch.testing.assert_close(summed(changes, expected), expected, atol=1e-5, rtol=1e-5)
