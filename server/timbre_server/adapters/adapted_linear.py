@@ -1,0 +1,175 @@
+"""Linear layers of the base that apply, to each row, the adapters that the row table names.
+
+An `AdaptedLinear` takes a layer's place by composition: the base product stays the layer's own. Layers
+that read the very same tensor share an `AdaptedGroup`, in which the first one called computes what
+adapters add for all of them (one transform, one shrink), and the others find their share ready.
+
+    y = W (x + input changes) + b   +   Σ changes from x   +   changes from y0 = W x + b
+
+Base rows get exactly the base product's bits: a row that no adapter touches is never added to.
+
+Legend: T rows of the batch, I in features, O out features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from timbre_methods.program import AdapterProgram, Part
+from timbre_server.operators.contract import Bound, Change, Operator
+from timbre_server.operators.row_table import RowTable
+
+Programs = Mapping[int, AdapterProgram]
+"""Adapter slot -> the program that lives there."""
+
+
+class ActiveRows:
+    """The row table of the step that is running; None between steps and for a step of base rows only."""
+
+    def __init__(self) -> None:
+        self.table: RowTable | None = None
+
+
+class AdaptedGroup:
+    """Layers that read one input, and what is prepared for them while the row table repeats."""
+
+    def __init__(
+        self, paths: Sequence[str], rows: ActiveRows, programs: Programs, operators: Sequence[Operator[Any]]
+    ) -> None:
+        self._paths = tuple(paths)
+        self._rows = rows
+        self._programs = programs
+        self._operators = operators
+        self._signature: object = None
+        self._bound: tuple[Bound, ...] = ()
+        self._input: Tensor | None = None
+        self._changes: list[list[Change]] = []
+        self._unread: set[int] = set()
+
+    def bound(self) -> tuple[Bound, ...]:
+        """The operators in use at this group, ready for the current table; empty for base rows only."""
+        table = self._rows.table
+        if table is None:
+            return ()
+        if self._signature != table.signature:
+            self._bound = tuple(self._bind(table))
+            self._signature = table.signature
+        return self._bound
+
+    def _bind(self, table: RowTable) -> list[Bound]:
+        slots = table.slots
+        bound = []
+        for operator in self._operators:
+            uses: list[dict[int, Sequence[Part]]] = [{} for _ in self._paths]
+            for member, path in enumerate(self._paths):
+                for slot in slots:
+                    parts = self._programs[slot].sites.get(path, ())
+                    own = tuple(part for part in parts if isinstance(part, operator.part))
+                    if own:
+                        uses[member][slot] = own
+            if any(uses):
+                bound.append(operator.bind(uses, table))
+        return bound
+
+    def forget(self) -> None:
+        """Drop what was prepared and what is kept of a running step; called when a slot changes hands."""
+        self._signature = None
+        self._bound = ()
+        self.end_step()
+
+    def end_step(self) -> None:
+        """Drop the input and the shares of it that no member fetched (a forward that failed half-way)."""
+        self._input = None
+        self._changes = []
+        self._unread = set()
+
+    def changes(self, member: int, x: Tensor) -> Sequence[Change]:
+        """What the adapters add to one member's output, from the input ``x`` alone.
+
+        Computed for all members when the first asks; kept for the others, who prove by identity that
+        theirs is the same tensor. Holding on to x makes that proof safe.
+        """
+        if self._input is not x or member not in self._unread:
+            self._changes = [[] for _ in self._paths]
+            x_TI = _rows(x).float()
+            for bound in self.bound():
+                for changes, more in zip(self._changes, bound.sums(x_TI), strict=False):
+                    changes.extend(more)
+            self._input = x
+            self._unread = set(range(len(self._paths)))
+        self._unread.discard(member)
+        found = self._changes[member]
+        if not self._unread:
+            self.end_step()
+        return found
+
+
+class AdaptedLinear(nn.Module):
+    """One linear layer of the base in an `AdaptedGroup`."""
+
+    def __init__(
+        self, base: nn.Module, product: Callable[[Tensor], Tensor], group: AdaptedGroup, member: int
+    ):
+        """``product`` computes ``W x + b`` for the layer ``base``, by whatever means is fastest."""
+        super().__init__()
+        self.base = base
+        self._product = product
+        self._group = group
+        self._member = member
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's own, as stored: models look at its dtype and device."""
+        return self.base.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias  # type: ignore[return-value]
+
+    def forward(self, x: Tensor) -> Tensor:
+        bounds = self._group.bound()
+        if not bounds:
+            return self._product(x)
+        inputs = [c for b in bounds if (c := b.input_change(self._member, _rows(x))) is not None]
+        y = self._product(_added(x, inputs) if inputs else x)
+        sums = list(self._group.changes(self._member, x))
+        outputs = self._output_changes(bounds, x, y, changed_input=bool(inputs))
+        return _added(y, sums + outputs) if sums or outputs else y
+
+    def _output_changes(
+        self, bounds: Sequence[Bound], x: Tensor, y: Tensor, *, changed_input: bool
+    ) -> list[Change]:
+        y0 = y
+        found: list[Change] = []
+        for bound in bounds:
+            change = bound.output_change(self._member, _rows(y0))
+            if change is not None and changed_input and y0 is y:
+                # A gain acts on the base's own output, which an input change of this step has hidden.
+                y0 = self._product(x)
+                change = bound.output_change(self._member, _rows(y0))
+            if change is not None:
+                found.append(change)
+        return found
+
+
+def _rows(v: Tensor) -> Tensor:
+    """All leading dimensions flattened to the rows of the batch."""
+    return v.reshape(-1, v.shape[-1])
+
+
+def _added(v: Tensor, changes: Sequence[Change]) -> Tensor:
+    """``v`` plus changes to some of its rows, summed in float32 and rounded once; v is not modified.
+
+    Rows that no change names keep their bits: float32 holds every half-precision value exactly.
+    """
+    sum_TD = _rows(v).to(torch.float32, copy=True)
+    for change in changes:
+        if change.rows_N is None:
+            sum_TD += change.values_NO
+        else:
+            sum_TD.index_add_(0, change.rows_N, change.values_NO)
+    return sum_TD.to(v.dtype).view(v.shape)

@@ -1,0 +1,98 @@
+"""Reads one adapter from the store and prepares it, off the step loop.
+
+Nothing here touches the running batch: a load ends in a `LoadedAdapter`, which the loop places between
+two steps, or in an `AdapterLoadFailed`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from timbre_methods.contract import Sites
+from timbre_methods.errors import MethodError
+from timbre_methods.program import AdapterProgram, Part, owned_tensors
+from timbre_methods.registry import method_for
+from timbre_server.errors import AdapterLoadFailed
+from timbre_store.errors import StoreError
+from timbre_store.reader import open_adapter, verify_blob
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedAdapter:
+    """A prepared adapter, on its device and owned by nobody else."""
+
+    digest: str
+    method: str
+    program: AdapterProgram
+    seconds_by_phase: dict[str, float]
+
+
+class AdapterLoader:
+    """Loads adapters for one base model. Stateless between loads; safe to call from any thread."""
+
+    def __init__(
+        self, store_root: Path, base_model_digest: str, sites: Sites, device: torch.device | str = "cpu"
+    ) -> None:
+        self._store_root = store_root
+        self._base_model_digest = base_model_digest
+        self._sites = sites
+        self._device = torch.device(device)
+
+    def load(self, digest: str) -> LoadedAdapter:
+        """Read, verify, compile and place one adapter. Raises `AdapterLoadFailed`, and nothing else, for
+        an adapter that is gone, damaged, or bound to another base."""
+        seconds: dict[str, float] = {}
+        try:
+            with _timed(seconds, "verify"):
+                files = open_adapter(self._store_root, digest)
+                if files.manifest.base_model_digest != self._base_model_digest:
+                    raise AdapterLoadFailed(
+                        f"adapter {digest} was made for the base {files.manifest.base_model_digest}, "
+                        f"this server runs {self._base_model_digest}: upload it to this server"
+                    )
+                verify_blob(files.tensors_path, files.manifest.tensors_digest)
+                tensors = load_file(files.tensors_path)
+            with _timed(seconds, "compile"), torch.inference_mode():
+                method = method_for(files.config)
+                program = method.compile(method.parse(files.config), tensors, self._sites)
+            with _timed(seconds, "place"), torch.inference_mode():
+                program = _placed(program, self._device)
+        except (StoreError, MethodError, SafetensorError, OSError) as error:
+            raise AdapterLoadFailed(f"adapter {digest} could not be loaded: {error}") from error
+        return LoadedAdapter(digest, method.name, program, seconds)
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[phase] = time.perf_counter() - start
+
+
+def _placed(program: AdapterProgram, device: torch.device) -> AdapterProgram:
+    """The program on its device, each tensor contiguous and in storage of exactly its own size, so that
+    nothing keeps the file's memory alive and the prepared bytes are the real ones."""
+
+    def own(tensor: Tensor) -> Tensor:
+        return tensor.to(device, copy=True, memory_format=torch.contiguous_format)
+
+    def placed(part: Part) -> Part:
+        owned = {id(tensor) for tensor in owned_tensors(part)}
+        changes: dict[str, Any] = {
+            part_field.name: own(value)
+            for part_field in fields(part)
+            if id(value := getattr(part, part_field.name)) in owned
+        }
+        return replace(part, **changes)
+
+    return AdapterProgram({path: tuple(map(placed, parts)) for path, parts in program.sites.items()})

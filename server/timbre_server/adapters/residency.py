@@ -1,0 +1,140 @@
+"""Which adapters are in memory, and which one leaves when another needs the room. No torch, no I/O.
+
+An adapter is absent, wanted (queued or being loaded) or resident in a slot. Slots are small integers
+without a fixed number: the budget is in prepared bytes. An adapter in use is never evicted; of the others
+the least recently used goes first.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from dataclasses import dataclass
+from typing import Literal
+
+EvictionReason = Literal["evicted", "unloaded"]
+
+
+@dataclass(slots=True)
+class _Resident:
+    slot: int
+    prepared_bytes: int
+    users: int = 0
+    leaving: bool = False
+    """Unload when the last user has gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Departure:
+    """An adapter that has left: its slot is free and its tensors must be dropped."""
+
+    digest: str
+    slot: int
+    reason: EvictionReason
+
+
+class Residency:
+    """Slots, users and bytes of the adapters in memory."""
+
+    def __init__(self, budget_bytes: int) -> None:
+        self.budget_bytes = budget_bytes
+        self.used_bytes = 0
+        self._resident: OrderedDict[str, _Resident] = OrderedDict()
+        self._wanted: deque[str] = deque()
+        self._free_slots: list[int] = []
+        self._next_slot = 0
+
+    @property
+    def resident(self) -> tuple[str, ...]:
+        """Digests in memory, most recently used last."""
+        return tuple(self._resident)
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """Digests to load, oldest wish first."""
+        return tuple(self._wanted)
+
+    def acquire(self, digest: str) -> int | None:
+        """Take a use of a resident adapter and return its slot, or note the wish and return None."""
+        entry = self._resident.get(digest)
+        if entry is None:
+            self.want(digest)
+            return None
+        entry.users += 1
+        self._resident.move_to_end(digest)
+        return entry.slot
+
+    def release(self, digest: str) -> Departure | None:
+        """Give a use back. The departure of an adapter that only waited for this is returned."""
+        entry = self._resident[digest]
+        assert entry.users > 0, f"adapter {digest} released more often than acquired"
+        entry.users -= 1
+        if entry.leaving and entry.users == 0:
+            return self._remove(digest, "unloaded")
+        return None
+
+    def want(self, digest: str) -> None:
+        """Queue an adapter for loading, unless it is resident or queued."""
+        if digest not in self._resident and digest not in self._wanted:
+            self._wanted.append(digest)
+
+    def drop_wish(self, digest: str) -> None:
+        """Forget a wish: it failed, or nobody waits for it any more."""
+        if digest in self._wanted:
+            self._wanted.remove(digest)
+
+    def make_room(self, prepared_bytes: int) -> list[Departure] | None:
+        """Evict idle adapters, oldest use first, until ``prepared_bytes`` more fit.
+
+        None, and nothing evicted, while adapters in use hold too much.
+        """
+        idle = [digest for digest, entry in self._resident.items() if entry.users == 0]
+        needed = self.used_bytes + prepared_bytes - self.budget_bytes
+        going = []
+        for digest in idle:
+            if needed <= 0:
+                break
+            going.append(digest)
+            needed -= self._resident[digest].prepared_bytes
+        if needed > 0:
+            return None
+        return [self._remove(digest, "evicted") for digest in going]
+
+    def place(self, digest: str, prepared_bytes: int) -> int:
+        """Give a loaded adapter a slot; `make_room` has been asked for its bytes. The wish is fulfilled."""
+        assert digest not in self._resident, f"adapter {digest} placed twice"
+        self.drop_wish(digest)
+        if self._free_slots:
+            slot = self._free_slots.pop()
+        else:
+            slot = self._next_slot
+            self._next_slot += 1
+        self._resident[digest] = _Resident(slot, prepared_bytes)
+        self.used_bytes += prepared_bytes
+        return slot
+
+    def unload(self, digest: str) -> Departure | None:
+        """Let an adapter go: at once if nobody uses it, else with its last user; unknown ones are gone."""
+        self.drop_wish(digest)
+        entry = self._resident.get(digest)
+        if entry is None:
+            return None
+        if entry.users:
+            entry.leaving = True
+            return None
+        return self._remove(digest, "unloaded")
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError if slots, bytes or wishes contradict each other."""
+        slots = [entry.slot for entry in self._resident.values()]
+        assert len(set(slots)) == len(slots), "two adapters share a slot"
+        assert sorted(slots + self._free_slots) == list(range(self._next_slot)), "a slot was lost"
+        total = sum(entry.prepared_bytes for entry in self._resident.values())
+        assert total == self.used_bytes, "bytes do not add up"
+        assert self.used_bytes <= self.budget_bytes, "over budget"
+        assert not set(self._wanted) & set(self._resident), "a resident adapter is wanted"
+
+    def _remove(self, digest: str, reason: EvictionReason) -> Departure:
+        entry = self._resident.pop(digest)
+        self.used_bytes -= entry.prepared_bytes
+        self._free_slots.append(entry.slot)
+        return Departure(digest, entry.slot, reason)

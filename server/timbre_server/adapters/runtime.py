@@ -1,0 +1,170 @@
+"""Adapters by digest: what the scheduler and the loop see of them.
+
+The scheduler acquires and releases digests and gets slot numbers. The loop calls `poll` between steps,
+the only moment when a loaded adapter enters or an evicted one leaves: no step sees a slot change hands.
+
+One load runs at a time, on a thread of its own. Its result waits, and so do the wishes behind it, while
+adapters in use fill the budget; requests for resident adapters go on meanwhile.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from timbre_server.adapters.adapted_model import AdaptedModel
+from timbre_server.adapters.loader import LoadedAdapter
+from timbre_server.adapters.residency import Departure, Residency
+from timbre_server.errors import AdapterLoadFailed
+
+FAILURE_LASTS_S = 5.0
+"""For so long a failed load is not tried again; after it a mended store is noticed."""
+
+
+class Loader(Protocol):
+    def load(self, digest: str) -> LoadedAdapter:
+        """Raises `AdapterLoadFailed`, and nothing else."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A load that has ended: the adapter is resident, or ``error`` says why not."""
+
+    digest: str
+    method: str = ""
+    prepared_bytes: int = 0
+    seconds_by_phase: dict[str, float] = field(default_factory=dict)
+    error: str | None = None
+
+
+class AdapterRuntime:
+    """Residency, loads and the adapted model, kept in step with each other."""
+
+    def __init__(
+        self,
+        model: AdaptedModel,
+        loader: Loader,
+        budget_bytes: int,
+        on_load_ended: Callable[[], None] = lambda: None,
+    ) -> None:
+        """``on_load_ended`` is called on the load's thread: it may only wake a loop that sleeps."""
+        self._model = model
+        self._loader = loader
+        self._residency = Residency(budget_bytes)
+        self._on_load_ended = on_load_ended
+        self._failures: dict[str, tuple[float, str]] = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="adapter-load")
+        self._loading: tuple[str, Future[LoadedAdapter]] | None = None
+        self._departed: list[Departure] = []
+
+    @property
+    def resident(self) -> tuple[str, ...]:
+        """Digests in memory, most recently used last."""
+        return self._residency.resident
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """Digests that are queued or being loaded, oldest wish first."""
+        return self._residency.wanted
+
+    @property
+    def resident_bytes(self) -> int:
+        return self._residency.used_bytes
+
+    def try_acquire(self, digest: str) -> int | None:
+        """The slot of a resident adapter, whose use is now counted. None: it is wanted, ask again after
+        the next `poll`; look at `failure` first."""
+        if self.failure(digest) is not None:
+            return None
+        return self._residency.acquire(digest)
+
+    def release(self, digest: str) -> None:
+        """Give one use back."""
+        self._leave(self._residency.release(digest))
+
+    def failure(self, digest: str) -> str | None:
+        """Why the last load of this adapter failed, while that is recent."""
+        failed = self._failures.get(digest)
+        if failed is None:
+            return None
+        since, reason = failed
+        if time.monotonic() - since < FAILURE_LASTS_S:
+            return reason
+        del self._failures[digest]
+        return None
+
+    def load(self, digest: str) -> None:
+        """Want an adapter before anybody asks for it; a new try even after a recent failure."""
+        self._failures.pop(digest, None)
+        self._residency.want(digest)
+
+    def unload(self, digest: str) -> None:
+        """Let an adapter go when its last user has gone; `poll` reports the departure."""
+        was_resident = digest in self._residency.resident
+        self._leave(self._residency.unload(digest))
+        if not was_resident:
+            self._departed.append(Departure(digest, -1, "unloaded"))
+
+    def poll(self) -> tuple[list[Arrival], list[Departure]]:
+        """Place a load that has ended, start the next one, and report both. Never blocks."""
+        arrivals = self._finish_load()
+        if self._loading is None and self._residency.wanted:
+            digest = self._residency.wanted[0]
+            future = self._thread.submit(self._loader.load, digest)
+            future.add_done_callback(lambda _: self._on_load_ended())
+            self._loading = digest, future
+        departed, self._departed = self._departed, []
+        return arrivals, departed
+
+    def close(self) -> None:
+        """Stop loading; a load in flight is waited for."""
+        self._thread.shutdown(cancel_futures=True)
+
+    def check_integrity(self) -> None:
+        self._residency.check_integrity()
+
+    def _finish_load(self) -> list[Arrival]:
+        if self._loading is None or not self._loading[1].done():
+            return []
+        digest, future = self._loading
+        if digest not in self._residency.wanted:
+            self._loading = None
+            return []
+        error = future.exception()
+        if isinstance(error, AdapterLoadFailed):
+            return [self._failed(digest, str(error))]
+        if error is not None:
+            return [self._failed(digest, f"adapter {digest} could not be prepared: {error!r}")]
+        loaded = future.result()
+        prepared_bytes = loaded.program.prepared_bytes
+        if prepared_bytes > self._residency.budget_bytes:
+            return [
+                self._failed(
+                    digest,
+                    f"adapter {digest} needs {prepared_bytes} bytes in memory, the budget for all adapters "
+                    f"is {self._residency.budget_bytes}: raise the adapter memory setting",
+                )
+            ]
+        departures = self._residency.make_room(prepared_bytes)
+        if departures is None:
+            return []
+        for departure in departures:
+            self._leave(departure)
+        self._model.put(self._residency.place(digest, prepared_bytes), loaded.program)
+        self._loading = None
+        return [Arrival(digest, loaded.method, prepared_bytes, loaded.seconds_by_phase)]
+
+    def _failed(self, digest: str, reason: str) -> Arrival:
+        self._loading = None
+        self._residency.drop_wish(digest)
+        self._failures[digest] = time.monotonic(), reason
+        return Arrival(digest, error=reason)
+
+    def _leave(self, departure: Departure | None) -> None:
+        if departure is not None:
+            self._model.drop(departure.slot)
+            self._departed.append(departure)

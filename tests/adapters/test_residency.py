@@ -1,0 +1,116 @@
+"""Who is in memory: budgets, users and evictions, against a simple model."""
+
+from __future__ import annotations
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from timbre_server.adapters.residency import Residency
+
+BUDGET = 100
+
+
+def resident(residency: Residency, digest: str, prepared_bytes: int) -> int:
+    assert residency.make_room(prepared_bytes) is not None
+    return residency.place(digest, prepared_bytes)
+
+
+def test_an_absent_adapter_is_wanted_once() -> None:
+    residency = Residency(BUDGET)
+    assert residency.acquire("a") is None
+    assert residency.acquire("a") is None
+    assert residency.wanted == ("a",)
+
+
+def test_the_least_recently_used_idle_adapter_leaves_first() -> None:
+    residency = Residency(BUDGET)
+    for digest in "abc":
+        resident(residency, digest, 30)
+    residency.acquire("a")
+    residency.release("a")
+    departures = residency.make_room(40)
+    assert departures is not None
+    assert [(d.digest, d.reason) for d in departures] == [("b", "evicted")]
+    assert residency.resident == ("c", "a")
+
+
+def test_an_adapter_in_use_is_never_evicted() -> None:
+    residency = Residency(BUDGET)
+    resident(residency, "a", 60)
+    resident(residency, "b", 40)
+    residency.acquire("a")
+    assert residency.make_room(50) is None
+    assert residency.resident == ("b", "a"), "a refusal must evict nobody"
+    residency.release("a")
+    departures = residency.make_room(50)
+    assert departures is not None
+    assert [d.digest for d in departures] == ["b", "a"]
+
+
+def test_unloading_waits_for_the_last_user() -> None:
+    residency = Residency(BUDGET)
+    slot = resident(residency, "a", 10)
+    residency.acquire("a")
+    residency.acquire("a")
+    assert residency.unload("a") is None
+    assert residency.release("a") is None
+    departure = residency.release("a")
+    assert departure is not None
+    assert (departure.digest, departure.slot, departure.reason) == ("a", slot, "unloaded")
+    assert residency.resident == ()
+
+
+def test_a_freed_slot_is_used_again() -> None:
+    residency = Residency(BUDGET)
+    slot = resident(residency, "a", 10)
+    residency.unload("a")
+    assert resident(residency, "b", 10) == slot
+
+
+class ResidencyMachine(RuleBasedStateMachine):
+    """Random use; the model is a dictionary of users."""
+
+    digests = st.sampled_from("abcdefgh")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.residency = Residency(BUDGET)
+        self.users: dict[str, int] = {}
+
+    @rule(digest=digests)
+    def acquire(self, digest: str) -> None:
+        slot = self.residency.acquire(digest)
+        assert (slot is not None) == (digest in self.residency.resident)
+        if slot is not None:
+            self.users[digest] = self.users.get(digest, 0) + 1
+
+    @precondition(lambda self: any(self.users.values()))
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        digest = data.draw(st.sampled_from([d for d, users in self.users.items() if users]))
+        self.residency.release(digest)
+        self.users[digest] -= 1
+
+    @precondition(lambda self: bool(self.residency.wanted))
+    @rule(prepared_bytes=st.integers(1, BUDGET))
+    def load(self, prepared_bytes: int) -> None:
+        digest = self.residency.wanted[0]
+        departures = self.residency.make_room(prepared_bytes)
+        if departures is not None:
+            assert all(not self.users.get(departure.digest) for departure in departures)
+            self.residency.place(digest, prepared_bytes)
+
+    @rule(digest=digests)
+    def unload(self, digest: str) -> None:
+        self.residency.unload(digest)
+
+    @invariant()
+    def nobody_in_use_is_missing(self) -> None:
+        self.residency.check_integrity()
+        used = {digest for digest, users in self.users.items() if users}
+        assert used <= set(self.residency.resident)
+
+
+ResidencyMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestResidencyMachine = ResidencyMachine.TestCase

@@ -1,0 +1,150 @@
+"""Loads beside a running batch, with a loader that waits for the test."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from timbre_methods.program import AdapterProgram, Diagonal
+from timbre_server.adapters.adapted_model import AdaptedModel
+from timbre_server.adapters.loader import LoadedAdapter
+from timbre_server.adapters.runtime import AdapterRuntime, Arrival
+from timbre_server.errors import AdapterLoadFailed
+
+FLOATS = 10
+ADAPTER_BYTES = 4 * FLOATS
+
+
+class SlowLoader:
+    """Loads when the test opens the gate; digests that begin with "bad" fail."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.loads: list[str] = []
+
+    def load(self, digest: str) -> LoadedAdapter:
+        assert self.gate.wait(10)
+        self.loads.append(digest)
+        if digest.startswith("bad"):
+            raise AdapterLoadFailed(f"{digest} is damaged")
+        if digest.startswith("bug"):
+            raise RuntimeError("shapes do not fit")
+        program = AdapterProgram({"q": (Diagonal("input", torch.ones(FLOATS)),)})
+        return LoadedAdapter(digest, "ia3", program, {"verify": 0.0})
+
+
+def runtime_of(budget_adapters: int, *, open_gate: bool = True) -> tuple[AdapterRuntime, SlowLoader]:
+    loader = SlowLoader()
+    if open_gate:
+        loader.gate.set()
+    return AdapterRuntime(AdaptedModel(nn.Module(), []), loader, budget_adapters * ADAPTER_BYTES), loader
+
+
+def poll_until(runtime: AdapterRuntime, done: Callable[[list[Arrival]], bool]) -> list[Arrival]:
+    """Polls as the step loop does; every poll keeps the books in order."""
+    arrivals: list[Arrival] = []
+    give_up = time.monotonic() + 10
+    while not done(arrivals):
+        assert time.monotonic() < give_up, "the load never ended"
+        arrivals += runtime.poll()[0]
+        runtime.check_integrity()
+        time.sleep(0.001)
+    return arrivals
+
+
+def test_a_load_never_blocks_a_poll_and_ends_in_a_slot() -> None:
+    runtime, loader = runtime_of(4, open_gate=False)
+    assert runtime.try_acquire("a") is None
+    for _ in range(3):
+        assert runtime.poll() == ([], [])
+    assert runtime.wanted == ("a",)
+    loader.gate.set()
+    [arrival] = poll_until(runtime, bool)
+    assert (arrival.digest, arrival.method, arrival.prepared_bytes) == ("a", "ia3", ADAPTER_BYTES)
+    assert runtime.try_acquire("a") == 0
+    assert runtime.resident_bytes == ADAPTER_BYTES
+    runtime.close()
+
+
+def test_a_failed_load_says_why_and_is_not_tried_again_at_once() -> None:
+    runtime, loader = runtime_of(4)
+    assert runtime.try_acquire("bad") is None
+    [arrival] = poll_until(runtime, bool)
+    assert arrival.error == "bad is damaged"
+    assert runtime.failure("bad") == "bad is damaged"
+    for _ in range(5):
+        assert runtime.try_acquire("bad") is None
+        runtime.poll()
+    assert loader.loads == ["bad"]
+    runtime.close()
+
+
+def test_an_unexpected_error_in_a_load_fails_that_adapter_only() -> None:
+    runtime, _ = runtime_of(4)
+    runtime.try_acquire("bug")
+    runtime.try_acquire("fine")
+    arrivals = poll_until(runtime, lambda arrivals: len(arrivals) == 2)
+    assert arrivals[0].error is not None
+    assert "shapes do not fit" in arrivals[0].error
+    assert runtime.try_acquire("fine") is not None
+    runtime.close()
+
+
+def test_an_adapter_larger_than_the_budget_is_refused_with_both_figures() -> None:
+    runtime, _ = runtime_of(0)
+    runtime.try_acquire("a")
+    [arrival] = poll_until(runtime, bool)
+    assert arrival.error is not None
+    assert "needs 40 bytes" in arrival.error
+    assert "is 0" in arrival.error
+    runtime.close()
+
+
+def test_a_full_memory_makes_a_load_wait_for_a_release_and_evicts_only_the_idle() -> None:
+    runtime, _ = runtime_of(2)
+    for digest in ("a", "b"):
+        runtime.load(digest)
+        poll_until(runtime, bool)
+    a, b = runtime.try_acquire("a"), runtime.try_acquire("b")
+    assert a is not None
+    assert b is not None
+    runtime.load("c")
+    for _ in range(20):
+        assert runtime.poll()[0] == []
+        time.sleep(0.001)
+    assert runtime.try_acquire("a") == a, "resident adapters go on being served"
+    runtime.release("b")
+    [arrival] = poll_until(runtime, bool)
+    assert arrival.digest == "c"
+    assert runtime.resident == ("a", "c")
+    runtime.close()
+
+
+def test_unloading_reports_the_departure_when_it_has_really_happened() -> None:
+    runtime, _ = runtime_of(2)
+    runtime.load("a")
+    poll_until(runtime, bool)
+    runtime.try_acquire("a")
+    runtime.unload("a")
+    assert runtime.poll()[1] == []
+    runtime.release("a")
+    assert [(d.digest, d.reason) for d in runtime.poll()[1]] == [("a", "unloaded")]
+    assert runtime.resident_bytes == 0
+    runtime.unload("never loaded")
+    assert [d.digest for d in runtime.poll()[1]] == ["never loaded"]
+    runtime.close()
+
+
+def test_the_end_of_a_load_wakes_a_sleeping_loop() -> None:
+    woken = threading.Event()
+    loader = SlowLoader()
+    loader.gate.set()
+    runtime = AdapterRuntime(AdaptedModel(nn.Module(), []), loader, 1000, woken.set)
+    runtime.load("a")
+    runtime.poll()
+    assert woken.wait(10)
+    runtime.close()
