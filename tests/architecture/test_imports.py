@@ -23,10 +23,15 @@ EDGES: Mapping[str, frozenset[str]] = {
         "timbre_server.errors": "",
         "timbre_server.settings": "",
         "timbre_server.series": "",
+        "timbre_server.logs": "",
+        # What HTTP tells metrics and logs about a request that ended.
+        "timbre_server.request_record": "",
         # The waist between runner, adapters and operators: rows, and nothing about where they came from.
         "timbre_server.operators.row_table": "",
         "timbre_server.adapters.groups": "",
-        "timbre_server.operators": "timbre_methods.program timbre_server.operators.row_table timbre_server.errors",
+        "timbre_server.operators": (
+            "timbre_methods.program timbre_server.operators.row_table timbre_server.errors"
+        ),
         "timbre_server.adapters": (
             "timbre_server.operators timbre_server.operators.row_table timbre_server.adapters.groups"
             " timbre_methods timbre_methods.program timbre_methods.errors timbre_store"
@@ -41,15 +46,18 @@ EDGES: Mapping[str, frozenset[str]] = {
         ),
         "timbre_server.engine": (
             "timbre_server.engine.messages timbre_server.engine.options timbre_server.adapters"
-            " timbre_server.operators.row_table timbre_server.adapters.groups timbre_server.operators"
+            " timbre_server.operators.row_table timbre_server.adapters.groups"
             " timbre_methods.program timbre_server.errors"
         ),
         # HTTP names the errors of every package, to give each its status in one table.
         "timbre_server.http": (
             "timbre_server.engine.messages timbre_server.engine.client timbre_store"
-            " timbre_methods.errors timbre_server.errors"
+            " timbre_methods.errors timbre_server.request_record timbre_server.errors"
         ),
-        "timbre_server.metrics": "timbre_server.engine.messages timbre_server.series timbre_server.errors",
+        "timbre_server.metrics": (
+            "timbre_server.engine.messages timbre_server.series timbre_server.request_record"
+            " timbre_server.errors"
+        ),
         "timbre_server.build": "*",
         "timbre_server.cli": "timbre_server.settings timbre_server.build timbre_server.errors",
         "timbre_server.__main__": "timbre_server.cli",
