@@ -1,0 +1,86 @@
+"""The manifest: what an adapter is, apart from what it is called.
+
+It holds content only: no name, no version, no time. So equal adapters have equal manifests, and the SHA-256
+of the canonical bytes is the adapter's digest, its one identity in queues, caches and logs.
+
+Laws, held by tests:
+
+    Manifest.from_bytes(m.to_bytes()) == m              for every manifest
+    Manifest.from_bytes(b).to_bytes() == b              for all bytes that from_bytes accepts
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from timbre_store.digests import digest_of_bytes, is_digest
+from timbre_store.errors import UnsafeFile
+from timbre_store.strict_json import read_object
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    method: str
+    """The method that reads it, e.g. ``lora``."""
+    peft_type: str | None
+    """As in the config; None where the config has none."""
+    base_model_digest: str | None
+    """The base that it was checked against; None where it was stored without one."""
+    sites: tuple[str, ...]
+    """Paths of the linear layers it changes, in model order."""
+    parameters: int
+    stored_bytes: int
+    """Both files together."""
+    prepared_bytes: int
+    """Memory that it takes in the engine."""
+    config_digest: str
+    tensors_digest: str
+    format: int = FORMAT
+
+    def to_bytes(self) -> bytes:
+        """Canonical JSON: keys sorted, no spaces, ASCII."""
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode(
+            "ascii"
+        )
+
+    @property
+    def digest(self) -> str:
+        return digest_of_bytes(self.to_bytes())
+
+    @staticmethod
+    def from_bytes(content: bytes) -> Manifest:
+        """Raises: UnsafeFile for another format, a missing, surplus or mistyped field, or other spelling."""
+        raw = read_object(content, what="the manifest", max_depth=2)
+        if raw.get("format") != FORMAT:
+            raise UnsafeFile(
+                f"the manifest has format {raw.get('format')!r}; this version reads format {FORMAT}"
+            )
+        _check_fields(raw)
+        manifest = Manifest(**{**raw, "sites": tuple(raw["sites"])})
+        if manifest.to_bytes() != content:
+            raise UnsafeFile("the manifest is not in canonical form: keys sorted, no spaces, ASCII")
+        return manifest
+
+
+def _check_fields(raw: dict[str, Any]) -> None:
+    expected = {field.name for field in fields(Manifest)}
+    if raw.keys() != expected:
+        odd = sorted(raw.keys() ^ expected)[0]
+        raise UnsafeFile(f"the manifest's field {odd!r} is {'unknown' if odd in raw else 'missing'}")
+    for name in ("format", "parameters", "stored_bytes", "prepared_bytes"):
+        if type(raw[name]) is not int or raw[name] < 0:
+            raise UnsafeFile(f"the manifest's {name} is {raw[name]!r}; expected a whole number, 0 or more")
+    for name in ("peft_type", "base_model_digest"):
+        if not (raw[name] is None or isinstance(raw[name], str)):
+            raise UnsafeFile(f"the manifest's {name} is {raw[name]!r}; expected a string or null")
+    if not isinstance(raw["method"], str):
+        raise UnsafeFile(f"the manifest's method is {raw['method']!r}; expected a string")
+    if not (isinstance(raw["sites"], list) and all(isinstance(site, str) for site in raw["sites"])):
+        raise UnsafeFile("the manifest's sites are not a list of strings")
+    for name in ("config_digest", "tensors_digest"):
+        if not (isinstance(raw[name], str) and is_digest(raw[name])):
+            raise UnsafeFile(f"the manifest's {name} is {raw[name]!r}; expected sha256:<64 hex>")
