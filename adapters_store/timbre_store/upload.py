@@ -1,0 +1,34 @@
+"""What one client sends for one adapter: blobs that stay only if an adapter comes of them."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from timbre_store.content import ContentFolder
+from timbre_store.writer import BlobWriter
+
+
+class Upload:
+    """Use as a context manager around the blobs and the `Store.register` that they are for.
+
+    Leaving it takes away every blob that it brought, that was not stored before, and that no adapter refers
+    to, whatever the reason: a refusal, a client that went away, a bug. Within it, nothing takes them away.
+    """
+
+    def __init__(self, blobs: ContentFolder, max_blob_bytes: int) -> None:
+        self._blobs = blobs
+        self._max_blob_bytes = max_blob_bytes
+        self._held: list[str] = []
+
+    def begin_blob(self, max_bytes: int | None = None) -> BlobWriter:
+        limit = self._max_blob_bytes if max_bytes is None else min(max_bytes, self._max_blob_bytes)
+        return self._blobs.begin_held(limit, self._held.append)
+
+    def __enter__(self) -> Upload:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        while self._held:
+            self._blobs.release(self._held.pop())
