@@ -1,0 +1,205 @@
+"""Names, versions and aliases, in SQLite. Knows digests and manifests, but no files.
+
+Every change is one transaction: after a crash it happened or it did not. Laws between transactions, which
+`integrity` checks:
+
+* a name is an adapter's or an alias's, never both;
+* a version number of a name is given once, even after it was deleted;
+* an alias always resolves;
+* a manifest has a row here if and only if a version refers to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Lock
+
+from sqlalchemy import Connection, Engine, delete, exists, func, insert, or_, select
+from sqlalchemy.dialects.sqlite import insert as sqlite_insert
+
+from timbre_store.catalogue_file import translated_errors
+from timbre_store.catalogue_reads import aliases_of, find_alias, find_record, record_of, select_records
+from timbre_store.errors import NameConflict, NotFound
+from timbre_store.failpoints import Reach
+from timbre_store.manifest import Manifest
+from timbre_store.names import Reference
+from timbre_store.records import AdapterRecord, Alias, Page
+from timbre_store.tables import aliases, counters, manifests, versions
+
+
+class Catalogue:
+    """Thread-safe. Owns the engine and closes it."""
+
+    def __init__(self, engine: Engine, reach: Reach) -> None:
+        self._engine = engine
+        self._writing_engine = engine.execution_options(immediate=True)
+        self._write_lock = Lock()  # waiting here is fair and wakes at once; SQLite's own waiting polls
+        self._reach = reach
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    @contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """One consistent view."""
+        with translated_errors(), self._engine.begin() as connection:
+            yield connection
+
+    @contextmanager
+    def _writing(self) -> Iterator[Connection]:
+        with self._write_lock, translated_errors(), self._writing_engine.begin() as connection:
+            yield connection
+
+    def resolve(self, reference: Reference) -> AdapterRecord:
+        """Raises: NotFound."""
+        with self.reading() as connection:
+            return find_record(connection, reference)
+
+    def versions_of(self, name: str) -> tuple[AdapterRecord, ...]:
+        """Oldest first; empty for a name that has none."""
+        with self.reading() as connection:
+            query = select_records().where(versions.c.name == name).order_by(versions.c.version)
+            return tuple(map(record_of, connection.execute(query)))
+
+    def page(self, limit: int, after: str | None) -> Page[AdapterRecord]:
+        """The latest version of each name, in order of names."""
+        latest = select(versions.c.name, func.max(versions.c.version).label("version")).group_by(
+            versions.c.name
+        )
+        if after is not None:
+            latest = latest.where(versions.c.name > after)
+        wanted = latest.order_by(versions.c.name).limit(limit + 1).subquery()
+        here = (versions.c.name == wanted.c.name) & (versions.c.version == wanted.c.version)
+        with self.reading() as connection:
+            rows = connection.execute(select_records().join(wanted, here).order_by(versions.c.name)).all()
+        items = tuple(map(record_of, rows[:limit]))
+        return Page(items, items[-1].name if len(rows) > limit else None)
+
+    def aliases(self, name: str | None = None) -> tuple[Alias, ...]:
+        """In order of aliases; those of one adapter, or all."""
+        with self.reading() as connection:
+            return aliases_of(connection, name)
+
+    def check_name_is_free_for_adapter(self, name: str) -> None:
+        """Raises: NameConflict if it is an alias."""
+        with self.reading() as connection:
+            _refuse_alias(connection, name)
+
+    def refers_to_blob(self, digest: str) -> bool:
+        mentioned = or_(manifests.c.config_digest == digest, manifests.c.tensors_digest == digest)
+        with self.reading() as connection:
+            return bool(connection.scalar(select(exists().where(mentioned))))
+
+    def refers_to_manifest(self, digest: str) -> bool:
+        with self.reading() as connection:
+            return bool(connection.scalar(select(exists().where(manifests.c.digest == digest))))
+
+    def add_version(self, name: str, manifest: Manifest, created_s: float) -> AdapterRecord:
+        """A new version of the name, or its latest one if that is this very manifest.
+
+        Raises: NameConflict if the name is an alias.
+        """
+        digest = manifest.digest
+        with self._writing() as connection:
+            _refuse_alias(connection, name)
+            latest = find_record(connection, Reference(name), missing_ok=True)
+            if latest is not None and latest.digest == digest:
+                return latest
+            _add_manifest(connection, manifest, digest)
+            version = _next_version(connection, name)
+            row = {"name": name, "version": version, "digest": digest, "created_s": created_s}
+            connection.execute(insert(versions).values(row))
+            self._reach("version.inserted")
+        self._reach("version.committed")
+        return AdapterRecord(name, version, digest, created_s, manifest)
+
+    def set_alias(self, alias: str, target: Reference) -> AdapterRecord:
+        """Point the alias, new or old, at a name or at one version of it. What it points at now.
+
+        Raises: NotFound if the target does not resolve; NameConflict if the alias is an adapter's name, or
+        the target an alias's.
+        """
+        with self._writing() as connection:
+            if find_record(connection, Reference(alias), missing_ok=True, follow=False) is not None:
+                raise NameConflict(f"{alias!r} is an adapter; an alias needs a name of its own")
+            if find_alias(connection, target.name) is not None:
+                raise NameConflict(f"{target.name!r} is an alias itself; point at the adapter's own name")
+            record = find_record(connection, target)
+            pinned = target.version is not None or target.digest is not None
+            goal = {"name": record.name, "version": record.version if pinned else None}
+            statement = sqlite_insert(aliases).values(alias=alias, **goal)
+            connection.execute(statement.on_conflict_do_update(index_elements=["alias"], set_=goal))
+            self._reach("alias.written")
+        self._reach("alias.committed")
+        return record
+
+    def delete(self, reference: Reference) -> tuple[Manifest, ...]:
+        """Remove an alias, a name with all its versions, or one version. The manifests that nothing refers
+        to any longer.
+
+        Raises: NotFound; NameConflict if an alias would be left pointing at nothing.
+        """
+        with self._writing() as connection:
+            if find_alias(connection, reference.name) is not None:
+                freed = _delete_alias(connection, reference)
+            else:
+                freed = _delete_versions(connection, reference)
+            self._reach("delete.written")
+        self._reach("delete.committed")
+        return freed
+
+
+def _refuse_alias(connection: Connection, name: str) -> None:
+    alias = find_alias(connection, name)
+    if alias is not None:
+        raise NameConflict(
+            f"{name!r} is an alias of {alias.target!r}; upload to that name, or choose another"
+        )
+
+
+def _add_manifest(connection: Connection, manifest: Manifest, digest: str) -> None:
+    row = {
+        "digest": digest,
+        "content": manifest.to_bytes(),
+        "config_digest": manifest.config_digest,
+        "tensors_digest": manifest.tensors_digest,
+    }
+    connection.execute(sqlite_insert(manifests).values(row).on_conflict_do_nothing())
+
+
+def _next_version(connection: Connection, name: str) -> int:
+    statement = sqlite_insert(counters).values(name=name, last_version=1)
+    counted = statement.on_conflict_do_update(
+        index_elements=["name"], set_={"last_version": counters.c.last_version + 1}
+    )
+    version: int = connection.execute(counted.returning(counters.c.last_version)).scalar_one()
+    return version
+
+
+def _delete_alias(connection: Connection, reference: Reference) -> tuple[Manifest, ...]:
+    if reference != Reference(reference.name):
+        raise NotFound(f"{reference.name!r} is an alias; delete it by its name alone, without '@'")
+    connection.execute(delete(aliases).where(aliases.c.alias == reference.name))
+    return ()
+
+
+def _delete_versions(connection: Connection, reference: Reference) -> tuple[Manifest, ...]:
+    record = find_record(connection, reference)
+    of_name = versions.c.name == record.name
+    if reference == Reference(record.name):
+        doomed = of_name
+    elif reference.digest is not None:
+        doomed = of_name & (versions.c.digest == reference.digest)
+    else:
+        doomed = of_name & (versions.c.version == reference.version)
+    connection.execute(delete(versions).where(doomed))
+    for alias in aliases_of(connection, record.name):
+        pointed_at = Reference(alias.name, version=alias.version)
+        if find_record(connection, pointed_at, missing_ok=True) is None:
+            raise NameConflict(
+                f"alias {alias.alias!r} points at {alias.target!r}; move or delete the alias first"
+            )
+    unreferenced = ~exists().where(versions.c.digest == manifests.c.digest)
+    gone = connection.execute(delete(manifests).where(unreferenced).returning(manifests.c.content)).all()
+    return tuple(Manifest.from_bytes(row.content) for row in gone)
