@@ -82,13 +82,15 @@ class Method(ABC, Generic[Config]):
 
     def check_values(self, config: Config, tensors: Tensors, sites: Sites) -> None:
         """What only the values can tell (index ranges, repeats). Real tensors on the CPU, called once at
-        upload after `compile` has passed; the values are already known to be finite. Raises `InvalidTensors`."""
+        upload after `compile` has passed; the values are already known to be finite. Raises
+        `InvalidTensors`."""
         return None
 
     @abstractmethod
     def reference(self, config: Config, tensors: Tensors, site: Site, x_TI: Tensor) -> Tensor:
         """The paper's formula at one site, densely, in x's dtype: the adapted layer's output y [T, O] with
-        bias. Shares no arithmetic with `compile`. A site that the adapter does not touch gives ``W x + b``."""
+        bias. Shares no arithmetic with `compile`. A site that the adapter does not touch gives
+        ``W x + b``."""
 
     @abstractmethod
     def example(self, sites: Sites, generator: torch.Generator) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -1,0 +1,111 @@
+"""The strict reading of an ``adapter_config.json`` as PEFT writes it.
+
+A method lists what it reads as a `PeftConfig`: typed, bounded fields. Every other key is one of three
+kinds. *Inert* keys (dropout, the task, where training found its layers) change nothing at inference and
+are not looked at: the tensors' own names say which layers are adapted, so ``target_modules`` is never
+evaluated. A key of any other name is an option that the method does not serve: it may be there and off
+(null, false, empty, ``"none"``), and it is refused by name when it is on.
+
+This module knows no method, no tensor and no file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from timbre_methods.errors import InvalidConfig, UnsupportedMethod
+
+INERT = frozenset(
+    {
+        "auto_mapping",
+        "base_model_name_or_path",
+        "exclude_modules",
+        "fan_in_fan_out",
+        "inference_mode",
+        "layers_pattern",
+        "layers_to_transform",
+        "peft_type",
+        "peft_version",
+        "revision",
+        "target_modules",
+        "task_type",
+    }
+)
+"""Keys of every PEFT config that change nothing at inference, whatever they hold."""
+
+REASONS: Mapping[str, str] = {
+    "auto_map": "an adapter never brings code",
+    "trust_remote_code": "an adapter never brings code",
+    "_attn_implementation_internal": "an adapter never chooses the attention code",
+    "bias": 'it replaces biases of the base for everyone; train with bias="none"',
+    "modules_to_save": "whole replaced modules are not served; train without it",
+    "layer_replication": "it lays the base model out anew",
+    "trainable_token_indices": "replaced embedding rows are not served; train without it",
+    "target_parameters": "adapters on bare parameters are not served; target linear layers",
+}
+"""What to add to the refusal of an option that several methods share."""
+
+MAX_CONFIG_KEYS = 512
+
+Finite = Annotated[float, Field(allow_inf_nan=False, ge=-1e9, le=1e9)]
+"""A finite scale; whole numbers are welcome too."""
+Rank = Annotated[int, Field(ge=1, le=4096)]
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
+
+
+class PeftConfig(BaseModel):
+    """What one method reads of the config. Subclasses add fields, and may fill ``inert`` and ``reasons``."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+    inert: ClassVar[frozenset[str]] = frozenset()
+    reasons: ClassVar[Mapping[str, str]] = {}
+
+
+C = TypeVar("C", bound=PeftConfig)
+
+
+def is_on(value: object) -> bool:
+    """Whether an option's value switches something on."""
+    if isinstance(value, str):
+        return value.strip().lower() not in ("", "none")
+    return bool(value)
+
+
+def read_config(model: type[C], raw_config: Mapping[str, Any]) -> C:
+    """The typed config of a method.
+
+    Raises `UnsupportedMethod` for an option that is on and that the method does not read, and
+    `InvalidConfig` for a field of the wrong type or out of its bounds.
+    """
+    if len(raw_config) > MAX_CONFIG_KEYS:
+        raise InvalidConfig(f"the config has {len(raw_config)} keys, expected at most {MAX_CONFIG_KEYS}")
+    read = {}
+    for key, value in raw_config.items():
+        if key in model.model_fields:
+            read[key] = value
+        elif key not in INERT and key not in model.inert and is_on(value):
+            reason = model.reasons.get(key) or REASONS.get(key) or "switch it off or convert the adapter"
+            raise UnsupportedMethod(
+                f"{raw_config.get('peft_type')}: the option {shown(key)} is on ({shown(value)}) "
+                f"and is not served: {reason}"
+            )
+    try:
+        return model.model_validate(read)
+    except ValidationError as error:
+        raise InvalidConfig(_first_problem(error)) from None
+
+
+def shown(value: object) -> str:
+    """A value from a file as a message may show it: never longer than a line."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors(include_url=False, include_context=False)[0]
+    place = ".".join(str(step)[:80] for step in problem["loc"])
+    return f"adapter_config.json: {place}: {problem['msg']}, found {shown(problem['input'])}"

@@ -1,0 +1,219 @@
+"""LoRA, as PEFT saves it: ``y = W x + b + s (B A x + c)``.
+
+``s`` is ``alpha / r``, or ``alpha / sqrt(r)`` (rsLoRA). The rank is read from the tensors and must be one
+that the config names. ``alpha_pattern`` gives some layers their own alpha; ``c`` is there with
+``lora_bias``. Initialisers that move the base's own weights make a file that means nothing on the original
+base, so they are refused with what to do about it.
+
+Legend: T tokens, I in features, O out features, R rank.
+
+Papers: arXiv 2106.09685 equation 3; rsLoRA arXiv 2312.03732.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, TypeVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from timbre_methods.config import Finite, PeftConfig, Rank, is_on, read_config, shown
+from timbre_methods.contract import Method, Site, Sites, Tensors
+from timbre_methods.errors import InvalidTensors, UnsupportedMethod
+from timbre_methods.examples import chosen_sites, coin, peft_file, random_tensor, whole_number
+from timbre_methods.patterns import PathPatterns
+from timbre_methods.program import AdapterProgram, Diagonal, LowRank, Part
+from timbre_methods.site_tensors import PREFIX, SiteTensors, tensors_by_site, tensors_of_site
+
+KEYS = frozenset({"lora_A.weight", "lora_B.weight", "lora_B.bias"})
+
+VARIANTS = frozenset(
+    {
+        "alora_invocation_tokens",
+        "arrow_config",
+        "kasa_config",
+        "monteclora_config",
+        "use_bdlora",
+        "use_dora",
+        "use_qalora",
+        "velora_config",
+    }
+)
+"""Switches of PEFT's LORA that make another method of it."""
+
+_CONVERT = (
+    "save it again with PEFT's path_initial_model_for_weight_conversion, which turns it into a plain LoRA"
+)
+_MOVES_THE_BASE = (
+    f"it moves the base's weights in training, and this server keeps them as they are; {_CONVERT}"
+)
+_REFUSED_INITIALISERS: Mapping[str, str] = {
+    "pissa": _MOVES_THE_BASE,
+    "pissa_niter": f"its offset comes from an unseeded random SVD and cannot be computed again; {_CONVERT}",
+    "olora": _MOVES_THE_BASE,
+    "corda": f"its offset depends on training data that is not in the file; {_CONVERT}",
+    "lora_ga": f"its offset depends on training gradients that are not in the file; {_CONVERT}",
+    "loftq": f"it was trained on a quantised base, which this is not; {_CONVERT}",
+}
+_PLAIN_INITIALISERS = frozenset({"gaussian", "orthogonal", "eva", "mica"})
+
+
+class LoraConfig(PeftConfig):
+    """The fields that matter at inference. The defaults are PEFT's."""
+
+    inert = frozenset(
+        {
+            "corda_config",
+            "eva_config",
+            "loftq_config",
+            "lora_dropout",
+            "lora_ga_config",
+            "megatron_core",
+            "qalora_group_size",
+            "runtime_config",
+        }
+    )
+    reasons: ClassVar[Mapping[str, str]] = {
+        "kasa_config": "it cuts the base's small singular values off, and this server keeps them",
+        "ensure_weight_tying": "tied embedding adapters are not served; target linear layers only",
+    }
+
+    r: Rank = 8
+    lora_alpha: Finite = 8.0
+    use_rslora: bool = False
+    lora_bias: bool = False
+    rank_pattern: dict[str, Rank] | None = None
+    alpha_pattern: dict[str, Finite] | None = None
+    init_lora_weights: bool | Annotated[str, Field(max_length=64)] | None = True
+
+
+C = TypeVar("C", bound=LoraConfig)
+
+
+def read_lora_config(model: type[C], raw_config: Mapping[str, Any]) -> C:
+    """The config of LoRA or of a method built on it. Raises as `Method.parse` does."""
+    config = read_config(model, raw_config)
+    initialiser = config.init_lora_weights
+    if isinstance(initialiser, str) and initialiser.lower() not in _PLAIN_INITIALISERS:
+        family = "pissa_niter" if initialiser.lower().startswith("pissa_niter") else initialiser.lower()
+        reason = _REFUSED_INITIALISERS.get(family, "no such initialiser is known here")
+        raise UnsupportedMethod(f"LORA: init_lora_weights={shown(initialiser)} is not served: {reason}")
+    PathPatterns("alpha_pattern", config.alpha_pattern or {})
+    return config
+
+
+def read_factors(config: LoraConfig, found: SiteTensors) -> tuple[Tensor, Tensor]:
+    """``A`` [R, I] and ``B`` [O, R] of one site, checked against each other, the site and the config."""
+    site = found.site
+    a_RI = found.need("lora_A.weight", ("r", site.in_features))
+    rank = a_RI.shape[0]
+    b_OR = found.need("lora_B.weight", (site.out_features, rank))
+    ranks = {config.r, *(config.rank_pattern or {}).values()}
+    if rank not in ranks:
+        raise InvalidTensors(
+            f"{found.name_of('lora_A.weight')}: found rank {rank}, the config says {sorted(ranks)}"
+        )
+    return a_RI, b_OR
+
+
+def scale(config: LoraConfig, alphas: PathPatterns, path: str, rank: int) -> float:
+    """``s`` of one site."""
+    alpha = alphas.first(path)
+    if alpha is None:
+        alpha = config.lora_alpha
+    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
+
+
+class Lora(Method[LoraConfig]):
+    name = "lora"
+    paper = "arXiv 2106.09685"
+
+    def claims(self, raw_config: Mapping[str, Any]) -> bool:
+        return raw_config.get("peft_type") == "LORA" and not any(
+            is_on(raw_config.get(switch)) for switch in VARIANTS
+        )
+
+    def parse(self, raw_config: Mapping[str, Any]) -> LoraConfig:
+        return read_lora_config(LoraConfig, raw_config)
+
+    def compile(self, config: LoraConfig, tensors: Tensors, sites: Sites) -> AdapterProgram:
+        alphas = PathPatterns("alpha_pattern", config.alpha_pattern or {})
+        return AdapterProgram(
+            {
+                found.site.path: self._parts(config, alphas, found)
+                for found in tensors_by_site(tensors, sites, KEYS)
+            }
+        )
+
+    def _parts(self, config: LoraConfig, alphas: PathPatterns, found: SiteTensors) -> tuple[Part, ...]:
+        a_RI, b_OR = read_factors(config, found)
+        s = scale(config, alphas, found.site.path, a_RI.shape[0])
+        factors = LowRank(a_RI=a_RI.to(torch.float32, copy=True), b_OR=b_OR.to(torch.float32) * s)
+        key = "lora_B.bias"
+        if config.lora_bias:
+            c_O = found.need(key, (found.site.out_features,)).to(torch.float32)
+            return factors, Diagonal(side="output", gain=torch.ones_like(c_O), shift=c_O * s)
+        if key in found.tensors:
+            raise InvalidTensors(f"{found.name_of(key)} is surplus: the config says lora_bias=false")
+        return (factors,)
+
+    def reference(self, config: LoraConfig, tensors: Tensors, site: Site, x_TI: Tensor) -> Tensor:
+        adapted_OI, shift_O = site.weight_OI.to(x_TI.dtype), torch.zeros(site.out_features, dtype=x_TI.dtype)
+        own = {key: t.to(x_TI.dtype) for key, t in tensors_of_site(tensors, site, KEYS).items()}
+        if own:
+            s = reference_scale(config, site, own["lora_A.weight"].shape[0])
+            delta_OI = torch.einsum("or,ri->oi", own["lora_B.weight"], own["lora_A.weight"])
+            adapted_OI = adapted_OI + s * delta_OI
+            shift_O = shift_O + s * own.get("lora_B.bias", shift_O)
+        if site.bias_O is not None:
+            shift_O = shift_O + site.bias_O.to(x_TI.dtype)
+        return torch.einsum("oi,ti->to", adapted_OI, x_TI) + shift_O
+
+    def example(self, sites: Sites, generator: torch.Generator) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        return lora_example(sites, generator, with_bias=coin(generator))
+
+
+def reference_scale(config: LoraConfig, site: Site, rank: int) -> float:
+    """The scale as PEFT computes it. For references only: nowhere else does `re` see a key from a file."""
+    alphas = config.alpha_pattern or {}
+    key = next((key for key in alphas if re.match(rf"(.*\.)?({key})$", site.path)), None)
+    alpha = config.lora_alpha if key is None else alphas[key]
+    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
+
+
+def lora_example(
+    sites: Sites, generator: torch.Generator, with_bias: bool
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A valid adapter of LoRA's format with several ranks and alphas."""
+    chosen = chosen_sites(sites, generator)
+    r, other_r = whole_number(1, 4, generator), whole_number(5, 6, generator)
+    tensors, ranks = {}, {}
+    for number, site in enumerate(chosen):
+        rank = other_r if number % 3 == 1 else r
+        if rank != r:
+            ranks[site.path] = rank
+        stem = PREFIX + site.path
+        tensors[f"{stem}.lora_A.weight"] = random_tensor((rank, site.in_features), generator)
+        tensors[f"{stem}.lora_B.weight"] = random_tensor((site.out_features, rank), generator)
+        if with_bias:
+            tensors[f"{stem}.lora_B.bias"] = random_tensor((site.out_features,), generator)
+    options = {
+        "r": r,
+        "lora_alpha": whole_number(1, 32, generator),
+        "use_rslora": coin(generator),
+        "lora_bias": with_bias,
+        "rank_pattern": ranks,
+        "alpha_pattern": {chosen[0].path: 3, chosen[-1].path.split(".")[-1]: 2.5},
+        "init_lora_weights": True,
+        "lora_dropout": 0.1,
+        "use_dora": False,
+        "bias": "none",
+        "modules_to_save": None,
+        "layer_replication": None,
+        "loftq_config": {},
+    }
+    return peft_file("LORA", chosen, options), tensors

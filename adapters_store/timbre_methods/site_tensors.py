@@ -1,0 +1,129 @@
+"""From the names in an adapter's file to the tensors of each site.
+
+PEFT names a layer's tensor ``base_model.model.<module path>.<key>``. The names alone say which layers
+are adapted. Every tensor is taken by a site or refused by name. This module knows no method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from timbre_methods.contract import Site, Sites, Tensors
+from timbre_methods.errors import AdapterMismatch, InvalidTensors
+
+PREFIX = "base_model.model."
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+_REFUSED_ENDINGS: Mapping[str, str] = {
+    "base_layer.weight": "it would replace a weight of the base; save with save_embedding_layers=False",
+    "base_layer.bias": 'it would replace a bias of the base; train with bias="none"',
+    "embed_tokens.weight": "it would replace the base's embedding; save with save_embedding_layers=False",
+    "lm_head.weight": "it would replace the base's head; save with save_embedding_layers=False",
+    "lora_embedding_A": "adapters on embeddings are not served; target linear layers only",
+    "lora_embedding_B": "adapters on embeddings are not served; target linear layers only",
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SiteTensors:
+    """The tensors that a file holds for one site, by the method's own keys."""
+
+    site: Site
+    tensors: Mapping[str, Tensor]
+
+    def get(
+        self, key: str, shape: tuple[int | str, ...], dtypes: tuple[torch.dtype, ...] = FLOATS
+    ) -> Tensor | None:
+        """The tensor under a key, or None where the file has none.
+
+        ``shape`` holds sizes, or a letter for a size that may be anything from 1. Raises `InvalidTensors`
+        with found and expected for another shape or dtype.
+        """
+        tensor = self.tensors.get(key)
+        if tensor is None:
+            return None
+        name = self.name_of(key)
+        fits = len(tensor.shape) == len(shape) and all(
+            size >= 1 if isinstance(wanted, str) else size == wanted
+            for size, wanted in zip(tensor.shape, shape, strict=True)
+        )
+        if not fits:
+            expected = ", ".join(map(str, shape))
+            raise InvalidTensors(f"{name}: found shape {list(tensor.shape)}, expected [{expected}]")
+        if tensor.dtype not in dtypes:
+            wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            found = str(tensor.dtype).removeprefix("torch.")
+            raise InvalidTensors(f"{name}: found dtype {found}, expected one of {wanted}")
+        return tensor
+
+    def need(
+        self, key: str, shape: tuple[int | str, ...], dtypes: tuple[torch.dtype, ...] = FLOATS
+    ) -> Tensor:
+        """As `get`, and a missing tensor is refused too."""
+        tensor = self.get(key, shape, dtypes)
+        if tensor is None:
+            found = ", ".join(self.name_of(other) for other in self.tensors)
+            raise InvalidTensors(f"{self.name_of(key)} is missing, while the file holds {found}")
+        return tensor
+
+    def name_of(self, key: str) -> str:
+        """The tensor's name in the file."""
+        return f"{PREFIX}{self.site.path}.{key}"
+
+
+def tensors_by_site(tensors: Tensors, sites: Sites, keys: frozenset[str]) -> Iterator[SiteTensors]:
+    """The file's tensors, site by site in the base's order. ``keys`` are all keys that the method reads.
+
+    Raises `InvalidTensors` for a tensor that no site takes and for an empty file, `AdapterMismatch` for a
+    site that the base lacks.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        path, key = _split(name, keys)
+        if path not in sites:
+            raise AdapterMismatch(f"{name[:200]}: {nearest_fact(path, sites)}")
+        found.setdefault(path, {})[key] = tensor
+    if not found:
+        raise InvalidTensors("the file holds no tensor, expected at least one adapted layer")
+    for path, site in sites.items():
+        if path in found:
+            yield SiteTensors(site, found[path])
+
+
+def tensors_of_site(tensors: Tensors, site: Site, keys: frozenset[str]) -> dict[str, Tensor]:
+    """The tensors that the file holds for this one site, by key, unchecked; empty where it is not adapted."""
+    names = {key: f"{PREFIX}{site.path}.{key}" for key in keys}
+    return {key: tensors[name] for key, name in names.items() if name in tensors}
+
+
+def nearest_fact(path: str, sites: Sites) -> str:
+    """What the base has where an adapter names a module that is not one of its linear layers."""
+    steps = path.split(".")
+    for length in range(len(steps), -1, -1):
+        parent = ".".join(steps[:length])
+        below = [site for site in sites if not parent or site == parent or site.startswith(parent + ".")]
+        if below:
+            break
+    children = list(dict.fromkeys(site.removeprefix(parent).lstrip(".").split(".")[0] for site in below))
+    shown = ", ".join(children[:8]) + (f", ... {children[-1]}" if len(children) > 8 else "")
+    place = f"below {parent!r} it has {shown}" if shown.strip() else f"{parent!r} is a linear layer itself"
+    return f"this base has no linear layer {path[:120]!r}; {place}"
+
+
+def _split(name: str, keys: frozenset[str]) -> tuple[str, str]:
+    for ending, reason in _REFUSED_ENDINGS.items():
+        if name.endswith(ending):
+            raise InvalidTensors(f"{name[:200]} is not served: {reason}")
+    if name.startswith(PREFIX):
+        for key in keys:
+            if name.endswith("." + key):
+                return name[len(PREFIX) : -len(key) - 1], key
+    endings = ", ".join(sorted(keys))
+    raise InvalidTensors(
+        f"{name[:200]!r} is surplus: no layer takes it; "
+        f"expected names like '{PREFIX}<module path>.<key>' with one of the keys {endings}"
+    )

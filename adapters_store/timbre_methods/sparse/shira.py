@@ -1,0 +1,121 @@
+"""SHiRA, as PEFT saves it: ``y = (W + S) x + b`` with S sparse.
+
+The file holds the values and their (row, column) indices, in any order; indices are int32, or float32 in
+files written on Windows. The mask's seed in the config is of no account. Two values for one place are
+refused: their sum would depend on who reads the file.
+
+Legend: T tokens, I in features, O out features, N stored values.
+
+Paper: arXiv 2406.13175.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from timbre_methods.config import PeftConfig, read_config
+from timbre_methods.contract import Method, Site, Sites, Tensors
+from timbre_methods.errors import InvalidTensors
+from timbre_methods.examples import chosen_sites, coin, peft_file, random_tensor, whole_number
+from timbre_methods.program import AdapterProgram, Sparse
+from timbre_methods.site_tensors import PREFIX, SiteTensors, tensors_by_site, tensors_of_site
+
+VALUES, INDICES = "shira_weight", "shira_indices"
+KEYS = frozenset({VALUES, INDICES})
+INDEX_DTYPES = (torch.int32, torch.int64, torch.float32)
+
+
+class ShiraConfig(PeftConfig):
+    """Nothing of the config matters at inference: values and places are in the file."""
+
+    inert = frozenset({"init_weights", "mask_type", "r", "random_seed"})
+
+
+class Shira(Method[ShiraConfig]):
+    name = "shira"
+    paper = "arXiv 2406.13175"
+
+    def claims(self, raw_config: Mapping[str, Any]) -> bool:
+        return raw_config.get("peft_type") == "SHIRA"
+
+    def parse(self, raw_config: Mapping[str, Any]) -> ShiraConfig:
+        return read_config(ShiraConfig, raw_config)
+
+    def compile(self, config: ShiraConfig, tensors: Tensors, sites: Sites) -> AdapterProgram:
+        return AdapterProgram(
+            {found.site.path: (_rows(found),) for found in tensors_by_site(tensors, sites, KEYS)}
+        )
+
+    def check_values(self, config: ShiraConfig, tensors: Tensors, sites: Sites) -> None:
+        for found in tensors_by_site(tensors, sites, KEYS):
+            _check_indices(found)
+
+    def reference(self, config: ShiraConfig, tensors: Tensors, site: Site, x_TI: Tensor) -> Tensor:
+        weight_OI = site.weight_OI.to(x_TI.dtype, copy=True)
+        own = tensors_of_site(tensors, site, KEYS)
+        if own:
+            rows_N, columns_N = own[INDICES].to(torch.int64)
+            weight_OI[rows_N, columns_N] += own[VALUES].to(x_TI.dtype)
+        y_TO = x_TI @ weight_OI.T
+        return y_TO if site.bias_O is None else y_TO + site.bias_O.to(x_TI.dtype)
+
+    def example(self, sites: Sites, generator: torch.Generator) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        chosen = chosen_sites(sites, generator)
+        index_dtype = torch.float32 if coin(generator) else torch.int32
+        tensors = {}
+        for site in chosen:
+            size = site.out_features * site.in_features
+            count = min(site.out_features + site.in_features, size)
+            cells_N = torch.randperm(size, generator=generator)[:count].sort().values
+            indices = torch.stack([cells_N // site.in_features, cells_N % site.in_features])
+            tensors[f"{PREFIX}{site.path}.{VALUES}"] = random_tensor((count,), generator)
+            tensors[f"{PREFIX}{site.path}.{INDICES}"] = indices.to(index_dtype)
+        options = {
+            "r": 1,
+            "mask_type": "random",
+            "random_seed": whole_number(0, 99, generator),
+            "init_weights": True,
+            "modules_to_save": None,
+        }
+        return peft_file("SHIRA", chosen, options), tensors
+
+
+def _read(found: SiteTensors) -> tuple[Tensor, Tensor]:
+    values_N = found.need(VALUES, ("n",))
+    return values_N, found.need(INDICES, (2, values_N.shape[0]), INDEX_DTYPES)
+
+
+def _rows(found: SiteTensors) -> Sparse:
+    values_N, indices = _read(found)
+    rows_N, columns_N = indices.to(torch.int64)
+    order_N = torch.argsort(rows_N, stable=True)
+    row_starts = torch.arange(found.site.out_features + 1, device=rows_N.device)
+    return Sparse(
+        row_ends=torch.searchsorted(rows_N[order_N], row_starts),
+        columns_N=columns_N[order_N].to(torch.int32),
+        values_N=values_N[order_N].to(torch.float32),
+        in_features=found.site.in_features,
+    )
+
+
+def _check_indices(found: SiteTensors) -> None:
+    _, indices = _read(found)
+    name = found.name_of(INDICES)
+    if indices.is_floating_point() and not torch.equal(indices, indices.round()):
+        fraction = float(indices[indices != indices.round()][0])
+        raise InvalidTensors(f"{name}: found the index {fraction}, expected whole numbers")
+    rows_N, columns_N = indices.to(torch.int64)
+    sizes = (("row", rows_N, found.site.out_features), ("column", columns_N, found.site.in_features))
+    for what, index_N, size in sizes:
+        low, high = int(index_N.min()), int(index_N.max())
+        if low < 0 or high >= size:
+            wrong = low if low < 0 else high
+            raise InvalidTensors(f"{name}: found the {what} {wrong}, expected 0 to {size - 1}")
+    cells, counts = torch.unique(rows_N * found.site.in_features + columns_N, return_counts=True)
+    if cells.numel() < rows_N.numel():
+        row, column = divmod(int(cells[counts.argmax()]), found.site.in_features)
+        raise InvalidTensors(f"{name}: found the place ({row}, {column}) twice, expected each place once")

@@ -1,0 +1,224 @@
+"""Fixtures of the method tests: tiny models, adapters as PEFT writes them, tiny sites."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from timbre_methods.contract import Site
+
+
+def _load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"methods_{name}", Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def evaluate() -> ModuleType:
+    """The tests' own evaluator of programs."""
+    return _load("evaluate")
+
+
+@pytest.fixture(scope="session")
+def llama() -> LlamaForCausalLM:
+    """Two layers, grouped-query attention, biases in the attention, sizes that are no powers of two."""
+    torch.manual_seed(11)
+    config = LlamaConfig(
+        vocab_size=61,
+        hidden_size=48,
+        intermediate_size=70,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        attention_bias=True,
+        tie_word_embeddings=False,
+        initializer_range=0.15,
+    )
+    return _with_random_biases(LlamaForCausalLM(config))
+
+
+@pytest.fixture(scope="session")
+def gpt2() -> GPT2LMHeadModel:
+    """Two layers of `Conv1D`, all with biases."""
+    torch.manual_seed(12)
+    config = GPT2Config(
+        vocab_size=61,
+        n_positions=64,
+        n_embd=48,
+        n_layer=2,
+        n_head=4,
+        initializer_range=0.15,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return _with_random_biases(GPT2LMHeadModel(config))
+
+
+def _with_random_biases(model: Any) -> Any:
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):
+            nn.init.normal_(parameter.data, std=0.2)
+    return model.eval()
+
+
+@contextmanager
+def warnings_of_others() -> Iterator[None]:
+    """PEFT uses a renamed attribute, takes lora_B.bias for a torn matrix, and makes unchecked sparse tensors."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", ".*have invalid shape: .*lora_B.bias", peft.utils.warning.PeftWarning
+        )
+        warnings.filterwarnings("ignore", "Sparse invariant checks are implicitly disabled", UserWarning)
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
+
+
+@dataclass(frozen=True)
+class Written:
+    """An adapter as PEFT wrote it to disk."""
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    folder: Path
+
+
+@pytest.fixture
+def write_with_peft(tmp_path: Path) -> Callable[..., Written]:
+    """Makes an adapter with PEFT, gives all its weights random values and saves it."""
+
+    def write(model: nn.Module, config: peft.PeftConfig, std: float = 0.3, **save: Any) -> Written:
+        torch.manual_seed(5)
+        with warnings_of_others():
+            wrapped = peft.get_peft_model(copy.deepcopy(model), config)
+        for name, parameter in wrapped.named_parameters():
+            if parameter.requires_grad:
+                noise = torch.randn(parameter.shape) * std
+                centre = parameter.data if "magnitude" in name or "ia3" in name else 0.0
+                parameter.data = (centre + noise).to(parameter.dtype)
+        folder = tmp_path / f"adapter{len(os.listdir(tmp_path))}"
+        with warnings_of_others():
+            wrapped.save_pretrained(str(folder), **save)
+        return Written(
+            json.loads((folder / "adapter_config.json").read_text()),
+            load_file(folder / "adapter_model.safetensors"),
+            folder,
+        )
+
+    return write
+
+
+@pytest.fixture
+def peft_logits() -> Callable[[nn.Module, Path, Tensor], Tensor]:
+    """The logits of PEFT's own forward with an adapter loaded from disk."""
+
+    @torch.no_grad()
+    def logits(model: nn.Module, folder: Path, token_ids: Tensor) -> Tensor:
+        with warnings_of_others():
+            wrapped = peft.PeftModel.from_pretrained(copy.deepcopy(model), str(folder)).eval()
+            return wrapped(token_ids).logits
+
+    return logits
+
+
+@pytest.fixture
+def timbre_logits(evaluate: ModuleType) -> Callable[[nn.Module, Written, Tensor], Tensor]:
+    """The logits of the base with our reading of the adapter's two files."""
+    from timbre_methods.registry import check_adapter, method_for
+
+    @torch.no_grad()
+    def logits(model: nn.Module, written: Written, token_ids: Tensor) -> Tensor:
+        sites = evaluate.linear_sites(model)
+        check_adapter(written.config, written.tensors, sites)
+        method = method_for(written.config)
+        program = method.compile(method.parse(written.config), written.tensors, sites)
+        return evaluate.adapted_copy(model, program)(token_ids).logits
+
+    return logits
+
+
+@pytest.fixture(scope="session")
+def token_ids() -> Tensor:
+    return torch.randint(1, 61, (2, 11), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture
+def agrees_with_peft(
+    write_with_peft: Callable[..., Written],
+    peft_logits: Callable[..., Tensor],
+    timbre_logits: Callable[..., Tensor],
+    token_ids: Tensor,
+) -> Callable[..., None]:
+    """Writes an adapter with PEFT, reads it from disk both ways and compares all logits in float32."""
+
+    def check(model: nn.Module, config: peft.PeftConfig, std: float = 0.3, **save: Any) -> None:
+        written = write_with_peft(model, config, std, **save)
+        expected = peft_logits(model, written.folder, token_ids)
+        with torch.no_grad():
+            base = model(token_ids).logits
+        assert (expected - base).abs().max() > 0.05, "the adapter must change the model"
+        actual = timbre_logits(model, written, token_ids)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
+
+    return check
+
+
+@pytest.fixture
+def agrees_in_bf16(
+    write_with_peft: Callable[..., Written],
+    peft_logits: Callable[..., Tensor],
+    timbre_logits: Callable[..., Tensor],
+    token_ids: Tensor,
+) -> Callable[..., None]:
+    """On a bf16 base: no further from the exact answer than PEFT's own rounding explains."""
+
+    def check(model: nn.Module, config: peft.PeftConfig, std: float = 0.3) -> None:
+        rounded = copy.deepcopy(model).to(torch.bfloat16)
+        exact_model = copy.deepcopy(rounded).float()
+        written = write_with_peft(exact_model, config, std)
+        exact = peft_logits(exact_model, written.folder, token_ids)
+        expected = peft_logits(rounded, written.folder, token_ids).float()
+        actual = timbre_logits(rounded, written, token_ids).float()
+        allowed = 1.5 * float((expected - exact).abs().max())
+        assert 0 < allowed < 0.5
+        torch.testing.assert_close(actual, exact, rtol=0, atol=allowed)
+
+    return check
+
+
+@pytest.fixture
+def site() -> Callable[..., Site]:
+    """Builds a site with random weights."""
+
+    def build(
+        path: str = "model.layers.0.self_attn.q_proj",
+        out_features: int = 6,
+        in_features: int = 5,
+        bias: bool = False,
+    ) -> Site:
+        generator = torch.Generator().manual_seed(len(path) + out_features * in_features)
+        weight = torch.randn(out_features, in_features, generator=generator)
+        return Site(path, weight, torch.randn(out_features, generator=generator) if bias else None)
+
+    return build
