@@ -54,9 +54,13 @@ EDGES: Mapping[str, frozenset[str]] = {
             "timbre_server.engine.messages timbre_server.engine.client timbre_store"
             " timbre_methods.errors timbre_server.request_record timbre_server.errors"
         ),
+        "timbre_server.metrics_catalogue": "",
+        "timbre_server.tally": (
+            "timbre_server.engine.messages timbre_server.metrics_catalogue timbre_server.series"
+            " timbre_server.request_record"
+        ),
         "timbre_server.metrics": (
-            "timbre_server.engine.messages timbre_server.series timbre_server.request_record"
-            " timbre_server.errors"
+            "timbre_server.engine.messages timbre_server.metrics_catalogue timbre_server.tally"
         ),
         "timbre_server.build": "*",
         "timbre_server.cli": "timbre_server.settings timbre_server.build timbre_server.errors",
