@@ -1,0 +1,58 @@
+"""One forward pass over the flattened rows of several sequences.
+
+The model sees a batch of 1 with all rows one after another; positions, cache slots and what each row may
+see come from `paged_attention.PagedStep`. Knows nothing of requests, sampling or adapters.
+
+Legend: T rows, N kept rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from timbre_server.engine.context import AttentionContext, active
+from timbre_server.engine.kv_cache import KVCache
+from timbre_server.engine.paged_attention import PagedStep, SequenceRows
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows in order: the token of each, the sequences they belong to, and the rows whose logits are kept."""
+
+    token_ids: Sequence[int]
+    sequences: Sequence[SequenceRows]
+    kept_rows: Sequence[int]
+
+
+def forward(model: PreTrainedModel, cache: KVCache, batch: Batch) -> Tensor:
+    """Logits [N, V] of the kept rows, float32; the rows' keys and values are in the cache afterwards.
+
+    Call it under ``torch.inference_mode()``.
+    """
+    positions = [p for rows in batch.sequences for p in range(rows.start, rows.end)]
+    return run_model(model, PagedStep(cache, batch.sequences), batch.token_ids, positions, batch.kept_rows)
+
+
+def run_model(
+    model: PreTrainedModel,
+    context: AttentionContext,
+    token_ids: Sequence[int],
+    positions: Sequence[int],
+    kept_rows: Sequence[int],
+) -> Tensor:
+    """The model on one flattened batch, its attention answered by ``context``: logits [N, V], float32."""
+    device = model.device
+    with active(context):
+        output = model(
+            input_ids=torch.tensor([token_ids], dtype=torch.int64, device=device),
+            position_ids=torch.tensor([positions], dtype=torch.int64, device=device),
+            logits_to_keep=torch.tensor(kept_rows, dtype=torch.int64, device=device),
+            use_cache=False,
+        )
+    logits_NV: Tensor = output.logits[0].float()
+    return logits_NV

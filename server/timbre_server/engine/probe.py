@@ -1,0 +1,175 @@
+"""What a loaded model is made of, found by one forward pass instead of by reading its configuration.
+
+With our attention installed, a recording context answers the layers (densely, without a cache) and notes
+each layer's heads, sizes, window, soft cap and sinks; hooks note which tensor every linear layer reads.
+A model that this cannot serve is refused here, by name: most would otherwise be silently wrong.
+
+Legend: T rows, H query heads, G KV heads, M query heads of one KV head, D key dim, E value dim, N kept rows.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from timbre_server.adapters.groups import LinearGroup
+from timbre_server.engine.batch import run_model
+from timbre_server.engine.context import AttentionCall
+from timbre_server.engine.deny_list import family_name
+from timbre_server.engine.kv_cache import LayerShape
+from timbre_server.engine.linears import bias_of, features, is_linear
+from timbre_server.engine.messages import SiteShape
+from timbre_server.engine.paged_attention import exact_attention
+from timbre_server.errors import UnsupportedModel
+
+_TOKEN_IDS = (1, 2, 3, 4, 5, 6, 7)
+_NUM_ROWS = len(_TOKEN_IDS)
+_KEPT_ROWS = (1, 3, 6)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerAttention:
+    """One attention layer as it was called."""
+
+    shape: LayerShape
+    num_heads: int
+    scale: float
+    window: int | None
+    softcap: float | None
+    has_sinks: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeResult:
+    layers: tuple[LayerAttention, ...]
+    """In layer order."""
+    groups: tuple[LinearGroup, ...]
+    """In call order; only linears that see every row exactly once, and the head, which sees the kept ones."""
+    sites: tuple[SiteShape, ...]
+    """The members of all groups, in their order."""
+
+    @property
+    def kv_shapes(self) -> tuple[LayerShape, ...]:
+        return tuple(layer.shape for layer in self.layers)
+
+
+class Recording:
+    """An attention context that remembers its calls and attends causally over the step's rows alone."""
+
+    def __init__(self) -> None:
+        self.calls: list[AttentionCall] = []
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        self.calls.append(call)
+        num_rows, num_kv_heads = call.q_HTD.shape[1], call.k_GTD.shape[0]
+        q_GMTD = call.q_HTD.reshape(num_kv_heads, -1, *call.q_HTD.shape[1:])
+        hidden_TT = torch.ones(num_rows, num_rows, device=call.q_HTD.device).triu(1).bool()
+        mask_TT = torch.zeros(num_rows, num_rows, dtype=call.q_HTD.dtype, device=call.q_HTD.device)
+        mask_TT.masked_fill_(hidden_TT, float("-inf"))
+        k_G1TD, v_G1TE = call.k_GTD[:, None], call.v_GTE[:, None]
+        out_GMTE = exact_attention(q_GMTD, k_G1TD, v_G1TE, mask_TT, call, None)
+        return out_GMTE.flatten(0, 1).transpose(0, 1)
+
+
+@dataclass(slots=True)
+class _Reads:
+    """Which tensor each linear read, in call order. Keeps the tensors: only the living have unique ids."""
+
+    entries: list[tuple[str, Tensor]] = field(default_factory=list)
+
+    def note(self, path: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if args:
+            self.entries.append((path, args[0]))
+
+
+def probe(model: PreTrainedModel) -> ProbeResult:
+    """Run a few rows through the model, whose attention must be installed already.
+
+    Raises:
+        UnsupportedModel: the family's name and why it cannot be served.
+    """
+    family = family_name(model.config)
+    _refuse_by_signature(model, family)
+    recording, reads = Recording(), _Reads()
+    hooks = [
+        module.register_forward_pre_hook(partial(reads.note, path))
+        for path, module in model.named_modules()
+        if is_linear(module)
+    ]
+    try:
+        with torch.inference_mode():
+            run_model(model, recording, _TOKEN_IDS, range(_NUM_ROWS), _KEPT_ROWS)
+    except UnsupportedModel as refusal:
+        raise UnsupportedModel(f"{family}: {refusal}") from refusal
+    finally:
+        for hook in hooks:
+            hook.remove()
+    groups = _groups(model, reads.entries)
+    sites = tuple(_site(path, model.get_submodule(path)) for group in groups for path in group.paths)
+    return ProbeResult(_layers(model, family, recording.calls), groups, sites)
+
+
+def _refuse_by_signature(model: PreTrainedModel, family: str) -> None:
+    accepted = inspect.signature(model.forward).parameters
+    missing = [name for name in ("input_ids", "position_ids", "logits_to_keep") if name not in accepted]
+    if missing:
+        raise UnsupportedModel(
+            f"{family}: its forward takes no {', '.join(missing)}; a model whose rows have no positions of "
+            "their own (recurrent or convolutional state, for one) cannot be served from a paged cache."
+        )
+
+
+def _layers(
+    model: PreTrainedModel, family: str, calls: Sequence[AttentionCall]
+) -> tuple[LayerAttention, ...]:
+    text = model.config.get_text_config()
+    expected = int(text.num_hidden_layers)
+    called = sorted(call.layer for call in calls)
+    if called != list(range(expected)):
+        raise UnsupportedModel(
+            f"{family}: {len(set(called))} of {expected} layers called transformers' attention interface "
+            f"({len(calls)} calls in all, expected one a layer). The others compute attention in "
+            "code of their own or keep recurrent state, and cannot be served from a paged cache."
+        )
+    layers = tuple(_layer(call) for call in sorted(calls, key=lambda call: call.layer))
+    for kind, layer in zip(getattr(text, "layer_types", None) or (), layers, strict=False):
+        if (kind == "sliding_attention") != (layer.window is not None):
+            raise UnsupportedModel(
+                f"{family}: layer {layer.shape.layer} is declared {kind} but calls attention with window "
+                f"{layer.window}; its window exists only in the mask and cannot be served."
+            )
+    return layers
+
+
+def _layer(call: AttentionCall) -> LayerAttention:
+    shape = LayerShape(call.layer, call.k_GTD.shape[0], call.k_GTD.shape[2], call.v_GTE.shape[2])
+    return LayerAttention(
+        shape, call.q_HTD.shape[0], call.scale, call.window, call.softcap, call.sinks_H is not None
+    )
+
+
+def _site(path: str, module: nn.Module) -> SiteShape:
+    in_features, out_features = features(module)
+    return SiteShape(path, out_features, in_features, bias_of(module) is not None)
+
+
+def _groups(model: PreTrainedModel, entries: Sequence[tuple[str, Tensor]]) -> tuple[LinearGroup, ...]:
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    times = [path for path, _ in entries]
+    found: dict[int, list[str]] = {}
+    heads: set[int] = set()
+    for path, x in entries:
+        is_head = model.get_submodule(path) is head
+        num_rows = x.numel() // x.shape[-1]
+        if times.count(path) != 1 or num_rows != (len(_KEPT_ROWS) if is_head else _NUM_ROWS):
+            continue
+        found.setdefault(id(x), []).append(path)
+        if is_head:
+            heads.add(id(x))
+    return tuple(LinearGroup(tuple(paths), key in heads) for key, paths in found.items())
