@@ -1,0 +1,38 @@
+"""Who goes first and who gives way: pure functions on sequences. `scheduler` does what they say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from timbre_server.engine.sequence import Sequence
+
+
+def num_tokens_left(sequence: Sequence) -> int:
+    """Tokens whose KV entries are still to be computed; 1 while decoding."""
+    return len(sequence.token_ids) - sequence.num_computed_tokens
+
+
+def running_order(running: Iterable[Sequence]) -> list[Sequence]:
+    """Decodes before prefill chunks, each in order of arrival: a long prompt never delays a stream."""
+    return sorted(running, key=lambda sequence: (num_tokens_left(sequence) > 1, sequence.arrival))
+
+
+def victim(running: Iterable[Sequence]) -> Sequence:
+    """Who gives its blocks back when they run out: the latest to arrive, so the oldest always gets on."""
+    return max(running, key=lambda sequence: sequence.arrival)
+
+
+def has_room(num_needed: int, num_free: int, num_running: int) -> bool:
+    """Whether a waiting sequence's blocks may be taken: one stays for each running sequence's next tokens,
+    so that an admission does not at once preempt somebody (or itself, again and again)."""
+    return num_needed + num_running <= num_free
+
+
+def is_held_back(sequence: Sequence, passed_over: Iterable[Sequence], max_skips: int) -> bool:
+    """Whether a sequence must wait for one before it in the queue that waits for an adapter.
+
+    Waiting for an adapter holds nobody back until ``max_skips`` later requests were admitted. From then
+    on no later request with adapters is: those in use may fill the memory that the first one needs. Base
+    requests hold no adapter memory, so they always pass.
+    """
+    return bool(sequence.mix) and any(other.num_skips >= max_skips for other in passed_over)
