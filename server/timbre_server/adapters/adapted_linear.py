@@ -26,6 +26,9 @@ from timbre_server.operators.row_table import RowTable
 Programs = Mapping[int, AdapterProgram]
 """Adapter slot -> the program that lives there."""
 
+Operators = Mapping[type[Part], Operator[Any]]
+"""Which operator runs each kind of part."""
+
 
 class ActiveRows:
     """The row table of the step that is running; None between steps and for a step of base rows only."""
@@ -38,7 +41,7 @@ class AdaptedGroup:
     """Layers that read one input, and what is prepared for them while the row table repeats."""
 
     def __init__(
-        self, paths: Sequence[str], rows: ActiveRows, programs: Programs, operators: Sequence[Operator[Any]]
+        self, paths: Sequence[str], rows: ActiveRows, programs: Programs, operators: Operators
     ) -> None:
         self._paths = tuple(paths)
         self._rows = rows
@@ -61,19 +64,14 @@ class AdaptedGroup:
         return self._bound
 
     def _bind(self, table: RowTable) -> list[Bound]:
-        slots = table.slots
-        bound = []
-        for operator in self._operators:
-            uses: list[dict[int, Sequence[Part]]] = [{} for _ in self._paths]
+        uses: dict[type[Part], list[dict[int, list[Part]]]] = {}
+        for slot in table.slots:
+            sites = self._programs[slot].sites
             for member, path in enumerate(self._paths):
-                for slot in slots:
-                    parts = self._programs[slot].sites.get(path, ())
-                    own = tuple(part for part in parts if isinstance(part, operator.part))
-                    if own:
-                        uses[member][slot] = own
-            if any(uses):
-                bound.append(operator.bind(uses, table))
-        return bound
+                for part in sites.get(path, ()):
+                    members = uses.setdefault(type(part), [{} for _ in self._paths])
+                    members[member].setdefault(slot, []).append(part)
+        return [self._operators[kind].bind(members, table) for kind, members in uses.items()]
 
     def forget(self) -> None:
         """Drop what was prepared and what is kept of a running step; called when a slot changes hands."""

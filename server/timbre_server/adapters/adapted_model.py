@@ -31,7 +31,7 @@ class AdaptedModel:
         self._body_rows = ActiveRows()
         self._head_rows = ActiveRows()
         self._groups: list[AdaptedGroup] = []
-        operators = all_operators()
+        operators = {operator.part: operator for operator in all_operators()}
         for group in groups:
             rows = self._head_rows if group.is_head else self._body_rows
             adapted = AdaptedGroup(group.paths, rows, self._programs, operators)

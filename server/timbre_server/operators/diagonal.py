@@ -3,7 +3,7 @@
 Rows of one span have equal gains, so the weighted gains are summed once for each distinct mix of the table
 (not each row), and a row looks its own up.
 
-Legend: T rows of the batch, N rows that have a gain, M distinct mixes, D features (in or out).
+Legend: T rows of the batch, N rows that have a gain, M distinct mixes, P parts, D features (in or out).
 """
 
 from __future__ import annotations
@@ -54,40 +54,30 @@ class _Gains:
 
 def _gains(parts_by_slot: Mapping[int, Sequence[Diagonal]], side: str, table: RowTable) -> _Gains | None:
     """The summed gains of every span that has one on this side, or None."""
-    rows: list[int] = []
-    mixes: list[int] = []
-    distinct: dict[Pairs, int] = {}
-    start = 0
-    for span in table.spans:
-        pairs = tuple(
-            (slot, weight)
-            for slot, weight in span.pairs
-            if any(part.side == side for part in parts_by_slot.get(slot, ()))
-        )
-        if pairs:
-            rows.extend(range(start, start + span.num_rows))
-            mixes.extend([distinct.setdefault(pairs, len(distinct))] * span.num_rows)
-        start += span.num_rows
-    if not distinct:
+    parts = [
+        (slot, part) for slot in table.slots for part in parts_by_slot.get(slot, ()) if part.side == side
+    ]
+    if not parts:
         return None
-    summed = [_sum(parts_by_slot, side, pairs) for pairs in distinct]
-    some_shift = any(shift is not None for _, shift in summed)
-    device = table.device
+    slots = {slot for slot, _ in parts}
+    mixes: dict[Pairs, int] = {}
+    mix_of_row: list[int] = []
+    for span in table.spans:
+        pairs = tuple((slot, weight) for slot, weight in span.pairs if slot in slots)
+        if pairs:
+            mix_of_row.extend([mixes.setdefault(pairs, len(mixes))] * span.num_rows)
+    weights = [[dict(pairs).get(slot, 0.0) for slot, _ in parts] for pairs in mixes]
+    weights_MP = torch.tensor(weights, device=table.device)
+    shift_MD = None
+    if any(part.shift is not None for _, part in parts):
+        shifts = [torch.zeros_like(p.gain) if p.shift is None else p.shift for _, p in parts]
+        shift_MD = weights_MP @ torch.stack(shifts)
     return _Gains(
-        None if len(rows) == table.num_rows else torch.tensor(rows, device=device),
-        torch.tensor(mixes, device=device),
-        torch.stack([gain for gain, _ in summed]),
-        torch.stack([torch.zeros_like(g) if s is None else s for g, s in summed]) if some_shift else None,
+        table.rows_using(slots),
+        torch.tensor(mix_of_row, device=table.device),
+        weights_MP @ (torch.stack([part.gain for _, part in parts]) - 1),
+        shift_MD,
     )
-
-
-def _sum(
-    parts_by_slot: Mapping[int, Sequence[Diagonal]], side: str, pairs: Pairs
-) -> tuple[Tensor, Tensor | None]:
-    weighted = [(w, p) for slot, w in pairs for p in parts_by_slot[slot] if p.side == side]
-    extra_gain = torch.stack([weight * (part.gain - 1) for weight, part in weighted]).sum(0)
-    shifts = [weight * part.shift for weight, part in weighted if part.shift is not None]
-    return extra_gain, torch.stack(shifts).sum(0) if shifts else None
 
 
 class _BoundDiagonal(Bound):

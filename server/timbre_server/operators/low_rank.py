@@ -41,7 +41,7 @@ class LowRankOperator(Operator[LowRank]):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Pool:
-    """Stacked factors of some adapters: ``a_RI`` [R_all, I], for each member its ranks and B [O, R]."""
+    """Stacked factors of some adapters: ``a_RI`` [R_all, I], for each member its ranks and its B, [R, O]."""
 
     rows_N: Tensor | None
     a_RI: Tensor
@@ -50,29 +50,20 @@ class _Pool:
 
 
 def _pool(uses: Uses[LowRank], segments: Sequence[Segment], table: RowTable) -> _Pool:
-    rows_N, weights_NS = _weights_by_row(segments, table)
+    rows_N, weights_NS = table.weights(tuple(segment.slot for segment in segments))
     shrinks: list[Tensor] = []
     columns: list[int] = []
     members: list[tuple[slice, Tensor] | None] = []
     for parts_by_slot in uses:
         start, expands = len(columns), []
-        for index, segment in enumerate(segments):
+        for column, segment in enumerate(segments):
             for part in parts_by_slot.get(segment.slot, ()):
                 shrinks.append(part.a_RI)
-                expands.append(part.b_OR)
-                columns.extend([index] * part.a_RI.shape[0])
-        members.append((slice(start, len(columns)), torch.cat(expands, 1)) if expands else None)
-    mask_NR = weights_NS[:, torch.tensor(columns, device=weights_NS.device)]
+                expands.append(part.b_OR.T)
+                columns.extend([column] * part.a_RI.shape[0])
+        members.append((slice(start, len(columns)), torch.cat(expands)) if expands else None)
+    mask_NR = weights_NS.index_select(1, torch.tensor(columns, device=weights_NS.device))
     return _Pool(rows_N, torch.cat(shrinks), mask_NR, tuple(members))
-
-
-def _weights_by_row(segments: Sequence[Segment], table: RowTable) -> tuple[Tensor | None, Tensor]:
-    """The rows that some segment uses (None: all of them), and each one's weight for each segment."""
-    weights_TS = torch.zeros(table.num_rows, len(segments), device=table.device)
-    for index, segment in enumerate(segments):
-        weights_TS[segment.rows_N, index] = segment.weights_N
-    rows_N = table.rows_using({segment.slot for segment in segments})
-    return rows_N, weights_TS if rows_N is None else weights_TS[rows_N]
 
 
 class _BoundLowRank(Bound):
@@ -86,6 +77,6 @@ class _BoundLowRank(Bound):
             z_NR = linear(x_NI, pool.a_RI).mul_(pool.mask_NR)
             for member, expand in enumerate(pool.members):
                 if expand is not None:
-                    ranks, b_OR = expand
-                    changes[member].append(Change(linear(z_NR[:, ranks], b_OR), pool.rows_N))
+                    ranks, b_RO = expand
+                    changes[member].append(Change(z_NR[:, ranks] @ b_RO, pool.rows_N))
         return changes

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from timbre_methods.program import Sparse
-from timbre_server.operators.block_diagonal import BlockDiagonal, csr
+from timbre_server.operators.block_diagonal import BlockDiagonal, Csr, csr
 from timbre_server.operators.contract import Bound, Change, Meaning, Operator, Uses
 from timbre_server.operators.row_table import RowTable
 
@@ -64,7 +64,7 @@ def _bind_member(parts_by_slot: Mapping[int, Sequence[Sparse]], table: RowTable)
                 pooled.append((segment.rows_N, segment.weights_N, part))
     if pooled:
         blocks = [
-            (part.row_ends, part.columns_N, part.values_N)
+            Csr(part.row_ends, part.columns_N, part.values_N)
             for rows_N, _, part in pooled
             for _ in range(len(rows_N))
         ]
@@ -73,7 +73,7 @@ def _bind_member(parts_by_slot: Mapping[int, Sequence[Sparse]], table: RowTable)
             _Pool(
                 torch.cat([rows_N for rows_N, _, _ in pooled]),
                 torch.cat([weights_N for _, weights_N, _ in pooled]).unsqueeze(1),
-                BlockDiagonal(blocks, (len(first.row_ends) - 1, first.in_features)),
+                BlockDiagonal.stacked(blocks, (len(first.row_ends) - 1, first.in_features)),
             )
         )
     return bound

@@ -19,7 +19,7 @@ I in, O out, F = 2 (I/2 + 1) or 2 (O/2 + 1) reals of a half spectrum.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -57,7 +57,7 @@ class SpectralOperator(Operator[Spectral]):
         self, parts_by_slot: Mapping[int, Sequence[Spectral]], segments: Sequence[Segment], position_T: Tensor
     ) -> _Member | None:
         alone: list[_Core] = []
-        pooled: list[tuple[Segment, _FoldedPlaces, Spectral]] = []
+        pooled: dict[_FoldedPlaces, list[tuple[Segment, Tensor]]] = {}
         out_features = 0
         for segment in segments:
             for part in parts_by_slot.get(segment.slot, ()):
@@ -68,10 +68,11 @@ class SpectralOperator(Operator[Spectral]):
                     matrix = csr(folded.row_ends, folded.columns, folded.values(part.c_N), folded.shape)
                     alone.append(_Core(rows, weights, matrix))
                 else:
-                    pooled.append((segment, folded, part))
+                    pooled.setdefault(folded, []).append((segment, part.c_N))
         if not alone and not pooled:
             return None
-        return _Member(out_features, alone, _pool(pooled, position_T) if pooled else None)
+        pools = [_pool(folded, uses, position_T) for folded, uses in pooled.items()]
+        return _Member(out_features, [*alone, *pools])
 
     def _fold(self, places: Places) -> _FoldedPlaces:
         """Folded once for each shared basis; kept while the process lives, as the basis itself is."""
@@ -91,6 +92,8 @@ class _FoldedPlaces:
     source: Tensor
     factor: Tensor
     shape: tuple[int, int]
+    repeats: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """The pattern laid along a diagonal so many times: as many entries as sizes of a decode batch."""
 
     @staticmethod
     def of(places: Places) -> _FoldedPlaces:
@@ -109,10 +112,20 @@ class _FoldedPlaces:
         order = torch.argsort(rows, stable=True)
         shape = (2 * (out_features // 2 + 1), 2 * (in_features // 2 + 1))
         row_ends = torch.searchsorted(rows[order], torch.arange(shape[0] + 1, device=rows.device))
-        return _FoldedPlaces(places, row_ends, columns[order], order // 2, factors[order].float(), shape)
+        return _FoldedPlaces(
+            places, row_ends.int(), columns[order].int(), order // 2, factors[order].float(), shape
+        )
 
     def values(self, c_N: Tensor) -> Tensor:
-        return c_N[self.source] * self.factor
+        """The matrix's values, of one adapter or, with leading dimensions, of several."""
+        return c_N.index_select(-1, self.source) * self.factor
+
+    def repeated(self, pairs: int) -> tuple[Tensor, Tensor]:
+        found = self.repeats.get(pairs)
+        if found is None:
+            found = BlockDiagonal.repeated(self.row_ends, self.columns, pairs, self.shape)
+            self.repeats[pairs] = found
+        return found
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -139,28 +152,27 @@ class _Pool:
         h_UF.index_add_(0, self.rows_P, self.cores(z_UF[self.rows_P]))
 
 
-def _pool(pooled: Sequence[tuple[Segment, _FoldedPlaces, Spectral]], position_T: Tensor) -> _Pool:
-    blocks: list[tuple[Tensor, Tensor, Tensor]] = []
-    for segment, folded, part in pooled:
-        values = folded.values(part.c_N)
-        blocks.extend((folded.row_ends, folded.columns, weight * values) for weight in segment.weights_N)
-    rows_P = torch.cat([position_T[segment.rows_N] for segment, _, _ in pooled])
-    return _Pool(rows_P, BlockDiagonal(blocks, pooled[0][1].shape))
+def _pool(folded: _FoldedPlaces, uses: Sequence[tuple[Segment, Tensor]], position_T: Tensor) -> _Pool:
+    repeats = torch.tensor([len(segment.rows_N) for segment, _ in uses], device=position_T.device)
+    weights_P = torch.cat([segment.weights_N for segment, _ in uses])
+    c_PN = torch.stack([c_N for _, c_N in uses]).repeat_interleave(repeats, 0) * weights_P.unsqueeze(1)
+    pairs = len(weights_P)
+    row_ends, columns = folded.repeated(pairs)
+    values = folded.values(c_PN).flatten()
+    rows_P = position_T[torch.cat([segment.rows_N for segment, _ in uses])]
+    return _Pool(rows_P, BlockDiagonal(row_ends, columns, values, pairs=pairs, shape=folded.shape))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Member:
     out_features: int
-    alone: Sequence[_Core]
-    pool: _Pool | None
+    cores: Sequence[_Core | _Pool]
 
     def change(self, z_UF: Tensor) -> Tensor:
         half = self.out_features // 2 + 1
         h_UF = z_UF.new_zeros(z_UF.shape[0], 2 * half)
-        for core in self.alone:
+        for core in self.cores:
             core.add(z_UF, h_UF)
-        if self.pool is not None:
-            self.pool.add(z_UF, h_UF)
         spectrum = torch.view_as_complex(h_UF.view(-1, half, 2))
         y_UO: Tensor = torch.fft.irfft(spectrum, n=self.out_features)
         return y_UO
