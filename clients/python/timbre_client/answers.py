@@ -1,0 +1,159 @@
+"""What completions and chat answer, whole or in pieces. Fields that a newer server adds are left out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterStamp:
+    """Which adapter spoke."""
+
+    name: str
+    version: int
+    digest: str
+
+    @staticmethod
+    def of(body: Mapping[str, Any]) -> AdapterStamp | None:
+        """None: the base model spoke."""
+        stamp = body.get("adapter")
+        return None if stamp is None else AdapterStamp(stamp["name"], stamp["version"], stamp["digest"])
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    cached_tokens: int
+    """Prompt tokens that came from the prefix cache."""
+
+    @staticmethod
+    def of(body: Mapping[str, Any]) -> Usage | None:
+        usage = body.get("usage")
+        if usage is None:
+            return None
+        details = usage.get("prompt_tokens_details") or {}
+        return Usage(
+            usage["prompt_tokens"],
+            usage["completion_tokens"],
+            usage["total_tokens"],
+            details.get("cached_tokens") or 0,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TextChoice:
+    index: int
+    text: str
+    finish_reason: str | None
+    logprobs: Mapping[str, Any] | None
+    """As OpenAI's completions have it: tokens, token_logprobs, top_logprobs, text_offset."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    id: str
+    model: str
+    choices: tuple[TextChoice, ...]
+    usage: Usage | None
+    adapter: AdapterStamp | None
+
+    @property
+    def text(self) -> str:
+        """The first choice's text."""
+        return self.choices[0].text
+
+    @staticmethod
+    def of(body: Mapping[str, Any]) -> Completion:
+        choices = tuple(
+            TextChoice(item["index"], item["text"], item.get("finish_reason"), item.get("logprobs"))
+            for item in body["choices"]
+        )
+        return Completion(body["id"], body["model"], choices, Usage.of(body), AdapterStamp.of(body))
+
+
+@dataclass(frozen=True, slots=True)
+class ChatChoice:
+    index: int
+    content: str
+    finish_reason: str | None
+    logprobs: Mapping[str, Any] | None
+    """As OpenAI's chat has it: content, a list of tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChatAnswer:
+    id: str
+    model: str
+    choices: tuple[ChatChoice, ...]
+    usage: Usage | None
+    adapter: AdapterStamp | None
+
+    @property
+    def text(self) -> str:
+        """The first choice's text."""
+        return self.choices[0].content
+
+    @staticmethod
+    def of(body: Mapping[str, Any]) -> ChatAnswer:
+        choices = tuple(
+            ChatChoice(
+                item["index"],
+                item["message"]["content"] or "",
+                item.get("finish_reason"),
+                item.get("logprobs"),
+            )
+            for item in body["choices"]
+        )
+        return ChatAnswer(body["id"], body["model"], choices, Usage.of(body), AdapterStamp.of(body))
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """A piece of one choice. The last event of a stream may carry `usage` and no text."""
+
+    index: int
+    text: str
+    finish_reason: str | None
+    usage: Usage | None
+    adapter: AdapterStamp | None
+
+    @staticmethod
+    def of(body: Mapping[str, Any]) -> tuple[TextDelta, ...]:
+        usage, adapter = Usage.of(body), AdapterStamp.of(body)
+        if not body["choices"]:
+            return (TextDelta(0, "", None, usage, adapter),)
+        return tuple(
+            TextDelta(item["index"], item["text"], item.get("finish_reason"), usage, adapter)
+            for item in body["choices"]
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ChatDelta:
+    """A piece of one choice. The last event of a stream may carry `usage` and no content."""
+
+    index: int
+    content: str
+    finish_reason: str | None
+    usage: Usage | None
+    adapter: AdapterStamp | None
+
+    @staticmethod
+    def of(body: Mapping[str, Any]) -> tuple[ChatDelta, ...]:
+        usage, adapter = Usage.of(body), AdapterStamp.of(body)
+        if not body["choices"]:
+            return (ChatDelta(0, "", None, usage, adapter),)
+        return tuple(
+            ChatDelta(
+                item["index"],
+                item["delta"].get("content") or "",
+                item.get("finish_reason"),
+                usage,
+                adapter,
+            )
+            for item in body["choices"]
+        )

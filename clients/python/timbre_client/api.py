@@ -1,0 +1,91 @@
+"""The API's calls, each made from what a caller says. Knows paths and fields, and no connection."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
+from urllib.parse import quote
+
+from timbre_client.answers import ChatAnswer, Completion
+from timbre_client.calls import Call
+from timbre_client.records import Adapter, AdapterPage, ModelPage
+
+Prompt = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
+
+
+class ChatMessage(TypedDict):
+    role: str
+    content: str
+
+
+class Options(TypedDict, total=False):
+    """How to sample. The server's defaults hold for what is left out."""
+
+    max_tokens: int
+    min_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[str, float]
+    seed: int
+    stop: str | Sequence[str]
+    stop_token_ids: Sequence[int]
+    ignore_eos: bool
+    n: int
+    logprobs: int | bool
+    top_logprobs: int
+    echo: bool
+    user: str
+
+
+def complete(model: str, prompt: Prompt, options: Options) -> Call[Completion]:
+    body = {**options, "model": model, "prompt": prompt}
+    return Call("POST", "/v1/completions", Completion.of, json=body)
+
+
+def chat(model: str, messages: Sequence[ChatMessage], options: Options) -> Call[ChatAnswer]:
+    body = {**options, "model": model, "messages": messages}
+    return Call("POST", "/v1/chat/completions", ChatAnswer.of, json=body)
+
+
+def streamed(call: Call[Any]) -> Call[None]:
+    """The same request, answered in pieces, with the usage in the last."""
+    body = {**(call.json or {}), "stream": True, "stream_options": {"include_usage": True}}
+    return Call(call.method, call.path, _nothing, json=body)
+
+
+def list_models(limit: int | None, after: str | None) -> Call[ModelPage]:
+    return Call("GET", "/v1/models", ModelPage.of, query={"limit": limit, "after": after})
+
+
+def list_adapters(limit: int | None, after: str | None) -> Call[AdapterPage]:
+    return Call("GET", "/v1/adapters", AdapterPage.of, query={"limit": limit, "after": after})
+
+
+def get_adapter(reference: str) -> Call[Adapter]:
+    return Call("GET", adapter_path(reference), Adapter.of)
+
+
+def delete_adapter(reference: str, wait: bool) -> Call[None]:
+    query = {"wait": "true"} if wait else {}
+    return Call("DELETE", adapter_path(reference), _nothing, query=query)
+
+
+def set_alias(alias: str, target: str) -> Call[Adapter]:
+    return Call("PUT", f"{adapter_path(target)}/alias", Adapter.of, json={"alias": alias})
+
+
+def is_ready() -> Call[bool]:
+    return Call("GET", "/readyz", lambda body: True, expected={200: True, 503: False})
+
+
+def adapter_path(reference: str) -> str:
+    return f"/v1/adapters/{quote(reference, safe='@:')}"
+
+
+def _nothing(body: Any) -> None:
+    return None

@@ -1,0 +1,105 @@
+"""Adapters and models as the server describes them. Fields that a newer server adds are left out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    version: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Alias:
+    alias: str
+    target: str
+    """``name``: follows the latest version; ``name@3``: stays."""
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """One version of an adapter. The digest is its identity; name and version lead to it."""
+
+    id: str
+    name: str
+    version: int
+    digest: str
+    created: int
+    """Unix time."""
+    method: str
+    peft_type: str | None
+    base_model_digest: str | None
+    sites: tuple[str, ...]
+    parameters: int
+    stored_bytes: int
+    prepared_bytes: int
+    """Memory that it takes beside the model."""
+    files: Mapping[str, str]
+    """Digest by file name."""
+    versions: tuple[Version, ...] = ()
+    """Filled by `get_adapter`."""
+    aliases: tuple[Alias, ...] = ()
+    """Filled by `get_adapter`."""
+
+    @staticmethod
+    def of(body: Mapping[str, Any]) -> Adapter:
+        return Adapter(
+            id=body["id"],
+            name=body["name"],
+            version=body["version"],
+            digest=body["digest"],
+            created=body["created"],
+            method=body["method"],
+            peft_type=body.get("peft_type"),
+            base_model_digest=body.get("base_model_digest"),
+            sites=tuple(body["sites"]),
+            parameters=body["parameters"],
+            stored_bytes=body["stored_bytes"],
+            prepared_bytes=body["prepared_bytes"],
+            files=dict(body["files"]),
+            versions=tuple(Version(item["version"], item["digest"]) for item in body.get("versions", ())),
+            aliases=tuple(Alias(item["alias"], item["target"]) for item in body.get("aliases", ())),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterPage:
+    items: tuple[Adapter, ...]
+    next_after: str | None
+    """Give it as ``after`` for the next page; None: this was the last."""
+
+    @staticmethod
+    def of(body: Mapping[str, Any]) -> AdapterPage:
+        items = tuple(Adapter.of(item) for item in body["data"])
+        return AdapterPage(items, body["last_id"] if body["has_more"] else None)
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What a request may name as its model: the base, or an adapter on it."""
+
+    id: str
+    parent: str | None
+    """The base model of an adapter."""
+    root: str | None
+
+    @staticmethod
+    def of(body: Mapping[str, Any]) -> Model:
+        return Model(body["id"], body.get("parent"), body.get("root"))
+
+
+@dataclass(frozen=True, slots=True)
+class ModelPage:
+    items: tuple[Model, ...]
+    next_after: str | None
+    """Give it as ``after`` for the next page; None: this was the last."""
+
+    @staticmethod
+    def of(body: Mapping[str, Any]) -> ModelPage:
+        items = tuple(Model.of(item) for item in body["data"])
+        more = bool(body.get("has_more")) and bool(items)
+        return ModelPage(items, items[-1].id if more else None)
