@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from timbre_store.errors import UnsafeFile
+from timbre_store.manifest import Manifest
+
+DIGEST = "sha256:" + "0a" * 32
+WRITTEN = (
+    b'{"base_model_digest":null,"config_digest":"' + DIGEST.encode() + b'","format":1,"method":"lora",'
+    b'"parameters":12,"peft_type":"LORA","prepared_bytes":48,"sites":["q_proj","v_proj"],"stored_bytes":160,'
+    b'"tensors_digest":"' + DIGEST.encode() + b'"}'
+)
+DIGESTS = st.binary(min_size=32, max_size=32).map(lambda raw: f"sha256:{raw.hex()}")
+COUNTS = st.integers(min_value=0, max_value=2**63)
+MANIFESTS = st.builds(
+    Manifest,
+    method=st.text(),
+    peft_type=st.none() | st.text(),
+    base_model_digest=st.none() | st.text(),
+    sites=st.lists(st.text(), max_size=4).map(tuple),
+    parameters=COUNTS,
+    stored_bytes=COUNTS,
+    prepared_bytes=COUNTS,
+    config_digest=DIGESTS,
+    tensors_digest=DIGESTS,
+)
+
+
+def test_a_manifest_is_written_in_one_way() -> None:
+    manifest = Manifest("lora", "LORA", None, ("q_proj", "v_proj"), 12, 160, 48, DIGEST, DIGEST)
+    assert manifest.to_bytes() == WRITTEN
+    assert manifest.digest == "sha256:" + hashlib.sha256(WRITTEN).hexdigest()
+
+
+@given(MANIFESTS)
+def test_a_manifest_is_read_back_as_it_was_written(manifest: Manifest) -> None:
+    content = manifest.to_bytes()
+    assert Manifest.from_bytes(content) == manifest
+    assert Manifest.from_bytes(content).to_bytes() == content
+
+
+@given(st.integers(0, len(WRITTEN) - 1), st.integers(1, 255))
+def test_changed_bytes_are_refused_or_are_another_manifest_in_canonical_form(place: int, change: int) -> None:
+    content = bytearray(WRITTEN)
+    content[place] ^= change
+    try:
+        manifest = Manifest.from_bytes(bytes(content))
+    except UnsafeFile:
+        return
+    assert manifest.to_bytes() == content
+    assert manifest != Manifest.from_bytes(WRITTEN)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("format", 2),
+        ("format", True),
+        ("format", 1.0),
+        ("method", None),
+        ("peft_type", 3),
+        ("base_model_digest", []),
+        ("sites", "q_proj"),
+        ("sites", [1]),
+        ("parameters", -1),
+        ("parameters", 1.5),
+        ("prepared_bytes", True),
+        ("stored_bytes", "160"),
+        ("config_digest", "0a" * 32),
+        ("tensors_digest", None),
+        ("surplus", 1),
+    ],
+)
+def test_a_field_of_the_wrong_kind_is_refused_by_name(field: str, value: Any) -> None:
+    raw = {**json.loads(WRITTEN), field: value}
+    content = json.dumps(raw, sort_keys=True, separators=(",", ":")).encode()
+    with pytest.raises(UnsafeFile, match=field):
+        Manifest.from_bytes(content)
+
+
+@pytest.mark.parametrize("field", sorted(json.loads(WRITTEN)))
+def test_a_missing_field_is_refused_by_name(field: str) -> None:
+    raw = {name: value for name, value in json.loads(WRITTEN).items() if name != field}
+    with pytest.raises(UnsafeFile, match=field):
+        Manifest.from_bytes(json.dumps(raw, sort_keys=True, separators=(",", ":")).encode())
+
+
+@pytest.mark.parametrize("content", [WRITTEN + b"\n", b" " + WRITTEN, WRITTEN.replace(b'":', b'": ')])
+def test_another_spelling_of_a_manifest_is_refused(content: bytes) -> None:
+    with pytest.raises(UnsafeFile, match="canonical"):
+        Manifest.from_bytes(content)
