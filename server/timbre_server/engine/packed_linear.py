@@ -1,0 +1,100 @@
+"""Linear layers on a CPU with the weight laid out once for the matrix unit, instead of at every call.
+
+oneDNN's packed products are reached through operators that are private to torch, so they are tried out
+when a `LinearPacker` is made: where they are missing, refuse, or compute something else than `F.linear`,
+nothing is packed and everything works as before. A packed weight is a second copy; the module's own weight
+is neither freed nor written, since it may be tied to the embedding and adapters may read it.
+
+Legend: T rows, I in, O out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers.pytorch_utils import Conv1D
+
+from timbre_server.engine.linears import bias_of, weight_of
+
+_BATCH_HINT = 16
+"""One layout serves every number of rows; this hint was the fastest over all of them."""
+_PLAIN_ROWS_FLOAT32 = 2
+"""Up to so many rows the plain float32 weight is faster than the packed one."""
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
+
+
+class LinearPacker:
+    """Packs linear layers of one dtype, where this machine can."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._dtype = dtype
+        self.works = device.type == "cpu" and dtype in _TOLERANCE and _computes_linear(dtype)
+        """Whether anything will be packed."""
+
+    def pack(self, module: nn.Module) -> Callable[[Tensor], Tensor] | None:
+        """``x -> W x + b`` of the module on a packed copy of its weight. None: use the module itself."""
+        if not self.works or type(module) not in (nn.Linear, Conv1D):
+            return None
+        weight = weight_of(module)
+        if weight.dtype is not self._dtype or weight.device.type != "cpu":
+            return None
+        plain_rows = _PLAIN_ROWS_FLOAT32 if self._dtype is torch.float32 else 0
+        return PackedLinear(module, _reordered(weight.detach()), plain_rows)
+
+    def product_of(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
+        """`pack`, or the module itself."""
+        return self.pack(module) or module
+
+
+class PackedLinear:
+    """The product with one packed weight. Holds the module for its bias, and for few rows."""
+
+    def __init__(self, module: nn.Module, packed: Tensor, plain_rows: int) -> None:
+        self._module = module
+        self._packed = packed
+        self._bias_O = bias_of(module)
+        self._plain_rows = plain_rows
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x_TI = x.flatten(0, -2)
+        if x_TI.shape[0] <= self._plain_rows or x_TI.shape[0] == 0:
+            y: Tensor = self._module(x)
+            return y
+        return _product(x_TI, self._packed, self._bias_O).view(*x.shape[:-1], -1)
+
+
+def _reordered(weight_OI: Tensor) -> Tensor:
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_OI.contiguous(), _BATCH_HINT)
+    return packed
+
+
+def _product(x_TI: Tensor, packed: Tensor, bias_O: Tensor | None) -> Tensor:
+    y_TO: Tensor = torch.ops.mkldnn._linear_pointwise(x_TI, packed, bias_O, "none", [], "")
+    return y_TO
+
+
+def _computes_linear(dtype: torch.dtype) -> bool:
+    """Try the operators on small products of several row counts, with and without bias."""
+    generator = torch.Generator().manual_seed(0)
+    weight_OI = torch.randn(40, 24, generator=generator).to(dtype)
+    bias_O = torch.randn(40, generator=generator).to(dtype)
+    try:
+        with torch.inference_mode():
+            packed = _reordered(weight_OI)
+            for num_rows in (1, 3, 16, 65):
+                x_TI = torch.randn(num_rows, 24, generator=generator).to(dtype)
+                for bias in (None, bias_O):
+                    want_TO = linear(x_TI.float(), weight_OI.float(), None if bias is None else bias.float())
+                    got_TO = _product(x_TI, packed, bias)
+                    if got_TO.shape != want_TO.shape or got_TO.dtype is not dtype:
+                        return False
+                    if not torch.allclose(
+                        got_TO.float(), want_TO, rtol=_TOLERANCE[dtype], atol=_TOLERANCE[dtype]
+                    ):
+                        return False
+    except (AttributeError, RuntimeError):
+        return False
+    return True
