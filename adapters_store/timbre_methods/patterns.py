@@ -191,7 +191,7 @@ class _Reader:
             return _is(first)
         self._at += 1
         last = self._take("a class")
-        if last not in _LITERALS or last < first:
+        if last not in _LITERALS or last < first or "-" in (first, last):
             raise self._refusal(f"the range {first}-{last}")
         return lambda c: first <= c <= last
 

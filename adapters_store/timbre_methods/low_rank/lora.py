@@ -57,7 +57,7 @@ _REFUSED_INITIALISERS: Mapping[str, str] = {
     "olora": _MOVES_THE_BASE,
     "corda": f"its offset depends on training data that is not in the file; {_CONVERT}",
     "lora_ga": f"its offset depends on training gradients that are not in the file; {_CONVERT}",
-    "loftq": f"it was trained on a quantised base, which this is not; {_CONVERT}",
+    "loftq": "it was trained on a quantised base, which this is not; train on this base",
 }
 _PLAIN_INITIALISERS = frozenset({"gaussian", "orthogonal", "eva", "mica"})
 

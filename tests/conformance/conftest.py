@@ -1,0 +1,95 @@
+"""Fixtures of the conformance suite: tiny sites, and examples of every method on them.
+
+``tiny_sites`` and ``make_example`` serve every suite that runs over all discovered methods.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from timbre_methods.contract import Method, Site, Sites
+from timbre_methods.program import AdapterProgram
+from timbre_methods.registry import check_adapter, methods
+
+SHAPES = {
+    "model.layers.0.self_attn.q_proj": (12, 12, True),
+    "model.layers.0.self_attn.k_proj": (6, 12, True),
+    "model.layers.0.mlp.up_proj": (17, 12, False),
+    "model.layers.0.mlp.down_proj": (12, 17, False),
+    "model.layers.1.self_attn.q_proj": (12, 12, True),
+    "model.layers.1.mlp.down_proj": (12, 17, True),
+    "lm_head": (19, 12, False),
+}
+"""Out features, in features and whether there is a bias, by path; the first two read the same input."""
+
+
+@pytest.fixture
+def tiny_sites() -> dict[str, Site]:
+    """Random float32 sites of a make-believe base, square, wide and tall, with and without a bias."""
+    generator = torch.Generator().manual_seed(17)
+
+    def site(path: str, out_features: int, in_features: int, has_bias: bool) -> Site:
+        weight_OI = torch.randn(out_features, in_features, generator=generator)
+        bias_O = torch.randn(out_features, generator=generator)
+        return Site(path, weight_OI, bias_O if has_bias else None)
+
+    return {path: site(path, *shape) for path, shape in SHAPES.items()}
+
+
+@dataclass(frozen=True)
+class Example:
+    """One adapter as its method makes examples, and the typed config."""
+
+    method: Method[Any]
+    raw_config: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    @property
+    def config(self) -> Any:
+        return self.method.parse(self.raw_config)
+
+    def compiled(
+        self,
+        sites: Sites,
+        raw_config: dict[str, Any] | None = None,
+        tensors: dict[str, Tensor] | None = None,
+    ) -> AdapterProgram:
+        """As a server reads it: checks first, then the program. Raises what either of them raises."""
+        raw_config = self.raw_config if raw_config is None else raw_config
+        tensors = self.tensors if tensors is None else tensors
+        check_adapter(raw_config, tensors, sites)
+        return self.method.compile(self.method.parse(raw_config), tensors, sites)
+
+
+@pytest.fixture
+def make_example() -> Callable[[str, Sites, int], Example]:
+    """Makes the example of a method by name for some sites and a seed."""
+
+    def make(name: str, sites: Sites, seed: int) -> Example:
+        method = methods()[name]
+        return Example(method, *method.example(sites, torch.Generator().manual_seed(seed)))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def evaluate() -> ModuleType:
+    """The method tests' evaluator of programs, by the semantics of `timbre_methods.program`."""
+    path = Path(__file__).parents[1] / "methods" / "evaluate.py"
+    spec = importlib.util.spec_from_file_location("conformance_evaluate", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,208 @@
+"""What every method refuses, by name, and what it accepts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, get_type_hints
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from timbre_methods.contract import Site
+from timbre_methods.errors import (
+    AdapterMismatch,
+    InvalidConfig,
+    InvalidTensors,
+    MethodError,
+    UnsupportedMethod,
+)
+from timbre_methods.registry import methods
+
+METHODS = sorted(methods())
+SEEDS = range(6)
+
+each_method = pytest.mark.parametrize("name", METHODS)
+each_example = pytest.mark.parametrize("seed", SEEDS)
+
+
+@each_method
+@each_example
+def test_a_missing_tensor_is_refused_or_leaves_its_site_alone(
+    name: str, seed: int, tiny_sites: dict[str, Site], make_example: Callable[..., Any]
+) -> None:
+    example = make_example(name, tiny_sites, seed)
+    for missing in example.tensors:
+        rest = {key: tensor for key, tensor in example.tensors.items() if key != missing}
+        path = next(path for path in tiny_sites if f".{path}." in missing)
+        if any(f".{path}." in key for key in rest) or not rest:
+            with pytest.raises(InvalidTensors, match=r"is missing|holds no tensor"):
+                example.compiled(tiny_sites, tensors=rest)
+        else:
+            assert path not in example.compiled(tiny_sites, tensors=rest).sites
+
+
+@each_method
+def test_a_surplus_tensor_is_refused_by_name(
+    name: str, tiny_sites: dict[str, Site], make_example: Callable[..., Any]
+) -> None:
+    example = make_example(name, tiny_sites, 2)
+    first = next(iter(example.tensors))
+    surplus = [
+        "stray",
+        "base_model.model.stray",
+        "base_model.model.model.layers.0.self_attn.q_proj.stray.weight",
+        "base_model.model.lm_head.base_layer.weight",
+        first.removeprefix("base_model."),
+        first + ".weight",
+    ]
+    for key in surplus:
+        with pytest.raises(InvalidTensors, match=key.replace(".", r"\.")):
+            example.compiled(tiny_sites, tensors={**example.tensors, key: torch.ones(3)})
+
+
+@each_method
+def test_a_layer_that_the_base_lacks_is_refused_with_what_there_is(
+    name: str, tiny_sites: dict[str, Site], make_example: Callable[..., Any]
+) -> None:
+    example = make_example(name, tiny_sites, 2)
+    path = next(path for path in tiny_sites if any(f".{path}." in key for key in example.tensors))
+    moved = {
+        key.replace(f".{path}.", ".model.layers.7.mlp.up_proj."): tensor
+        for key, tensor in example.tensors.items()
+    }
+    with pytest.raises(AdapterMismatch, match=r"no linear layer 'model\.layers\.7\.mlp\.up_proj'.* 0, 1"):
+        example.compiled(tiny_sites, tensors=moved)
+
+
+@each_method
+@each_example
+def test_a_misshapen_tensor_is_refused_with_found_and_expected(
+    name: str, seed: int, tiny_sites: dict[str, Site], make_example: Callable[..., Any]
+) -> None:
+    example = make_example(name, tiny_sites, seed)
+    for key, tensor in example.tensors.items():
+        wrong = [tensor.unsqueeze(0), tensor.flatten()[0], torch.empty(0, *tensor.shape[1:])]
+        wrong += [torch.cat([tensor] * 40, dim=axis) for axis in range(tensor.ndim)]
+        for misshapen in wrong:
+            with pytest.raises(InvalidTensors, match=r"found .*(expected|config says)"):
+                example.compiled(tiny_sites, tensors={**example.tensors, key: misshapen.to(tensor.dtype)})
+
+
+@each_method
+def test_a_tensor_of_a_foreign_dtype_is_refused(
+    name: str, tiny_sites: dict[str, Site], make_example: Callable[..., Any]
+) -> None:
+    example = make_example(name, tiny_sites, 3)
+    for key, tensor in example.tensors.items():
+        with pytest.raises(InvalidTensors, match="found dtype bool"):
+            example.compiled(tiny_sites, tensors={**example.tensors, key: tensor.to(torch.bool)})
+
+
+UNSERVED = {
+    "a_new_option": True,
+    "auto_map": {"AutoModel": "evil.Model"},
+    "trust_remote_code": True,
+    "_attn_implementation_internal": "someone/kernel",
+    "bias": "all",
+    "modules_to_save": ["lm_head"],
+    "layer_replication": [[0, 1]],
+    "trainable_token_indices": [1, 2],
+    "target_parameters": ["experts.down_proj"],
+    "megatron_config": {"tensor_model_parallel_size": 2},
+}
+
+
+@each_method
+@pytest.mark.parametrize("option", UNSERVED)
+def test_an_option_that_is_on_and_not_served_is_refused_by_name(
+    name: str, option: str, tiny_sites: dict[str, Site], make_example: Callable[..., Any]
+) -> None:
+    example = make_example(name, tiny_sites, 0)
+    with pytest.raises(UnsupportedMethod, match=f"'{option}' is on"):
+        example.method.parse({**example.raw_config, option: UNSERVED[option]})
+
+
+@each_method
+@pytest.mark.parametrize("option", UNSERVED)
+@pytest.mark.parametrize("off", [None, False, "", "none", "None", [], {}, 0], ids=repr)
+def test_an_option_that_is_off_is_accepted(
+    name: str, option: str, off: object, tiny_sites: dict[str, Site], make_example: Callable[..., Any]
+) -> None:
+    example = make_example(name, tiny_sites, 0)
+    assert example.method.parse({**example.raw_config, option: off}) == example.config
+
+
+@each_method
+def test_what_training_alone_needs_is_not_looked_at(
+    name: str, tiny_sites: dict[str, Site], make_example: Callable[..., Any]
+) -> None:
+    example = make_example(name, tiny_sites, 0)
+    training = {
+        "target_modules": "(a+)+$",
+        "exclude_modules": ["x"] * 100_000,
+        "layers_to_transform": [0, 99],
+        "layers_pattern": "(((",
+        "auto_mapping": {"base_model_class": "Evil", "parent_library": "evil"},
+        "base_model_name_or_path": "/etc/passwd",
+        "revision": "main",
+        "peft_version": "99.0",
+        "task_type": "SEQ_CLS",
+        "inference_mode": False,
+        "fan_in_fan_out": True,
+    }
+    assert example.method.parse({**example.raw_config, **training}) == example.config
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.just(10**400),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=10), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@each_method
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_config_is_read_or_refused(
+    name: str, data: st.DataObject, tiny_sites: dict[str, Site], make_example: Callable[..., Any]
+) -> None:
+    example = make_example(name, tiny_sites, 0)
+    key = data.draw(st.sampled_from([key for key in sorted(example.raw_config) if key != "peft_type"]))
+    raw_config = {**example.raw_config, key: data.draw(JSON)}
+    refusal = ""
+    try:
+        example.compiled(tiny_sites, raw_config=raw_config)
+    except MethodError as error:
+        refusal = str(error)
+    assert len(refusal) < 600
+
+
+def number_fields() -> list[tuple[str, str, type]]:
+    """Method, key and type of every whole number and scale that a method reads."""
+    return [
+        (name, key, field.annotation)
+        for name in METHODS
+        for key, field in get_type_hints(methods()[name].parse)["return"].model_fields.items()
+        if field.annotation in (int, float)
+    ]
+
+
+@pytest.mark.parametrize(("name", "key", "kind"), number_fields())
+@pytest.mark.parametrize("wrong", ["8", True, -1, 1.5, float("nan"), float("inf"), [], 10**400], ids=repr)
+def test_a_number_out_of_its_bounds_is_refused_with_its_key(
+    name: str,
+    key: str,
+    kind: type,
+    wrong: object,
+    tiny_sites: dict[str, Site],
+    make_example: Callable[..., Any],
+) -> None:
+    example = make_example(name, tiny_sites, 0)
+    raw_config = {**example.raw_config, key: wrong}
+    if kind is float and wrong in (-1, 1.5):
+        assert getattr(example.method.parse(raw_config), key) == wrong
+        return
+    with pytest.raises(InvalidConfig, match=key):
+        example.method.parse(raw_config)
