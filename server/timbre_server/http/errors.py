@@ -19,6 +19,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from timbre_methods import errors as methods
 from timbre_server import errors as server
@@ -157,6 +158,35 @@ def _respond(kind: ErrorKind, body: object, headers: Mapping[str, str]) -> Respo
     if kind.status == 401 and "www-authenticate" not in given:
         merged["WWW-Authenticate"] = "Bearer"
     return Response(orjson.dumps(body), kind.status, merged, media_type="application/json")
+
+
+class ErrorBoundary:
+    """Middleware, innermost: an exception that nobody knows ends as a 500 here, and goes no further.
+
+    So the layers around it see an answer like any other. An answer that has begun can only be cut off.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began = False
+
+        async def watching_send(message: Message) -> None:
+            nonlocal began
+            began = began or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watching_send)
+        except Exception as error:
+            log.exception("request_failed", error=type(error).__name__)
+            if began:
+                raise
+            await server_error_response(error)(scope, receive, send)
 
 
 def install_error_handlers(app: FastAPI) -> None:

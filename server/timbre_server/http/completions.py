@@ -1,0 +1,154 @@
+"""``POST /v1/completions``: OpenAI's older form, with echo, several prompts, and vLLM's extras."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Body, Request
+from starlette.responses import Response
+
+from timbre_server.http.answer import Answer, Usage, Wishes, choose_voice, deliver, prepare, streamed
+from timbre_server.http.content_type import JSON_ONLY
+from timbre_server.http.context import ServingContext
+from timbre_server.http.generation import Delta
+from timbre_server.http.logprobs import TextOffsets, completion_logprobs, prompt_logprobs_list
+from timbre_server.http.openai_schema import CompletionRequest
+from timbre_server.http.planning import LogprobWishes, encode_prompts
+from timbre_server.http.unserved_fields import ignored_fields
+
+DEFAULT_MAX_TOKENS = 16
+OBJECT = "text_completion"
+
+
+def completions_router(context: ServingContext) -> APIRouter:
+    router = APIRouter(tags=["openai"], dependencies=[JSON_ONLY])
+
+    @router.post("/v1/completions", response_model=None)
+    async def create_completion(body: Annotated[CompletionRequest, Body()], http: Request) -> Response:
+        """Continues one prompt or several."""
+        ignored_fields(body)
+        voice = await choose_voice(context, body, http)
+        prompts = await encode_prompts(
+            context,
+            body.prompt,
+            add_special_tokens=body.add_special_tokens,
+            keep_last=body.truncate_prompt_tokens,
+        )
+        answer = prepare(context, body, voice, prompts, _wishes(body))
+        return await deliver(
+            answer,
+            http,
+            whole=lambda answer: _whole(answer, body),
+            chunks=lambda answer: _chunks(answer, body),
+        )
+
+    return router
+
+
+def _wishes(request: CompletionRequest) -> Wishes:
+    echoed = request.logprobs if request.echo else None
+    wanted = [number for number in (echoed, request.prompt_logprobs) if number is not None]
+    prompt = None if not wanted else -1 if -1 in wanted else max(wanted)
+    return Wishes(
+        id_prefix="cmpl",
+        max_tokens=request.max_tokens,
+        default_max_tokens=DEFAULT_MAX_TOKENS,
+        logprobs=LogprobWishes(request.logprobs, prompt),
+        logprobs_field="logprobs",
+    )
+
+
+async def _whole(answer: Answer, request: CompletionRequest) -> dict[str, Any]:
+    parts = _Parts(answer, request)
+    usage = Usage(answer)
+    choices: dict[int, dict[str, Any]] = {}
+    async with aclosing(answer.deltas()) as deltas:
+        async for delta in deltas:
+            usage.add(delta)
+            for part in parts.of(delta):
+                _append(choices.setdefault(delta.index, part), part)
+    return {
+        **answer.head(OBJECT),
+        "choices": [choices[index] for index in sorted(choices)],
+        "usage": usage.body(),
+        "adapter": answer.voice.body(),
+    }
+
+
+def _chunks(answer: Answer, request: CompletionRequest) -> AsyncGenerator[dict[str, Any], None]:
+    return streamed(answer, OBJECT, _Parts(answer, request).of)
+
+
+def _append(choice: dict[str, Any], part: dict[str, Any]) -> None:
+    """Adds a choice's next part to what there is of it."""
+    if choice is part:
+        return
+    choice["text"] += part["text"]
+    if part["logprobs"] is not None:
+        for key, values in part["logprobs"].items():
+            choice["logprobs"][key] += values
+    if "token_ids" in part:
+        choice["token_ids"] += part["token_ids"]
+    choice["finish_reason"], choice["stop_reason"] = part["finish_reason"], part["stop_reason"]
+
+
+class _Parts:
+    """Turns deltas into parts of choices: the same for chunks and for the whole."""
+
+    def __init__(self, answer: Answer, request: CompletionRequest) -> None:
+        self._answer = answer
+        self._request = request
+        self._offsets: dict[int, TextOffsets] = {}
+        """Of the choices that have begun."""
+
+    def of(self, delta: Delta) -> list[dict[str, Any]]:
+        """One part, or none where there is nothing to say yet."""
+        begins = delta.index not in self._offsets
+        if not (delta.token_ids or delta.finish_reason):
+            return []
+        if begins:
+            codec, skip = self._answer.context.text, self._request.skip_special_tokens
+            self._offsets[delta.index] = TextOffsets(codec, skip_special_tokens=skip)
+        request = self._request
+        silent = not delta.text and delta.finish_reason is None
+        if silent and not begins and request.logprobs is None and not request.return_token_ids:
+            return []
+        part: dict[str, Any] = {
+            "index": delta.index,
+            "text": self._echoed_text(delta) + delta.text if begins else delta.text,
+            "logprobs": self._logprobs(delta, begins=begins),
+            "finish_reason": delta.finish_reason,
+            "stop_reason": delta.stop_reason,
+        }
+        if begins and request.prompt_logprobs is not None:
+            part["prompt_logprobs"] = prompt_logprobs_list(delta.prompt_logprobs, self._answer.labels)
+        if request.return_token_ids:
+            part["token_ids"] = list(delta.token_ids)
+            if begins:
+                part["prompt_token_ids"] = self._prompt_ids(delta)
+        return [part]
+
+    def _prompt_ids(self, delta: Delta) -> list[int]:
+        return self._answer.prompts[delta.prompt_index].token_ids
+
+    def _echoed_text(self, delta: Delta) -> str:
+        if not self._request.echo:
+            return ""
+        prompt, codec = self._answer.prompts[delta.prompt_index], self._answer.context.text
+        if prompt.text is not None:
+            return prompt.text
+        if codec is None:
+            return ""
+        return codec.decode(prompt.token_ids, skip_special_tokens=self._request.skip_special_tokens)
+
+    def _logprobs(self, delta: Delta, *, begins: bool) -> dict[str, list[Any]] | None:
+        if self._request.logprobs is None:
+            return None
+        positions = list(zip(delta.token_ids, delta.logprobs, strict=False))
+        offsets = self._offsets[delta.index]
+        if begins and self._request.echo:
+            prompt = zip(self._prompt_ids(delta), delta.prompt_logprobs, strict=False)
+            return completion_logprobs([*prompt, *positions], self._answer.labels, offsets)
+        return completion_logprobs(positions, self._answer.labels, offsets)
