@@ -19,6 +19,10 @@ TAKEN_UP_BY_NAME = {
 }
 
 
+# Installed by another one that is asked for, as a part of it.
+PART_OF = {"pydantic-core": "pydantic"}
+
+
 def normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
@@ -42,7 +46,8 @@ def distributions_of(modules: Mapping[str, ast.Module], prefix: tuple[str, ...])
                 root for entry in imported if (root := entry.split(".")[0]) not in sys.stdlib_module_names
             }
     ours = {root for root in used if root.startswith("timbre_")}
-    return {normal(providers[root][0]) if root in providers else root for root in used - ours}
+    found = {normal(providers[root][0]) if root in providers else root for root in used - ours}
+    return {PART_OF.get(name, name) for name in found}
 
 
 def test_the_server_asks_for_what_it_imports(repository: Path, packages: Mapping[str, ast.Module]) -> None:

@@ -11,7 +11,10 @@ VAGUE_MODULE = re.compile(r"(^|_)(utils?|helpers?|misc|common|stuff|base)$")
 VAGUE_FUNCTION = re.compile(r"^_?(process|handle)_")
 
 # Where everything may be caught and not raised again, and why: it ends the request or the load it stands for.
-BROAD_HANDLERS: Mapping[str, str] = {}
+BROAD_HANDLERS: Mapping[str, str] = {
+    "timbre_server.http.errors:ErrorBoundary.__call__": "the request boundary: logged, answered with 500",
+    "timbre_server.http.sse:encoded": "the request boundary after the status: logged, told in the stream",
+}
 
 # These can run code from a file.
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
