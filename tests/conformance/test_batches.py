@@ -1,0 +1,162 @@
+"""Every method in one batch: each row equals its own method's paper formula, whoever its neighbours are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from timbre_methods.contract import Site
+from timbre_methods.registry import methods
+from timbre_server.adapters.adapted_model import AdaptedModel
+from timbre_server.adapters.groups import LinearGroup
+from timbre_server.operators.row_table import Pairs, RowTable, Span
+
+METHODS = sorted(methods())
+EXAMPLES_EACH = 3
+QK = ("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj")
+Maker = Callable[[str, Mapping[str, Site], int], Any]
+
+
+def network(sites: Mapping[str, Site]) -> nn.Module:
+    """Modules under the sites' paths, with the sites' weights."""
+    root = nn.Module()
+    for path, site in sites.items():
+        *parents, name = path.split(".")
+        parent = root
+        for step in parents:
+            if not hasattr(parent, step):
+                parent.add_module(step, nn.Module())
+            parent = parent.get_submodule(step)
+        linear = nn.Linear(site.in_features, site.out_features, bias=site.bias_O is not None)
+        with torch.no_grad():
+            linear.weight.copy_(site.weight_OI)
+            if site.bias_O is not None:
+                linear.bias.copy_(site.bias_O)
+        parent.add_module(name, linear)
+    return root
+
+
+class Crowd:
+    """All examples of all methods in the slots of one adapted network; slot i holds example i."""
+
+    def __init__(self, sites: Mapping[str, Site], make_example: Maker, dtype: torch.dtype) -> None:
+        self.sites = sites
+        self.examples = [make_example(name, sites, seed) for name in METHODS for seed in range(EXAMPLES_EACH)]
+        self.net = network(sites).to(dtype)
+        alone = [LinearGroup((path,)) for path in sites if path not in QK]
+        self.model = AdaptedModel(self.net, [LinearGroup(QK), *alone])
+        for slot, example in enumerate(self.examples):
+            self.model.put(slot, example.method.compile(example.config, example.tensors, sites))
+
+    def run(self, spans: list[Span], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Each site's output for its input [T, I]; q and k are given one and the same tensor."""
+        table = RowTable(spans)
+        self.model.set_rows(table, table)
+        shared = {path: inputs[QK[0]] if path in QK else inputs[path] for path in self.sites}
+        with torch.inference_mode():
+            outputs = {path: self.net.get_submodule(path)(x.unsqueeze(0))[0] for path, x in shared.items()}
+        self.model.clear_rows()
+        return outputs
+
+    def expected(self, path: str, pairs: Pairs, x_TI: Tensor) -> Tensor:
+        """W + Σ w (W_k − W), from the methods' reference formulas in float64."""
+        site = self.sites[path]
+        bias = None if site.bias_O is None else site.bias_O.double()
+        exact = Site(path, site.weight_OI.double(), bias)
+        x = x_TI.double()
+        base = nn.functional.linear(x, exact.weight_OI, exact.bias_O)
+        total = base.clone()
+        for slot, weight in pairs:
+            example = self.examples[slot]
+            tensors = {
+                name: t.double() if t.is_floating_point() else t for name, t in example.tensors.items()
+            }
+            total += weight * (example.method.reference(example.config, tensors, exact, x) - base)
+        return total
+
+    def random_inputs(self, rows: int, generator: torch.Generator) -> dict[str, Tensor]:
+        return {
+            path: torch.randn(rows, site.in_features, generator=generator)
+            for path, site in self.sites.items()
+        }
+
+    def random_spans(self, generator: torch.Generator) -> list[Span]:
+        """Every adapter at least once, in random order, with base rows, long spans and mixes between."""
+        spans = [Span(1, ((slot, 1.0),)) for slot in range(len(self.examples))]
+        spans += [Span(20, ((slot, 1.0),)) for slot in range(0, len(self.examples), 4)]
+        spans += [Span(3)] * 4
+        for _ in range(6):
+            slots = torch.randperm(len(self.examples), generator=generator)[:3].tolist()
+            weights = torch.randn(3, generator=generator).tolist()
+            spans.append(Span(2, tuple(zip(slots, weights, strict=True))))
+        return [spans[i] for i in torch.randperm(len(spans), generator=generator)]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_heterogeneous_batch_gives_each_row_its_own_papers_formula(
+    seed: int, tiny_sites: Mapping[str, Site], make_example: Maker
+) -> None:
+    crowd = Crowd(tiny_sites, make_example, torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    spans = crowd.random_spans(generator)
+    inputs = crowd.random_inputs(sum(span.num_rows for span in spans), generator)
+
+    outputs = crowd.run(spans, inputs)
+
+    for path, y_TO in outputs.items():
+        row = 0
+        x_TI = inputs[QK[0]] if path in QK else inputs[path]
+        for span in spans:
+            rows = slice(row, row + span.num_rows)
+            expected = crowd.expected(path, span.pairs, x_TI[rows])
+            scale = float(expected.abs().max()) + 1.0
+            torch.testing.assert_close(y_TO[rows].double(), expected, atol=2e-5 * scale, rtol=0)
+            row += span.num_rows
+
+
+def test_a_row_does_not_depend_on_its_neighbours(tiny_sites: Mapping[str, Site], make_example: Maker) -> None:
+    crowd = Crowd(tiny_sites, make_example, torch.float32)
+    generator = torch.Generator().manual_seed(9)
+    spans = crowd.random_spans(generator)
+    inputs = crowd.random_inputs(sum(span.num_rows for span in spans), generator)
+    together = crowd.run(spans, inputs)
+    row = 0
+    for span in spans:
+        rows = slice(row, row + span.num_rows)
+        alone = crowd.run([span], {path: x[rows] for path, x in inputs.items()})
+        for path, y_TO in alone.items():
+            torch.testing.assert_close(together[path][rows], y_TO, atol=1e-4, rtol=1e-5)
+        row += span.num_rows
+
+
+def test_base_rows_keep_every_bit_in_the_middle_of_a_crowd(
+    tiny_sites: Mapping[str, Site], make_example: Maker
+) -> None:
+    crowd = Crowd(tiny_sites, make_example, torch.bfloat16)
+    generator = torch.Generator().manual_seed(10)
+    spans = crowd.random_spans(generator)
+    num_rows = sum(span.num_rows for span in spans)
+    inputs = {path: x.bfloat16() for path, x in crowd.random_inputs(num_rows, generator).items()}
+    with_adapters, without = crowd.run(spans, inputs), crowd.run([Span(num_rows)], inputs)
+    base_rows = [
+        row for row, span in enumerate(s for s in spans for _ in range(s.num_rows)) if not span.pairs
+    ]
+    for path, y_TO in with_adapters.items():
+        assert torch.equal(y_TO[base_rows], without[path][base_rows])
+
+
+def test_running_a_batch_modifies_neither_inputs_nor_programs(
+    tiny_sites: Mapping[str, Site], make_example: Maker
+) -> None:
+    crowd = Crowd(tiny_sites, make_example, torch.float32)
+    generator = torch.Generator().manual_seed(11)
+    spans = crowd.random_spans(generator)
+    inputs = crowd.random_inputs(sum(span.num_rows for span in spans), generator)
+    before = {path: x.clone() for path, x in inputs.items()}
+    first, second = crowd.run(spans, inputs), crowd.run(spans, inputs)
+    assert all(torch.equal(inputs[path], x) for path, x in before.items())
+    assert all(torch.equal(first[path], second[path]) for path in first)
