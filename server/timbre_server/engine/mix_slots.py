@@ -1,0 +1,68 @@
+"""The adapters of one request, all or none: digests and slot numbers, nothing of what an adapter is."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from timbre_server.engine.sequence import AdapterSlots, Sequence
+
+
+class AdapterSlotsSource(Protocol):
+    """Where adapters in memory come from. A slot acquired n times stays valid until released n times."""
+
+    def try_acquire(self, digest: str) -> int | None:
+        """The adapter's slot; None while it is loading or finds no room: ask again next step."""
+        ...
+
+    def release(self, digest: str) -> None: ...
+
+    def failure(self, digest: str) -> str | None:
+        """Why the adapter cannot be had, where its loading failed."""
+        ...
+
+
+class MixSlots:
+    """Acquires and releases whole mixes, and remembers within a step what was not to be had."""
+
+    def __init__(self, source: AdapterSlotsSource) -> None:
+        self._source = source
+        self._missing: dict[str, None] = {}
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Digests asked for in vain since the step began, in the order of asking."""
+        return tuple(self._missing)
+
+    def begin_step(self) -> None:
+        self._missing.clear()
+
+    def failure(self, sequence: Sequence) -> str | None:
+        """Why the sequence can never have its adapters; None where it may."""
+        messages = (self._source.failure(digest) for digest, _ in sequence.mix)
+        return next((message for message in messages if message is not None), None)
+
+    def acquire(self, sequence: Sequence) -> bool:
+        """Set ``adapter_slots``; without all of them False, nothing held, every missing one asked for (so
+        that they load together)."""
+        slots: AdapterSlots = ()
+        is_complete = True
+        for digest, weight in sequence.mix:
+            slot = None if digest in self._missing else self._source.try_acquire(digest)
+            if slot is None:
+                self._missing[digest] = None
+                is_complete = False
+            elif is_complete:
+                slots += ((slot, weight),)
+            else:
+                self._source.release(digest)
+        if not is_complete:
+            for digest, _ in sequence.mix[: len(slots)]:
+                self._source.release(digest)
+            return False
+        sequence.adapter_slots = slots
+        return True
+
+    def release(self, sequence: Sequence) -> None:
+        for digest, _ in sequence.mix[: len(sequence.adapter_slots)]:
+            self._source.release(digest)
+        sequence.adapter_slots = ()
