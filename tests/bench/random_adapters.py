@@ -1,0 +1,91 @@
+"""Adapters of each family with random values, shaped for one base: as fast or slow as trained ones."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+Tensors = dict[str, Tensor]
+FEEDFORWARD = ("down_proj",)
+
+
+def linear_shapes(model_folder: Path) -> dict[str, tuple[int, int]]:
+    """(out, in) of every linear layer of the model but its head, by path; no weight is read."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_folder))
+    head = model.get_output_embeddings()
+    return {
+        path: (layer.out_features, layer.in_features)
+        for path, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and layer is not head
+    }
+
+
+def lora(shapes: dict[str, tuple[int, int]]) -> tuple[dict[str, Any], Tensors]:
+    """r = 8 on every linear layer."""
+    tensors = {}
+    for path, (out_features, in_features) in shapes.items():
+        tensors[f"base_model.model.{path}.lora_A.weight"] = 0.02 * torch.randn(8, in_features)
+        tensors[f"base_model.model.{path}.lora_B.weight"] = 0.02 * torch.randn(out_features, 8)
+    return {"peft_type": "LORA", "r": 8, "lora_alpha": 8}, tensors
+
+
+def fourierft(shapes: dict[str, tuple[int, int]]) -> tuple[dict[str, Any], Tensors]:
+    """n = 1000 on every linear layer, at the default seed."""
+    tensors = {f"base_model.model.{path}.fourierft_spectrum": torch.randn(1000) for path in shapes}
+    return {"peft_type": "FOURIERFT", "n_frequency": 1000, "scaling": 1.0, "random_loc_seed": 777}, tensors
+
+
+def shira(shapes: dict[str, tuple[int, int]]) -> tuple[dict[str, Any], Tensors]:
+    """1 % of the entries of every linear layer."""
+    tensors = {}
+    for path, (out_features, in_features) in shapes.items():
+        size = out_features * in_features
+        flat = torch.randperm(size)[: size // 100].sort().values
+        places = torch.stack([flat // in_features, flat % in_features]).int()
+        tensors[f"base_model.model.{path}.shira_weight"] = 0.02 * torch.randn(len(flat))
+        tensors[f"base_model.model.{path}.shira_indices"] = places
+    return {"peft_type": "SHIRA", "r": 8, "mask_type": "random"}, tensors
+
+
+def ia3(shapes: dict[str, tuple[int, int]]) -> tuple[dict[str, Any], Tensors]:
+    """k, v and down projections, as PEFT's default for Llama."""
+    tensors = {}
+    for path, (out_features, in_features) in shapes.items():
+        if path.endswith(FEEDFORWARD):
+            tensors[f"base_model.model.{path}.ia3_l"] = 1 + 0.05 * torch.randn(1, in_features)
+        elif path.endswith(("k_proj", "v_proj")):
+            tensors[f"base_model.model.{path}.ia3_l"] = 1 + 0.05 * torch.randn(out_features, 1)
+    return {"peft_type": "IA3", "feedforward_modules": list(FEEDFORWARD)}, tensors
+
+
+FAMILIES: dict[str, Callable[[dict[str, tuple[int, int]]], tuple[dict[str, Any], Tensors]]] = {
+    "lora": lora,
+    "fourierft": fourierft,
+    "shira": shira,
+    "ia3": ia3,
+}
+
+
+def write_adapters(model_folder: Path, folder: Path, count: int) -> dict[str, list[str]]:
+    """``count`` adapters of each family below ``folder``, as PEFT lays them out. Names by family."""
+    shapes = linear_shapes(model_folder)
+    names: dict[str, list[str]] = {}
+    for family, make in FAMILIES.items():
+        for number in range(count):
+            torch.manual_seed(number)
+            config, tensors = make(shapes)
+            name = f"{family}-{number}"
+            target = folder / name
+            target.mkdir(parents=True)
+            (target / "adapter_config.json").write_text(json.dumps(config))
+            save_file(tensors, target / "adapter_model.safetensors", metadata={"format": "pt"})
+            names.setdefault(family, []).append(name)
+    return names
