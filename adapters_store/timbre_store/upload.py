@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from threading import Lock
 from types import TracebackType
 
 from timbre_store.content import ContentFolder
@@ -13,16 +14,19 @@ class Upload:
 
     Leaving it takes away every blob that it brought, that was not stored before, and that no adapter refers
     to, whatever the reason: a refusal, a client that went away, a bug. Within it, nothing takes them away.
+    A blob that a left-behind thread commits after that is taken away at once.
     """
 
     def __init__(self, blobs: ContentFolder, max_blob_bytes: int) -> None:
         self._blobs = blobs
         self._max_blob_bytes = max_blob_bytes
         self._held: list[str] = []
+        self._left = False
+        self._lock = Lock()
 
     def begin_blob(self, max_bytes: int | None = None) -> BlobWriter:
         limit = self._max_blob_bytes if max_bytes is None else min(max_bytes, self._max_blob_bytes)
-        return self._blobs.begin_held(limit, self._held.append)
+        return self._blobs.begin_held(limit, self._keep)
 
     def __enter__(self) -> Upload:
         return self
@@ -30,5 +34,14 @@ class Upload:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        while self._held:
-            self._blobs.release(self._held.pop())
+        with self._lock:
+            self._left = True
+        for digest in self._held:
+            self._blobs.release(digest)
+
+    def _keep(self, digest: str) -> None:
+        with self._lock:
+            if not self._left:
+                self._held.append(digest)
+                return
+        self._blobs.release(digest)

@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 
 from timbre_store.digests import digest_of_hash
@@ -17,7 +18,10 @@ from timbre_store.layout import WRITE_ONCE_MODE
 
 
 class BlobWriter:
-    """Use as a context manager: leaving it without `commit` leaves nothing. One thread at a time.
+    """Use as a context manager: leaving it without `commit` leaves nothing.
+
+    It may be left while another thread is still in `write` or `commit`, as when a request is cancelled while
+    its worker thread goes on: leaving waits for that call, and a later one raises ValueError.
 
     ``publish(temp_path, digest)`` moves a finished, synced file to its place and is durable when it returns.
     """
@@ -30,6 +34,7 @@ class BlobWriter:
         self._reach: Reach = reach
         self._running = hashlib.sha256()
         self._committed = False
+        self._lock = Lock()
         self.size_bytes = 0
         with full_disk_as_store_full():
             descriptor, name = tempfile.mkstemp(dir=tmp)
@@ -42,9 +47,9 @@ class BlobWriter:
         self.size_bytes += len(chunk)
         if self.size_bytes > self._max_bytes:
             raise BlobTooLarge(f"the upload has more than {self._max_bytes} bytes, the limit for this file")
-        self._running.update(chunk)
-        rest = memoryview(chunk)
-        with full_disk_as_store_full():
+        with self._lock, full_disk_as_store_full():
+            self._running.update(chunk)
+            rest = memoryview(chunk)
             while rest:
                 rest = rest[self._file.write(rest) :]
 
@@ -57,12 +62,12 @@ class BlobWriter:
         if expected_digest is not None and digest != expected_digest:
             raise DigestMismatch(f"the uploaded bytes hash to {digest}; expected {expected_digest[:80]}")
         self._reach("written")
-        with full_disk_as_store_full():
+        with self._lock, full_disk_as_store_full():
             os.fchmod(self._file.fileno(), WRITE_ONCE_MODE)
             os.fsync(self._file.fileno())
             self._reach("synced")
             self._publish(self._temp_path, digest)
-        self._committed = True
+            self._committed = True
         return digest
 
     def __enter__(self) -> BlobWriter:
@@ -71,6 +76,7 @@ class BlobWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
-        if not self._committed:
-            self._temp_path.unlink(missing_ok=True)
+        with self._lock:
+            self._file.close()
+            if not self._committed:
+                self._temp_path.unlink(missing_ok=True)

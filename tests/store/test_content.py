@@ -15,6 +15,7 @@ from timbre_store.content import ContentFolder, Removed
 from timbre_store.errors import BlobTooLarge, DigestMismatch, NotFound
 from timbre_store.failpoints import pass_by
 from timbre_store.store import Store
+from timbre_store.writer import BlobWriter
 
 ABC = "sha256:ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
@@ -113,6 +114,37 @@ def test_the_last_of_two_uploads_takes_a_shared_blob_away(store: Store, samples:
             samples.put(second, b"abc")
         assert store.has_blob(ABC)
     assert not store.has_blob(ABC)
+
+
+def test_a_blob_committed_after_its_upload_was_left_is_taken_away(store: Store, samples: ModuleType) -> None:
+    with store.begin_upload() as upload:
+        writer = upload.begin_blob()
+    writer.write(b"abc")
+    assert writer.commit() == ABC
+    writer.__exit__(None, None, None)
+    assert samples.files_of(store.root) == set()
+
+
+def test_a_writer_that_was_left_takes_no_more(store: Store, samples: ModuleType) -> None:
+    """Threads go on writing while the writer is left: none of their bytes may reach another file."""
+
+    def write_on(writer: BlobWriter, left: threading.Event) -> str:
+        try:
+            while not left.is_set():
+                writer.write(bytes(1 << 16))
+            return writer.commit()
+        except ValueError:
+            return "closed"
+
+    with ThreadPoolExecutor(1) as threads:
+        for _ in range(10):
+            left = threading.Event()
+            with store.begin_blob() as writer:
+                writing = threads.submit(write_on, writer, left)
+                writer.write(b"first or in between")
+            left.set()
+            assert writing.result() == "closed"
+    assert samples.files_of(store.root) == set()
 
 
 def test_garbage_is_what_is_old_and_nobody_s(tmp_path: Path, samples: ModuleType) -> None:
