@@ -19,7 +19,6 @@ RUN /opt/timbre/bin/pip install --constraint constraints.txt --no-build-isolatio
 FROM python:3.11-slim-bookworm
 ENV PATH=/opt/timbre/bin:$PATH \
     PYTHONUNBUFFERED=1 \
-    HF_HUB_OFFLINE=1 \
     TIMBRE_HOST=0.0.0.0 \
     TIMBRE_PORT=8000 \
     TIMBRE_STORE_DIR=/var/lib/timbre/store \
