@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 
 from timbre_methods.contract import Site
-from timbre_methods.errors import (
-    InvalidTensors,
-)
+from timbre_methods.errors import InvalidTensors
 from timbre_methods.program import AdapterProgram, owned_tensors
 from timbre_methods.registry import check_adapter, inspect_adapter, method_for, methods
 
