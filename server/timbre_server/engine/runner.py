@@ -1,0 +1,225 @@
+"""Executes step plans: rows in, tokens out. It decides nothing.
+
+A plan says how many tokens of each sequence run. The runner flattens them to one batch, tells the adapters
+which rows are whose, runs the model once over the paged cache, and draws. Every failure leaves no step
+state behind: the attention context and the row tables are taken away however the step ends.
+
+Legend: N kept rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from timbre_server.engine.batch import Batch, forward
+from timbre_server.engine.kv_cache import KVCache, bytes_per_block
+from timbre_server.engine.kv_sizing import (
+    KVRequest,
+    KVSize,
+    available_memory_bytes,
+    default_kv_bytes,
+    size_kv_cache,
+)
+from timbre_server.engine.messages import Ready
+from timbre_server.engine.model_loader import PreparedModel, end_token_ids, longest_sequence
+from timbre_server.engine.paged_attention import SequenceRows
+from timbre_server.engine.sampler import SamplingRow, prompt_logprobs, sample
+from timbre_server.engine.sequence import ChunkResult, ScheduledChunk, StepPlan, StepResult
+from timbre_server.operators.row_table import RowTable, Span
+
+_UNKNOWN_MEMORY_BYTES = 5 << 30
+
+
+class RowAdapters(Protocol):
+    """What the runner needs of the adapted model."""
+
+    def set_rows(self, table: RowTable, head_table: RowTable) -> None: ...
+
+    def clear_rows(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerOptions:
+    block_size: int = 16
+    kv_cache_bytes: int | None = None
+    """None: a share of free memory (`kv_sizing.default_kv_bytes`)."""
+    max_model_len: int | None = None
+    """None: as long as the model and the cache allow."""
+    adapter_memory_bytes: int = 0
+    """Left free for adapters when the cache is sized on a GPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """The rows of one chunk whose logits are kept: first those that predict prompt tokens, then the last."""
+
+    num_prompt_rows: int
+    draws_token: bool
+
+    @property
+    def num_rows(self) -> int:
+        return self.num_prompt_rows + int(self.draws_token)
+
+
+class Runner:
+    """One model with its KV cache. Not for several threads."""
+
+    def __init__(self, prepared: PreparedModel, adapters: RowAdapters, options: RunnerOptions) -> None:
+        """Sizes and reserves the KV cache.
+
+        Raises:
+            UnsupportedModel: the cache cannot hold one sequence of the length asked for.
+        """
+        self._loaded = prepared.loaded
+        self._model = prepared.loaded.model
+        self._adapters = adapters
+        self._options = options
+        self._sites = prepared.probed.sites
+        size = _kv_size(prepared, options)
+        self.max_model_len = size.max_model_len
+        self.cache = KVCache(
+            prepared.probed.kv_shapes,
+            num_blocks=size.num_blocks,
+            block_size=options.block_size,
+            dtype=self._model.dtype,
+            device=self._model.device,
+        )
+
+    @property
+    def num_blocks(self) -> int:
+        """Block 0, which no sequence may get, included."""
+        return self.cache.num_blocks
+
+    def info(self) -> Ready:
+        """What the model is and what it was given, for the other process."""
+        text = self._model.config.get_text_config()
+        return Ready(
+            model_name=self._loaded.name,
+            model_digest=self._loaded.digest,
+            model_type=self._model.config.model_type,
+            dtype=str(self._model.dtype).removeprefix("torch."),
+            device=str(self._model.device),
+            vocab_size=int(text.vocab_size),
+            max_model_len=self.max_model_len,
+            eos_token_ids=end_token_ids(self._model),
+            sites=self._sites,
+            block_size=self._options.block_size,
+            num_kv_blocks=self.num_blocks,
+            kv_cache_bytes=self.cache.num_bytes,
+            model_bytes=self._loaded.num_bytes,
+            adapter_budget_bytes=self._options.adapter_memory_bytes,
+        )
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Run a plan of at least one chunk; results are in its order.
+
+        A chunk whose logits are not finite gets an ``error_message``; the others are not touched by it.
+
+        Raises:
+            RuntimeError: the device failed; nothing of the step counts, and no step state is left.
+        """
+        kept = [_kept_of(chunk) for chunk in plan.chunks]
+        batch = _batch_of(plan, kept)
+        table = RowTable(
+            [Span(c.num_tokens, c.sequence.adapter_slots) for c in plan.chunks], self.cache.device
+        )
+        kept_spans = [
+            Span(keep.num_rows, chunk.sequence.adapter_slots)
+            for chunk, keep in zip(plan.chunks, kept, strict=True)
+            if keep.num_rows
+        ]
+        with torch.inference_mode():
+            try:
+                self._adapters.set_rows(table, RowTable(kept_spans, self.cache.device))
+                logits_NV = forward(self._model, self.cache, batch)
+            finally:
+                self._adapters.clear_rows()
+            return StepResult(_results(plan, kept, logits_NV))
+
+
+def _kept_of(chunk: ScheduledChunk) -> _Kept:
+    """Row r of a sequence predicts token r + 1; prompt tokens are scored until the first token is drawn."""
+    sequence = chunk.sequence
+    scored = 0
+    if sequence.request.sampling.prompt_logprobs is not None and sequence.num_output_tokens == 0:
+        scored = max(0, min(chunk.end, sequence.num_prompt_tokens - 1) - chunk.start)
+    return _Kept(scored, chunk.draws_token)
+
+
+def _batch_of(plan: StepPlan, kept: Sequence[_Kept]) -> Batch:
+    token_ids: list[int] = []
+    sequences: list[SequenceRows] = []
+    kept_rows: list[int] = []
+    for chunk, keep in zip(plan.chunks, kept, strict=True):
+        first = len(token_ids)
+        sequence = chunk.sequence
+        sequences.append(SequenceRows(first, chunk.num_tokens, chunk.start, tuple(sequence.block_table)))
+        token_ids += sequence.token_ids[chunk.start : chunk.end]
+        kept_rows += range(first, first + keep.num_prompt_rows)
+        if keep.draws_token:
+            kept_rows.append(len(token_ids) - 1)
+    return Batch(token_ids, sequences, kept_rows)
+
+
+def _results(plan: StepPlan, kept: Sequence[_Kept], logits_NV: Tensor) -> tuple[ChunkResult, ...]:
+    first_rows = [0, *accumulate(keep.num_rows for keep in kept)]
+    drawing = [index for index, keep in enumerate(kept) if keep.draws_token]
+    results = [ChunkResult() for _ in plan.chunks]
+    if drawing:
+        rows = [first_rows[index] + kept[index].num_prompt_rows for index in drawing]
+        rows_B = torch.tensor(rows, device=logits_NV.device)
+        sampling_rows = [_sampling_row(plan.chunks[index]) for index in drawing]
+        drawn = sample(logits_NV.index_select(0, rows_B), sampling_rows)
+        for index, result in zip(drawing, drawn, strict=True):
+            results[index] = result
+    for chunk, keep, first, result in zip(plan.chunks, kept, first_rows, results, strict=False):
+        if keep.num_prompt_rows and result.error_message is None:
+            _score_prompt(chunk, logits_NV[first : first + keep.num_prompt_rows], result)
+    return tuple(results)
+
+
+def _sampling_row(chunk: ScheduledChunk) -> SamplingRow:
+    sequence = chunk.sequence
+    num_prompt = sequence.num_prompt_tokens
+    return SamplingRow(
+        sequence.request.sampling, sequence.request.prompt_token_ids, sequence.token_ids[num_prompt:]
+    )
+
+
+def _score_prompt(chunk: ScheduledChunk, logits_NV: Tensor, result: ChunkResult) -> None:
+    num_top = chunk.sequence.request.sampling.prompt_logprobs
+    assert num_top is not None, "only chunks of requests that ask have prompt rows"
+    if not bool(torch.isfinite(logits_NV.amax(dim=1)).all()):
+        result.error_message = "The model gave logits that are not finite numbers for a prompt token."
+        return
+    first = chunk.start + 1
+    following = chunk.sequence.token_ids[first : first + logits_NV.shape[0]]
+    result.prompt_logprobs = tuple(prompt_logprobs(logits_NV, following, num_top))
+
+
+def _kv_size(prepared: PreparedModel, options: RunnerOptions) -> KVSize:
+    model = prepared.loaded.model
+    request = KVRequest(
+        bytes_per_block=bytes_per_block(prepared.probed.kv_shapes, options.block_size, model.dtype),
+        block_size=options.block_size,
+        model_len=longest_sequence(model.config),
+        asked_bytes=options.kv_cache_bytes,
+        asked_len=options.max_model_len,
+    )
+    on_gpu = model.device.type == "cuda"
+    free_bytes = torch.cuda.mem_get_info(model.device)[0] if on_gpu else _available_cpu_bytes()
+    default = default_kv_bytes(free_bytes, reserved_bytes=options.adapter_memory_bytes, on_gpu=on_gpu)
+    return size_kv_cache(request, default)
+
+
+def _available_cpu_bytes() -> int:
+    """What Linux says is available; elsewhere the cache gets its full share."""
+    meminfo = Path("/proc/meminfo")
+    return available_memory_bytes(meminfo.read_text()) if meminfo.exists() else _UNKNOWN_MEMORY_BYTES
