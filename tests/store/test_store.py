@@ -188,8 +188,10 @@ def test_garbage_collection_never_takes_what_an_upload_is_about_to_name(
     with ThreadPoolExecutor(5) as threads:
         collecting = threads.submit(collect)
         uploads = [threads.submit(samples.upload, store, f"a{i % 4}", i) for i in range(40)]
-        records = [upload.result() for upload in uploads]
-        done.set()
+        try:
+            records = [upload.result() for upload in uploads]
+        finally:
+            done.set()
         assert collecting.result() > 0
     for record in records:
         assert open_adapter(store.root, record.digest).manifest == record.manifest
