@@ -8,14 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
+from timbre_server.engine.client import Engine
 from timbre_server.http.text import TextCodec
 from timbre_server.request_record import RequestRecord
 from timbre_store.records import AdapterRecord, Page
-
-if TYPE_CHECKING:
-    from timbre_server.engine.client import Engine
 
 
 class Admission(Protocol):

@@ -183,9 +183,9 @@ class ErrorBoundary:
         try:
             await self._app(scope, receive, watching_send)
         except Exception as error:
-            log.exception("request_failed", error=type(error).__name__)
             if began:
                 raise
+            log.exception("request_failed", error=type(error).__name__)
             await server_error_response(error)(scope, receive, send)
 
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from timbre_server.engine.client import Engine
 from timbre_server.engine.messages import TokenEvent, TokenLogprobs
 from timbre_server.errors import (
     AdapterLoadFailed,
@@ -25,9 +25,6 @@ from timbre_server.errors import (
 from timbre_server.http.planning import Choice
 from timbre_server.http.text_stream import TextStream
 from timbre_server.request_record import RequestRecord
-
-if TYPE_CHECKING:
-    from timbre_server.engine.client import Engine
 
 ERRORS_BY_CODE: dict[str, type[ServerError]] = {
     "adapter_load_failed": AdapterLoadFailed,
@@ -75,7 +72,7 @@ async def run_choices(engine: Engine, choices: Sequence[Choice], asked: Asked) -
 async def _run_choice(engine: Engine, choice: Choice, asked: Asked) -> AsyncGenerator[Delta, None]:
     progress = _Progress(choice, asked, asked.new_text_stream(choice))
     try:
-        async with aclosing(_as_generator(engine.submit(choice.submit))) as events:
+        async with aclosing(engine.submit(choice.submit)) as events:
             async for event in events:
                 delta = progress.take(event)
                 yield delta
@@ -166,16 +163,6 @@ def _error_of(event: TokenEvent) -> ServerError:
         return RequestAborted(event.error_message or "the server ended this request before it was finished")
     kind = ERRORS_BY_CODE.get(event.error_code or "", EngineError)
     return kind(event.error_message or "the engine could not finish this request")
-
-
-async def _as_generator(events: AsyncIterator[TokenEvent]) -> AsyncGenerator[TokenEvent, None]:
-    """The same events; closing it closes the iterator, where that can be closed."""
-    try:
-        async for event in events:
-            yield event
-    finally:
-        if isinstance(events, AsyncGenerator):
-            await events.aclose()
 
 
 async def merged(streams: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator[Delta, None]:

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+import importlib.util
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import httpx2
 import orjson
 import pytest
 from fastapi import FastAPI
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from structlog.testing import capture_logs
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from timbre_server.engine.messages import (
-    AdapterLoaded,
-    Ready,
-    StepOutput,
-    StepStats,
-    Submit,
-    TokenEvent,
-    TokenLogprobs,
-)
 from timbre_server.errors import QueueFull
 from timbre_server.http.chat import chat_router
 from timbre_server.http.completions import completions_router
@@ -37,10 +30,16 @@ from timbre_store.manifest import Manifest
 from timbre_store.names import Reference
 from timbre_store.records import AdapterRecord, Page
 
-BASE = "tiny-base"
-BASE_DIGEST = "sha256:" + "b" * 64
-MAX_MODEL_LEN = 512
-EOS = "<|im_end|>"
+_spec = importlib.util.spec_from_file_location(
+    "openai_scripted_engine", Path(__file__).with_name("scripted_engine.py")
+)
+assert _spec is not None
+assert _spec.loader is not None
+scripted_engine = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(scripted_engine)
+
+BASE: str = scripted_engine.BASE
+BASE_DIGEST: str = scripted_engine.BASE_DIGEST
 TEMPLATE = (
     "{% for m in messages %}{% if m.role not in ['system', 'user', 'assistant'] or '!!' in m.content %}"
     "{{ raise_exception('no such role') }}{% endif %}"
@@ -48,128 +47,10 @@ TEMPLATE = (
     "{% if shout is defined and shout %}LOUD {% endif %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-MERGES = [("h", "e"), ("l", "l"), ("he", "ll"), ("ð", "Ł"), ("ĺ", "Ģ"), ("Ã", "©"), ("Ġ", "ð"), ("o", "Ã")]
-"""Some of them end inside a character: tokens must not be taken for text."""
-
-Reply = Callable[[Submit], Sequence[int]]
-
-
-def byte_level_tokenizer() -> Tokenizer:
-    pieces = sorted(pre_tokenizers.ByteLevel.alphabet()) + ["".join(pair) for pair in MERGES]
-    vocabulary = {piece: index for index, piece in enumerate(pieces)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=MERGES))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken("<|im_start|>", special=True), AddedToken(EOS, special=True)])
-    return tokenizer
 
 
 def codec_of(tokenizer: Tokenizer, template: str | None = TEMPLATE) -> TextCodec:
     return TextCodec(PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template))
-
-
-class ScriptedEngine:
-    """Says what ``reply`` says, in events of the sizes of ``event_sizes``, then the end token."""
-
-    def __init__(self, codec: TextCodec) -> None:
-        eos = codec.encode(EOS, add_special_tokens=False)[0]
-        self.info = Ready(
-            model_name=BASE, model_digest=BASE_DIGEST, model_type="llama", dtype="float32", device="cpu",
-            vocab_size=eos + 1, max_model_len=MAX_MODEL_LEN, eos_token_ids=(eos,), sites=(), block_size=16,
-            num_kv_blocks=10, kv_cache_bytes=1, model_bytes=1, adapter_budget_bytes=1,
-        )  # fmt: skip
-        self.latest = StepStats()
-        self.alive = True
-        self.eos = eos
-        self.codec = codec
-        self.text = "hello wörld 😀!"
-        self.reply: Reply = lambda _: codec.encode(self.text, add_special_tokens=False)
-        self.event_sizes: Sequence[int] = (1,)
-        self.gate: asyncio.Event | None = None
-        """Waited for before each event after the first."""
-        self.failure: TokenEvent | None = None
-        """Takes the place of the last event."""
-        self.submitted: list[Submit] = []
-        self.aborted: list[str] = []
-
-    @property
-    def has_work(self) -> bool:
-        return False
-
-    def seconds_since_last_step(self) -> float:
-        return 0.0
-
-    async def submit(self, request: Submit) -> AsyncIterator[TokenEvent]:
-        self.submitted.append(request)
-        ended = False
-        try:
-            for number, event in enumerate(self._events(request)):
-                await asyncio.sleep(0)
-                if number and self.gate is not None:
-                    await self.gate.wait()
-                yield event
-            ended = True
-        finally:
-            if not ended:
-                self.aborted.append(request.request_id)
-
-    def _events(self, request: Submit) -> Iterator[TokenEvent]:
-        sampling = request.sampling
-        tokens = [*self.reply(request), self.eos][: sampling.max_tokens]
-        ends = [index for index, token in enumerate(tokens) if token in sampling.stop_token_ids]
-        if ends:
-            tokens = tokens[: ends[0] + 1]
-        reason = "stop" if ends else "length"
-        first, start = True, 0
-        sizes = list(self.event_sizes)
-        while start < len(tokens) or first:
-            size = sizes[0] if len(sizes) == 1 else sizes.pop(0)
-            taken = tuple(tokens[start : start + size])
-            start += max(size, 0)
-            last = start >= len(tokens)
-            if last and self.failure is not None:
-                yield TokenEvent(
-                    request.request_id,
-                    finish_reason=self.failure.finish_reason,
-                    error_code=self.failure.error_code,
-                    error_message=self.failure.error_message,
-                )
-                return
-            yield TokenEvent(
-                request.request_id,
-                token_ids=taken,
-                logprobs=tuple(self._logprobs(t, sampling.logprobs) for t in taken)
-                if sampling.logprobs is not None
-                else (),
-                prompt_logprobs=self._prompt_logprobs(request) if first else (),
-                finish_reason=reason if last else None,  # type: ignore[arg-type]
-                stop_token_id=taken[-1] if last and ends else None,
-                cached_tokens=3 if first else 0,
-            )
-            first = False
-
-    def _prompt_logprobs(self, request: Submit) -> tuple[TokenLogprobs | None, ...]:
-        wanted = request.sampling.prompt_logprobs
-        if wanted is None:
-            return ()
-        return (None, *(self._logprobs(token, wanted) for token in request.prompt_token_ids[1:]))
-
-    def _logprobs(self, token: int, wanted: int) -> TokenLogprobs:
-        count = self.info.vocab_size if wanted == -1 else wanted
-        ranked = [token, *(other for other in range(self.info.vocab_size) if other != token)][:count]
-        return TokenLogprobs(token, -0.5, 1, tuple((t, -0.5 - rank) for rank, t in enumerate(ranked)))
-
-    async def load_adapter(self, digest: str) -> AdapterLoaded:
-        return AdapterLoaded(digest)
-
-    async def unload_adapter(self, digest: str) -> None:
-        return None
-
-    def on_output(self, callback: Callable[[StepOutput], None]) -> None:
-        return None
-
-    async def close(self) -> None:
-        self.alive = False
 
 
 class Gate:
@@ -223,7 +104,7 @@ class Shelf:
 class Rig:
     """The routes, what is behind them, and a client in front."""
 
-    engine: ScriptedEngine
+    engine: Any
     context: ServingContext
     gate: Gate
     shelf: Shelf
@@ -290,7 +171,7 @@ class Rig:
 
 
 def new_rig(codec: TextCodec, *, with_text: bool = True) -> Rig:
-    engine, gate, shelf = ScriptedEngine(codec), Gate(), Shelf()
+    engine, gate, shelf = scripted_engine.ScriptedEngine(codec), Gate(), Shelf()
     records: list[RequestRecord] = []
     context = ServingContext(
         engine=engine,
@@ -306,9 +187,16 @@ def new_rig(codec: TextCodec, *, with_text: bool = True) -> Rig:
     return Rig(engine, context, gate, shelf, records)
 
 
+@pytest.fixture(autouse=True)
+def logged() -> Iterator[list[Any]]:
+    """What was logged."""
+    with capture_logs() as entries:
+        yield entries
+
+
 @pytest.fixture(scope="session")
 def codec() -> Iterator[TextCodec]:
-    made = codec_of(byte_level_tokenizer())
+    made = codec_of(scripted_engine.byte_level_tokenizer())
     yield made
     made.close()
 
@@ -320,7 +208,7 @@ def make_codec() -> Callable[[Tokenizer, str | None], TextCodec]:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
-    return byte_level_tokenizer()
+    return scripted_engine.byte_level_tokenizer()
 
 
 @pytest.fixture(scope="session")
