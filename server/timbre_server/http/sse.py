@@ -6,6 +6,7 @@ Knows no answer formats. What is streamed is closed exactly once, however the re
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import aclosing
 from typing import Any, TypeVar
@@ -62,6 +63,7 @@ class EventStreamResponse(Response):
         self._events = events
         self._keep_alive_s = keep_alive_s
         self._on_close = on_close
+        self._silent_since_s = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -74,27 +76,24 @@ class EventStreamResponse(Response):
 
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        upcoming: asyncio.Future[bytes] | None = None
+        self._silent_since_s = time.monotonic()
+        breaking_silence = asyncio.create_task(self._break_silence(send))
         try:
-            while True:
-                upcoming = upcoming or asyncio.ensure_future(_next(self._events))
-                finished, _ = await asyncio.wait({upcoming}, timeout=self._keep_alive_s)
-                if not finished:
-                    await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
-                    continue
-                event, upcoming = upcoming.result(), None
-                if not event:
-                    break
+            async for event in self._events:
                 await send({"type": "http.response.body", "body": event, "more_body": True})
+                self._silent_since_s = time.monotonic()
         finally:
-            if upcoming is not None:
-                await _cancel(upcoming)
+            await _cancel(breaking_silence)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-
-async def _next(events: AsyncGenerator[bytes, None]) -> bytes:
-    """The next event; empty at the end."""
-    return await anext(events, b"")
+    async def _break_silence(self, send: Send) -> None:
+        while True:
+            left_s = self._silent_since_s + self._keep_alive_s - time.monotonic()
+            if left_s > 0:
+                await asyncio.sleep(left_s)
+                continue
+            await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
+            self._silent_since_s = time.monotonic()
 
 
 async def until_disconnected(receive: Receive) -> None:
