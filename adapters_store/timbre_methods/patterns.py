@@ -19,8 +19,10 @@ from timbre_methods.errors import InvalidConfig
 
 MAX_KEYS = 4096
 MAX_KEY_LENGTH = 256
-MAX_EXPRESSION_LENGTH = 1024
+MAX_EXPRESSION_LENGTH = 512
 """Of all keys together that are more than a name; names with dots are matched in another way."""
+MAX_LOOPS = 16
+"""Signs ``*`` and ``+`` in all keys together."""
 MAX_DEPTH = 8
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+", re.ASCII)
@@ -43,10 +45,11 @@ class PathPatterns:
         if len(values) > MAX_KEYS:
             raise InvalidConfig(f"{option}: found {len(values)} keys, expected at most {MAX_KEYS}")
         expressions = [key for key in values if not _NAME.fullmatch(key)]
-        if sum(map(len, expressions)) > MAX_EXPRESSION_LENGTH:
+        loops = sum(key.count("*") + key.count("+") for key in expressions)
+        if sum(map(len, expressions)) > MAX_EXPRESSION_LENGTH or loops > MAX_LOOPS:
             raise InvalidConfig(
-                f"{option}: the keys that are more than module names are longer than {MAX_EXPRESSION_LENGTH} "
-                "characters together; write the module names out"
+                f"{option}: the keys that are more than module names may have {MAX_EXPRESSION_LENGTH} "
+                f"characters and {MAX_LOOPS} signs * and + together; write the module names out"
             )
         self._entries = [(_whole_path_test(option, key), value) for key, value in values.items()]
 
@@ -125,12 +128,13 @@ class _Reader:
             self._at += 1
 
     def _piece(self, depth: int) -> tuple[Node, bool]:
+        is_anchor = self._peek() in ("^", "$")
         node, has_loop = self._atom(depth)
         sign = self._peek()
         if sign not in ("*", "+", "?") or not sign:
             return node, has_loop
-        if has_loop:
-            raise self._refusal(f"{sign!r} on a group that repeats inside")
+        if has_loop or is_anchor:
+            raise self._refusal(f"{sign!r} on an anchor or on a group that repeats inside")
         self._at += 1
         if self._peek() == "?":  # lazy: another order of trying, the same matches
             self._at += 1
@@ -148,17 +152,17 @@ class _Reader:
                 raise self._refusal("a '(' without its ')'")
             return node, has_loop
         if character == "[":
-            return _one(self._class()), False
+            return _One(self._class()), False
         if character == "\\":
-            return _one(self._escape()), False
+            return _One(self._escape()), False
         if character == ".":
-            return _one(lambda c: c != "\n"), False
+            return _One(lambda c: c != "\n"), False
         if character == "^":
             return (lambda text, starts: starts & {0}), False
         if character == "$":
             return (lambda text, starts: starts & {len(text)}), False
         if character in _LITERALS:
-            return _one(_is(character)), False
+            return _One(_is(character)), False
         raise self._refusal(f"unexpected {character!r}")
 
     def _escape(self) -> Accepts:
@@ -200,13 +204,31 @@ def _is(character: str) -> Accepts:
     return lambda c: c == character
 
 
-def _one(accepts: Accepts) -> Node:
-    return lambda text, starts: frozenset(i + 1 for i in starts if i < len(text) and accepts(text[i]))
+class _One:
+    """The node of one character."""
+
+    def __init__(self, accepts: Accepts) -> None:
+        self._accepts = accepts
+
+    def __call__(self, text: str, starts: Ends) -> Ends:
+        return frozenset(i + 1 for i in starts if i < len(text) and self._accepts(text[i]))
+
+    def run(self, text: str, starts: Ends) -> Ends:
+        """Where a run of one or more such characters may end, each character seen once."""
+        reached: set[int] = set()
+        for start in starts:
+            end = start + 1
+            while end not in reached and end <= len(text) and self._accepts(text[end - 1]):
+                reached.add(end)
+                end += 1
+        return frozenset(reached)
 
 
 def _sequence(nodes: list[Node]) -> Node:
     def ends(text: str, starts: Ends) -> Ends:
         for node in nodes:
+            if not starts:
+                break
             starts = node(text, starts)
         return starts
 
@@ -223,10 +245,13 @@ def _repeated(node: Node, sign: str) -> Node:
     def ends(text: str, starts: Ends) -> Ends:
         if sign == "?":
             return starts | node(text, starts)
-        reached = fresh = node(text, starts)
-        while fresh:
-            fresh = node(text, fresh) - reached
-            reached |= fresh
+        if isinstance(node, _One):
+            reached = node.run(text, starts)
+        else:
+            reached = fresh = node(text, starts)
+            while fresh:
+                fresh = node(text, fresh) - reached
+                reached |= fresh
         return reached if sign == "+" else reached | starts
 
     return ends

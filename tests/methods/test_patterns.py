@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from timbre_methods.errors import InvalidConfig
-from timbre_methods.patterns import MAX_EXPRESSION_LENGTH, MAX_KEY_LENGTH, MAX_KEYS, PathPatterns
+from timbre_methods.patterns import MAX_EXPRESSION_LENGTH, MAX_KEY_LENGTH, MAX_KEYS, MAX_LOOPS, PathPatterns
 
 PATHS = [
     "model.layers.0.self_attn.q_proj",
@@ -77,8 +77,10 @@ KEYS = st.recursive(
     ),
     max_leaves=6,
 )
+PIECES = st.sampled_from(["a", ".", r"\.", "[ab]", "[^a]", r"\w"])
+SIGNS = st.sampled_from(["", "*", "+", "?", "*?"])
 REPEATED = st.lists(
-    st.builds(lambda key, sign: f"({key}){sign}", KEYS, st.sampled_from(["", "*", "+", "?", "*?"])),
+    st.builds(lambda key, sign: f"({key}){sign}", KEYS, SIGNS) | st.builds("{}{}".format, PIECES, SIGNS),
     min_size=1,
     max_size=3,
 ).map("".join)
@@ -116,6 +118,7 @@ def test_the_first_key_in_the_files_order_wins() -> None:
         "a**",
         "a*+",
         "*a",
+        "a^*",
         "(a",
         "a)",
         "[a",
@@ -141,7 +144,9 @@ def test_too_many_keys_are_refused() -> None:
     with pytest.raises(InvalidConfig, match=f"at most {MAX_KEYS}"):
         PathPatterns("alpha_pattern", {f"layer{i}": 1.0 for i in range(MAX_KEYS + 1)})
     with pytest.raises(InvalidConfig, match=str(MAX_EXPRESSION_LENGTH)):
-        PathPatterns("alpha_pattern", {f"layer{i}.*": 1.0 for i in range(MAX_EXPRESSION_LENGTH // 8 + 1)})
+        PathPatterns("alpha_pattern", {f"layer[{i}]": 1.0 for i in range(MAX_EXPRESSION_LENGTH // 8)})
+    with pytest.raises(InvalidConfig, match=f"{MAX_LOOPS} signs"):
+        PathPatterns("alpha_pattern", {f"{i}.*": 1.0 for i in range(MAX_LOOPS + 1)})
 
 
 def test_a_key_that_would_hang_re_is_followed_in_few_steps() -> None:
