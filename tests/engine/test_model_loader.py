@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPTJConfig, LlamaConfig, PreTrainedModel
+from transformers import BloomConfig, GPTJConfig, LlamaConfig, PreTrainedModel
 
 from timbre_server.engine.attention import ATTENTION_NAME
 from timbre_server.engine.model_digest import model_digest
@@ -144,4 +144,12 @@ def test_end_tokens_come_from_the_generation_config_first(tiny_model: TinyModel)
 
 
 def test_a_model_s_length_is_its_positions() -> None:
-    assert longest_sequence(LlamaConfig(max_position_embeddings=77)) == 77
+    assert longest_sequence(LlamaConfig(max_position_embeddings=77), asked=None) == 77
+    assert longest_sequence(LlamaConfig(max_position_embeddings=77), asked=99) == 77
+
+
+def test_a_model_that_does_not_say_its_length_has_the_one_asked_for() -> None:
+    config = BloomConfig()
+    assert longest_sequence(config, asked=50) == 50
+    with pytest.raises(UnsupportedModel, match="Set max_model_len"):
+        longest_sequence(config, asked=None)

@@ -126,13 +126,15 @@ def end_token_ids(model: PreTrainedModel) -> tuple[int, ...]:
     return tuple(found) if isinstance(found, list | tuple) else (int(found),)
 
 
-def longest_sequence(config: PreTrainedConfig) -> int:
-    """How many positions the model has.
+def longest_sequence(config: PreTrainedConfig, asked: int | None) -> int:
+    """How many positions the model has; where its configuration does not say, as many as asked for.
 
     Raises:
-        UnsupportedModel: the configuration does not say.
+        UnsupportedModel: neither says.
     """
     length = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if length is None:
+        length = asked
     if length is None:
         raise UnsupportedModel(
             f"{config.model_type}: the configuration has no max_position_embeddings. Set max_model_len."

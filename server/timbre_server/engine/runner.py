@@ -209,7 +209,7 @@ def _kv_size(prepared: PreparedModel, options: RunnerOptions) -> KVSize:
     request = KVRequest(
         bytes_per_block=bytes_per_block(prepared.probed.kv_shapes, options.block_size, model.dtype),
         block_size=options.block_size,
-        model_len=longest_sequence(model.config),
+        model_len=longest_sequence(model.config, options.max_model_len),
         asked_bytes=options.kv_cache_bytes,
         asked_len=options.max_model_len,
     )
