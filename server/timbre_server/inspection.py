@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from timbre_methods.contract import Site, Sites
 from timbre_methods.errors import MethodError
 from timbre_methods.errors import UnsupportedMethod as MethodUnsupported
-from timbre_methods.registry import check_adapter, inspect_adapter
+from timbre_methods.registry import check_adapter, inspect_adapter, methods
 from timbre_server.engine.messages import SiteShape
 from timbre_store.errors import InvalidAdapter, UnsupportedMethod
 from timbre_store.inspection import Inspect, Inspection
@@ -33,6 +33,17 @@ def meta_sites(shapes: Iterable[SiteShape]) -> Sites:
         )
         for shape in shapes
     }
+
+
+def warm_up() -> None:
+    """Checks one small adapter of every method, so that torch's slow first uses are not an upload's."""
+    sites = meta_sites(
+        [SiteShape("layers.0.q_proj", 16, 16, False), SiteShape("layers.0.down_proj", 16, 16, False)]
+    )
+    generator = torch.Generator().manual_seed(0)
+    for method in methods().values():
+        config, tensors = method.example(sites, generator)
+        check_adapter(config, tensors, sites)
 
 
 def inspector(sites: Sites, *, budget_bytes: int) -> Inspect:

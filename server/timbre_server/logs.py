@@ -39,6 +39,7 @@ def configure_logs(level: str, log_format: LogFormat) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(number)
+    logging.getLogger("uvicorn").setLevel(max(number, logging.WARNING))
 
 
 def _clock() -> Processor:

@@ -9,6 +9,7 @@ import math
 from bisect import bisect_left
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
+from threading import Lock
 
 Labels = tuple[str, ...]
 OTHER = "_other"
@@ -116,3 +117,23 @@ class RecentTimes:
 def _add_to(row: list[float], amounts: tuple[float, ...]) -> None:
     for index, amount in enumerate(amounts):
         row[index] += amount
+
+
+class RecentNames:
+    """The name that each of the most recent digests was last asked for by. May be used from any thread."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._names: OrderedDict[str, str] = OrderedDict()
+        self._lock = Lock()
+
+    def note(self, digest: str, name: str) -> None:
+        with self._lock:
+            self._names[digest] = name
+            self._names.move_to_end(digest)
+            if len(self._names) > self._limit:
+                self._names.popitem(last=False)
+
+    def get(self, digest: str) -> str | None:
+        with self._lock:
+            return self._names.get(digest)

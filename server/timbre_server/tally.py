@@ -64,7 +64,7 @@ class Tally:
                 self._observe("timbre_inter_token_latency_seconds", gap_s)
             if event.finish_reason is not None:
                 self._last_tokens.forget(event.request_id)
-            if event.error_code == "corrupted_logits":
+            if event.error_code == "invalid_logits":
                 self._count("vllm:corrupted_requests")
         for loaded in output.loaded:
             self._on_loaded(loaded)

@@ -67,8 +67,16 @@ EDGES: Mapping[str, frozenset[str]] = {
             "timbre_server.engine.messages timbre_methods timbre_methods.errors timbre_methods.program"
             " timbre_store timbre_server.errors"
         ),
+        "timbre_server.model_source": "timbre_server.settings timbre_server.engine",
+        "timbre_server.example_adapters": "timbre_store",
         "timbre_server.build": "*",
-        "timbre_server.cli": "timbre_server.settings timbre_server.build timbre_server.errors",
+        # Listens and starts the engine before the heavy `build` is imported.
+        "timbre_server.launch": (
+            "timbre_server timbre_server.settings timbre_server.logs timbre_server.model_source"
+            " timbre_server.http timbre_server.engine.client timbre_server.engine.options timbre_server.build"
+            " timbre_server.errors timbre_store"
+        ),
+        "timbre_server.cli": "timbre_server.settings timbre_server.launch timbre_server.errors",
         "timbre_server.__main__": "timbre_server.cli",
     }.items()
 }

@@ -33,6 +33,7 @@ from timbre_server.http.probes import Probes
 from timbre_server.http.vllm_compat import vllm_router
 from timbre_server.inspection import inspector, meta_sites
 from timbre_store.limits import StoreLimits
+from timbre_store.records import AdapterRecord
 from timbre_store.store import Store
 
 SITES = (
@@ -109,7 +110,7 @@ class Served:
     probes: Probes
     retirement: Retirement
     answered: list[tuple[str, int]]
-    uploads: list[int | None]
+    uploads: list[AdapterRecord | None]
     lora_root: Path
 
     async def upload(self, files: AdapterFiles, **changes: object) -> httpx2.Response:
@@ -158,7 +159,7 @@ def serve(store: Store, tmp_path: Path) -> Callable[..., Served]:
         engine, lifecycle = FakeEngine(), Lifecycle()
         probes = Probes(lifecycle, stall_timeout_s=30)
         answered: list[tuple[str, int]] = []
-        uploads: list[int | None] = []
+        uploads: list[AdapterRecord | None] = []
         surroundings = Surroundings(
             lifecycle,
             probes,

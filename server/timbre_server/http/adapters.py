@@ -40,8 +40,8 @@ class AdapterRoom:
     base_digest: str
     max_upload_bytes: int
     retirement: Retirement
-    on_upload: Callable[[int | None], None]
-    """Bytes stored, or None for an upload that was refused."""
+    on_upload: Callable[[AdapterRecord | None], None]
+    """Told of each adapter that came in; None for one that was refused."""
 
 
 class RegisterBody(BaseModel):
@@ -155,7 +155,7 @@ def _add_upload(router: APIRouter, room: AdapterRoom) -> None:
         except (StoreError, ServerError, HTTPException, RequestValidationError):
             room.on_upload(None)
             raise
-        room.on_upload(record.manifest.stored_bytes)
+        room.on_upload(record)
         headers = {"Location": f"/v1/adapters/{record.name}@{record.version}"}
         return JSONResponse(adapter_json(record), status_code=201, headers=headers)
 

@@ -8,7 +8,6 @@ from typing import Protocol
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from timbre_server.engine.messages import StepStats
 from timbre_server.http.drain import Lifecycle, Phase
 
 Render = Callable[[str], tuple[bytes, str]]
@@ -21,10 +20,9 @@ class EngineHealth(Protocol):
     @property
     def alive(self) -> bool: ...
 
-    @property
-    def latest(self) -> StepStats: ...
-
-    def seconds_since_last_step(self) -> float: ...
+    def seconds_since_last_step(self) -> float:
+        """0 without work."""
+        ...
 
 
 class Probes:
@@ -43,10 +41,8 @@ class Probes:
         engine = self._engine
         if self._lifecycle.phase is Phase.FAILED or (engine is not None and not engine.alive):
             return "the engine has stopped"
-        if engine is not None and engine.latest.num_running + engine.latest.num_waiting > 0:
-            still_s = engine.seconds_since_last_step()
-            if still_s > self._stall_timeout_s:
-                return f"the engine has work but took no step for {still_s:.0f} s"
+        if engine is not None and engine.seconds_since_last_step() > self._stall_timeout_s:
+            return f"the engine has work but took no step for {engine.seconds_since_last_step():.0f} s"
         return None
 
     def why_not_ready(self) -> str | None:

@@ -62,6 +62,7 @@ def vllm_router(room: AdapterRoom, root: Path, load: Callable[[str], Awaitable[o
         with room.store.begin_upload() as upload:
             digests = await run_in_threadpool(_copy_in, root, body.lora_path, upload, limits)
             record = await register(room, body.lora_name, digests, None)
+        room.on_upload(record)
         await load(record.digest)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
