@@ -12,6 +12,8 @@ VAGUE_FUNCTION = re.compile(r"^_?(process|handle)_")
 
 # Where everything may be caught and not raised again, and why: it ends the request or the load it stands for.
 BROAD_HANDLERS: Mapping[str, str] = {
+    "timbre_server.engine.core:EngineCore._execute": "the engine loop: logged, ends the step's requests",
+    "timbre_server.engine.worker:run_worker": "the end of the engine process: logged, told to the server",
     "timbre_server.http.errors:ErrorBoundary.__call__": "the request boundary: logged, answered with 500",
     "timbre_server.http.sse:encoded": "the request boundary after the status: logged, told in the stream",
 }

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from timbre_server.adapters.residency import Departure
+from timbre_server.adapters.runtime import Arrival
 from timbre_server.engine.kv_blocks import BlockPool
 from timbre_server.engine.messages import AdapterUse, SamplingParams, Submit, TokenEvent, TokenLogprobs
 from timbre_server.engine.sampler import SamplingRow, sample
@@ -136,6 +138,51 @@ class LoadingAdapters:
             del self.users[idle[0]]
         self.users[digest] = 0
         del self.loading[digest]
+
+
+@dataclass
+class AdaptersBesideTheLoop(LoadingAdapters):
+    """The same as the loop knows it: wishes become loads at one `poll`, and adapters at the next."""
+
+    begun: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    gone: list[Departure] = field(default_factory=list)
+    on_load_ended: Callable[[], None] = lambda: None
+
+    @property
+    def resident(self) -> tuple[str, ...]:
+        return tuple(self.users)
+
+    @property
+    def resident_bytes(self) -> int:
+        return 100 * len(self.users)
+
+    def load(self, digest: str) -> None:
+        self.loading.setdefault(digest, 0)
+
+    def unload(self, digest: str) -> None:
+        self.users.pop(digest, None)
+        self.gone.append(Departure(digest, 0, "unloaded"))
+
+    def failure(self, digest: str) -> str | None:
+        return self.failed.get(digest)
+
+    def poll(self) -> tuple[list[Arrival], list[Departure]]:
+        arrivals = []
+        for digest in [digest for digest in self.loading if digest in self.begun]:
+            self.begun.remove(digest)
+            if digest.startswith("bad"):
+                self.failed[digest] = f"{digest} is broken"
+                del self.loading[digest]
+                arrivals.append(Arrival(digest, error=self.failed[digest]))
+            else:
+                self._place(digest)
+                arrivals.append(Arrival(digest, "scripted", 100, {"verify": 0.25}))
+        for digest in [digest for digest in self.loading if digest not in self.begun]:
+            self.begun.append(digest)
+            self.on_load_ended()
+        gone, self.gone = self.gone, []
+        return arrivals, gone
 
 
 @dataclass

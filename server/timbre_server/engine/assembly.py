@@ -1,0 +1,83 @@
+"""The engine put together: model, cache, adapters, scheduler. The one place that knows all its parts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from timbre_server.adapters.adapted_model import AdaptedModel
+from timbre_server.adapters.base_sites import base_sites
+from timbre_server.adapters.loader import AdapterLoader
+from timbre_server.adapters.runtime import AdapterRuntime
+from timbre_server.engine.core import EngineCore
+from timbre_server.engine.kv_blocks import BlockPool
+from timbre_server.engine.linears import bias_of, weight_of
+from timbre_server.engine.messages import Ready, SiteShape
+from timbre_server.engine.model_loader import prepare_model
+from timbre_server.engine.options import EngineOptions
+from timbre_server.engine.packed_linear import LinearPacker
+from timbre_server.engine.runner import Runner, RunnerOptions
+from timbre_server.engine.scheduler import Scheduler, SchedulerLimits
+
+
+def assemble(
+    options: EngineOptions, on_progress: Callable[[str], None], on_load_ended: Callable[[], None]
+) -> tuple[EngineCore, Ready]:
+    """Load, probe and check the model and put an engine around it.
+
+    ``on_load_ended`` is called on another thread. Raises UnsupportedModel.
+    """
+    torch.set_num_threads(options.num_threads or _usable_threads())
+    prepared = prepare_model(
+        options.model,
+        dtype=options.dtype,
+        device=options.device,
+        check=options.self_check,
+        on_progress=on_progress,
+    )
+    model, probed = prepared.loaded.model, prepared.probed
+    on_progress("Preparing the linear layers for adapters")
+    sites = base_sites(_layers(model, probed.sites))
+    packer = LinearPacker(model.dtype, model.device)
+    adapted = AdaptedModel(model, probed.groups, packer.product_of)
+    runner = Runner(
+        prepared,
+        adapted,
+        RunnerOptions(
+            block_size=options.block_size,
+            kv_cache_bytes=options.kv_cache_bytes,
+            max_model_len=options.max_model_len,
+            adapter_memory_bytes=options.adapter_memory_bytes,
+        ),
+    )
+    ready = runner.info()
+    loader = AdapterLoader(Path(options.adapters_dir), ready.model_digest, sites, model.device)
+    adapters = AdapterRuntime(adapted, loader, options.adapter_memory_bytes, on_load_ended)
+    limits = SchedulerLimits(
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        max_model_len=ready.max_model_len,
+        vocab_size=ready.vocab_size,
+        enable_prefix_caching=options.enable_prefix_caching,
+    )
+    scheduler = Scheduler(limits, BlockPool(runner.num_blocks, options.block_size), adapters)
+    return EngineCore(runner, scheduler, adapters), ready
+
+
+def _usable_threads() -> int:
+    """What torch would take, but no more than the processors that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return min(torch.get_num_threads(), len(os.sched_getaffinity(0)))
+    return torch.get_num_threads()
+
+
+def _layers(
+    model: nn.Module, shapes: Iterable[SiteShape]
+) -> Iterable[tuple[str, torch.Tensor, torch.Tensor | None]]:
+    for shape in shapes:
+        module = model.get_submodule(shape.path)
+        yield shape.path, weight_of(module), bias_of(module)
