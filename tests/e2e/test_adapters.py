@@ -1,0 +1,193 @@
+"""Adapters as PEFT writes them, uploaded to a real server, against PEFT's own forward."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+CONFIGS: dict[str, Callable[[], peft.PeftConfig]] = {
+    "lora": lambda: peft.LoraConfig(r=4, lora_alpha=6, target_modules=TARGETS, use_rslora=True),
+    "dora": lambda: peft.LoraConfig(r=3, target_modules=TARGETS, use_dora=True),
+    "fourierft": lambda: peft.FourierFTConfig(n_frequency=200, scaling=40.0, target_modules=TARGETS),
+    "shira": lambda: peft.ShiraConfig(r=2, target_modules=TARGETS),
+    "ia3": lambda: peft.IA3Config(
+        target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]
+    ),
+}
+PROMPT_IDS = [7, 80, 3, 200, 41, 41, 9, 120, 66, 5, 17, 230]
+
+
+def save_random_adapter(model: torch.nn.Module, config: peft.PeftConfig, folder: Path, seed: int = 1) -> Path:
+    """What PEFT saves for this config, with every trainable value drawn at random."""
+    torch.manual_seed(seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped = peft.get_peft_model(copy.deepcopy(model), config)
+        for name, parameter in wrapped.named_parameters():
+            if parameter.requires_grad:
+                centre = parameter.data if "magnitude" in name or "ia3" in name else 0.0
+                parameter.data = centre + 0.2 * torch.randn(parameter.shape)
+        wrapped.save_pretrained(str(folder))
+    return folder
+
+
+def logprobs_of(model: torch.nn.Module) -> Tensor:
+    """Log-probabilities of each next token of the prompt."""
+    ids = torch.tensor([PROMPT_IDS])
+    with torch.inference_mode():
+        rows = torch.log_softmax(model(ids).logits[0, :-1].float(), -1)
+    return rows.gather(1, ids[0, 1:, None])[:, 0]
+
+
+def peft_logprobs(model: torch.nn.Module, folder: Path) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return logprobs_of(peft.PeftModel.from_pretrained(copy.deepcopy(model), str(folder)).eval())
+
+
+def served_logprobs(server: Any, model: str) -> Tensor:
+    """The same through HTTP: the prompt is echoed with its log-probabilities."""
+    body = {"model": model, "prompt": PROMPT_IDS, "max_tokens": 1, "echo": True, "logprobs": 0}
+    with server.client() as client:
+        answer = client.post("/v1/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    return torch.tensor(answer.json()["choices"][0]["logprobs"]["token_logprobs"][1 : len(PROMPT_IDS)])
+
+
+@pytest.fixture(scope="module")
+def base(tiny_model: Path) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def uploaded(
+    base: torch.nn.Module, tiny_server: Any, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """One adapter of each kind in the store, by name."""
+    folder = tmp_path_factory.mktemp("adapters")
+    folders = {name: save_random_adapter(base, make(), folder / name) for name, make in CONFIGS.items()}
+    for name, adapter in folders.items():
+        answer = tiny_server.upload(name, adapter)
+        assert answer.status_code == 201, answer.text
+        assert answer.json()["method"] == name
+    return folders
+
+
+def test_every_family_in_one_batch_with_base_rows_equals_peft(
+    base: torch.nn.Module, tiny_server: Any, uploaded: dict[str, Path]
+) -> None:
+    names = [*uploaded, "tiny"] * 3
+    with ThreadPoolExecutor(len(names)) as pool:
+        served = list(pool.map(lambda name: served_logprobs(tiny_server, name), names))
+    expected = {name: peft_logprobs(base, folder) for name, folder in uploaded.items()}
+    expected["tiny"] = logprobs_of(base)
+    for name, logprobs in zip(names, served, strict=True):
+        torch.testing.assert_close(logprobs, expected[name], atol=1e-4, rtol=1e-4)
+        if name != "tiny":
+            assert (logprobs - expected["tiny"]).abs().max() > 0.05, "the adapter must be heard"
+
+
+def test_an_answer_says_which_adapter_gave_it(tiny_server: Any, uploaded: dict[str, Path]) -> None:
+    with tiny_server.client() as client:
+        manifest = client.get("/v1/adapters/lora").json()
+        answer = client.post("/v1/completions", json={"model": "lora@1", "prompt": "Hi", "max_tokens": 1})
+        by_digest = {"model": f"lora@{manifest['digest']}", "prompt": "Hi", "max_tokens": 1}
+        again = client.post("/v1/completions", json=by_digest)
+    stamp = {"name": "lora", "version": 1, "digest": manifest["digest"]}
+    assert answer.json()["adapter"] == stamp
+    assert again.json()["adapter"]["digest"] == manifest["digest"]
+    assert answer.headers["x-timbre-adapter-digest"] == manifest["digest"]
+
+
+def greedy(server: Any, model: str, prompt: list[int] = PROMPT_IDS) -> str:
+    body = {"model": model, "prompt": prompt, "max_tokens": 12, "temperature": 0, "ignore_eos": True}
+    with server.client() as client:
+        answer = client.post("/v1/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["choices"][0]["text"])
+
+
+def test_a_new_version_never_meets_the_old_ones_cache(
+    base: torch.nn.Module, tiny_server: Any, tmp_path: Path
+) -> None:
+    prompt = PROMPT_IDS * 4
+    old = save_random_adapter(base, CONFIGS["lora"](), tmp_path / "old", seed=2)
+    new = save_random_adapter(base, CONFIGS["lora"](), tmp_path / "new", seed=3)
+    assert tiny_server.upload("changing", old).json()["version"] == 1
+    warm = [greedy(tiny_server, "changing", prompt) for _ in range(2)]
+    assert tiny_server.upload("changing", new).json()["version"] == 2
+    after = greedy(tiny_server, "changing", prompt)
+    assert warm[0] == warm[1] == greedy(tiny_server, "changing@1", prompt)
+    assert after != warm[0]
+    assert tiny_server.upload("only-new", new).status_code == 201
+    assert after == greedy(tiny_server, "only-new", prompt)
+
+
+def test_an_alias_moves_between_requests(tiny_server: Any, uploaded: dict[str, Path]) -> None:
+    with tiny_server.client() as client:
+        for target in ("lora", "shira"):
+            answer = client.put(f"/v1/adapters/{target}/alias", json={"alias": "voice"})
+            assert answer.status_code == 200, answer.text
+            assert greedy(tiny_server, "voice") == greedy(tiny_server, target)
+
+
+def test_a_deleted_adapter_is_gone_at_once(base: torch.nn.Module, tiny_server: Any, tmp_path: Path) -> None:
+    folder = save_random_adapter(base, CONFIGS["lora"](), tmp_path / "gone", seed=4)
+    tiny_server.upload("gone", folder)
+    greedy(tiny_server, "gone")
+    with tiny_server.client() as client:
+        assert client.delete("/v1/adapters/gone").status_code in (200, 204)
+        answer = client.post("/v1/completions", json={"model": "gone", "prompt": "Hi"})
+    assert answer.status_code == 404
+    assert answer.json()["error"]["code"] == "model_not_found"
+
+
+def test_a_bad_adapter_is_refused_by_name_and_leaves_nothing(
+    uploaded: dict[str, Path], tiny_server: Any, tmp_path: Path
+) -> None:
+    folder = tmp_path / "bad"
+    shutil.copytree(uploaded["lora"], folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["alora_invocation_tokens"] = [1, 2]
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    answer = tiny_server.upload("bad", folder)
+    assert answer.status_code == 422
+    assert "alora_invocation_tokens" in answer.json()["error"]["message"]
+    with tiny_server.client() as client:
+        assert client.get("/v1/adapters/bad").status_code == 404
+
+
+def test_more_adapters_than_memory_are_all_served_right(
+    base: torch.nn.Module, serve: Callable[..., Any], tiny_model: Path, tmp_path: Path
+) -> None:
+    """Twelve adapters of some 700 KiB each, one MiB for all: one at a time is resident, none is wrong."""
+    server = serve(
+        "--model", tiny_model, "--dtype", "float32", "--adapter-memory-mib", 1, "--kv-cache-mib", 16
+    )
+    names = [f"storm-{number}" for number in range(12)]
+    config = peft.LoraConfig(r=128, lora_alpha=8, target_modules=TARGETS)
+    folders = {
+        name: save_random_adapter(base, copy.deepcopy(config), tmp_path / name, seed=number)
+        for number, name in enumerate(names)
+    }
+    for name, folder in folders.items():
+        answer = server.upload(name, folder)
+        assert answer.status_code == 201, answer.text
+        assert 512 << 10 < answer.json()["prepared_bytes"] <= 1 << 20
+    with ThreadPoolExecutor(12) as pool:
+        served = list(pool.map(lambda name: served_logprobs(server, name), names * 2))
+    for name, logprobs in zip(names * 2, served, strict=True):
+        torch.testing.assert_close(logprobs, peft_logprobs(base, folders[name]), atol=1e-3, rtol=1e-3)
