@@ -95,6 +95,7 @@ WITHOUT_TORCH = (
     "timbre_server.engine.scheduler",
     "timbre_server.engine.sequence",
     "timbre_server.engine.wire",
+    "timbre_server.launch",
     "timbre_server.metrics",
     "timbre_server.settings",
 )
