@@ -46,7 +46,10 @@ def _say(text: str) -> None:
 
 def version() -> str:
     """The installed distribution's version."""
-    return metadata.version("timbre")
+    try:
+        return metadata.version("timbre")
+    except metadata.PackageNotFoundError:
+        return "not installed: run from its sources"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -27,7 +27,7 @@ from timbre_server.http.server import HttpServer, ServerOptions
 from timbre_server.http.supervision import Supervised, Supervisor
 from timbre_server.logs import configure_logs
 from timbre_server.model_source import model_folder
-from timbre_server.settings import MIB, Settings
+from timbre_server.settings import KIB, MIB, Settings
 from timbre_store.errors import StoreError
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class ServerProcess:
         self.http = HttpServer(
             self._app,
             ServerOptions(
-                settings.host, settings.port, settings.max_header_kib * 1024, settings.keep_alive_timeout_s
+                settings.host, settings.port, settings.max_header_kib * KIB, settings.keep_alive_timeout_s
             ),
         )
 
@@ -135,6 +135,7 @@ def app_options(settings: Settings) -> AppOptions:
         allowed_hosts=settings.answered_hosts(),
         max_body_bytes=settings.max_body_mib * MIB,
         max_upload_bytes=settings.max_upload_mib * MIB,
+        max_header_bytes=settings.max_header_kib * KIB,
         serve_openapi=settings.serve_openapi,
     )
 

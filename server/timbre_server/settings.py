@@ -29,7 +29,8 @@ from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource
 
 ENV_PREFIX = "TIMBRE_"
 EMBEDDED_MODEL = "embedded"
-MIB = 1024 * 1024
+KIB = 1024
+MIB = 1024 * KIB
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 MIN_API_KEY_LENGTH = 8
 

@@ -163,7 +163,7 @@ def serve(store: Store, tmp_path: Path) -> Callable[..., Served]:
         surroundings = Surroundings(
             lifecycle,
             probes,
-            lambda accept: (b"# metrics\n", "text/plain"),
+            lambda _: (b"# metrics\n", "text/plain"),
             lambda *pair: answered.append(pair),
         )
         app = create_app(AppOptions(**{"max_upload_bytes": MAX_UPLOAD_BYTES, **options}), surroundings)

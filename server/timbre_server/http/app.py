@@ -1,7 +1,7 @@
 """The application: middleware in its order, error answers, and routers. Knows no model and no store.
 
-Outermost first: a request gets its id and is logged, its Host is checked, its key, whether the server works
-at all, the size of its body; then it meets a route.
+Outermost first: a request gets its id and is logged; its headers' size is checked, its Host, its key, whether
+the server works at all, the size of its body; then it meets a route.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from timbre_server.http.auth import METRICS_PATH, PROBE_PATHS, ApiKeyAuth
 from timbre_server.http.drain import Lifecycle, WorkGate
 from timbre_server.http.errors import install_error_handlers
 from timbre_server.http.hosts import HostGuard
-from timbre_server.http.limits import BodyLimit
+from timbre_server.http.limits import BodyLimit, HeaderLimit
 from timbre_server.http.probes import Probes, Render, probe_router
 from timbre_server.http.request_log import CLIENT_CLOSED, RequestLog
 from timbre_server.http.upload import FORM_OVERHEAD_BYTES
@@ -34,6 +34,7 @@ class AppOptions:
     allowed_hosts: tuple[str, ...] = ("*",)
     max_body_bytes: int = 32 << 20
     max_upload_bytes: int = 512 << 20
+    max_header_bytes: int = 64 << 10
     serve_openapi: bool = False
 
     @property
@@ -78,6 +79,7 @@ def create_app(options: AppOptions, surroundings: Surroundings) -> FastAPI:
         lambda inner: WorkGate(inner, lifecycle=surroundings.lifecycle, free_paths=free_paths),
         lambda inner: ApiKeyAuth(inner, keys=options.api_keys, public_paths=options.public_paths),
         lambda inner: HostGuard(inner, allowed=options.allowed_hosts, check_origin=not options.api_keys),
+        lambda inner: HeaderLimit(inner, max_bytes=options.max_header_bytes),
         lambda inner: RequestLog(inner, on_answered=surroundings.on_answered, quiet_paths=free_paths),
     )
     for layer in layers:

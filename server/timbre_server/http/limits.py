@@ -1,6 +1,6 @@
-"""What one server takes on: requests and tokens in it at a time, and bytes in one request's body.
+"""What one server takes on: requests and tokens in it at a time, headers, and bytes in one request's body.
 
-Knows no routes' meaning; header size is bounded by the HTTP parser, files by the upload routes.
+Knows no routes' meaning. Files are bounded by the upload routes.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from timbre_server.errors import QueueFull
 from timbre_server.http.errors import error_response
+
+MAX_HEADERS = 256
 
 
 class Admission:
@@ -55,6 +57,39 @@ class Admission:
     def _refuse(self, reason: str, found: str) -> None:
         self._on_rejected(reason)
         raise QueueFull(f"The server is full: it holds {found}. Try again, or another replica.")
+
+
+class HeaderLimit:
+    """Middleware that refuses a request with too many or too long headers.
+
+    The parser bounds only what it must keep while headers are incomplete; a request that arrives in one
+    piece is measured here.
+    """
+
+    def __init__(self, app: ASGIApp, *, max_bytes: int, max_headers: int = MAX_HEADERS) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+        self._max_headers = max_headers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            headers = scope["headers"]
+            target = len(scope.get("raw_path") or b"") + len(scope.get("query_string") or b"")
+            length = target + sum(len(name) + len(value) for name, value in headers)
+            if len(headers) > self._max_headers or length > self._max_bytes:
+                await self._refusal(len(headers), length)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    def _refusal(self, count: int, length: int) -> ASGIApp:
+        return error_response(
+            431,
+            "invalid_request_error",
+            "too_large",
+            f"The request has {count} headers of {length} bytes with its path; at most {self._max_headers} "
+            f"headers and {self._max_bytes} bytes are read.",
+            headers={"Connection": "close"},
+        )
 
 
 class BodyLimit:
