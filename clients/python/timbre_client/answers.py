@@ -113,7 +113,7 @@ class ChatAnswer:
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
-    """A piece of one choice. The last event of a stream may carry `usage` and no text."""
+    """A piece of one choice. A stream's first event names the adapter, its last has the usage and no text."""
 
     index: int
     text: str
@@ -134,7 +134,7 @@ class TextDelta:
 
 @dataclass(frozen=True, slots=True)
 class ChatDelta:
-    """A piece of one choice. The last event of a stream may carry `usage` and no content."""
+    """A piece of one choice. A stream's first event names the adapter, its last has the usage and no text."""
 
     index: int
     content: str
