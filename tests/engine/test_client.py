@@ -6,12 +6,13 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import pytest_asyncio
 
 from timbre_server.engine import client
 from timbre_server.engine.client import EngineProcess
@@ -21,12 +22,15 @@ from timbre_server.errors import AdapterLoadFailed, EngineDied, UnsupportedModel
 
 WORKER = (sys.executable, str(Path(__file__).with_name("scripted_worker.py")))
 ENDLESS = 100_000
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
-@pytest.fixture(autouse=True)
-def importable_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="module")
+def importable_packages() -> Iterator[None]:
     """Children import what this process imports, also where the packages are not installed."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        yield
 
 
 async def started(
@@ -46,12 +50,23 @@ async def an_engine(model: str = "scripted") -> AsyncIterator[EngineProcess]:
     assert is_gone(engine.pid)
 
 
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def engine(importable_packages: None) -> AsyncIterator[EngineProcess]:
+    """One engine for all tests that leave it as they found it."""
+    async with an_engine() as shared:
+        yield shared
+
+
 def is_gone(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return True
     return False
+
+
+def children() -> set[int]:
+    return {int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()}
 
 
 async def collected(engine: EngineProcess, request: Submit) -> list[TokenEvent]:
@@ -64,10 +79,9 @@ async def until(engine: EngineProcess, condition: Callable[[StepOutput], bool]) 
     await asyncio.wait_for(reached.wait(), 30)
 
 
-async def test_many_requests_are_answered_each_with_its_own_events(stand_ins: ModuleType) -> None:
-    told: list[str] = []
-    engine = await started(on_progress=told.append)
-    assert told == ["Pretending to load scripted"]
+async def test_many_requests_are_answered_each_with_its_own_events(
+    engine: EngineProcess, stand_ins: ModuleType
+) -> None:
     assert (engine.info.model_name, engine.alive) == ("scripted", True)
     requests = [
         stand_ins.a_request(f"r{index}", 3 + index, max_tokens=index + 1, seed=index) for index in range(12)
@@ -78,46 +92,44 @@ async def test_many_requests_are_answered_each_with_its_own_events(stand_ins: Mo
         assert [event.finish_reason for event in events] == [None] * (len(events) - 1) + ["length"]
     assert (engine.latest.num_running, engine.latest.num_kv_blocks_used) == (0, 0)
     assert engine.seconds_since_last_step() == 0.0
-    await engine.close()
-    assert not engine.alive
 
 
-async def test_closing_a_stream_aborts_its_request(stand_ins: ModuleType) -> None:
-    async with an_engine() as engine:
-        async with aclosing(engine.submit(stand_ins.a_request("a", max_tokens=ENDLESS))) as events:
-            async for _ in events:
-                break
-            assert engine.seconds_since_last_step() < 30
-        await until(engine, lambda output: output.stats.num_running == 0)
-        assert engine.latest.num_kv_blocks_used == 0
+async def test_closing_a_stream_aborts_its_request(engine: EngineProcess, stand_ins: ModuleType) -> None:
+    async with aclosing(engine.submit(stand_ins.a_request("a", max_tokens=ENDLESS))) as events:
+        async for _ in events:
+            break
+        assert engine.seconds_since_last_step() < 30
+    await until(engine, lambda output: output.stats.num_running == 0)
+    assert engine.latest.num_kv_blocks_used == 0
 
 
-async def test_cancelling_a_reader_aborts_its_request_and_no_other(stand_ins: ModuleType) -> None:
-    async with an_engine() as engine:
-        first = asyncio.create_task(collected(engine, stand_ins.a_request("a", max_tokens=ENDLESS)))
-        second = asyncio.create_task(collected(engine, stand_ins.a_request("b", max_tokens=60)))
-        await until(engine, lambda output: output.stats.num_running == 2)
-        first.cancel()
-        assert len(await second) == 60
+async def test_cancelling_a_reader_aborts_its_request_and_no_other(
+    engine: EngineProcess, stand_ins: ModuleType
+) -> None:
+    first = asyncio.create_task(collected(engine, stand_ins.a_request("a", max_tokens=ENDLESS)))
+    second = asyncio.create_task(collected(engine, stand_ins.a_request("b", max_tokens=60)))
+    await until(engine, lambda output: output.stats.num_running == 2)
+    first.cancel()
+    assert len(await second) == 60
 
 
-async def test_a_failed_request_ends_with_its_error_and_the_engine_lives(stand_ins: ModuleType) -> None:
-    async with an_engine() as engine:
-        events = await collected(engine, stand_ins.a_request("a", mix=(("bad", 1.0),)))
-        assert [event.error_code for event in events] == ["adapter_load_failed"]
-        assert engine.alive
+async def test_a_failed_request_ends_with_its_error_and_the_engine_lives(
+    engine: EngineProcess, stand_ins: ModuleType
+) -> None:
+    events = await collected(engine, stand_ins.a_request("a", mix=(("bad", 1.0),)))
+    assert [event.error_code for event in events] == ["adapter_load_failed"]
+    assert engine.alive
 
 
-async def test_adapters_are_loaded_and_unloaded_on_demand() -> None:
-    async with an_engine() as engine:
-        loaded = await engine.load_adapter("x")
-        assert (loaded.method, loaded.seconds_by_phase) == ("scripted", {"verify": 0.25})
-        both = await asyncio.gather(engine.load_adapter("x"), engine.load_adapter("y"))
-        assert [each.digest for each in both] == ["x", "y"]
-        await engine.unload_adapter("x")
-        await engine.unload_adapter("never seen")
-        with pytest.raises(AdapterLoadFailed, match="bad is broken"):
-            await engine.load_adapter("bad")
+async def test_adapters_are_loaded_and_unloaded_on_demand(engine: EngineProcess) -> None:
+    loaded = await engine.load_adapter("x")
+    assert (loaded.method, loaded.seconds_by_phase) == ("scripted", {"verify": 0.25})
+    both = await asyncio.gather(engine.load_adapter("x"), engine.load_adapter("y"))
+    assert [each.digest for each in both] == ["x", "y"]
+    await engine.unload_adapter("x")
+    await engine.unload_adapter("never seen")
+    with pytest.raises(AdapterLoadFailed, match="bad is broken"):
+        await engine.load_adapter("bad")
 
 
 @pytest.mark.parametrize(
@@ -129,19 +141,21 @@ async def test_adapters_are_loaded_and_unloaded_on_demand() -> None:
     ],
 )
 async def test_an_engine_that_cannot_start_says_why(model: str, error: type[Exception], words: str) -> None:
+    told: list[str] = []
     with pytest.raises(error, match=words):
-        await started(model)
+        await started(model, told.append)
+    assert told == [f"Pretending to load {model}"]
 
 
 async def test_a_cancelled_start_leaves_no_process() -> None:
-    told = asyncio.Event()
+    told, before = asyncio.Event(), children()
     starting = asyncio.create_task(started("slow", lambda text: told.set()))
     await asyncio.wait_for(told.wait(), 60)
-    children = {int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()}
+    (child,) = children() - before
     starting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await starting
-    assert all(is_gone(pid) for pid in children)
+    assert is_gone(child)
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, None])
@@ -168,6 +182,7 @@ async def test_closing_ends_open_requests_and_the_process(stand_ins: ModuleType)
         waiting = asyncio.create_task(collected(engine, stand_ins.a_request("a", max_tokens=ENDLESS)))
         await until(engine, lambda output: output.stats.num_running == 1)
         await engine.close()
+        assert not engine.alive
         with pytest.raises(EngineDied, match="was shut down"):
             await waiting
         await engine.close()
@@ -190,12 +205,13 @@ async def test_a_hanging_engine_is_noticed_and_killed_at_the_close(
             await waiting
 
 
-async def test_signals_for_the_whole_group_do_not_stop_the_engine(stand_ins: ModuleType) -> None:
-    async with an_engine() as engine:
-        os.kill(engine.pid, signal.SIGTERM)
-        os.kill(engine.pid, signal.SIGINT)
-        events = await collected(engine, stand_ins.a_request("a", max_tokens=3))
-        assert events[-1].finish_reason == "length"
+async def test_signals_for_the_whole_group_do_not_stop_the_engine(
+    engine: EngineProcess, stand_ins: ModuleType
+) -> None:
+    os.kill(engine.pid, signal.SIGTERM)
+    os.kill(engine.pid, signal.SIGINT)
+    events = await collected(engine, stand_ins.a_request("a", max_tokens=3))
+    assert events[-1].finish_reason == "length"
 
 
 async def test_the_engine_ends_with_its_parent() -> None:

@@ -40,6 +40,10 @@ class WakeUp:
         except BlockingIOError:
             return
 
+    def close(self) -> None:
+        self._sleeper.close()
+        self._waker.close()
+
 
 def run_loop(core: EngineCore, channel: Channel[ToEngine], wake_up: WakeUp) -> None:
     """Serve until the peer says `Shutdown` or goes. Raises what `EngineCore.step` raises."""
