@@ -1,11 +1,11 @@
 """`LowRank`: ``y += B (A x)``, for rows with different A, B and ranks.
 
-Adapters with many rows (prefill) get two matrix products each. The others (decode: a row or a few each)
-are pooled: their A are stacked along the rank, one product shrinks every pooled row against all of them,
-a mask of weights keeps each row's own ranks, one product a member expands. Ranks are never padded, mixes
-are more than one non-zero in a mask row, and members of a group share the shrink.
+An adapter with several rows gets two matrix products of its own. The others (decode: a row or two each)
+run as (row, adapter) pairs in batched products, one batch for each rank that occurs: ranks are never
+padded, and a mix is more than one pair of a row. Members of a group share the shrink, their A stacked.
 
-Legend: T rows of the batch, N pooled rows, I in, O out, R ranks (R_all: of all pooled parts of all members).
+Legend: T rows of the batch, N rows of one adapter, P pairs, I in, O out, R ranks of one adapter at all
+members of the group together.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from timbre_methods.program import LowRank
 from timbre_server.operators.contract import Bound, Change, Meaning, Operator, Uses
 from timbre_server.operators.row_table import RowTable, Segment
 
-MIN_ROWS_ALONE = 16
-"""From this many rows on, an adapter's own two products cost less than its share of a pool."""
+MIN_ROWS_ALONE = 4
+"""From this many rows on, two products of its own read an adapter's factors once instead of once a row."""
 
 
 class LowRankOperator(Operator[LowRank]):
@@ -32,51 +32,106 @@ class LowRankOperator(Operator[LowRank]):
         return Meaning(change_TO=(x_TI @ part.a_RI.T) @ part.b_OR.T)
 
     def bind(self, uses: Uses[LowRank], table: RowTable) -> Bound:
-        used = [s for s in table.segments if any(s.slot in parts for parts in uses)]
-        alone = [s for s in used if len(s.rows_N) >= MIN_ROWS_ALONE]
-        pooled = [s for s in used if len(s.rows_N) < MIN_ROWS_ALONE]
-        pools = [[segment] for segment in alone] + ([pooled] if pooled else [])
-        return _BoundLowRank([_pool(uses, segments, table) for segments in pools])
+        alone: list[_Alone] = []
+        pairs: dict[tuple[int, ...], list[tuple[Segment, _Factors]]] = {}
+        for segment in table.segments:
+            factors = _factors(uses, segment.slot)
+            if factors is None:
+                continue
+            if len(segment.rows_N) >= MIN_ROWS_ALONE:
+                alone.append(_Alone(segment, factors))
+            else:
+                pairs.setdefault(factors.ranks, []).append((segment, factors))
+        batches = [_Pairs.of(own, table) for own in pairs.values()]
+        return _BoundLowRank(len(uses), [*alone, *batches])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Pool:
-    """Stacked factors of some adapters: ``a_RI`` [R_all, I], for each member its ranks and its B, [R, O]."""
+class _Factors:
+    """One adapter at a group: the A of all members stacked, and each member's B, [R_member, O] or None."""
 
-    rows_N: Tensor | None
     a_RI: Tensor
-    mask_NR: Tensor
-    members: tuple[tuple[slice, Tensor] | None, ...]
+    b_RO: tuple[Tensor | None, ...]
+    ranks: tuple[int, ...]
+
+    def expand(self, z_NR: Tensor) -> list[Tensor | None]:
+        """Each member's own ranks through its own B; works on a batch of adapters as well."""
+        pieces = z_NR.split(self.ranks, -1)
+        return [None if b is None else z @ b for z, b in zip(pieces, self.b_RO, strict=True)]
 
 
-def _pool(uses: Uses[LowRank], segments: Sequence[Segment], table: RowTable) -> _Pool:
-    rows_N, weights_NS = table.weights(tuple(segment.slot for segment in segments))
-    shrinks: list[Tensor] = []
-    columns: list[int] = []
-    members: list[tuple[slice, Tensor] | None] = []
-    for parts_by_slot in uses:
-        start, expands = len(columns), []
-        for column, segment in enumerate(segments):
-            for part in parts_by_slot.get(segment.slot, ()):
-                shrinks.append(part.a_RI)
-                expands.append(part.b_OR.T)
-                columns.extend([column] * part.a_RI.shape[0])
-        members.append((slice(start, len(columns)), torch.cat(expands)) if expands else None)
-    mask_NR = weights_NS.index_select(1, torch.tensor(columns, device=weights_NS.device))
-    return _Pool(rows_N, torch.cat(shrinks), mask_NR, tuple(members))
+def _factors(uses: Uses[LowRank], slot: int) -> _Factors | None:
+    parts = [parts_by_slot.get(slot, ()) for parts_by_slot in uses]
+    shrinks = [part.a_RI for own in parts for part in own]
+    if not shrinks:
+        return None
+    expands = [[part.b_OR.T for part in own] for own in parts]
+    return _Factors(
+        _joined(shrinks),
+        tuple(_joined(own) if own else None for own in expands),
+        tuple(sum(b.shape[0] for b in own) for own in expands),
+    )
+
+
+def _joined(blocks: Sequence[Tensor]) -> Tensor:
+    return blocks[0] if len(blocks) == 1 else torch.cat(list(blocks))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Alone:
+    """One adapter with several rows."""
+
+    segment: Segment
+    factors: _Factors
+
+    def changes(self, x_TI: Tensor) -> list[Change | None]:
+        rows_N = self.segment.rows_N
+        z_NR = linear(x_TI[rows_N], self.factors.a_RI) * self.segment.weights_N.unsqueeze(1)
+        return [None if y is None else Change(y, rows_N) for y in self.factors.expand(z_NR)]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Pairs:
+    """Adapters of equal ranks with few rows: their factors stacked, once for each row that uses them."""
+
+    rows_P: Tensor
+    is_whole_batch: bool
+    weights_P11: Tensor
+    factors: _Factors
+
+    @staticmethod
+    def of(pairs: Sequence[tuple[Segment, _Factors]], table: RowTable) -> _Pairs:
+        each = [factors for segment, factors in pairs for _ in range(len(segment.rows_N))]
+        rows_P = torch.cat([segment.rows_N for segment, _ in pairs])
+        every_row = torch.arange(table.num_rows, device=rows_P.device)
+        members = zip(*(factors.b_RO for factors in each), strict=True)
+        stacked = _Factors(
+            torch.stack([factors.a_RI for factors in each]),
+            tuple(
+                torch.stack([b for b in own if b is not None]) if own[0] is not None else None
+                for own in members
+            ),
+            each[0].ranks,
+        )
+        weights_P = torch.cat([segment.weights_N for segment, _ in pairs])
+        return _Pairs(rows_P, torch.equal(rows_P, every_row), weights_P.view(-1, 1, 1), stacked)
+
+    def changes(self, x_TI: Tensor) -> list[Change | None]:
+        x_P1I = (x_TI if self.is_whole_batch else x_TI[self.rows_P]).unsqueeze(1)
+        z_P1R = torch.bmm(x_P1I, self.factors.a_RI.transpose(1, 2)) * self.weights_P11
+        rows = None if self.is_whole_batch else self.rows_P
+        return [None if y is None else Change(y.squeeze(1), rows) for y in self.factors.expand(z_P1R)]
 
 
 class _BoundLowRank(Bound):
-    def __init__(self, pools: Sequence[_Pool]) -> None:
-        self._pools = pools
+    def __init__(self, num_members: int, blocks: Sequence[_Alone | _Pairs]) -> None:
+        self._num_members = num_members
+        self._blocks = blocks
 
     def sums(self, x_TI: Tensor) -> Sequence[Sequence[Change]]:
-        changes: list[list[Change]] = [[] for _ in self._pools[0].members]
-        for pool in self._pools:
-            x_NI = x_TI if pool.rows_N is None else x_TI[pool.rows_N]
-            z_NR = linear(x_NI, pool.a_RI).mul_(pool.mask_NR)
-            for member, expand in enumerate(pool.members):
-                if expand is not None:
-                    ranks, b_RO = expand
-                    changes[member].append(Change(z_NR[:, ranks] @ b_RO, pool.rows_N))
+        changes: list[list[Change]] = [[] for _ in range(self._num_members)]
+        for block in self._blocks:
+            for own, change in zip(changes, block.changes(x_TI), strict=True):
+                if change is not None:
+                    own.append(change)
         return changes

@@ -43,7 +43,6 @@ class RowTable:
         self.spans = tuple(spans)
         self.device = torch.device(device)
         self.num_rows = sum(span.num_rows for span in self.spans)
-        self._weights: dict[tuple[int, ...], tuple[Tensor | None, Tensor]] = {}
 
     @property
     def signature(self) -> tuple[Span, ...]:
@@ -64,24 +63,6 @@ class RowTable:
                 rows.extend(range(start, start + span.num_rows))
             start += span.num_rows
         return None if len(rows) == self.num_rows else torch.tensor(rows, device=self.device)
-
-    def weights(self, slots: tuple[int, ...]) -> tuple[Tensor | None, Tensor]:
-        """The rows that use any of these slots (as `rows_using`), and their weights [N, len(slots)]."""
-        found = self._weights.get(slots)
-        if found is None:
-            columns = {slot: column for column, slot in enumerate(slots)}
-            weights = [[0.0] * len(slots) for _ in range(self.num_rows)]
-            start = 0
-            for span in self.spans:
-                for slot, weight in span.pairs:
-                    if slot in columns:
-                        for row in range(start, start + span.num_rows):
-                            weights[row][columns[slot]] = weight
-                start += span.num_rows
-            rows_N = self.rows_using(slots)
-            weights_TS = torch.tensor(weights, device=self.device)
-            found = self._weights[slots] = (rows_N, weights_TS if rows_N is None else weights_TS[rows_N])
-        return found
 
     @cached_property
     def segments(self) -> tuple[Segment, ...]:
