@@ -216,17 +216,6 @@ def test_failures_are_counted_where_they_belong() -> None:
     assert subject.value("timbre_upload_bytes_total") == 0
 
 
-def test_gaps_between_tokens_are_taken_within_a_sequence() -> None:
-    subject = Subject()
-    for second, request_id in ((0, "a"), (1, "b"), (3, "a"), (4, "b"), (4.5, "b")):
-        subject.clock.now = 100.0 + second
-        subject.tally.on_output(StepOutput(StepStats(), (TokenEvent(request_id, token_ids=(1,)),)))
-    subject.tally.on_output(StepOutput(StepStats(), (TokenEvent("a", finish_reason="abort"),)))
-    subject.tally.on_output(StepOutput(StepStats(), (TokenEvent("a", token_ids=(1,)),)))
-    assert subject.value("vllm:inter_token_latency_seconds_count", MODEL) == 3
-    assert subject.value("vllm:inter_token_latency_seconds_sum", MODEL) == 6.5
-
-
 def test_a_thousand_adapters_have_a_bounded_number_of_series_and_nothing_is_lost() -> None:
     subject = crowded()
     rows = {

@@ -97,6 +97,9 @@ def histograms(max_model_len: int) -> dict[str, HistogramSpec]:
             "Mean time per token after a sequence's first.", TOKEN_GAP_S
         ),
         "vllm:e2e_request_latency_seconds": HistogramSpec("Arrival to end.", REQUEST_S),
+        "vllm:request_queue_time_seconds": HistogramSpec("Arrival to the first step.", REQUEST_S),
+        "vllm:request_prefill_time_seconds": HistogramSpec("First step to first token.", REQUEST_S),
+        "vllm:request_inference_time_seconds": HistogramSpec("First step to end.", REQUEST_S),
         "vllm:request_decode_time_seconds": HistogramSpec("First token to end.", REQUEST_S),
         "vllm:request_prompt_tokens": HistogramSpec("Prompt tokens of a sequence.", lengths),
         "vllm:request_generation_tokens": HistogramSpec("Tokens generated for a sequence.", lengths),

@@ -110,8 +110,15 @@ class RecentTimes:
             self._times.popitem(last=False)
         return None if before is None else now - before
 
-    def forget(self, key: str) -> None:
-        self._times.pop(key, None)
+    def note(self, key: str, at_s: float) -> None:
+        """Sets a key's time, unless it has one."""
+        self._times.setdefault(key, at_s)
+        if len(self._times) > self._limit:
+            self._times.popitem(last=False)
+
+    def forget(self, key: str) -> float | None:
+        """The key's last time, which is not kept any longer."""
+        return self._times.pop(key, None)
 
 
 def _add_to(row: list[float], amounts: tuple[float, ...]) -> None:

@@ -33,7 +33,9 @@ class Tally:
         self.histogram_specs = histograms(max_model_len)
         self.histograms = {name: Histograms(spec.buckets) for name, spec in self.histogram_specs.items()}
         self.adapters = RecentCounters(max_adapters, len(ADAPTER_COUNTERS))
+        self._clock = clock
         self._last_tokens = RecentTimes(MAX_OPEN_SEQUENCES, clock)
+        self._starts = RecentTimes(MAX_OPEN_SEQUENCES, clock)
         self.stats = StepStats()
         self.last_step_at = 0.0
         for name, spec in COUNTERS.items():
@@ -57,6 +59,8 @@ class Tally:
         self._count("vllm:prefix_cache_queries", amount=stats.prefix_queried_tokens)
         self._count("vllm:prefix_cache_hits", amount=stats.prefix_hit_tokens)
         self._count("vllm:num_preemptions", amount=stats.preemptions)
+        for request_id in output.started:
+            self._starts.note(request_id, self._clock() - stats.step_seconds)
         for event in output.events:
             gap_s = self._last_tokens.touch(event.request_id) if event.token_ids else None
             if gap_s is not None:
@@ -88,6 +92,12 @@ class Tally:
         self._observe("vllm:request_generation_tokens", record.generation_tokens)
         self._observe("vllm:request_params_max_tokens", record.max_tokens)
         self._observe("vllm:request_params_n", record.n)
+        started_s = self._starts.forget(record.request_id)
+        if started_s is not None:
+            self._observe("vllm:request_queue_time_seconds", max(0.0, started_s - record.arrived_s))
+            self._observe("vllm:request_inference_time_seconds", record.finished_s - started_s)
+            if record.first_token_s is not None:
+                self._observe("vllm:request_prefill_time_seconds", record.first_token_s - started_s)
         if record.first_token_s is not None:
             ttft_s = record.first_token_s - record.arrived_s
             self._observe("vllm:time_to_first_token_seconds", ttft_s)

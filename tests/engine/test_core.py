@@ -51,6 +51,13 @@ def test_stats_add_up_over_a_run(stand_ins: ModuleType) -> None:
     assert stats[-1].resident_adapters == ("x",)
 
 
+def test_a_request_starts_once_however_many_steps_its_prompt_takes(stand_ins: ModuleType) -> None:
+    core, _ = a_core(stand_ins, max_num_batched_tokens=4, max_num_seqs=1)
+    core.submit(stand_ins.a_request("a", 10, max_tokens=2))
+    core.submit(stand_ins.a_request("b", 3, max_tokens=1))
+    assert [output.started for output in run(core) if output.started] == [("a",), ("b",)]
+
+
 def test_a_failed_step_ends_its_requests_and_the_next_ones_are_served(stand_ins: ModuleType) -> None:
     failing = {"a"}
     runner = stand_ins.ScriptedRunner(

@@ -113,13 +113,14 @@ class EngineCore:
         plan = self._scheduler.schedule()
         if self._scheduler.waiting_adapters:
             self._take_loads()  # Loads that were just wished for begin now, beside the step.
-        started = time.perf_counter()
+        started = _started(plan)
+        began_s = time.perf_counter()
         events = self._execute(plan) if plan.chunks else self._scheduler.take_events()
-        seconds = time.perf_counter() - started if plan.chunks else 0.0
+        seconds = time.perf_counter() - began_s if plan.chunks else 0.0
         loaded, unloaded = tuple(self._loaded), tuple(self._unloaded)
         self._loaded.clear()
         self._unloaded.clear()
-        return StepOutput(self._stats(plan, seconds), events, loaded, unloaded)
+        return StepOutput(self._stats(plan, seconds), events, loaded, unloaded, started)
 
     def _execute(self, plan: StepPlan) -> tuple[TokenEvent, ...]:
         try:
@@ -170,3 +171,12 @@ class EngineCore:
             waiting_adapters=scheduler.waiting_adapters,
             resident_adapter_bytes=self._adapters.resident_bytes,
         )
+
+
+def _started(plan: StepPlan) -> tuple[str, ...]:
+    """Requests that leave the queue with this step: nothing of theirs ran, but what the cache had."""
+    return tuple(
+        chunk.sequence.request_id
+        for chunk in plan.chunks
+        if chunk.start == chunk.sequence.num_cached_tokens and chunk.sequence.num_output_tokens == 0
+    )

@@ -199,6 +199,8 @@ class StepOutput(Message, frozen=True, omit_defaults=True):
     events: tuple[TokenEvent, ...] = ()
     loaded: tuple[AdapterLoaded, ...] = ()
     unloaded: tuple[AdapterUnloaded, ...] = ()
+    started: tuple[str, ...] = ()
+    """Requests whose first tokens ran in this step; again for one that was preempted before any output."""
 
 
 class Progress(Message, frozen=True):
