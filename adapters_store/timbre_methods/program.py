@@ -32,7 +32,7 @@ class LowRank:
     b_OR: Tensor
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Places:
     """Where the coefficients of a transform pair sit, shared by all adapters of equal seed and shape.
 

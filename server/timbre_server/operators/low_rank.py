@@ -56,7 +56,7 @@ class _Factors:
 
     def expand(self, z_NR: Tensor) -> list[Tensor | None]:
         """Each member's own ranks through its own B; works on a batch of adapters as well."""
-        pieces = z_NR.split(self.ranks, -1)
+        pieces = z_NR.split_with_sizes(self.ranks, -1)
         return [None if b is None else z @ b for z, b in zip(pieces, self.b_RO, strict=True)]
 
 

@@ -19,7 +19,8 @@ I in, O out, F = 2 (I/2 + 1) or 2 (O/2 + 1) reals of a half spectrum.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ class SpectralOperator(Operator[Spectral]):
     part = Spectral
 
     def __init__(self) -> None:
-        self._folded: dict[int, _FoldedPlaces] = {}
+        self._folded: WeakKeyDictionary[Places, _FoldedPlaces] = WeakKeyDictionary()
 
     def meaning(self, part: Spectral, x_TI: Tensor, y_TO: Tensor) -> Meaning:
         places = part.places
@@ -51,12 +52,15 @@ class SpectralOperator(Operator[Spectral]):
         position_T = torch.arange(table.num_rows, device=table.device)
         if rows_U is not None:
             position_T[rows_U] = torch.arange(len(rows_U), device=table.device)
-        return _BoundSpectral(rows_U, [self._bind_member(parts, segments, position_T) for parts in uses])
+        placed = [Segment(s.slot, position_T[s.rows_N], s.weights_N) for s in segments]
+        num_rows = table.num_rows if rows_U is None else len(rows_U)
+        return _BoundSpectral(rows_U, [self._bind_member(parts, placed, num_rows) for parts in uses])
 
     def _bind_member(
-        self, parts_by_slot: Mapping[int, Sequence[Spectral]], segments: Sequence[Segment], position_T: Tensor
+        self, parts_by_slot: Mapping[int, Sequence[Spectral]], segments: Sequence[Segment], num_rows: int
     ) -> _Member | None:
-        alone: list[_Core] = []
+        """``segments`` count rows among the ``num_rows`` that use a spectral part."""
+        cores: list[_Alone | _Pool] = []
         pooled: dict[_FoldedPlaces, list[tuple[Segment, Tensor]]] = {}
         out_features = 0
         for segment in segments:
@@ -64,36 +68,31 @@ class SpectralOperator(Operator[Spectral]):
                 folded = self._fold(part.places)
                 out_features = part.places.out_features
                 if len(segment.rows_N) >= MIN_ROWS_ALONE:
-                    rows, weights = position_T[segment.rows_N], segment.weights_N.unsqueeze(1)
-                    matrix = csr(folded.row_ends, folded.columns, folded.values(part.c_N), folded.shape)
-                    alone.append(_Core(rows, weights, matrix))
+                    cores.append(_Alone.of(folded, segment, part.c_N))
                 else:
                     pooled.setdefault(folded, []).append((segment, part.c_N))
-        if not alone and not pooled:
-            return None
-        pools = [_pool(folded, uses, position_T) for folded, uses in pooled.items()]
-        return _Member(out_features, [*alone, *pools])
+        cores += (_Pool.of(folded, pairs, num_rows) for folded, pairs in pooled.items())
+        return _Member(out_features, cores) if cores else None
 
     def _fold(self, places: Places) -> _FoldedPlaces:
-        """Folded once for each shared basis; kept while the process lives, as the basis itself is."""
-        folded = self._folded.get(id(places))
+        """Folded once for each shared basis, and kept as long as it."""
+        folded = self._folded.get(places)
         if folded is None:
-            folded = self._folded[id(places)] = _FoldedPlaces.of(places)
+            folded = self._folded[places] = _FoldedPlaces.of(places)
         return folded
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class _FoldedPlaces:
     """The pattern of S as a real matrix [F_out, F_in], and how its values follow from c."""
 
-    places: Places
     row_ends: Tensor
     columns: Tensor
     source: Tensor
     factor: Tensor
     shape: tuple[int, int]
-    repeats: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """The pattern laid along a diagonal so many times: as many entries as sizes of a decode batch."""
+    laid_out: tuple[int, Tensor, Tensor] | None = None
+    """The pattern laid along a diagonal, so many times; fewer times is a prefix of it."""
 
     @staticmethod
     def of(places: Places) -> _FoldedPlaces:
@@ -112,29 +111,33 @@ class _FoldedPlaces:
         order = torch.argsort(rows, stable=True)
         shape = (2 * (out_features // 2 + 1), 2 * (in_features // 2 + 1))
         row_ends = torch.searchsorted(rows[order], torch.arange(shape[0] + 1, device=rows.device))
-        return _FoldedPlaces(
-            places, row_ends.int(), columns[order].int(), order // 2, factors[order].float(), shape
-        )
+        return _FoldedPlaces(row_ends.int(), columns[order].int(), order // 2, factors[order].float(), shape)
 
     def values(self, c_N: Tensor) -> Tensor:
         """The matrix's values, of one adapter or, with leading dimensions, of several."""
         return c_N.index_select(-1, self.source) * self.factor
 
     def repeated(self, pairs: int) -> tuple[Tensor, Tensor]:
-        found = self.repeats.get(pairs)
-        if found is None:
-            found = BlockDiagonal.repeated(self.row_ends, self.columns, pairs, self.shape)
-            self.repeats[pairs] = found
-        return found
+        """Row ends and columns of the pattern once for each pair."""
+        if self.laid_out is None or self.laid_out[0] < pairs:
+            laid_out = BlockDiagonal.repeated(self.row_ends, self.columns, pairs, self.shape)
+            self.laid_out = pairs, *laid_out
+        _, row_ends, columns = self.laid_out
+        return row_ends[: pairs * self.shape[0] + 1], columns[: pairs * len(self.columns)]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Core:
+class _Alone:
     """One adapter with many rows: its core, applied to all of them at once."""
 
     rows_N: Tensor
     weights_N1: Tensor
     matrix: Tensor
+
+    @staticmethod
+    def of(folded: _FoldedPlaces, segment: Segment, c_N: Tensor) -> _Alone:
+        matrix = csr(folded.row_ends, folded.columns, folded.values(c_N), folded.shape)
+        return _Alone(segment.rows_N, segment.weights_N.unsqueeze(1), matrix)
 
     def add(self, z_UF: Tensor, h_UF: Tensor) -> None:
         h_NF = (self.matrix @ z_UF[self.rows_N].T.contiguous()).T
@@ -146,36 +149,45 @@ class _Pool:
     """Adapters with few rows: one core for each (row, adapter) pair, applied together."""
 
     rows_P: Tensor
+    is_every_row: bool
     cores: BlockDiagonal
+
+    @staticmethod
+    def of(folded: _FoldedPlaces, uses: Sequence[tuple[Segment, Tensor]], num_rows: int) -> _Pool:
+        rows_P = torch.cat([segment.rows_N for segment, _ in uses])
+        weights_P = torch.cat([segment.weights_N for segment, _ in uses])
+        repeats = torch.tensor([len(segment.rows_N) for segment, _ in uses], device=rows_P.device)
+        c_PN = torch.stack([c_N for _, c_N in uses]).repeat_interleave(repeats, 0) * weights_P.unsqueeze(1)
+        pairs = len(rows_P)
+        values = folded.values(c_PN).flatten()
+        cores = BlockDiagonal(*folded.repeated(pairs), values, pairs=pairs, shape=folded.shape)
+        is_every_row = torch.equal(rows_P, torch.arange(num_rows, device=rows_P.device))
+        return _Pool(rows_P, is_every_row, cores)
 
     def add(self, z_UF: Tensor, h_UF: Tensor) -> None:
         h_UF.index_add_(0, self.rows_P, self.cores(z_UF[self.rows_P]))
 
 
-def _pool(folded: _FoldedPlaces, uses: Sequence[tuple[Segment, Tensor]], position_T: Tensor) -> _Pool:
-    repeats = torch.tensor([len(segment.rows_N) for segment, _ in uses], device=position_T.device)
-    weights_P = torch.cat([segment.weights_N for segment, _ in uses])
-    c_PN = torch.stack([c_N for _, c_N in uses]).repeat_interleave(repeats, 0) * weights_P.unsqueeze(1)
-    pairs = len(weights_P)
-    row_ends, columns = folded.repeated(pairs)
-    values = folded.values(c_PN).flatten()
-    rows_P = position_T[torch.cat([segment.rows_N for segment, _ in uses])]
-    return _Pool(rows_P, BlockDiagonal(row_ends, columns, values, pairs=pairs, shape=folded.shape))
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class _Member:
     out_features: int
-    cores: Sequence[_Core | _Pool]
+    cores: Sequence[_Alone | _Pool]
 
     def change(self, z_UF: Tensor) -> Tensor:
+        """[U, O]: back from the summed spectra."""
         half = self.out_features // 2 + 1
-        h_UF = z_UF.new_zeros(z_UF.shape[0], 2 * half)
-        for core in self.cores:
-            core.add(z_UF, h_UF)
-        spectrum = torch.view_as_complex(h_UF.view(-1, half, 2))
+        spectrum = torch.view_as_complex(self._summed(z_UF, 2 * half).view(-1, half, 2))
         y_UO: Tensor = torch.fft.irfft(spectrum, n=self.out_features)
         return y_UO
+
+    def _summed(self, z_UF: Tensor, size: int) -> Tensor:
+        only = self.cores[0] if len(self.cores) == 1 else None
+        if isinstance(only, _Pool) and only.is_every_row:
+            return only.cores(z_UF)
+        h_UF = z_UF.new_zeros(z_UF.shape[0], size)
+        for core in self.cores:
+            core.add(z_UF, h_UF)
+        return h_UF
 
 
 class _BoundSpectral(Bound):
