@@ -228,9 +228,10 @@ def train(name: str, model_folder: Path, out: Path, samples: int) -> None:
         before = mean_loss(base, heldout)
         if isinstance(voice.config, ShiraConfig):
             voice.config.mask_fn = strongest_gradients(base, sorted(voice.config.target_modules), trained)
-        model = get_peft_model(base, voice.config)
-        parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        print(f"{name} ({voice.config.peft_type.value}, {parameters} parameters)", flush=True)
+    model = get_peft_model(base, voice.config)  # with all layers there: it shortens target_modules by them
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"{name} ({voice.config.peft_type.value}, {parameters} parameters)", flush=True)
+    with lower_layers_passed(base):
         fit(model, voice, trained)
         after = mean_loss(model, heldout)
     stored_bytes = save(model, out / name)
