@@ -82,6 +82,22 @@ async def test_the_list_pages_in_order_of_names(serve: Callable[..., Any], adapt
     assert ([item["name"] for item in rest["data"]], rest["has_more"]) == (["c"], False)
 
 
+@pytest.mark.parametrize(
+    ("kind", "text", "status"),
+    [("text/plain", '{"alias": "prod"}', 415), ("application/json", '{"alias": "\\ud800"}', 400)],
+)
+async def test_an_alias_that_is_not_json_is_refused(
+    serve: Callable[..., Any], adapter_files: Any, kind: str, text: str, status: int
+) -> None:
+    served = serve()
+    await served.upload(adapter_files())
+    response = await served.client.put(
+        "/v1/adapters/pirate/alias", content=text, headers={"Content-Type": kind}
+    )
+    assert response.status_code == status, response.text
+    assert served.store.aliases() == ()
+
+
 async def test_an_alias_leads_to_an_adapter_and_can_be_moved(
     serve: Callable[..., Any], adapter_files: Any
 ) -> None:

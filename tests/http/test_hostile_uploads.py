@@ -202,7 +202,7 @@ async def test_other_kinds_of_body_are_refused(serve: Callable[..., Any], conten
     [
         ({"name": "a"}, 400), ({"name": "a", "files": {}}, 400), ({"name": "a", "files": [], "x": 1}, 400),
         ({"name": "a", "files": {CONFIG: "sha256:" + "0" * 64, TENSORS: "sha256:" + "0" * 64}}, 404),
-        ({"name": "a", "files": {CONFIG: "../../etc/passwd", TENSORS: "/etc/passwd"}}, 404),
+        ({"name": "a", "files": {CONFIG: "../../etc/passwd", TENSORS: "/etc/passwd"}}, 400),
         ({"name": "a", "files": {CONFIG: "sha256:" + "0" * 64, "../x": "sha256:" + "0" * 64}}, 400),
     ],
 )  # fmt: skip
@@ -211,6 +211,14 @@ async def test_registering_what_is_not_here_is_refused(
 ) -> None:
     response = await serve().client.post("/v1/adapters", json=body)
     assert response.status_code == status, response.text
+
+
+@pytest.mark.parametrize("text", ["{", "", "[1]", '{"name": "\\ud800"}', '{"name": NaN}', "[" * 50_000])
+async def test_registering_with_what_is_not_json_is_refused(serve: Callable[..., Any], text: str) -> None:
+    headers = {"Content-Type": "application/json"}
+    response = await serve().client.post("/v1/adapters", content=text, headers=headers)
+    assert response.status_code == 400, response.text
+    assert set(response.json()["error"]) == {"message", "type", "param", "code"}
 
 
 async def test_a_large_json_body_is_cut_off(serve: Callable[..., Any]) -> None:

@@ -20,7 +20,9 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from timbre_server.errors import AdapterMismatch, InvalidRequest, ServerError
+from timbre_server.http.json_bodies import JSON_ONLY, JsonRoute, parse_json
 from timbre_server.http.upload import CONFIG_PART, MAX_TEXT_BYTES, TENSORS_PART, read_adapter_form
+from timbre_store.digests import is_digest
 from timbre_store.errors import BlobTooLarge, NameConflict, StoreError
 from timbre_store.records import AdapterRecord
 from timbre_store.store import Store
@@ -131,7 +133,7 @@ async def register(
 
 def adapter_router(room: AdapterRoom) -> APIRouter:
     """All routes under ``/v1/adapters``."""
-    router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
+    router = APIRouter(prefix="/v1/adapters", tags=["adapters"], route_class=JsonRoute)
     _add_upload(router, room)
     _add_reading(router, room)
     _add_changes(router, room)
@@ -176,7 +178,7 @@ async def _register_blobs(request: Request, room: AdapterRoom) -> AdapterRecord:
         if len(content) > MAX_JSON_BYTES:
             raise BlobTooLarge(f"the JSON body has more than {MAX_JSON_BYTES} bytes")
     try:
-        body = RegisterBody.model_validate_json(bytes(content))
+        body = RegisterBody.model_validate(parse_json(content))
     except ValidationError as error:
         raise RequestValidationError(error.errors(include_url=False)) from error
     if body.files.keys() != {CONFIG_PART, TENSORS_PART}:
@@ -184,6 +186,11 @@ async def _register_blobs(request: Request, room: AdapterRoom) -> AdapterRecord:
         raise InvalidRequest(
             f"The files are {found}; expected the digests of {CONFIG_PART} and {TENSORS_PART}.", param="files"
         )
+    for part, digest in body.files.items():
+        if not is_digest(digest):
+            raise InvalidRequest(
+                f"files.{part} is {digest[:100]!r}; expected sha256:<64 hex digits>", param=f"files.{part}"
+            )
     return await register(room, body.name, body.files, body.base_model)
 
 
@@ -224,7 +231,7 @@ def _add_reading(router: APIRouter, room: AdapterRoom) -> None:
 
 
 def _add_changes(router: APIRouter, room: AdapterRoom) -> None:
-    @router.put("/{reference}/alias")
+    @router.put("/{reference}/alias", dependencies=[JSON_ONLY])
     async def set_alias(reference: str, body: AliasBody) -> Response:
         """Points an alias, new or old, at ``name`` (its latest version, always) or at ``name@version``."""
         if body.alias in room.base_names:

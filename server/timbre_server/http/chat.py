@@ -11,9 +11,9 @@ from starlette.responses import Response
 
 from timbre_server.errors import InvalidRequest
 from timbre_server.http.answer import Answer, Usage, Wishes, choose_voice, deliver, prepare, streamed
-from timbre_server.http.content_type import JSON_ONLY
 from timbre_server.http.context import ServingContext
 from timbre_server.http.generation import Delta
+from timbre_server.http.json_bodies import JSON_ONLY, JsonRoute
 from timbre_server.http.logprobs import chat_logprobs, prompt_logprobs_list
 from timbre_server.http.openai_schema import ChatRequest
 from timbre_server.http.planning import LogprobWishes, encode_prompts, render_prompt
@@ -23,7 +23,7 @@ OBJECT = "chat.completion"
 
 
 def chat_router(context: ServingContext) -> APIRouter:
-    router = APIRouter(tags=["openai"], dependencies=[JSON_ONLY])
+    router = APIRouter(tags=["openai"], dependencies=[JSON_ONLY], route_class=JsonRoute)
 
     @router.post("/v1/chat/completions", response_model=None)
     async def create_chat_completion(body: Annotated[ChatRequest, Body()], http: Request) -> Response:

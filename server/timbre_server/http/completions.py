@@ -10,9 +10,9 @@ from fastapi import APIRouter, Body, Request
 from starlette.responses import Response
 
 from timbre_server.http.answer import Answer, Usage, Wishes, choose_voice, deliver, prepare, streamed
-from timbre_server.http.content_type import JSON_ONLY
 from timbre_server.http.context import ServingContext
 from timbre_server.http.generation import Delta
+from timbre_server.http.json_bodies import JSON_ONLY, JsonRoute
 from timbre_server.http.logprobs import TextOffsets, completion_logprobs, prompt_logprobs_list
 from timbre_server.http.openai_schema import CompletionRequest
 from timbre_server.http.planning import LogprobWishes, encode_prompts
@@ -23,7 +23,7 @@ OBJECT = "text_completion"
 
 
 def completions_router(context: ServingContext) -> APIRouter:
-    router = APIRouter(tags=["openai"], dependencies=[JSON_ONLY])
+    router = APIRouter(tags=["openai"], dependencies=[JSON_ONLY], route_class=JsonRoute)
 
     @router.post("/v1/completions", response_model=None)
     async def create_completion(body: Annotated[CompletionRequest, Body()], http: Request) -> Response:

@@ -21,6 +21,7 @@ from starlette.responses import PlainTextResponse, Response
 
 from timbre_server.errors import InvalidRequest
 from timbre_server.http.adapters import MAX_CONFIG_BYTES, AdapterRoom, register
+from timbre_server.http.json_bodies import JSON_ONLY, JsonRoute
 from timbre_server.http.upload import CONFIG_PART, PIECE_BYTES, TENSORS_PART
 from timbre_store.errors import NotFound, StoreError
 from timbre_store.upload import Upload
@@ -42,7 +43,7 @@ class UnloadBody(BaseModel):
 
 def vllm_router(room: AdapterRoom, root: Path, load: Callable[[str], Awaitable[object]]) -> APIRouter:
     """The two routes. ``load(digest)`` brings an adapter into the engine's memory."""
-    router = APIRouter(prefix="/v1", tags=["vllm"])
+    router = APIRouter(prefix="/v1", tags=["vllm"], dependencies=[JSON_ONLY], route_class=JsonRoute)
 
     @router.post("/load_lora_adapter")
     async def load_lora_adapter(body: LoadBody) -> Response:

@@ -62,7 +62,7 @@ async def test_numbers_that_are_none_are_refused(rig: Any, field: str, word: str
     async with rig.client() as client:
         response = await client.post(COMPLETIONS, content=text, headers={"content-type": "application/json"})
     assert response.status_code == 400
-    assert response.json()["error"]["param"] == field
+    assert "not valid JSON" in response.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(
@@ -170,6 +170,23 @@ async def test_a_body_that_does_not_say_it_is_json_is_told_what_to_say(
         response = await client.post(COMPLETIONS, content=b'{"model": "tiny-base"}', headers=headers)
     assert response.status_code == 415
     assert "Content-Type: application/json" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        '"prompt": "\\ud800"', '"prompt": "a", "stop": "\\udc00"', '"prompt": "a", "model": "\\ud800"',
+        '"prompt": "a", "\\ud800": 1', '"prompt": "a", "temperature": "\\ud800"',
+        '"messages": [{"role": "user", "content": "\\ud83d"}]',
+    ],
+)  # fmt: skip
+async def test_half_a_surrogate_pair_is_no_text(rig: Any, fields: str) -> None:
+    path = CHAT if "messages" in fields else COMPLETIONS
+    text = f'{{"model": "tiny-base", {fields}}}'
+    async with rig.client() as client:
+        response = await client.post(path, content=text, headers={"content-type": "application/json"})
+    assert response.status_code == 400
+    assert "not valid JSON" in response.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 50_000, "{", "", "null", "3", "\x00", "1" * 5000])
