@@ -45,7 +45,9 @@ def _as_list(value: object) -> object:
 
 
 def _is_ids(value: object) -> bool:
-    return isinstance(value, list) and all(type(item) is int and 0 <= item <= MAX_TOKEN_ID for item in value)
+    if not isinstance(value, list) or set(map(type, value)) - {int}:
+        return False
+    return not value or (min(value) >= 0 and max(value) <= MAX_TOKEN_ID)
 
 
 def _check_prompt(value: Any) -> Prompt:

@@ -56,20 +56,20 @@ async def encode_prompts(
     ContextLengthExceeded for a text that cannot fit however it is divided into tokens.
     """
     items = _items(prompt)
+    codec = context.text
     if len(items) > context.limits.max_prompts:
         raise InvalidRequest(
             f"{len(items)} prompts were sent; at most {context.limits.max_prompts} go in one request",
             param="prompt",
         )
-    texts = [item for item in items if isinstance(item, str)]
-    codec = context.text
-    if texts and codec is None:
+    if codec is None and any(isinstance(item, str) for item in items):
         raise InvalidRequest(
             "this model has no tokenizer; send the prompt as a list of token ids", param="prompt"
         )
     encoded: list[list[int]] = []
-    if texts and codec is not None:
-        _check_chars(texts, codec, context.engine.info, truncated=keep_last is not None)
+    if codec is not None:
+        items = [_bounded(item, codec, context.engine.info, cut=keep_last is not None) for item in items]
+        texts = [item for item in items if isinstance(item, str)]
         encoded = await codec.in_thread(
             lambda: [codec.encode(text, add_special_tokens=add_special_tokens) for text in texts]
         )
@@ -102,15 +102,18 @@ def _pair(
     return [EncodedPrompt(ids[-keep_last:], text if len(ids) <= keep_last else None) for ids, text in pairs]
 
 
-def _check_chars(texts: Sequence[str], codec: TextCodec, info: Ready, *, truncated: bool) -> None:
+def _bounded(item: str | list[int], codec: TextCodec, info: Ready, *, cut: bool) -> str | list[int]:
+    """A text that is not longer than the longest that fits; what is longer takes long to divide."""
     most = info.max_model_len * codec.max_chars_per_token
-    longest = max(map(len, texts))
-    if longest > most and not truncated:
-        raise ContextLengthExceeded(
-            f"the prompt has {longest} characters; this model's maximum context length is "
-            f"{info.max_model_len} tokens",
-            param="prompt",
-        )
+    if isinstance(item, list) or len(item) <= most:
+        return item
+    if cut:
+        return item[-most:]
+    raise ContextLengthExceeded(
+        f"the prompt has {len(item)} characters; this model's maximum context length is "
+        f"{info.max_model_len} tokens",
+        param="prompt",
+    )
 
 
 def _check_ids(prompts: Sequence[EncodedPrompt], info: Ready) -> None:

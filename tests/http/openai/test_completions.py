@@ -95,6 +95,22 @@ async def test_a_prompt_is_cut_to_its_last_tokens_on_request(rig: Any) -> None:
     assert body["choices"][0]["prompt_token_ids"] == [3, 4]
 
 
+async def test_a_text_to_be_cut_is_cut_before_it_is_divided(
+    rig: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, lengths = rig.context.text.encode, []
+
+    def counting(text: str, **options: Any) -> list[int]:
+        lengths.append(len(text))
+        return list(encode(text, **options))
+
+    monkeypatch.setattr(rig.context.text, "encode", counting)
+    await rig.complete(prompt="x" * 2_000_000 + "hi", truncate_prompt_tokens=2)
+    longest = rig.context.engine.info.max_model_len * rig.context.text.max_chars_per_token
+    assert lengths[0] == longest
+    assert rig.engine.submitted[0].prompt_token_ids == encode("hi", add_special_tokens=True)
+
+
 async def test_stop_strings_are_cut_and_abort_the_engines_work(rig: Any) -> None:
     body = await rig.complete(stop=["wör", "zzz"], max_tokens=100)
     [choice] = body["choices"]
