@@ -63,7 +63,7 @@ class MeasuredServer:
         resident = {
             f"{sample.name}{sorted(sample.labels.items())}": sample.value
             for family in text_string_to_metric_families(text)
-            if family.name == "timbre_adapter_resident_bytes"
+            if family.name == "timbre_adapter_bytes"
             for sample in family.samples
         }
         main = psutil.Process(self.process.pid)
