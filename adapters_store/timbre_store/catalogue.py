@@ -20,7 +20,7 @@ from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
 from timbre_store.catalogue_file import translated_errors
 from timbre_store.catalogue_reads import aliases_of, find_alias, find_record, record_of, select_records
-from timbre_store.errors import NameConflict, NotFound
+from timbre_store.errors import AdapterInUse, NameConflict, NotFound
 from timbre_store.failpoints import Reach
 from timbre_store.manifest import Manifest
 from timbre_store.names import Reference
@@ -138,7 +138,7 @@ class Catalogue:
         """Remove an alias, a name with all its versions, or one version. The manifests that nothing refers
         to any longer.
 
-        Raises: NotFound; NameConflict if an alias would be left pointing at nothing.
+        Raises: NotFound; AdapterInUse if an alias would be left pointing at nothing.
         """
         with self._writing() as connection:
             if find_alias(connection, reference.name) is not None:
@@ -197,7 +197,7 @@ def _delete_versions(connection: Connection, reference: Reference) -> tuple[Mani
     for alias in aliases_of(connection, record.name):
         pointed_at = Reference(alias.name, version=alias.version)
         if find_record(connection, pointed_at, missing_ok=True) is None:
-            raise NameConflict(
+            raise AdapterInUse(
                 f"alias {alias.alias!r} points at {alias.target!r}; move or delete the alias first"
             )
     unreferenced = ~exists().where(versions.c.digest == manifests.c.digest)

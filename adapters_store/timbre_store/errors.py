@@ -7,7 +7,8 @@ StoreError
 │   ├── UnsupportedMethod   for `Inspect`: no method reads it
 │   └── UnexpectedTensor    for `Inspect`: tensors or sites do not fit the base
 ├── NotFound                no such name, version, alias, digest or blob
-├── NameConflict            a name would be adapter and alias at once, or an alias would point at nothing
+├── NameConflict            a name would be adapter and alias at once
+│   └── AdapterInUse        an alias would be left pointing at nothing
 ├── DigestMismatch          bytes are not what their digest says
 ├── BlobTooLarge            more bytes than the limit, noticed while they arrive
 ├── StoreFull               the disk has no room, or fails to write
@@ -48,6 +49,10 @@ class NotFound(StoreError):
 
 
 class NameConflict(StoreError):
+    pass
+
+
+class AdapterInUse(NameConflict):
     pass
 
 

@@ -182,7 +182,7 @@ class Store:
 
         Their files stay until `collect_garbage`, for requests that were admitted before.
 
-        Raises: NotFound; NameConflict if an alias would be left pointing at nothing.
+        Raises: NotFound; AdapterInUse if an alias would be left pointing at nothing.
         """
         freed = self._catalogue.delete(Reference.parse(reference))
         for manifest in freed:

@@ -169,3 +169,12 @@ async def test_two_uploads_of_one_name_at_once_get_two_versions(
     answers = await asyncio.gather(*(served.upload(adapter_files(seed=seed)) for seed in range(6)))
     assert sorted(answer.json()["version"] for answer in answers) == [1, 2, 3, 4, 5, 6]
     assert served.store.check_integrity() == ()
+
+
+async def test_an_adapter_that_an_alias_needs_is_in_use(serve: Callable[..., Any], adapter_files: Any) -> None:
+    served = serve()
+    await served.upload(adapter_files())
+    await served.client.put("/v1/adapters/pirate/alias", json={"alias": "prod"})
+    response = await served.client.delete("/v1/adapters/pirate")
+    assert (response.status_code, response.json()["error"]["code"]) == (409, "adapter_in_use")
+    assert response.headers["x-should-retry"] == "false"

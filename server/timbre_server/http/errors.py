@@ -69,6 +69,7 @@ ERROR_KINDS: Mapping[type[Exception], ErrorKind] = {
     store.InvalidAdapter: _invalid("adapter_invalid", 422),
     store.NotFound: ErrorKind(404, "not_found_error", "model_not_found"),
     store.NameConflict: ErrorKind(409, "conflict_error", "adapter_exists", retry=False),
+    store.AdapterInUse: ErrorKind(409, "conflict_error", "adapter_in_use", retry=False),
     store.DigestMismatch: _invalid("digest_mismatch"),
     store.BlobTooLarge: _invalid("too_large", 413),
     store.StoreFull: ErrorKind(507, "storage_error", "insufficient_storage", retry=False),
