@@ -19,6 +19,8 @@ from pydantic import (
     model_validator,
 )
 
+MAX_FIELDS = 256
+MAX_BIASES = 1024
 MAX_STOP_CHARS = 1024
 MAX_NAME_CHARS = 256
 MAX_TOKEN_ID = 2**31 - 1
@@ -36,12 +38,21 @@ class Body(BaseModel):
     @classmethod
     def _drop_nulls(cls, fields: object) -> object:
         if isinstance(fields, dict):
+            if len(fields) > MAX_FIELDS:
+                raise ValueError(f"an object has {len(fields)} fields; at most {MAX_FIELDS} are read")
             return {name: value for name, value in fields.items() if value is not None}
         return fields
 
 
 def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
+
+
+def _few_biases(value: object) -> object:
+    """Before the values are looked at: each wrong one would be an error of its own."""
+    if isinstance(value, dict) and len(value) > MAX_BIASES:
+        raise ValueError(f"{len(value)} tokens are named; expected at most {MAX_BIASES}")
+    return value
 
 
 def _is_ids(value: object) -> bool:
@@ -108,9 +119,9 @@ class GenerationRequest(Body):
     repetition_penalty: float = Field(1.0, ge=0.01, le=100)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)] = (
-        Field(default_factory=dict)
-    )
+    logit_bias: Annotated[
+        dict[str, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_few_biases)
+    ] = Field(default_factory=dict)
     seed: int | None = Field(None, ge=INT64_MIN, le=INT64_MAX)
 
     stop: Annotated[list[StopString], BeforeValidator(_as_list), Field(max_length=4)] = Field(

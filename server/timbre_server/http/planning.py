@@ -9,6 +9,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import msgspec
 
@@ -82,14 +83,9 @@ def _items(prompt: Prompt) -> list[str | list[int]]:
     """The prompts one by one."""
     if isinstance(prompt, str):
         return [prompt]
-    ids: list[int] = []
-    items: list[str | list[int]] = []
-    for item in prompt:
-        if isinstance(item, int):
-            ids.append(item)
-        else:
-            items.append(item)
-    return items or [ids]
+    if isinstance(prompt[0], int):
+        return [cast("list[int]", prompt)]
+    return [*cast("list[str] | list[list[int]]", prompt)]
 
 
 def _pair(
