@@ -113,6 +113,17 @@ def test_all_kinds_of_rows_together_give_what_each_gives_alone() -> None:
     assert backwards[::-1] == alone
 
 
+@pytest.mark.parametrize("temperature", [1e-30, 1e-44, 1e-46, 5e-324])
+@pytest.mark.parametrize("top_p", [1.0, 0.5])
+def test_a_temperature_that_float32_cannot_tell_from_zero_is_greedy(temperature: float, top_p: float) -> None:
+    logits_TV = some_logits(rows=2)
+    neighbour = a_row(temperature=1.0, top_p=0.7, seed=3)
+    rows = [a_row(temperature=temperature, top_p=top_p), neighbour]
+    results = sample(logits_TV, rows)
+    assert results[0].token_id == int(logits_TV[0].argmax())
+    assert results[1] == sample(logits_TV[1:], [neighbour])[0]
+
+
 def test_the_logits_stay_as_they_are() -> None:
     logits_TV = some_logits(2, rows=len(COMBINATIONS))
     before_TV = logits_TV.clone()

@@ -47,8 +47,12 @@ def greedy(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def weights(logits_NV: Tensor, best_N: Tensor, temperature_N: Tensor) -> Tensor:
-    """``exp((logit - best) / temperature)``, a new tensor."""
-    return logits_NV.sub(best_N[:, None]).div_(temperature_N[:, None]).exp_()
+    """``exp((logit - best) / temperature)``, a new tensor.
+
+    A temperature above 0 may be less than float32 can tell from 0, and 0 / 0 is no weight.
+    """
+    least = torch.finfo(torch.float32).tiny
+    return logits_NV.sub(best_N[:, None]).div_(temperature_N.clamp(min=least)[:, None]).exp_()
 
 
 def draw(weight_NV: Tensor, uniform_N: Tensor) -> Tensor:
