@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -126,6 +127,36 @@ def test_a_bound_operator_gives_each_row_the_weighted_sum_of_meanings(
             torch.testing.assert_close(input_change[rows], expected[0], atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(change[rows], expected[1], atol=1e-4, rtol=1e-4)
             row += span.num_rows
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_a_part_that_is_not_finite_spoils_its_own_rows_alone(name: str, bad: float) -> None:
+    operator = OPERATORS[name]
+    generator = torch.Generator().manual_seed(6)
+    part = random_part(operator, 16, 24, generator)
+    spoilt = replace(
+        part,
+        **{
+            field.name: torch.full_like(value, bad)
+            for field in fields(part)
+            if isinstance(value := getattr(part, field.name), Tensor) and value.is_floating_point()
+        },
+    )
+    x_TI, y_TO = torch.randn(4, 16, generator=generator), torch.randn(4, 24, generator=generator)
+    table = RowTable([Span(1, ((0, 1.0),)), Span(1, ((1, 1.0),)), Span(2, ((0, 0.5),))])
+
+    found = []
+    for other in (part, spoilt):
+        bound = operator.bind([{0: [part], 1: [other]}], table)
+        sums = bound.sums(x_TI)
+        change = summed([*(sums[0] if sums else ()), bound.output_change(0, y_TO)], y_TO)
+        input_change = summed([bound.input_change(0, x_TI)], x_TI)
+        found.append(torch.cat([change, input_change], dim=1))
+
+    beside_sound, beside_spoilt = found
+    assert not beside_spoilt[1].isfinite().all()
+    torch.testing.assert_close(beside_spoilt[[0, 2, 3]], beside_sound[[0, 2, 3]])
 
 
 @pytest.mark.parametrize("name", OPERATORS)

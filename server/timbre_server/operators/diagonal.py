@@ -8,7 +8,7 @@ Legend: T rows of the batch, N rows that have a gain, M distinct mixes, P parts,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,30 +54,51 @@ class _Gains:
 
 def _gains(parts_by_slot: Mapping[int, Sequence[Diagonal]], side: str, table: RowTable) -> _Gains | None:
     """The summed gains of every span that has one on this side, or None."""
-    parts = [
-        (slot, part) for slot in table.slots for part in parts_by_slot.get(slot, ()) if part.side == side
-    ]
-    if not parts:
+    on_side = {
+        slot: own
+        for slot in table.slots
+        if (own := [p for p in parts_by_slot.get(slot, ()) if p.side == side])
+    }
+    if not on_side:
         return None
-    slots = {slot for slot, _ in parts}
+    mixes, mix_of_row = _distinct_mixes(table, on_side)
+    uses = [
+        (mix, weight, part)
+        for pairs, mix in mixes.items()
+        for slot, weight in pairs
+        for part in on_side[slot]
+    ]
+    parts = [part for _, _, part in uses]
+    mix_P = torch.tensor([mix for mix, _, _ in uses], device=table.device)
+    weights_P1 = torch.tensor([weight for _, weight, _ in uses], device=table.device).unsqueeze(1)
+
+    def summed(values_PD: Tensor) -> Tensor:
+        # Not a product with a matrix of weights: there a mix would meet 0 times another's infinity.
+        sums_MD = values_PD.new_zeros(len(mixes), values_PD.shape[1])
+        return sums_MD.index_add_(0, mix_P, values_PD * weights_P1)
+
+    shift_MD = None
+    if any(part.shift is not None for part in parts):
+        shift_MD = summed(
+            torch.stack([torch.zeros_like(p.gain) if p.shift is None else p.shift for p in parts])
+        )
+    return _Gains(
+        table.rows_using(on_side),
+        torch.tensor(mix_of_row, device=table.device),
+        summed(torch.stack([part.gain for part in parts]) - 1),
+        shift_MD,
+    )
+
+
+def _distinct_mixes(table: RowTable, slots: Collection[int]) -> tuple[dict[Pairs, int], list[int]]:
+    """The mixes of these slots by number, and the number of each row that has one."""
     mixes: dict[Pairs, int] = {}
     mix_of_row: list[int] = []
     for span in table.spans:
         pairs = tuple((slot, weight) for slot, weight in span.pairs if slot in slots)
         if pairs:
             mix_of_row.extend([mixes.setdefault(pairs, len(mixes))] * span.num_rows)
-    weights = [[dict(pairs).get(slot, 0.0) for slot, _ in parts] for pairs in mixes]
-    weights_MP = torch.tensor(weights, device=table.device)
-    shift_MD = None
-    if any(part.shift is not None for _, part in parts):
-        shifts = [torch.zeros_like(p.gain) if p.shift is None else p.shift for _, p in parts]
-        shift_MD = weights_MP @ torch.stack(shifts)
-    return _Gains(
-        table.rows_using(slots),
-        torch.tensor(mix_of_row, device=table.device),
-        weights_MP @ (torch.stack([part.gain for _, part in parts]) - 1),
-        shift_MD,
-    )
+    return mixes, mix_of_row
 
 
 class _BoundDiagonal(Bound):
