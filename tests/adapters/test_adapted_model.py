@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from timbre_methods.program import AdapterProgram, Diagonal, LowRank, Part, Places, Spectral
 from timbre_server.adapters.adapted_model import AdaptedModel
 from timbre_server.adapters.groups import LinearGroup
+from timbre_server.operators.contract import Bound, Uses
+from timbre_server.operators.low_rank import LowRankOperator
 from timbre_server.operators.row_table import RowTable, Span
 
 SIZE = 8
@@ -166,6 +168,25 @@ def test_a_slot_that_changed_hands_serves_the_new_adapter() -> None:
     second = run(model, adapted, spans, x_TI, [0, 1])
     assert not torch.allclose(first, second)
     torch.testing.assert_close(second, run(*adapted_network({"q": (low_rank(9),)}), spans, x_TI, [0, 1]))
+
+
+def test_what_is_prepared_for_a_table_is_used_again_while_steps_repeat_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    binds: list[int] = []
+    bind = LowRankOperator.bind
+
+    def counted(self: LowRankOperator, uses: Uses[LowRank], table: RowTable) -> Bound:
+        binds.append(table.num_rows)
+        return bind(self, uses, table)
+
+    monkeypatch.setattr(LowRankOperator, "bind", counted)
+    model, adapted = adapted_network({"q": (low_rank(1),)})
+    x_TI = torch.randn(3, SIZE)
+    for spans in ([Span(2, ((0, 1.0),))], [Span(2, ((0, 1.0),))], [Span(2)], [Span(2, ((0, 1.0),))]):
+        run(model, adapted, spans, x_TI[:2], [0, 1])
+    run(model, adapted, [Span(3, ((0, 1.0),))], x_TI, [0])
+    assert binds == [2, 3]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

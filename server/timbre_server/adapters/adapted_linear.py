@@ -31,10 +31,25 @@ Operators = Mapping[type[Part], Operator[Any]]
 
 
 class ActiveRows:
-    """The row table of the step that is running; None between steps and for a step of base rows only."""
+    """The row table of the step that is running; None between steps and for a step of base rows only.
+
+    While steps repeat a table they get the very same object, so that groups know it by identity.
+    """
 
     def __init__(self) -> None:
         self.table: RowTable | None = None
+        self._last: RowTable | None = None
+
+    def begin(self, table: RowTable) -> None:
+        if not table.slots:
+            self.table = None
+            return
+        if self._last is None or self._last.signature != table.signature:
+            self._last = table
+        self.table = self._last
+
+    def end(self) -> None:
+        self.table = None
 
 
 class AdaptedGroup:
@@ -47,7 +62,7 @@ class AdaptedGroup:
         self._rows = rows
         self._programs = programs
         self._operators = operators
-        self._signature: object = None
+        self._bound_table: RowTable | None = None
         self._bound: tuple[Bound, ...] = ()
         self._input: Tensor | None = None
         self._changes: list[list[Change]] = []
@@ -58,9 +73,9 @@ class AdaptedGroup:
         table = self._rows.table
         if table is None:
             return ()
-        if self._signature != table.signature:
+        if self._bound_table is not table:
             self._bound = tuple(self._bind(table))
-            self._signature = table.signature
+            self._bound_table = table
         return self._bound
 
     def _bind(self, table: RowTable) -> list[Bound]:
@@ -75,7 +90,7 @@ class AdaptedGroup:
 
     def forget(self) -> None:
         """Drop what was prepared and what is kept of a running step; called when a slot changes hands."""
-        self._signature = None
+        self._bound_table = None
         self._bound = ()
         self.end_step()
 

@@ -44,13 +44,13 @@ class AdaptedModel:
 
     def set_rows(self, table: RowTable, head_table: RowTable) -> None:
         """The rows of the next forward, and those of them whose logits are kept."""
-        self._body_rows.table = table if table.slots else None
-        self._head_rows.table = head_table if head_table.slots else None
+        self._body_rows.begin(table)
+        self._head_rows.begin(head_table)
 
     def clear_rows(self) -> None:
         """The forward has ended, well or not: base rows until told otherwise, nothing kept of its inputs."""
-        self._body_rows.table = None
-        self._head_rows.table = None
+        self._body_rows.end()
+        self._head_rows.end()
         for group in self._groups:
             group.end_step()
 
