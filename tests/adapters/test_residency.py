@@ -48,6 +48,18 @@ def test_an_adapter_in_use_is_never_evicted() -> None:
     assert [d.digest for d in departures] == ["b", "a"]
 
 
+def test_a_wish_of_requests_ends_with_the_last_of_them_and_a_lasting_one_does_not() -> None:
+    residency = Residency(BUDGET)
+    for digest in ("left", "kept", "asked later"):
+        residency.acquire(digest)
+    residency.want("asked later", lasting=True)
+    residency.acquire("asked later")
+    residency.no_requests("left")
+    residency.no_requests("asked later")
+    residency.no_requests("never seen")
+    assert residency.wanted == ("kept", "asked later")
+
+
 def test_unloading_waits_for_the_last_user() -> None:
     residency = Residency(BUDGET)
     slot = resident(residency, "a", 10)

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import nn
 
@@ -147,4 +148,32 @@ def test_the_end_of_a_load_wakes_a_sleeping_loop() -> None:
     runtime.load("a")
     runtime.poll()
     assert woken.wait(10)
+    runtime.close()
+
+
+def test_a_load_that_nobody_waits_for_holds_up_no_other() -> None:
+    runtime, _ = runtime_of(2)
+    for digest in ("a", "b"):
+        runtime.load(digest)
+        poll_until(runtime, bool)
+        runtime.try_acquire(digest)
+    runtime.try_acquire("no room")
+    runtime.poll()
+    runtime.unload("b")
+    runtime.try_acquire("next")
+    runtime.no_requests("no room")
+    runtime.release("b")
+    [arrival] = poll_until(runtime, bool)
+    assert arrival.digest == "next"
+    assert runtime.wanted == ()
+    runtime.close()
+
+
+def test_failures_that_nobody_asks_about_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime, _ = runtime_of(4)
+    monkeypatch.setattr("timbre_server.adapters.runtime.FAILURE_LASTS_S", 0.0)
+    for number in range(3):
+        runtime.load(f"bad{number}")
+        poll_until(runtime, bool)
+    assert list(runtime._failures) == ["bad2"]
     runtime.close()

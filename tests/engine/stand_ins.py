@@ -130,6 +130,9 @@ class LoadingAdapters:
     def failure(self, digest: str) -> str | None:
         return f"{digest} is broken" if digest.startswith("bad") else None
 
+    def no_requests(self, digest: str) -> None:
+        self.loading.pop(digest, None)
+
     def _place(self, digest: str) -> None:
         if len(self.users) >= self.capacity:
             idle = [other for other, count in self.users.items() if count == 0]

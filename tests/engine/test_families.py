@@ -37,6 +37,9 @@ class NoAdapters:
     def failure(self, digest: str) -> str | None:
         return "there are no adapters here"
 
+    def no_requests(self, digest: str) -> None:
+        raise AssertionError("nothing was asked for")
+
 
 @dataclass
 class Outcome:

@@ -9,13 +9,10 @@ from timbre_server.engine.messages import SamplingParams, Submit
 from timbre_server.engine.sequence import Sequence
 
 
-def a_sequence(
-    arrival: int, *, left: int = 1, mix: tuple[tuple[str, float], ...] = (), skips: int = 0
-) -> Sequence:
+def a_sequence(arrival: int, *, left: int = 1, mix: tuple[tuple[str, float], ...] = ()) -> Sequence:
     request = Submit(f"r{arrival}", [1] * 8, SamplingParams())
     sequence = Sequence(request, [1] * 8, arrival, num_computed_tokens=8 - left)
     sequence.mix = mix
-    sequence.num_skips = skips
     return sequence
 
 
@@ -38,11 +35,9 @@ def test_one_free_block_stays_for_each_running_sequence(
 
 
 def test_waiting_for_an_adapter_holds_nobody_back_at_first() -> None:
-    later = a_sequence(2, mix=(("b", 1.0),))
-    assert not policy.is_held_back(later, [a_sequence(1, mix=(("a", 1.0),), skips=2)], max_skips=3)
+    assert not policy.is_held_back(a_sequence(2, mix=(("b", 1.0),)), most_skips=2, max_skips=3)
 
 
 def test_who_was_passed_over_too_often_holds_back_later_adapter_requests_but_no_base_requests() -> None:
-    starving = a_sequence(1, mix=(("a", 1.0),), skips=3)
-    assert policy.is_held_back(a_sequence(2, mix=(("b", 1.0),)), [starving], max_skips=3)
-    assert not policy.is_held_back(a_sequence(3), [starving], max_skips=3)
+    assert policy.is_held_back(a_sequence(2, mix=(("b", 1.0),)), most_skips=3, max_skips=3)
+    assert not policy.is_held_back(a_sequence(3), most_skips=3, max_skips=3)

@@ -73,6 +73,19 @@ def test_base_requests_pass_a_starving_one(stand_ins: ModuleType) -> None:
         assert bench.final(f"base{index}").finish_reason == "length"
 
 
+def test_an_adapter_is_no_longer_asked_for_when_its_last_request_was_aborted(stand_ins: ModuleType) -> None:
+    bench = stand_ins.a_bench(adapters=stand_ins.LoadingAdapters(delay=50))
+    bench.submit(*(stand_ins.a_request(name, mix=(("x", 1.0), ("y", 0.5))) for name in ("a", "b")))
+    bench.submit(stand_ins.a_request("c", mix=(("y", 1.0),)))
+    bench.turn()
+    bench.scheduler.abort("a")
+    assert set(bench.adapters.loading) == {"x", "y"}
+    bench.scheduler.abort("b")
+    assert set(bench.adapters.loading) == {"y"}
+    bench.run()
+    assert bench.final("c").finish_reason == "length"
+
+
 @pytest.mark.parametrize("turns", range(6))
 def test_an_aborted_request_frees_everything_at_any_moment(stand_ins: ModuleType, turns: int) -> None:
     bench = stand_ins.a_bench(max_num_batched_tokens=5, adapters=stand_ins.LoadingAdapters(delay=1))

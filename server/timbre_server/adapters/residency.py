@@ -7,7 +7,7 @@ the least recently used goes first.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Literal
 
@@ -39,7 +39,8 @@ class Residency:
         self.budget_bytes = budget_bytes
         self.used_bytes = 0
         self._resident: OrderedDict[str, _Resident] = OrderedDict()
-        self._wanted: deque[str] = deque()
+        self._wanted: dict[str, bool] = {}
+        """In order of wish, and whether it outlives the requests that wished it, too."""
         self._free_slots: list[int] = []
         self._next_slot = 0
 
@@ -72,15 +73,20 @@ class Residency:
             return self._remove(digest, "unloaded")
         return None
 
-    def want(self, digest: str) -> None:
-        """Queue an adapter for loading, unless it is resident or queued."""
-        if digest not in self._resident and digest not in self._wanted:
-            self._wanted.append(digest)
+    def want(self, digest: str, *, lasting: bool = False) -> None:
+        """Queue an adapter for loading, unless it is resident or queued. A ``lasting`` wish is not of a
+        request: it outlasts `no_requests`."""
+        if digest not in self._resident:
+            self._wanted[digest] = lasting or self._wanted.get(digest, False)
 
     def drop_wish(self, digest: str) -> None:
-        """Forget a wish: it failed, or nobody waits for it any more."""
-        if digest in self._wanted:
-            self._wanted.remove(digest)
+        """Forget a wish: it is fulfilled, has failed or was withdrawn."""
+        self._wanted.pop(digest, None)
+
+    def no_requests(self, digest: str) -> None:
+        """No request is left that would use the adapter: forget the wish, unless it is a lasting one."""
+        if not self._wanted.get(digest, True):
+            del self._wanted[digest]
 
     def make_room(self, prepared_bytes: int) -> list[Departure] | None:
         """Evict idle adapters, oldest use first, until ``prepared_bytes`` more fit.

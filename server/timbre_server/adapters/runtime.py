@@ -9,6 +9,7 @@ adapters in use fill the budget; requests for resident adapters go on meanwhile.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +23,8 @@ from timbre_server.errors import AdapterLoadFailed
 
 FAILURE_LASTS_S = 5.0
 """For so long a failed load is not tried again; after it a mended store is noticed."""
+
+_log = logging.getLogger(__name__)
 
 
 class Loader(Protocol):
@@ -100,7 +103,11 @@ class AdapterRuntime:
     def load(self, digest: str) -> None:
         """Want an adapter before anybody asks for it; a new try even after a recent failure."""
         self._failures.pop(digest, None)
-        self._residency.want(digest)
+        self._residency.want(digest, lasting=True)
+
+    def no_requests(self, digest: str) -> None:
+        """No request is left that would use the adapter: what only requests wished for is not loaded."""
+        self._residency.no_requests(digest)
 
     def unload(self, digest: str) -> None:
         """Let an adapter go when its last user has gone; `poll` reports the departure."""
@@ -138,6 +145,7 @@ class AdapterRuntime:
         if isinstance(error, AdapterLoadFailed):
             return [self._failed(digest, str(error))]
         if error is not None:
+            _log.error("the load of adapter %s failed unexpectedly", digest, exc_info=error)
             return [self._failed(digest, f"adapter {digest} could not be prepared: {error!r}")]
         loaded = future.result()
         prepared_bytes = loaded.program.prepared_bytes
@@ -161,7 +169,9 @@ class AdapterRuntime:
     def _failed(self, digest: str, reason: str) -> Arrival:
         self._loading = None
         self._residency.drop_wish(digest)
-        self._failures[digest] = time.monotonic(), reason
+        now = time.monotonic()
+        recent = {key: each for key, each in self._failures.items() if now - each[0] < FAILURE_LASTS_S}
+        self._failures = {**recent, digest: (now, reason)}
         return Arrival(digest, error=reason)
 
     def _leave(self, departure: Departure | None) -> None:

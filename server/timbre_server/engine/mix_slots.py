@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Protocol
 
 from timbre_server.engine.sequence import AdapterSlots, Sequence
@@ -20,6 +21,10 @@ class AdapterSlotsSource(Protocol):
         """Why the adapter cannot be had, where its loading failed."""
         ...
 
+    def no_requests(self, digest: str) -> None:
+        """The last request that would use the adapter has ended: what it asked for need not be loaded."""
+        ...
+
 
 class MixSlots:
     """Acquires and releases whole mixes, and remembers within a step what was not to be had."""
@@ -27,6 +32,7 @@ class MixSlots:
     def __init__(self, source: AdapterSlotsSource) -> None:
         self._source = source
         self._missing: dict[str, None] = {}
+        self._num_requests: Counter[str] = Counter()
 
     @property
     def missing(self) -> tuple[str, ...]:
@@ -35,6 +41,19 @@ class MixSlots:
 
     def begin_step(self) -> None:
         self._missing.clear()
+
+    def enter(self, sequence: Sequence) -> None:
+        """A request that will acquire its mix has come."""
+        self._num_requests.update(digest for digest, _ in sequence.mix)
+
+    def leave(self, sequence: Sequence) -> None:
+        """It has ended, with its mix or without."""
+        self.release(sequence)
+        for digest, _ in sequence.mix:
+            self._num_requests[digest] -= 1
+            if not self._num_requests[digest]:
+                del self._num_requests[digest]
+                self._source.no_requests(digest)
 
     def failure(self, sequence: Sequence) -> str | None:
         """Why the sequence can never have its adapters; None where it may."""

@@ -28,11 +28,12 @@ def has_room(num_needed: int, num_free: int, num_running: int) -> bool:
     return num_needed + num_running <= num_free
 
 
-def is_held_back(sequence: Sequence, passed_over: Iterable[Sequence], max_skips: int) -> bool:
-    """Whether a sequence must wait for one before it in the queue that waits for an adapter.
+def is_held_back(sequence: Sequence, most_skips: int, max_skips: int) -> bool:
+    """Whether a sequence must wait for one before it in the queue that waits for an adapter, and of which
+    the most often passed over has let ``most_skips`` go first.
 
     Waiting for an adapter holds nobody back until ``max_skips`` later requests were admitted. From then
     on no later request with adapters is: those in use may fill the memory that the first one needs. Base
     requests hold no adapter memory, so they always pass.
     """
-    return bool(sequence.mix) and any(other.num_skips >= max_skips for other in passed_over)
+    return bool(sequence.mix) and most_skips >= max_skips

@@ -103,6 +103,7 @@ class Scheduler:
         self._num_arrived += 1
         sequence = Sequence(request, list(request.prompt_token_ids), self._num_arrived)
         sequence.mix = resolved_mix(request.adapters)
+        self._mixes.enter(sequence)
         self._sequences[request.request_id] = sequence
         self._waiting.append(sequence)
 
@@ -173,6 +174,7 @@ class Scheduler:
 
     def _admit(self, planned: dict[Sequence, int], budget: int) -> None:
         passed_over: list[Sequence] = []
+        most_skips = 0
         for sequence in tuple(self._waiting):
             if budget == 0 or len(self._running) == self.limits.max_num_seqs:
                 break
@@ -180,10 +182,11 @@ class Scheduler:
             if failure is not None:
                 self._fail(sequence, "adapter_load_failed", failure)
                 continue
-            if policy.is_held_back(sequence, passed_over, self.limits.max_skips):
+            if policy.is_held_back(sequence, most_skips, self.limits.max_skips):
                 continue
             if not self._mixes.acquire(sequence):
                 passed_over.append(sequence)
+                most_skips = max(most_skips, sequence.num_skips)
                 continue
             if not self._tables.place(sequence, len(self._running)):
                 self._mixes.release(sequence)
@@ -193,6 +196,7 @@ class Scheduler:
             budget -= planned[sequence]
             for other in passed_over:
                 other.num_skips += 1
+                most_skips = max(most_skips, other.num_skips)
         self.counts.waiting_for_adapter = len(passed_over)
 
     def _start(self, sequence: Sequence) -> None:
@@ -234,7 +238,7 @@ class Scheduler:
         else:
             self._waiting.remove(sequence)
         self._tables.free(sequence)
-        self._mixes.release(sequence)
+        self._mixes.leave(sequence)
         sequence.status = Status.FINISHED
         del self._sequences[sequence.request_id]
         self._events.append(event)
