@@ -15,13 +15,17 @@ from timbre_methods.program import Places
 MAX_GRID = 2**28
 """The largest out x in whose places are drawn: the draw needs 8 bytes for each, 2 GiB at this size."""
 
+NUM_KEPT = 64
+"""Bases that are kept for the next adapter beside those that are in use."""
+
 
 def fourier_places(
     seed: int, out_features: int, in_features: int, count: int, device: torch.device
 ) -> Places:
     """The places of FourierFT: the first ``count`` of ``torch.randperm(out * in)`` from a CPU generator.
 
-    Adapters of equal seed, shape and count get the very same object. On the meta device nothing is drawn.
+    Always on the CPU; on the meta device nothing is drawn. Adapters of equal seed, shape and count get the
+    very same object while it is among the last `NUM_KEPT` that were asked for.
     Raises `InvalidConfig` where out x in is above `MAX_GRID`.
     """
     if out_features * in_features > MAX_GRID:
@@ -35,7 +39,7 @@ def fourier_places(
     return _drawn_places(seed, out_features, in_features, count)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=NUM_KEPT)
 def _drawn_places(seed: int, out_features: int, in_features: int, count: int) -> Places:
     generator = torch.Generator().manual_seed(seed)
     # A copy, so that the cache does not keep the whole permutation alive.

@@ -37,7 +37,8 @@ class Places:
     """Where the coefficients of a transform pair sit, shared by all adapters of equal seed and shape.
 
     ``rows_N`` int64 in [0, O) and ``columns_N`` int64 in [0, I): coefficient k couples input frequency
-    ``columns_N[k]`` with output frequency ``rows_N[k]``. Equal places add.
+    ``columns_N[k]`` with output frequency ``rows_N[k]``. Equal places add. They stay on the CPU, wherever
+    the adapters are.
     """
 
     transform: Literal["dft"]

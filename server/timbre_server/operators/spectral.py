@@ -65,7 +65,7 @@ class SpectralOperator(Operator[Spectral]):
         out_features = 0
         for segment in segments:
             for part in parts_by_slot.get(segment.slot, ()):
-                folded = self._fold(part.places)
+                folded = self._fold(part.places, part.c_N.device)
                 out_features = part.places.out_features
                 if len(segment.rows_N) >= MIN_ROWS_ALONE:
                     cores.append(_Alone.of(folded, segment, part.c_N))
@@ -74,11 +74,11 @@ class SpectralOperator(Operator[Spectral]):
         cores += (_Pool.of(folded, pairs, num_rows) for folded, pairs in pooled.items())
         return _Member(out_features, cores) if cores else None
 
-    def _fold(self, places: Places) -> _FoldedPlaces:
-        """Folded once for each shared basis, and kept as long as it."""
+    def _fold(self, places: Places, device: torch.device) -> _FoldedPlaces:
+        """Folded once for each shared basis, and kept as long as it, on the device of those who use it."""
         folded = self._folded.get(places)
         if folded is None:
-            folded = self._folded[places] = _FoldedPlaces.of(places)
+            folded = self._folded[places] = _FoldedPlaces.of(places, device)
         return folded
 
 
@@ -95,7 +95,7 @@ class _FoldedPlaces:
     """The pattern laid along a diagonal, so many times; fewer times is a prefix of it."""
 
     @staticmethod
-    def of(places: Places) -> _FoldedPlaces:
+    def of(places: Places, device: torch.device) -> _FoldedPlaces:
         out_features, in_features = places.out_features, places.in_features
         u, v = places.rows_N, places.columns_N
         mirrored = u > out_features // 2
@@ -111,7 +111,13 @@ class _FoldedPlaces:
         order = torch.argsort(rows, stable=True)
         shape = (2 * (out_features // 2 + 1), 2 * (in_features // 2 + 1))
         row_ends = torch.searchsorted(rows[order], torch.arange(shape[0] + 1, device=rows.device))
-        return _FoldedPlaces(row_ends.int(), columns[order].int(), order // 2, factors[order].float(), shape)
+        return _FoldedPlaces(
+            row_ends.to(device, torch.int32),
+            columns[order].to(device, torch.int32),
+            (order // 2).to(device),
+            factors[order].to(device, torch.float32),
+            shape,
+        )
 
     def values(self, c_N: Tensor) -> Tensor:
         """The matrix's values, of one adapter or, with leading dimensions, of several."""
