@@ -1,11 +1,11 @@
-"""Where a model's files are and what it is called: the embedded one, a folder, or a hub id."""
+"""Where a model's files are and what it is called: the embedded one, a folder, a GGUF file, or a hub id."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
 
-from timbre_server.engine.embedded_model import embedded_model_folder
+from timbre_server.engine.embedded_model import converted_gguf_folder, embedded_model_folder
 from timbre_server.settings import EMBEDDED_MODEL
 
 EMBEDDED_NAME = "SmolLM2-135M-Instruct"
@@ -16,11 +16,16 @@ HUB_FILES = (
 
 
 def model_folder(model: str, cache_dir: Path, say: Callable[[str], None]) -> str:
-    """What the engine loads: a folder where there is one, else the hub id."""
+    """What the engine loads: a folder where there is one, else the hub id. A GGUF file is converted first.
+
+    Raises: UnsupportedModel.
+    """
     if model == EMBEDDED_MODEL:
         return str(embedded_model_folder(cache_dir, say))
-    folder = Path(model).expanduser()
-    return str(folder.absolute()) if folder.is_dir() else model
+    path = Path(model).expanduser()
+    if _is_gguf(path):
+        return str(converted_gguf_folder(path.absolute(), cache_dir, say))
+    return str(path.absolute()) if path.is_dir() else model
 
 
 def codec_folder(model: str) -> str:
@@ -39,5 +44,11 @@ def base_names(model: str, loaded_name: str, chosen: str | None) -> tuple[str, .
         return (chosen,)
     if model == EMBEDDED_MODEL:
         return (EMBEDDED_NAME,)
-    folder = Path(model).expanduser()
-    return (folder.absolute().name if folder.is_dir() else loaded_name,)
+    path = Path(model).expanduser()
+    if _is_gguf(path):
+        return (path.stem,)
+    return (path.absolute().name if path.is_dir() else loaded_name,)
+
+
+def _is_gguf(path: Path) -> bool:
+    return path.suffix == ".gguf" and path.is_file()

@@ -79,6 +79,13 @@ def test_a_conversion_that_fails_leaves_nothing_behind(
     assert list((tmp_path / "cache").iterdir()) == []
 
 
+@pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="the package gguf is not installed")
+def test_a_file_that_is_no_gguf_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModel, match=r"m\.gguf: could not be converted"):
+        converted_gguf_folder(write_gguf(tmp_path / "m.gguf", bytes(100)), tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
 def test_the_first_of_two_conversions_at_once_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gguf, cache = write_gguf(tmp_path / "m.gguf"), tmp_path / "cache"
     digest = hashlib.sha256(b"not a model").hexdigest()

@@ -40,6 +40,10 @@ def converted_gguf_folder(gguf: Path, cache_dir: Path, on_progress: Progress = l
     """A Hugging Face model folder with the weights, bfloat16, and the tokenizer of a GGUF file.
 
     Several processes may call it at once: the first to finish wins, the others' work is dropped.
+
+    Raises:
+        UnsupportedModel: it is not a GGUF file of a family that transformers converts, or what reads it is
+            not installed.
     """
     on_progress(f"Looking for the converted weights of {gguf.name}")
     folder = cache_dir / f"{gguf.stem}-{_sha256(gguf)[:16]}-v{_FORMAT}"
@@ -90,10 +94,13 @@ def _convert(gguf: Path, out: Path, on_progress: Progress) -> None:
         raise UnsupportedModel(
             f"Reading {gguf.name} needs the packages {', '.join(missing)}. Install them with timbre[demo]."
         )
-    on_progress(f"Converting the tokenizer of {gguf.name} (once, a few seconds)")
-    _convert_tokenizer(gguf, out)
-    on_progress(f"Converting the weights of {gguf.name} (once, about half a minute)")
-    _convert_weights(gguf, out)
+    try:
+        on_progress(f"Converting the tokenizer of {gguf.name} (once, a few seconds)")
+        _convert_tokenizer(gguf, out)
+        on_progress(f"Converting the weights of {gguf.name} (once, about half a minute)")
+        _convert_weights(gguf, out)
+    except (OSError, ValueError) as error:
+        raise UnsupportedModel(f"{gguf}: could not be converted to a model folder. {error}") from error
 
 
 def _convert_tokenizer(gguf: Path, out: Path) -> None:

@@ -19,7 +19,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """How to run one model. Remote code in a model's folder is never run: there is no option for it."""
 
     model: str
-    """A folder, a GGUF file or a hub id."""
+    """A folder or a hub id. (A GGUF file was made a folder before.)"""
     adapters_dir: str
     """The adapter store's root; read only."""
     dtype: Dtype = "auto"
