@@ -1,0 +1,130 @@
+"""Adapters on their way from a real store to memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from timbre_methods.contract import Site
+from timbre_methods.program import AdapterProgram, owned_tensors
+from timbre_methods.registry import methods
+from timbre_server.adapters.loader import AdapterLoader
+from timbre_server.errors import AdapterLoadFailed
+from timbre_server.inspection import inspector
+from timbre_store.limits import StoreLimits
+from timbre_store.records import AdapterRecord
+from timbre_store.store import Store
+
+BASE, OTHER_BASE = "sha256:" + "a" * 64, "sha256:" + "b" * 64
+SHAPES = {"layers.0.q": (12, 12), "layers.0.k": (6, 12), "layers.0.up": (17, 12), "layers.0.down": (12, 17)}
+
+Upload = Callable[[str], AdapterRecord]
+
+
+def sites() -> dict[str, Site]:
+    generator = torch.Generator().manual_seed(1)
+    return {
+        path: Site(path, torch.randn(shape, generator=generator), torch.randn(shape[0], generator=generator))
+        for path, shape in SHAPES.items()
+    }
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    inspect = inspector(sites(), budget_bytes=1 << 20)
+    with Store(tmp_path / "store", inspect=inspect, limits=StoreLimits()) as opened:
+        yield opened
+
+
+@pytest.fixture
+def upload(store: Store) -> Upload:
+    """Stores an example adapter of a method, checked as at any upload."""
+
+    def put(method: str) -> AdapterRecord:
+        config, tensors = methods()[method].example(sites(), torch.Generator().manual_seed(2))
+        with store.begin_upload() as together:
+            digests = []
+            for content in (json.dumps(config).encode(), save(tensors)):
+                with together.begin_blob() as writer:
+                    writer.write(content)
+                    digests.append(writer.commit())
+            return store.register(method, *digests, BASE)
+
+    return put
+
+
+def loader_of(store: Store, base: str = BASE) -> AdapterLoader:
+    return AdapterLoader(store.root, base, sites())
+
+
+def all_tensors(program: AdapterProgram) -> list[Tensor]:
+    return [t for parts in program.sites.values() for part in parts for t in owned_tensors(part)]
+
+
+@pytest.mark.parametrize("method", methods())
+def test_an_adapter_is_loaded_as_its_manifest_says(method: str, store: Store, upload: Upload) -> None:
+    record = upload(method)
+    loaded = loader_of(store).load(record.digest)
+    assert (loaded.digest, loaded.method) == (record.digest, method)
+    assert tuple(loaded.program.sites) == record.manifest.sites
+    assert loaded.program.prepared_bytes == record.manifest.prepared_bytes
+    assert set(loaded.seconds_by_phase) == {"verify", "compile", "place"}
+
+
+@pytest.mark.parametrize("method", methods())
+def test_a_loaded_adapter_holds_exactly_its_own_bytes_and_needs_its_file_no_more(
+    method: str, store: Store, upload: Upload
+) -> None:
+    record = upload(method)
+    program = loader_of(store).load(record.digest).program
+    tensors = all_tensors(program)
+    before = [tensor.clone() for tensor in tensors]
+
+    path = store.blob_path(record.manifest.tensors_digest)
+    path.chmod(0o600)
+    path.write_bytes(bytes(path.stat().st_size))
+    path.unlink()
+
+    assert all(torch.equal(tensor, kept) for tensor, kept in zip(tensors, before, strict=True))
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    assert sum(storages.values()) == record.manifest.prepared_bytes
+
+
+def test_a_damaged_tensors_file_is_refused_by_name(store: Store, upload: Upload) -> None:
+    record = upload("lora")
+    path = store.blob_path(record.manifest.tensors_digest)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.chmod(0o600)
+    path.write_bytes(content)
+    with pytest.raises(AdapterLoadFailed) as refusal:
+        loader_of(store).load(record.digest)
+    assert record.digest in str(refusal.value)
+    assert record.manifest.tensors_digest in str(refusal.value)
+
+
+@pytest.mark.parametrize("blob", ["config_digest", "tensors_digest"])
+def test_an_adapter_whose_files_are_gone_is_refused(blob: str, store: Store, upload: Upload) -> None:
+    record = upload("ia3")
+    store.blob_path(getattr(record.manifest, blob)).unlink()
+    with pytest.raises(AdapterLoadFailed, match=f"adapter {record.digest} could not be loaded"):
+        loader_of(store).load(record.digest)
+
+
+def test_an_adapter_that_was_never_stored_is_refused(store: Store) -> None:
+    with pytest.raises(AdapterLoadFailed, match="never uploaded"):
+        loader_of(store).load("sha256:" + "0" * 64)
+
+
+def test_an_adapter_of_another_base_is_refused_with_both_bases(store: Store, upload: Upload) -> None:
+    record = upload("lora")
+    with pytest.raises(AdapterLoadFailed) as refusal:
+        loader_of(store, OTHER_BASE).load(record.digest)
+    assert BASE in str(refusal.value)
+    assert OTHER_BASE in str(refusal.value)
