@@ -49,8 +49,8 @@ class ModelSettings(_Group):
     config: Path | None = None
     """TOML file with any of these settings, by their names with underscores."""
     model: str = EMBEDDED_MODEL
-    """Folder or hub id of a causal language model; 'embedded' is the small one that comes with the
-    package."""
+    """Folder, GGUF file or hub id of a causal language model; 'embedded' is the small one that comes
+    with the package."""
     served_model_name: str | None = Field(None, pattern="^[A-Za-z0-9][A-Za-z0-9._/:-]{0,127}$")
     """Name that requests use for the base model (default: the model's own name)."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"

@@ -36,4 +36,3 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     num_threads: int | None = None
     """None: as many as this process may run on."""
     self_check: bool = True
-    max_adapter_load_workers: int = 1
