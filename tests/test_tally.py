@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from timbre_server.engine.messages import StepOutput, StepStats, TokenEvent
 from timbre_server.request_record import RequestRecord
 from timbre_server.tally import Tally
@@ -48,3 +50,30 @@ def test_a_sequence_waits_until_its_first_step_and_not_until_a_second_start() ->
         for part in ("queue", "prefill", "decode", "inference")
     ]
     assert times == [2.0, 3.0, 4.0, 7.0]
+
+
+def test_the_oldest_wait_is_that_of_who_has_not_begun() -> None:
+    tally, clock = a_tally()
+    assert tally.oldest_wait_s() == 0
+    for now, request_id in ((100.0, "a"), (102.0, "b"), (103.0, "c")):
+        clock.now = now
+        tally.on_submitted(request_id)
+    clock.now = 110.0
+    assert tally.oldest_wait_s() == 10.0
+    tally.on_output(StepOutput(StepStats(step_seconds=1.0), started=("a",)))
+    assert tally.oldest_wait_s() == 8.0
+    for request_id in ("b", "c"):
+        tally.on_finished(replace(RECORD, request_id=request_id, finish_reason="abort"))
+    assert tally.oldest_wait_s() == 0
+
+
+def test_a_client_that_leaves_is_counted_by_what_its_sequence_was_at() -> None:
+    tally, _ = a_tally()
+    left = replace(RECORD, finish_reason="abort")
+    tally.on_finished(replace(left, request_id="queued", first_token_s=None))
+    tally.on_output(StepOutput(StepStats(step_seconds=1.0), started=("prefill", "decode", "whole")))
+    tally.on_finished(replace(left, request_id="prefill", first_token_s=None))
+    tally.on_finished(replace(left, request_id="decode"))
+    tally.on_finished(replace(RECORD, request_id="whole"))
+    counts = dict(tally.counters["timbre_cancelled"].items())
+    assert counts == {("queued",): 1, ("prefill",): 1, ("decode",): 1}

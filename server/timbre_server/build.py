@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import structlog
 from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 
@@ -34,6 +35,7 @@ from timbre_server.series import RecentNames
 from timbre_server.settings import MIB, Settings
 from timbre_server.tally import Tally
 from timbre_server.welcome import FirstRequest
+from timbre_store.errors import StoreError
 from timbre_store.limits import StoreLimits
 from timbre_store.records import AdapterRecord
 from timbre_store.store import Store
@@ -93,6 +95,7 @@ class Rooms:
         self.tally = Tally(parts.base_names[0], info.max_model_len, max_adapters=most)
         self.metrics = Metrics(self.tally, info, name_of=self._names.get, max_adapters=most)
         self._retirement = Retirement(parts.engine.unload_adapter)
+        self._log = structlog.get_logger("timbre.store")
         self._upkeep: asyncio.Task[None] | None = None
 
     def attach(self, app: FastAPI) -> None:
@@ -146,6 +149,7 @@ class Rooms:
                 on_rejected=self.tally.on_rejected,
             ),
             started_s=int(time.time()),
+            on_submitted=self.tally.on_submitted,
             on_finished=self.tally.on_finished,
             limits=ServingLimits(max_logprobs=settings.max_logprobs),
         )
@@ -175,4 +179,8 @@ class Rooms:
         """Removes files that nothing refers to any more, now and then."""
         while True:
             await asyncio.sleep(UPKEEP_PERIOD_S)
-            await run_in_threadpool(self._parts.store.collect_garbage, UNUSED_BLOB_AGE_S)
+            try:
+                await run_in_threadpool(self._parts.store.collect_garbage, UNUSED_BLOB_AGE_S)
+            except (StoreError, OSError) as error:
+                self.tally.on_store_error("collect_garbage")
+                self._log.warning("upkeep_failed", message=str(error))

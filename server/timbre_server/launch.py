@@ -71,7 +71,9 @@ class ServerProcess:
         self._probes = Probes(self.lifecycle, stall_timeout_s=settings.stall_timeout_s)
         self._engine: EngineProcess | None = None
         self._rooms: Rooms | None = None
-        surroundings = Surroundings(self.lifecycle, self._probes, self._render_metrics, self._on_answered)
+        surroundings = Surroundings(
+            self.lifecycle, self._probes, self._render_metrics, self._on_answered, self._on_store_error
+        )
         self._app = create_app(app_options(settings), surroundings)
         self.http = HttpServer(
             self._app,
@@ -114,6 +116,10 @@ class ServerProcess:
     def _on_answered(self, route: str, code: int) -> None:
         if self._rooms is not None:
             self._rooms.tally.on_answered(route, code)
+
+    def _on_store_error(self, operation: str) -> None:
+        if self._rooms is not None:
+            self._rooms.tally.on_store_error(operation)
 
     def _render_metrics(self, accept: str) -> tuple[bytes, str]:
         if self._rooms is None:

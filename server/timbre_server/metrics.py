@@ -84,6 +84,11 @@ class Metrics(Collector):
         usage = stats.num_kv_blocks_used / max(1, engine.num_kv_blocks)
         yield self._gauge("vllm:kv_cache_usage_perc", "Part of the KV cache in use, 0 to 1.", usage)
         yield _plain(
+            "timbre_queue_oldest_seconds",
+            "How long the oldest sequence has waited for its first step.",
+            self._tally.oldest_wait_s(),
+        )
+        yield _plain(
             "timbre_engine_last_step_timestamp_seconds",
             "Unix time of the last step.",
             self._tally.last_step_at,

@@ -64,6 +64,12 @@ COUNTERS = {
         ("model_name", "reason"),
         (("requests",), ("tokens",)),
     ),
+    "timbre_cancelled": CounterSpec(
+        "Sequences whose client left, by what they were at.",
+        ("where",),
+        (("queued",), ("prefill",), ("decode",)),
+    ),
+    "timbre_store_errors": CounterSpec("Failures of the store itself, by what it was asked.", ("op",), ()),
     "timbre_requests": CounterSpec(
         "HTTP requests by route and status; probes are left out.", ("route", "code"), ()
     ),

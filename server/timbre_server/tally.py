@@ -36,6 +36,8 @@ class Tally:
         self._clock = clock
         self._last_tokens = RecentTimes(MAX_OPEN_SEQUENCES, clock)
         self._starts = RecentTimes(MAX_OPEN_SEQUENCES, clock)
+        self._waiting: dict[str, float] = {}
+        """When each sequence came that no step has taken up; the oldest first."""
         self.stats = StepStats()
         self.last_step_at = 0.0
         for name, spec in COUNTERS.items():
@@ -60,6 +62,7 @@ class Tally:
         self._count("vllm:prefix_cache_hits", amount=stats.prefix_hit_tokens)
         self._count("vllm:num_preemptions", amount=stats.preemptions)
         for request_id in output.started:
+            self._waiting.pop(request_id, None)
             self._starts.note(request_id, self._clock() - stats.step_seconds)
         for event in output.events:
             gap_s = self._last_tokens.touch(event.request_id) if event.token_ids else None
@@ -82,8 +85,17 @@ class Tally:
 
     # Fed by HTTP
 
+    def on_submitted(self, request_id: str) -> None:
+        """Notes that a sequence waits."""
+        self._waiting[request_id] = self._clock()
+
+    def oldest_wait_s(self) -> float:
+        """How long the oldest sequence has waited that still waits for its first step; 0 without any."""
+        return self._clock() - min(self._waiting.values(), default=self._clock())
+
     def on_finished(self, record: RequestRecord) -> None:
         """Counts one sequence that ended."""
+        self._waiting.pop(record.request_id, None)
         self._count("vllm:request_success", record.finish_reason)
         self._count("vllm:prompt_tokens", amount=record.prompt_tokens)
         self._count("vllm:prompt_tokens_cached", amount=record.cached_tokens)
@@ -93,6 +105,9 @@ class Tally:
         self._observe("vllm:request_params_max_tokens", record.max_tokens)
         self._observe("vllm:request_params_n", record.n)
         started_s = self._starts.forget(record.request_id)
+        if record.finish_reason == "abort":
+            begun = "prefill" if record.first_token_s is None else "decode"
+            self._count("timbre_cancelled", begun if started_s is not None else "queued")
         if started_s is not None:
             self._observe("vllm:request_queue_time_seconds", max(0.0, started_s - record.arrived_s))
             self._observe("vllm:request_inference_time_seconds", record.finished_s - started_s)
@@ -117,6 +132,10 @@ class Tally:
     def on_rejected(self, reason: str) -> None:
         """Counts a request that found the server full."""
         self._count("vllm:admission_rejections", reason)
+
+    def on_store_error(self, operation: str) -> None:
+        """Counts a failure of the store that is no client's fault."""
+        self._count("timbre_store_errors", operation)
 
     def on_upload(self, stored_bytes: int | None) -> None:
         """Counts an upload; None: it was refused."""

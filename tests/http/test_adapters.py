@@ -171,7 +171,9 @@ async def test_two_uploads_of_one_name_at_once_get_two_versions(
     assert served.store.check_integrity() == ()
 
 
-async def test_an_adapter_that_an_alias_needs_is_in_use(serve: Callable[..., Any], adapter_files: Any) -> None:
+async def test_an_adapter_that_an_alias_needs_is_in_use(
+    serve: Callable[..., Any], adapter_files: Any
+) -> None:
     served = serve()
     await served.upload(adapter_files())
     await served.client.put("/v1/adapters/pirate/alias", json={"alias": "prod"})

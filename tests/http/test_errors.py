@@ -20,7 +20,7 @@ from timbre_server.http.errors import (
     kind_of,
     server_error_response,
 )
-from timbre_store.errors import NotFound, StoreError
+from timbre_store.errors import NotFound, StoreError, StoreFull
 
 ROOTS = (ServerError, StoreError, MethodError)
 
@@ -52,6 +52,17 @@ def app_raising(error: Exception) -> FastAPI:
         return item
 
     return app
+
+
+@pytest.mark.parametrize(
+    ("error", "counted"), [(StoreFull("x"), ["GET /raise"]), (NotFound("x"), []), (QueueFull("x"), [])]
+)
+async def test_only_failures_of_the_store_itself_are_told(error: Exception, counted: list[str]) -> None:
+    operations: list[str] = []
+    app = app_raising(error)
+    install_error_handlers(app, operations.append)
+    await client_of(app).get("/raise")
+    assert operations == counted
 
 
 def client_of(app: FastAPI) -> httpx2.AsyncClient:

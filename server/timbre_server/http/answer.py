@@ -72,6 +72,7 @@ class Answer:
             client_stop_ids=frozenset(self.request.stop_token_ids),
             show_stop_token=self.request.include_stop_str_in_output,
             new_text_stream=self._new_text_stream,
+            on_submitted=self.context.on_submitted,
             on_finished=self.context.on_finished,
         )
         return run_choices(self.context.engine, self.choices, asked)

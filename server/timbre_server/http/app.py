@@ -59,6 +59,7 @@ class Surroundings:
     probes: Probes
     render_metrics: Render
     on_answered: Callable[[str, int], None]
+    on_store_error: Callable[[str], None] = lambda operation: None
 
 
 def create_app(options: AppOptions, surroundings: Surroundings) -> FastAPI:
@@ -70,7 +71,7 @@ def create_app(options: AppOptions, surroundings: Surroundings) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
     )
-    install_error_handlers(app)
+    install_error_handlers(app, surroundings.on_store_error)
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
     app.include_router(probe_router(surroundings.probes, surroundings.render_metrics))
     free_paths = PROBE_PATHS | {METRICS_PATH}

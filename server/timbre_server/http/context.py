@@ -51,6 +51,8 @@ class ServingContext:
     admission: Admission
     started_s: int
     """Unix time: the base model's ``created``."""
+    on_submitted: Callable[[str], None]
+    """Called with the id of each sequence that the engine is asked for."""
     on_finished: Callable[[RequestRecord], None]
     """Called once for each sequence that the engine was asked for, however it ended."""
     limits: ServingLimits = field(default_factory=ServingLimits)

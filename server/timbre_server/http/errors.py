@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -190,9 +190,21 @@ class ErrorBoundary:
             await server_error_response(error)(scope, receive, send)
 
 
-def install_error_handlers(app: FastAPI) -> None:
-    """Answers every exception that leaves a route in OpenAI's form."""
-    for root in (server.ServerError, store.StoreError, methods.MethodError):
+def install_error_handlers(
+    app: FastAPI, on_store_error: Callable[[str], None] = lambda operation: None
+) -> None:
+    """Answers every exception that leaves a route in OpenAI's form.
+
+    ``on_store_error`` is told the method and route at which the store failed by itself.
+    """
+
+    async def on_store(request: Request, error: Exception) -> Response:
+        if kind_of(error).status >= 500:
+            on_store_error(f"{request.method} {request.scope['route'].path}")
+        return await _on_known(request, error)
+
+    app.add_exception_handler(store.StoreError, on_store)
+    for root in (server.ServerError, methods.MethodError):
         app.add_exception_handler(root, _on_known)
     app.add_exception_handler(RequestValidationError, _on_validation)
     app.add_exception_handler(HTTPException, _on_http)

@@ -59,6 +59,7 @@ class Asked:
     client_stop_ids: frozenset[int]
     show_stop_token: bool
     new_text_stream: Callable[[Choice], TextStream]
+    on_submitted: Callable[[str], None]
     on_finished: Callable[[RequestRecord], None]
 
 
@@ -71,6 +72,7 @@ async def run_choices(engine: Engine, choices: Sequence[Choice], asked: Asked) -
 
 async def _run_choice(engine: Engine, choice: Choice, asked: Asked) -> AsyncGenerator[Delta, None]:
     progress = _Progress(choice, asked, asked.new_text_stream(choice))
+    asked.on_submitted(choice.submit.request_id)
     try:
         async with aclosing(engine.submit(choice.submit)) as events:
             async for event in events:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import msgspec
 
@@ -84,8 +83,8 @@ def _items(prompt: Prompt) -> list[str | list[int]]:
     if isinstance(prompt, str):
         return [prompt]
     if isinstance(prompt[0], int):
-        return [cast("list[int]", prompt)]
-    return [*cast("list[str] | list[list[int]]", prompt)]
+        return [prompt]
+    return [*prompt]
 
 
 def _pair(

@@ -181,6 +181,7 @@ def new_rig(codec: TextCodec, *, with_text: bool = True) -> Rig:
         base_names=(BASE, "org/" + BASE),
         admission=gate,
         started_s=1_700_000_000,
+        on_submitted=lambda request_id: None,
         on_finished=records.append,
         limits=ServingLimits(),
     )
