@@ -91,7 +91,8 @@ class Tally:
 
     def oldest_wait_s(self) -> float:
         """How long the oldest sequence has waited that still waits for its first step; 0 without any."""
-        return self._clock() - min(self._waiting.values(), default=self._clock())
+        now = self._clock()
+        return now - min(self._waiting.values(), default=now)
 
     def on_finished(self, record: RequestRecord) -> None:
         """Counts one sequence that ended."""
