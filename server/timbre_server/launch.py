@@ -78,7 +78,11 @@ class ServerProcess:
         self.http = HttpServer(
             self._app,
             ServerOptions(
-                settings.host, settings.port, settings.max_header_kib * KIB, settings.keep_alive_timeout_s
+                settings.host,
+                settings.port,
+                settings.max_header_kib * KIB,
+                settings.keep_alive_timeout_s,
+                settings.head_timeout_s,
             ),
         )
 

@@ -109,6 +109,8 @@ class HttpSettings(_Group):
     """Largest request line and headers together, in KiB."""
     keep_alive_timeout_s: int = Field(5, ge=1)
     """Seconds that an idle connection stays open."""
+    head_timeout_s: float = Field(10.0, gt=0)
+    """Seconds in which a request's line and headers must arrive."""
 
 
 class LimitSettings(_Group):

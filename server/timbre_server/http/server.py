@@ -5,13 +5,18 @@ h11 because it bounds a request's headers; one process because ``/metrics`` and 
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
 
+import h11
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 BACKLOG = 2048
 CLOSING_S = 3
@@ -23,6 +28,7 @@ class ServerOptions:
     port: int = 8000
     max_header_bytes: int = 64 << 10
     keep_alive_timeout_s: int = 5
+    head_timeout_s: float = 10.0
 
 
 class HttpServer:
@@ -38,7 +44,9 @@ class HttpServer:
         self._uvicorn = _Uvicorn(
             uvicorn.Config(
                 app,
-                http="h11",
+                http=cast(
+                    "type[asyncio.Protocol]", partial(HeadDeadline, head_timeout_s=options.head_timeout_s)
+                ),
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -58,6 +66,39 @@ class HttpServer:
     def stop(self) -> None:
         """Stops listening; open connections have a few seconds."""
         self._uvicorn.should_exit = True
+
+
+class HeadDeadline(H11Protocol):
+    """Closes a connection on which a request's head has begun, or is due, and does not end in time."""
+
+    def __init__(self, *args: Any, head_timeout_s: float, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._head_timeout_s = head_timeout_s
+        self._deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._unwatch()
+
+    def _watch(self) -> None:
+        """Between two requests without a byte the keep-alive timeout counts instead."""
+        if self.conn.their_state is not h11.IDLE:
+            self._unwatch()
+        elif self._deadline is None:
+            self._deadline = self.loop.call_later(self._head_timeout_s, self.transport.close)
+
+    def _unwatch(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
 
 
 class _Uvicorn(uvicorn.Server):
