@@ -85,10 +85,10 @@ def by_meaning(
 
 
 def summed(changes: Sequence[Change | None], like: Tensor) -> Tensor:
-    total = torch.zeros_like(like)
+    total, every = torch.zeros_like(like), torch.arange(len(like))
     for change in changes:
         if change is not None:
-            rows = torch.arange(len(like)) if change.rows_N is None else change.rows_N
+            rows = change.rows_N if isinstance(change.rows_N, Tensor) else every[change.rows_N or slice(None)]
             total.index_add_(0, rows, change.values_NO)
     return total
 

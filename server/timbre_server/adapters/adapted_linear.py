@@ -181,8 +181,8 @@ def _added(v: Tensor, changes: Sequence[Change]) -> Tensor:
     """
     sum_TD = _rows(v).to(torch.float32, copy=True)
     for change in changes:
-        if change.rows_N is None:
-            sum_TD += change.values_NO
-        else:
+        if isinstance(change.rows_N, Tensor):
             sum_TD.index_add_(0, change.rows_N, change.values_NO)
+        else:
+            sum_TD[change.rows_N or slice(None)] += change.values_NO
     return sum_TD.to(v.dtype).view(v.shape)

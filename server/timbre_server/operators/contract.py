@@ -34,11 +34,11 @@ Uses = Sequence[Mapping[int, Sequence[PartT]]]
 class Change:
     """What to add to some rows: ``values_NO`` float32 to the rows ``rows_N`` (None: to all, in order).
 
-    ``rows_N`` may repeat a row (a mix); repeated rows add.
+    A tensor of rows may repeat one (a mix); repeated rows add.
     """
 
     values_NO: Tensor
-    rows_N: Tensor | None = None
+    rows_N: Tensor | slice | None = None
 
 
 class Bound:

@@ -85,9 +85,9 @@ class _Alone:
     factors: _Factors
 
     def changes(self, x_TI: Tensor) -> list[Change | None]:
-        rows_N = self.segment.rows_N
-        z_NR = linear(x_TI[rows_N], self.factors.a_RI) * self.segment.weights_N.unsqueeze(1)
-        return [None if y is None else Change(y, rows_N) for y in self.factors.expand(z_NR)]
+        index = self.segment.index
+        z_NR = linear(x_TI[index], self.factors.a_RI) * self.segment.weights_N.unsqueeze(1)
+        return [None if y is None else Change(y, index) for y in self.factors.expand(z_NR)]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -34,6 +34,13 @@ class Segment:
     slot: int
     rows_N: Tensor
     weights_N: Tensor
+    first: int | None = None
+    """Where the rows are consecutive, the first of them."""
+
+    @property
+    def index(self) -> slice | Tensor:
+        """What picks the rows: a view of consecutive ones, else a gather."""
+        return self.rows_N if self.first is None else slice(self.first, self.first + len(self.rows_N))
 
 
 class RowTable:
@@ -75,11 +82,12 @@ class RowTable:
                 rows.setdefault(slot, []).extend(range(start, start + span.num_rows))
                 weights.setdefault(slot, []).extend([weight] * span.num_rows)
             start += span.num_rows
-        return tuple(
-            Segment(
-                slot,
-                torch.tensor(rows[slot], device=self.device),
-                torch.tensor(weights[slot], dtype=torch.float32, device=self.device),
-            )
-            for slot in rows
+        return tuple(self._segment(slot, rows[slot], weights[slot]) for slot in rows)
+
+    def _segment(self, slot: int, rows: list[int], weights: list[float]) -> Segment:
+        return Segment(
+            slot,
+            torch.tensor(rows, device=self.device),
+            torch.tensor(weights, dtype=torch.float32, device=self.device),
+            rows[0] if rows[-1] - rows[0] == len(rows) - 1 else None,
         )

@@ -17,7 +17,7 @@ from torch import Tensor
 from timbre_methods.program import Sparse
 from timbre_server.operators.block_diagonal import BlockDiagonal, Csr, csr
 from timbre_server.operators.contract import Bound, Change, Meaning, Operator, Uses
-from timbre_server.operators.row_table import RowTable
+from timbre_server.operators.row_table import RowTable, Segment
 
 MIN_ROWS_ALONE = 8
 MAX_POOLED_NON_ZEROS = 16_384
@@ -39,8 +39,7 @@ class SparseOperator(Operator[Sparse]):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Alone:
-    rows_N: Tensor
-    weights_N: Tensor
+    segment: Segment
     matrix_OI: Tensor
 
 
@@ -59,7 +58,7 @@ def _bind_member(parts_by_slot: Mapping[int, Sequence[Sparse]], table: RowTable)
             if len(segment.rows_N) >= MIN_ROWS_ALONE or len(part.values_N) > MAX_POOLED_NON_ZEROS:
                 shape = (len(part.row_ends) - 1, part.in_features)
                 matrix = csr(part.row_ends, part.columns_N, part.values_N, shape)
-                bound.append(_Alone(segment.rows_N, segment.weights_N, matrix))
+                bound.append(_Alone(segment, matrix))
             else:
                 pooled.append((segment.rows_N, segment.weights_N, part))
     if pooled:
@@ -90,5 +89,6 @@ class _BoundSparse(Bound):
 def _apply(bound: _Alone | _Pool, x_TI: Tensor) -> Change:
     if isinstance(bound, _Pool):
         return Change(bound.matrices(x_TI[bound.rows_P]) * bound.weights_P1, bound.rows_P)
-    x_IN = x_TI[bound.rows_N].T.contiguous()
-    return Change((bound.matrix_OI @ x_IN).T * bound.weights_N.unsqueeze(1), bound.rows_N)
+    index = bound.segment.index
+    y_ON = bound.matrix_OI @ x_TI[index].T.contiguous()
+    return Change(y_ON.T * bound.segment.weights_N.unsqueeze(1), index)

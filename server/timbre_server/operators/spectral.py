@@ -52,7 +52,7 @@ class SpectralOperator(Operator[Spectral]):
         position_T = torch.arange(table.num_rows, device=table.device)
         if rows_U is not None:
             position_T[rows_U] = torch.arange(len(rows_U), device=table.device)
-        placed = [Segment(s.slot, position_T[s.rows_N], s.weights_N) for s in segments]
+        placed = [_moved(segment, position_T) for segment in segments]
         num_rows = table.num_rows if rows_U is None else len(rows_U)
         return _BoundSpectral(rows_U, [self._bind_member(parts, placed, num_rows) for parts in uses])
 
@@ -80,6 +80,12 @@ class SpectralOperator(Operator[Spectral]):
         if folded is None:
             folded = self._folded[places] = _FoldedPlaces.of(places, device)
         return folded
+
+
+def _moved(segment: Segment, position_T: Tensor) -> Segment:
+    """The segment in rows of which some were left out; what was consecutive stays so."""
+    first = None if segment.first is None else int(position_T[segment.first])
+    return Segment(segment.slot, position_T[segment.rows_N], segment.weights_N, first)
 
 
 @dataclass(slots=True, eq=False)
@@ -136,18 +142,18 @@ class _FoldedPlaces:
 class _Alone:
     """One adapter with many rows: its core, applied to all of them at once."""
 
-    rows_N: Tensor
-    weights_N1: Tensor
+    segment: Segment
     matrix: Tensor
 
     @staticmethod
     def of(folded: _FoldedPlaces, segment: Segment, c_N: Tensor) -> _Alone:
         matrix = csr(folded.row_ends, folded.columns, folded.values(c_N), folded.shape)
-        return _Alone(segment.rows_N, segment.weights_N.unsqueeze(1), matrix)
+        return _Alone(segment, matrix)
 
     def add(self, z_UF: Tensor, h_UF: Tensor) -> None:
-        h_NF = (self.matrix @ z_UF[self.rows_N].T.contiguous()).T
-        h_UF.index_add_(0, self.rows_N, h_NF * self.weights_N1)
+        index = self.segment.index
+        h_FN = self.matrix @ z_UF[index].T.contiguous()
+        h_UF[index] += h_FN.T * self.segment.weights_N.unsqueeze(1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
