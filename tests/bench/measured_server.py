@@ -35,14 +35,15 @@ class MeasuredServer:
     process: subprocess.Popen[bytes]
 
     @classmethod
-    def start(cls, folder: Path, threads: int, flags: Sequence[str]) -> MeasuredServer:
-        """Serve the embedded model with that many compute threads; returns when it is ready."""
+    def start(cls, folder: Path, on: str, threads: int, flags: Sequence[str]) -> MeasuredServer:
+        """Serve the embedded model on a device with that many CPU threads; returns when it is ready."""
         model_folder = embedded_model_folder(CACHE, print)
-        dtype = str(chosen_dtype("auto", device("cpu"))).removeprefix("torch.")
+        dtype = str(chosen_dtype("auto", device(on))).removeprefix("torch.")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        own = ["--model", model_folder, "--dtype", dtype, "--num-threads", threads, "--port", port]
+        own = ["--model", model_folder, "--dtype", dtype, "--device", on]
+        own += ["--num-threads", threads, "--port", port]
         own += ["--store-dir", folder / "store", "--adapter-memory-mib", 4096, "--log-level", "warning"]
         command = [sys.executable, "-m", "timbre_server", "serve", *map(str, own), *flags]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)

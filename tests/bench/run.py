@@ -47,12 +47,15 @@ def scenarios(base: str, names: dict[str, list[str]]) -> list[Scenario]:
 class Baseline:
     """`generate_baseline` in a process of its own, idle unless asked."""
 
-    def __init__(self, model: Path, dtype: str, threads: int, shape: Shape) -> None:
+    def __init__(self, server: MeasuredServer, device: str, threads: int, shape: Shape) -> None:
         script = Path(__file__).with_name("generate_baseline.py")
-        flags = ["--dtype", dtype, "--threads", str(threads)]
+        flags = ["--dtype", server.dtype, "--device", device, "--threads", str(threads)]
         flags += ["--prompt-tokens", str(shape.prompt_tokens), "--new-tokens", str(shape.new_tokens)]
         self._process = subprocess.Popen(
-            [sys.executable, script, model, *flags], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, script, server.model_folder, *flags],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
 
     def measure(self, batch: int) -> dict[str, float]:
@@ -71,12 +74,12 @@ class Baseline:
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All rounds: for each scenario its figures, in the order of the rounds."""
     with ExitStack() as stack:
-        server = MeasuredServer.start(folder, args.threads, args.server_flags)
+        server = MeasuredServer.start(folder, args.device, args.threads, args.server_flags)
         stack.callback(server.stop)
         shape = Shape(args.prompt_tokens, args.new_tokens, server.vocab_size)
         names = write_adapters(server.model_folder, folder / "adapters", max(ADAPTERS))
         server.upload(folder / "adapters")
-        baseline = Baseline(server.model_folder, server.dtype, args.threads, shape)
+        baseline = Baseline(server, args.device, args.threads, shape)
         stack.callback(baseline.close)
         planned = scenarios(server.base, names)
         rounds: dict[str, list[dict[str, float]]] = {scenario.name: [] for scenario in planned}
@@ -128,6 +131,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="measured rounds, after one that warms up")
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="compute threads of server and baseline alike")
     parser.add_argument("--out", type=Path, default=Path("bench.json"))
     parser.add_argument("server_flags", nargs="*", help="further flags of timbre serve, after --")
