@@ -7,7 +7,7 @@ Laws that the conformance suite holds for every method:
 
 * ``compile`` on meta tensors gives the same shapes and dtypes as on real ones;
 * running the compiled program equals ``reference`` to rounding, and shares no arithmetic with it;
-* inputs are never modified, and prepared tensors never alias the caller's mapping keys' storage lifetime;
+* inputs are never modified; prepared tensors may share their memory, so whoever keeps a program copies it;
 * every tensor given is used or refused by name; every option that is on is honoured or refused by name.
 """
 
