@@ -27,12 +27,17 @@ def test_a_model_that_we_serve_rightly_passes(family: str, dtype: torch.dtype, t
     check_against(expected, model, probe(model).kv_shapes)
 
 
-def test_a_model_that_computes_something_else_under_our_attention_is_refused(tiny_model: TinyModel) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_computes_something_else_under_our_attention_is_refused(
+    dtype: torch.dtype, tiny_model: TinyModel
+) -> None:
     model = tiny_model("llama")
+    nn.Module.to(model, dtype)
     expected = plain_logits(model)
     install_attention(model)
     shapes = probe(model).kv_shapes
-    model.model.layers[2].self_attn.scaling *= 3
+    for layer in model.model.layers:
+        layer.self_attn.scaling *= 3
     with pytest.raises(UnsupportedModel, match=r"llama.*self-check failed.*of their spread"):
         check_against(expected, model, shapes)
 

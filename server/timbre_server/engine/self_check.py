@@ -26,8 +26,9 @@ _STEPS = ((5, 3), (1, 4), (7, 1), (0, 1))
 """Rows of each sequence in each step: chunks from scratch, chunks on a cached prefix, single rows."""
 _BLOCK_SIZE = 4
 _BLOCK_TABLES = ((7, 2, 5, 1), (4, 8, 3))
-_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.15}
-"""Of the logits' spread; a wrong pattern or position differs by about the spread itself."""
+_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.4}
+"""Of the logits' spread. A wrong pattern or position differs by about the spread itself. Rounding alone,
+through thirty bfloat16 layers, differs by an eighth of it; more where a processor adds in other orders."""
 
 
 def plain_logits(model: PreTrainedModel) -> tuple[Tensor, ...]:
