@@ -37,6 +37,7 @@ from timbre_server.errors import AdapterLoadFailed, EngineDied, EngineError, Uns
 WORKER = (sys.executable, "-m", "timbre_server.engine.worker")
 GRACE_S = 5.0
 """How long an engine may take to leave by itself before it is killed."""
+SHUT_DOWN = "the server is shutting down and this request was not finished in time; send it again"
 
 Answer = TypeVar("Answer", AdapterLoaded, None)
 
@@ -79,7 +80,7 @@ class Engine(Protocol):
         ...
 
     async def close(self) -> None:
-        """End the engine and all its requests; returns when it is gone."""
+        """End the engine; open requests end with an abort event. Returns when it is gone."""
         ...
 
 
@@ -193,6 +194,8 @@ class EngineProcess:
     async def close(self) -> None:
         if self._why_dead is None:
             self._channel.send(Shutdown())
+            for name, queue in self._queues.items():
+                queue.put_nowait(TokenEvent(name, finish_reason="abort", error_message=SHUT_DOWN))
             self._die("the engine was shut down")
         await _end(self._child, grace_s=GRACE_S)
         await self._channel.close()
