@@ -147,6 +147,13 @@ async def test_an_engine_that_cannot_start_says_why(model: str, error: type[Exce
     assert told == [f"Pretending to load {model}"]
 
 
+async def test_a_child_that_ends_at_the_last_moment_is_not_missed() -> None:
+    child = await asyncio.create_subprocess_exec(sys.executable, "-c", "")
+    await child.wait()
+    await client._end(child, grace_s=0)
+    assert child.returncode == 0
+
+
 async def test_a_cancelled_start_leaves_no_process() -> None:
     told, before = asyncio.Event(), children()
     starting = asyncio.create_task(started("slow", lambda text: told.set()))

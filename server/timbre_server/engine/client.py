@@ -7,6 +7,7 @@ request with `EngineDied`; nobody is left waiting. No tensors, no model, no adap
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import sys
 import time
@@ -271,7 +272,8 @@ async def _end(child: asyncio.subprocess.Process, *, grace_s: float) -> None:
     try:
         await asyncio.wait_for(child.wait(), grace_s)
     except TimeoutError:
-        child.kill()
+        with contextlib.suppress(ProcessLookupError):  # It may have ended at the last moment.
+            child.kill()
         await child.wait()
 
 
