@@ -133,14 +133,16 @@ class LoadingAdapters:
     def no_requests(self, digest: str) -> None:
         self.loading.pop(digest, None)
 
-    def _place(self, digest: str) -> None:
+    def _place(self, digest: str) -> bool:
+        """Whether there was room."""
         if len(self.users) >= self.capacity:
             idle = [other for other, count in self.users.items() if count == 0]
             if not idle:
-                return
+                return False
             del self.users[idle[0]]
         self.users[digest] = 0
         del self.loading[digest]
+        return True
 
 
 @dataclass
@@ -173,14 +175,15 @@ class AdaptersBesideTheLoop(LoadingAdapters):
     def poll(self) -> tuple[list[Arrival], list[Departure]]:
         arrivals = []
         for digest in [digest for digest in self.loading if digest in self.begun]:
-            self.begun.remove(digest)
             if digest.startswith("bad"):
                 self.failed[digest] = f"{digest} is broken"
                 del self.loading[digest]
                 arrivals.append(Arrival(digest, error=self.failed[digest]))
-            else:
-                self._place(digest)
+            elif self._place(digest):
                 arrivals.append(Arrival(digest, "scripted", 100, {"verify": 0.25}))
+            else:
+                continue
+            self.begun.remove(digest)
         for digest in [digest for digest in self.loading if digest not in self.begun]:
             self.begun.append(digest)
             self.on_load_ended()
