@@ -3,9 +3,13 @@
 A method has no run-time code and knows neither the server, the store nor batches. To add one, add one
 file below this package that defines one `Method` subclass, and one golden test.
 
+What a file leaves out and only the base's own values can give (an SVD, a partition) is computed once, when
+the adapter is registered, by ``derive``, and stored beside it: no other machine computes it again. It joins
+the file's tensors under names that begin with `DERIVED`, so ``compile`` and ``reference`` find it there.
+
 Laws that the conformance suite holds for every method:
 
-* ``compile`` on meta tensors gives the same shapes and dtypes as on real ones;
+* ``compile`` and ``derive`` on meta tensors give the same shapes and dtypes as on real ones;
 * running the compiled program equals ``reference`` to rounding, and shares no arithmetic with it;
 * inputs are never modified; prepared tensors may share their memory, so whoever keeps a program copies it;
 * every tensor given is used or refused by name; every option that is on is honoured or refused by name.
@@ -16,7 +20,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,12 +28,18 @@ from torch import Tensor
 from timbre_methods.program import AdapterProgram
 
 Tensors = Mapping[str, Tensor]
-"""An adapter's tensors by the names in its file, on one device (meta when only shapes are asked)."""
+"""An adapter's tensors by the names in its file, and what `Method.derive` added to them, on one device (meta
+when only shapes are asked)."""
+
+DERIVED = "derived."
+"""Derived tensors are named ``derived.<module path>.<key>``. No file may hold such a name."""
+
+SiteKind = Literal["linear"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Site:
-    """One linear layer of the base: ``y0 = W x + b``.
+    """One layer of the base that adapters may change; ``linear`` is ``y0 = W x + b``.
 
     ``weight_OI`` [O, I] and ``bias_O`` [O] or None, in the base's dtype; a `Conv1D` is already transposed.
     They are meta tensors where only shapes are known (at upload), real ones where the adapter is loaded.
@@ -39,6 +49,7 @@ class Site:
     path: str
     weight_OI: Tensor
     bias_O: Tensor | None
+    kind: SiteKind = "linear"
 
     @property
     def in_features(self) -> int:
@@ -72,9 +83,19 @@ class Method(ABC, Generic[Config]):
         """The typed config. Raises `UnsupportedMethod` for an option that is on and not served, by name,
         and `InvalidConfig` for a value out of its bounds. Options that are off are accepted."""
 
+    def derive(self, config: Config, tensors: Tensors, sites: Sites) -> dict[str, Tensor]:
+        """What the file leaves out and the base's values give, by full names that begin with `DERIVED`.
+
+        Called once, at registration, on the CPU, with real sites; also on the meta device, where it must
+        give the same shapes. ``tensors`` are the file's alone. Raises as ``compile``.
+        """
+        return {}
+
     @abstractmethod
     def compile(self, config: Config, tensors: Tensors, sites: Sites) -> AdapterProgram:
         """The adapter as operators. Runs on the meta device too, so it must not read values.
+
+        ``tensors`` are the file's and what `derive` gave.
 
         Raises `InvalidTensors` for a missing, surplus or misshapen tensor and `AdapterMismatch` for a
         site that the base lacks, naming the first culprit with found and expected.

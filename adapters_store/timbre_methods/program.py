@@ -9,7 +9,8 @@ parts of one adapter, and of several adapters in a mix, combine by weighted sums
 
 This module knows no file format, no method's name and no batch.
 
-Legend: I in features, O out features, R rank, N stored coefficients.
+Legend: I in features, O out features, R rank, N stored coefficients or blocks, P and Q the sizes of a
+basis, K places of a sparse core.
 """
 
 from __future__ import annotations
@@ -74,6 +75,43 @@ class Sparse:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Dense:
+    """``y += Δ x``, ``delta_OI`` [O, I] float32: for what is exact but has no small form. Its bytes count."""
+
+    delta_OI: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class Basis:
+    """Two explicit matrices that many adapters share: ``p_NPI`` [N_p, P, I], ``q_NOQ`` [N_q, O, Q], float32.
+
+    N_p and N_q are the number of blocks, or 1 where all blocks use the same matrix.
+    """
+
+    p_NPI: Tensor
+    q_NOQ: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Projected:
+    """A small core in an explicit shared basis, ``y += Σ_n outer_n ∘ Q_n (S_n (P_n (inner_n ∘ x)))``.
+
+    ``form`` says how ``core`` is read: ``diagonal``: [N, P], one diagonal for each block (P = Q); ``dense``:
+    [Q, P], one block; ``sparse``: [K] values at ``rows_K`` in [0, Q) and ``columns_K`` in [0, P), int64, one
+    block, equal places add. ``inner_NI`` and ``outer_NO`` are element-wise, None for ones. Every scale is in
+    the core already; all floats are float32.
+    """
+
+    form: Literal["diagonal", "dense", "sparse"]
+    core: Tensor
+    basis: Basis = field(metadata=SHARED)
+    rows_K: Tensor | None = None
+    columns_K: Tensor | None = None
+    inner_NI: Tensor | None = None
+    outer_NO: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Diagonal:
     """An element-wise gain and shift, as a change.
 
@@ -86,7 +124,7 @@ class Diagonal:
     shift: Tensor | None = None
 
 
-Part = LowRank | Spectral | Sparse | Diagonal
+Part = LowRank | Spectral | Sparse | Dense | Projected | Diagonal
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -19,7 +19,7 @@ import torch
 
 import timbre_methods
 from timbre_methods.config import MAX_CONFIG_KEYS, is_on, shown
-from timbre_methods.contract import Method, Site, Sites, Tensors
+from timbre_methods.contract import DERIVED, Method, Site, Sites, Tensors
 from timbre_methods.errors import InvalidConfig, InvalidTensors, UnsupportedMethod
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
@@ -127,8 +127,30 @@ def check_adapter(raw_config: Mapping[str, Any], tensors: Tensors, sites: Sites)
     return inspection
 
 
+def derive(raw_config: Mapping[str, Any], tensors: Tensors, sites: Sites) -> dict[str, torch.Tensor]:
+    """What the base's values give that the file leaves out (`Method.derive`); empty for most methods.
+
+    Raises `InvalidTensors` for a file that brings such tensors itself.
+    """
+    method = method_for(raw_config)
+    return _derived(method, method.parse(raw_config), tensors, sites)
+
+
+def _derived(method: Method[Any], config: Any, tensors: Tensors, sites: Sites) -> dict[str, torch.Tensor]:
+    intruder = next((name for name in tensors if name.startswith(DERIVED)), None)
+    if intruder is not None:
+        raise InvalidTensors(
+            f"{intruder[:200]!r} is surplus: names that begin with {DERIVED!r} are the server's own"
+        )
+    found = method.derive(config, tensors, sites)
+    assert all(name.startswith(DERIVED) for name in found), f"{method.name} derives under other names"
+    return found
+
+
 def _inspection(method: Method[Any], config: Any, tensors: Tensors, sites: Sites) -> Inspection:
-    program = method.compile(config, tensors, {path: _meta_site(site) for path, site in sites.items()})
+    shapes = {path: _meta_site(site) for path, site in sites.items()}
+    derived = _derived(method, config, tensors, shapes)
+    program = method.compile(config, {**tensors, **derived}, shapes)
     return Inspection(
         method=method.name,
         sites=tuple(program.sites),
@@ -139,7 +161,7 @@ def _inspection(method: Method[Any], config: Any, tensors: Tensors, sites: Sites
 
 def _meta_site(site: Site) -> Site:
     bias_O = None if site.bias_O is None else site.bias_O.to("meta")
-    return Site(site.path, site.weight_OI.to("meta"), bias_O)
+    return Site(site.path, site.weight_OI.to("meta"), bias_O, site.kind)
 
 
 def _meta(name: str, dtype: str, shape: Sequence[int]) -> torch.Tensor:

@@ -6,16 +6,17 @@ are adapted. Every tensor is taken by a site or refused by name. This module kno
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from timbre_methods.contract import Site, Sites, Tensors
+from timbre_methods.contract import DERIVED, Site, SiteKind, Sites, Tensors
 from timbre_methods.errors import AdapterMismatch, InvalidTensors
 
 PREFIX = "base_model.model."
+LINEAR: tuple[SiteKind, ...] = ("linear",)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 _REFUSED_ENDINGS: Mapping[str, str] = {
@@ -34,6 +35,8 @@ class SiteTensors:
 
     site: Site
     tensors: Mapping[str, Tensor]
+    derived: Mapping[str, Tensor] = field(default_factory=dict)
+    """What `Method.derive` added for this site, by key."""
 
     def get(
         self, key: str, shape: tuple[int | str, ...], dtypes: tuple[torch.dtype, ...] = FLOATS
@@ -75,23 +78,51 @@ class SiteTensors:
         return f"{PREFIX}{self.site.path}.{key}"
 
 
-def tensors_by_site(tensors: Tensors, sites: Sites, keys: frozenset[str]) -> Iterator[SiteTensors]:
+def tensors_by_site(
+    tensors: Tensors,
+    sites: Sites,
+    keys: frozenset[str],
+    *,
+    kinds: Collection[SiteKind] = LINEAR,
+    beside: Collection[str] = (),
+) -> Iterator[SiteTensors]:
     """The file's tensors, site by site in the base's order. ``keys`` are all keys that the method reads.
+
+    Only sites of ``kinds`` take tensors. ``beside`` are full names of tensors that no site owns and that the
+    method reads itself.
 
     Raises `InvalidTensors` for a tensor that no site takes and for an empty file, `AdapterMismatch` for a
     site that the base lacks.
     """
     found: dict[str, dict[str, Tensor]] = {}
+    taken = {path: site for path, site in sites.items() if site.kind in kinds}
     for name, tensor in tensors.items():
+        if name in beside or name.startswith(DERIVED):
+            continue
         path, key = _split(name, keys)
-        if path not in sites:
-            raise AdapterMismatch(f"{name[:200]}: {nearest_fact(path, sites)}")
+        if path not in taken:
+            raise AdapterMismatch(f"{name[:200]}: {nearest_fact(path, taken)}")
         found.setdefault(path, {})[key] = tensor
     if not found:
         raise InvalidTensors("the file holds no tensor, expected at least one adapted layer")
-    for path, site in sites.items():
+    for path, site in taken.items():
         if path in found:
-            yield SiteTensors(site, found[path])
+            yield SiteTensors(site, found[path], derived_of_site(tensors, path))
+
+
+def derived_name(path: str, key: str) -> str:
+    """The full name of a site's derived tensor."""
+    return f"{DERIVED}{path}.{key}"
+
+
+def derived_of_site(tensors: Tensors, path: str) -> dict[str, Tensor]:
+    """The derived tensors of one site by key; a key has no dot."""
+    stem = f"{DERIVED}{path}."
+    return {
+        name.removeprefix(stem): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(stem) and "." not in name.removeprefix(stem)
+    }
 
 
 def tensors_of_site(tensors: Tensors, site: Site, keys: frozenset[str]) -> dict[str, Tensor]:

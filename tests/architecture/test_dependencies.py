@@ -62,8 +62,16 @@ def test_the_server_uses_what_it_asks_for(repository: Path, packages: Mapping[st
 
 
 def test_the_client_asks_for_one_http_library(repository: Path, packages: Mapping[str, ast.Module]) -> None:
-    used = distributions_of(packages, ("timbre_client",))
+    core = {name: tree for name, tree in packages.items() if not name.startswith("timbre_client.export")}
+    used = distributions_of(core, ("timbre_client",))
     assert (used, asked_for(repository / "clients/python/pyproject.toml")) == ({"httpx2"}, {"httpx2"})
+
+
+def test_only_the_clients_export_asks_for_numpy(repository: Path, packages: Mapping[str, ast.Module]) -> None:
+    used = distributions_of(packages, ("timbre_client.export",))
+    project = tomllib.loads((repository / "clients/python/pyproject.toml").read_text())["project"]
+    extra = {normal(re.split(r"[><=]", entry)[0]) for entry in project["optional-dependencies"]["export"]}
+    assert used == extra == {"numpy", "safetensors"}
 
 
 def test_every_dependency_has_its_reason(repository: Path) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from timbre_methods.contract import Method, Site, Sites
 from timbre_methods.program import AdapterProgram
-from timbre_methods.registry import check_adapter, methods
+from timbre_methods.registry import check_adapter, derive, methods
 
 SHAPES = {
     "model.layers.0.self_attn.q_proj": (12, 12, True),
@@ -68,7 +68,13 @@ class Example:
         raw_config = self.raw_config if raw_config is None else raw_config
         tensors = self.tensors if tensors is None else tensors
         check_adapter(raw_config, tensors, sites)
-        return self.method.compile(self.method.parse(raw_config), tensors, sites)
+        return self.method.compile(
+            self.method.parse(raw_config), {**tensors, **derive(raw_config, tensors, sites)}, sites
+        )
+
+    def completed(self, sites: Sites) -> dict[str, Tensor]:
+        """The file's tensors and what registration derives from the base."""
+        return {**self.tensors, **derive(self.raw_config, self.tensors, sites)}
 
 
 @pytest.fixture

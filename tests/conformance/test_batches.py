@@ -50,7 +50,7 @@ class Crowd:
         alone = [LinearGroup((path,)) for path in sites if path not in QK]
         self.model = AdaptedModel(self.net, [LinearGroup(QK), *alone])
         for slot, example in enumerate(self.examples):
-            self.model.put(slot, example.method.compile(example.config, example.tensors, sites))
+            self.model.put(slot, example.method.compile(example.config, example.completed(sites), sites))
 
     def run(self, spans: list[Span], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Each site's output for its input [T, I]; q and k are given one and the same tensor."""
@@ -73,7 +73,8 @@ class Crowd:
         for slot, weight in pairs:
             example = self.examples[slot]
             tensors = {
-                name: t.double() if t.is_floating_point() else t for name, t in example.tensors.items()
+                name: t.double() if t.is_floating_point() else t
+                for name, t in example.completed(self.sites).items()
             }
             total += weight * (example.method.reference(example.config, tensors, exact, x) - base)
         return total

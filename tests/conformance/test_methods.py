@@ -57,7 +57,7 @@ def test_the_program_equals_the_papers_formula(
     generator = torch.Generator().manual_seed(seed)
     for path, site in tiny_sites.items():
         x_TI = torch.randn(5, site.in_features, generator=generator, dtype=torch.float64)
-        expected = example.method.reference(example.config, example.tensors, site, x_TI)
+        expected = example.method.reference(example.config, example.completed(tiny_sites), site, x_TI)
         assert expected.dtype == torch.float64
         actual = evaluate.run_parts(site, program.sites.get(path, ()), x_TI)
         torch.testing.assert_close(actual, expected, rtol=2e-6, atol=2e-5)
@@ -107,7 +107,8 @@ def test_compiling_on_meta_tells_shapes_dtypes_and_bytes(
     example = make_example(name, tiny_sites, seed)
     real = example.compiled(tiny_sites)
     shapes = {key: tensor.to("meta") for key, tensor in example.tensors.items()}
-    meta = example.method.compile(example.config, shapes, on_meta(tiny_sites))
+    derived = example.method.derive(example.config, shapes, on_meta(tiny_sites))
+    meta = example.method.compile(example.config, {**shapes, **derived}, on_meta(tiny_sites))
     assert list(meta.sites) == list(real.sites)
     for path, parts in real.sites.items():
         assert [_described(part) for part in meta.sites[path]] == [_described(part) for part in parts]
@@ -158,8 +159,9 @@ def test_nothing_given_is_modified_or_kept(
     tensors_before = {key: tensor.clone() for key, tensor in example.tensors.items()}
     weights_before = {path: site.weight_OI.clone() for path, site in tiny_sites.items()}
     program = example.compiled(tiny_sites)
+    completed = example.completed(tiny_sites)
     for site in tiny_sites.values():
-        example.method.reference(example.config, example.tensors, site, torch.ones(2, site.in_features))
+        example.method.reference(example.config, completed, site, torch.ones(2, site.in_features))
     assert example.raw_config == raw_before
     assert all(torch.equal(example.tensors[key], before) for key, before in tensors_before.items())
     assert all(torch.equal(tiny_sites[path].weight_OI, before) for path, before in weights_before.items())

@@ -162,14 +162,15 @@ def peft_logits() -> Callable[[nn.Module, Path, Tensor], Tensor]:
 @pytest.fixture
 def timbre_logits(evaluate: ModuleType) -> Callable[[nn.Module, Written, Tensor], Tensor]:
     """The logits of the base with our reading of the adapter's two files."""
-    from timbre_methods.registry import check_adapter, method_for
+    from timbre_methods.registry import check_adapter, derive, method_for
 
     @torch.no_grad()
     def logits(model: nn.Module, written: Written, token_ids: Tensor) -> Tensor:
         sites = evaluate.linear_sites(model)
         check_adapter(written.config, written.tensors, sites)
         method = method_for(written.config)
-        program = method.compile(method.parse(written.config), written.tensors, sites)
+        tensors = {**written.tensors, **derive(written.config, written.tensors, sites)}
+        program = method.compile(method.parse(written.config), tensors, sites)
         return evaluate.adapted_copy(model, program)(token_ids).logits
 
     return logits

@@ -14,7 +14,16 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from timbre_methods.contract import Site
-from timbre_methods.program import AdapterProgram, Diagonal, LowRank, Part, Sparse, Spectral
+from timbre_methods.program import (
+    AdapterProgram,
+    Dense,
+    Diagonal,
+    LowRank,
+    Part,
+    Projected,
+    Sparse,
+    Spectral,
+)
 
 
 def linear_sites(model: nn.Module) -> dict[str, Site]:
@@ -45,9 +54,35 @@ def change(part: Part, x_TI: Tensor, y0_TO: Tensor) -> Tensor:
             for start, end in zip(part.row_ends[:-1].tolist(), part.row_ends[1:].tolist(), strict=True)
         ]
         return torch.stack(rows, dim=-1)
+    if isinstance(part, Dense):
+        return x_TI @ part.delta_OI.to(dtype).T
+    if isinstance(part, Projected):
+        return projected(part, x_TI)
     assert part.side == "output"
     shift = torch.zeros_like(part.gain) if part.shift is None else part.shift
     return (part.gain.to(dtype) - 1) * y0_TO + shift.to(dtype)
+
+
+def projected(part: Projected, x_TI: Tensor) -> Tensor:
+    """The sum over a part's blocks, one after the other."""
+    dtype = x_TI.dtype
+    p_NPI, q_NOQ = part.basis.p_NPI.to(dtype), part.basis.q_NOQ.to(dtype)
+    core = part.core.to(dtype)
+    total = torch.zeros(*x_TI.shape[:-1], q_NOQ.shape[1], dtype=dtype)
+    for n in range(len(core) if part.form == "diagonal" else 1):
+        inner = 1.0 if part.inner_NI is None else part.inner_NI[n].to(dtype)
+        outer = 1.0 if part.outer_NO is None else part.outer_NO[n].to(dtype)
+        z = (x_TI * inner) @ p_NPI[min(n, len(p_NPI) - 1)].T
+        if part.form == "diagonal":
+            z = z * core[n]
+        elif part.form == "dense":
+            z = z @ core.T
+        else:
+            matrix_QP = torch.zeros(q_NOQ.shape[2], p_NPI.shape[1], dtype=dtype)
+            matrix_QP.index_put_((part.rows_K, part.columns_K), core, accumulate=True)
+            z = z @ matrix_QP.T
+        total = total + outer * (z @ q_NOQ[min(n, len(q_NOQ) - 1)].T)
+    return total
 
 
 def run_parts(site: Site, parts: tuple[Part, ...], x_TI: Tensor) -> Tensor:

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from timbre_methods.program import Diagonal, LowRank, Part, Places, Sparse, Spectral
+from timbre_methods.program import (
+    Basis,
+    Dense,
+    Diagonal,
+    LowRank,
+    Part,
+    Places,
+    Projected,
+    Sparse,
+    Spectral,
+)
 from timbre_server.operators.catalogue import all_operators
 from timbre_server.operators.contract import Change, Operator, Uses
-from timbre_server.operators.diagonal import DiagonalOperator
 from timbre_server.operators.low_rank import LowRankOperator
 from timbre_server.operators.row_table import RowTable, Span
-from timbre_server.operators.sparse import SparseOperator
 from timbre_server.operators.spectral import SpectralOperator
 
 OPERATORS = {type(operator).__name__: operator for operator in all_operators()}
@@ -44,30 +52,88 @@ CROWDS = {
 }
 
 
+@dataclass(frozen=True)
+class Draw:
+    """Draws the numbers of one part."""
+
+    in_features: int
+    out_features: int
+    generator: torch.Generator
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator)
+
+    def integers(self, high: int, count: int) -> Tensor:
+        return torch.randint(0, high, (count,), generator=self.generator)
+
+    def count(self) -> int:
+        return int(self.integers(9, 1)) + 1
+
+
+def low_rank(draw: Draw) -> Part:
+    rank = draw.count()
+    return LowRank(draw.normal(rank, draw.in_features), draw.normal(draw.out_features, rank))
+
+
+def spectral(draw: Draw) -> Part:
+    count = 4 * draw.count()
+    rows, columns = draw.integers(draw.out_features, count), draw.integers(draw.in_features, count)
+    return Spectral(draw.normal(count), Places("dft", draw.out_features, draw.in_features, rows, columns))
+
+
+def sparse(draw: Draw) -> Part:
+    count = 5 * draw.count()
+    size = draw.out_features * draw.in_features
+    flat = torch.randperm(size, generator=draw.generator)[:count].sort().values
+    row_ends = torch.searchsorted(flat, torch.arange(draw.out_features + 1) * draw.in_features)
+    return Sparse(row_ends, (flat % draw.in_features).int(), draw.normal(count), draw.in_features)
+
+
+def diagonal(draw: Draw) -> Part:
+    count = draw.count()
+    if count % 2:
+        return Diagonal("input", draw.normal(draw.in_features))
+    out_features = draw.out_features
+    return Diagonal("output", draw.normal(out_features), draw.normal(out_features) if count % 4 else None)
+
+
+def dense(draw: Draw) -> Part:
+    return Dense(draw.normal(draw.out_features, draw.in_features))
+
+
+def projected(draw: Draw) -> Part:
+    """One of the three forms of a core, in a basis of 5 (and 7) directions."""
+    form = ("diagonal", "dense", "sparse")[draw.count() % 3]
+    blocks = 3 if form == "diagonal" and draw.count() % 2 else 1
+    q = 5 if form == "diagonal" else 7
+    basis = Basis(draw.normal(blocks, 5, draw.in_features) / 4, draw.normal(1, draw.out_features, q) / 4)
+    if form == "dense":
+        return Projected("dense", draw.normal(q, 5), basis)
+    if form == "sparse":
+        return Projected("sparse", draw.normal(9), basis, draw.integers(q, 9), draw.integers(5, 9))
+    return Projected(
+        "diagonal",
+        draw.normal(blocks, 5),
+        basis,
+        inner_NI=draw.normal(blocks, draw.in_features) if blocks == 3 else None,
+        outer_NO=draw.normal(blocks, draw.out_features),
+    )
+
+
+MAKERS: dict[str, Callable[[Draw], Part]] = {
+    "LowRankOperator": low_rank,
+    "SpectralOperator": spectral,
+    "SparseOperator": sparse,
+    "DenseOperator": dense,
+    "ProjectedOperator": projected,
+    "DiagonalOperator": diagonal,
+}
+
+
 def random_part(
     operator: Operator[Any], in_features: int, out_features: int, generator: torch.Generator
 ) -> Part:
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    def integers(high: int, count: int) -> Tensor:
-        return torch.randint(0, high, (count,), generator=generator)
-
-    count = int(integers(9, 1)) + 1
-    if isinstance(operator, LowRankOperator):
-        return LowRank(normal(count, in_features), normal(out_features, count))
-    if isinstance(operator, SpectralOperator):
-        rows, columns = integers(out_features, 4 * count), integers(in_features, 4 * count)
-        places = Places("dft", out_features, in_features, rows, columns)
-        return Spectral(normal(4 * count), places)
-    if isinstance(operator, SparseOperator):
-        flat = torch.randperm(out_features * in_features, generator=generator)[: 5 * count].sort().values
-        row_ends = torch.searchsorted(flat, torch.arange(out_features + 1) * in_features)
-        return Sparse(row_ends, (flat % in_features).int(), normal(5 * count), in_features)
-    assert isinstance(operator, DiagonalOperator)
-    if count % 2:
-        return Diagonal("input", normal(in_features))
-    return Diagonal("output", normal(out_features), normal(out_features) if count % 4 else None)
+    return MAKERS[type(operator).__name__](Draw(in_features, out_features, generator))
 
 
 def by_meaning(

@@ -64,7 +64,9 @@ class AdapterLoader:
                 tensors = load_file(files.tensors_path)
             with _timed(seconds, "compile"), torch.inference_mode():
                 method = method_for(files.config)
-                program = method.compile(method.parse(files.config), tensors, self._sites)
+                config = method.parse(files.config)
+                tensors |= method.derive(config, tensors, self._sites)
+                program = method.compile(config, tensors, self._sites)
             with _timed(seconds, "place"), torch.inference_mode():
                 program = _placed(program, self._device)
         except (StoreError, MethodError, SafetensorError, OSError) as error:

@@ -5,12 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 from timbre_server.operators.contract import Operator
+from timbre_server.operators.dense import DenseOperator
 from timbre_server.operators.diagonal import DiagonalOperator
 from timbre_server.operators.low_rank import LowRankOperator
+from timbre_server.operators.projected import ProjectedOperator
 from timbre_server.operators.sparse import SparseOperator
 from timbre_server.operators.spectral import SpectralOperator
 
 
 def all_operators() -> tuple[Operator[Any], ...]:
     """One new instance of each operator; instances may keep what they derive from shared bases."""
-    return (LowRankOperator(), SpectralOperator(), SparseOperator(), DiagonalOperator())
+    return (
+        LowRankOperator(),
+        SpectralOperator(),
+        SparseOperator(),
+        DenseOperator(),
+        ProjectedOperator(),
+        DiagonalOperator(),
+    )
