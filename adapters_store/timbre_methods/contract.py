@@ -73,6 +73,12 @@ class Method(ABC, Generic[Config]):
     """The method's name in manifests, metrics and tables, e.g. ``lora``."""
     paper: ClassVar[str]
     """Title or arXiv number of the paper, or the public code that defines the format."""
+    stored: ClassVar[str]
+    """What the file holds for one layer, e.g. ``A [r, in], B [out, r]``; for the table of methods."""
+    regenerated: ClassVar[str] = "nothing"
+    """What the file leaves out, and from what it is made again, e.g. ``places, from the seed``."""
+    checked_against: ClassVar[str]
+    """Where the numbers of its golden test come from: ``PEFT``, or ``the paper's formula``."""
 
     @abstractmethod
     def claims(self, raw_config: Mapping[str, Any]) -> bool:

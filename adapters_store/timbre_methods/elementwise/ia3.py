@@ -36,6 +36,8 @@ class Ia3Config(PeftConfig):
 class Ia3(Method[Ia3Config]):
     name = "ia3"
     paper = "arXiv 2205.05638"
+    stored = "gain [in] or [out]"
+    checked_against = "PEFT"
 
     def claims(self, raw_config: Mapping[str, Any]) -> bool:
         return raw_config.get("peft_type") == "IA3"

@@ -48,6 +48,9 @@ class DoraConfig(LoraConfig):
 class Dora(Method[DoraConfig]):
     name = "dora"
     paper = "arXiv 2402.09353"
+    stored = "A [r, in], B [out, r], magnitude [out]"
+    regenerated = "the lengths of the adapted rows, from the base"
+    checked_against = "PEFT"
 
     def claims(self, raw_config: Mapping[str, Any]) -> bool:
         switches = {switch for switch in VARIANTS if is_on(raw_config.get(switch))}

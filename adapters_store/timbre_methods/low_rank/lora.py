@@ -131,6 +131,8 @@ def scale(config: LoraConfig, alphas: PathPatterns, path: str, rank: int) -> flo
 class Lora(Method[LoraConfig]):
     name = "lora"
     paper = "arXiv 2106.09685"
+    stored = "A [r, in], B [out, r]; c [out] with lora_bias"
+    checked_against = "PEFT"
 
     def claims(self, raw_config: Mapping[str, Any]) -> bool:
         return raw_config.get("peft_type") == "LORA" and not any(

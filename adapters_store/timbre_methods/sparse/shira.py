@@ -38,6 +38,8 @@ class ShiraConfig(PeftConfig):
 class Shira(Method[ShiraConfig]):
     name = "shira"
     paper = "arXiv 2406.13175"
+    stored = "n values, their rows and columns"
+    checked_against = "PEFT"
 
     def claims(self, raw_config: Mapping[str, Any]) -> bool:
         return raw_config.get("peft_type") == "SHIRA"

@@ -42,6 +42,9 @@ class FourierftConfig(PeftConfig):
 class Fourierft(Method[FourierftConfig]):
     name = "fourierft"
     paper = "arXiv 2405.03003"
+    stored = "n coefficients"
+    regenerated = "places, from the seed"
+    checked_against = "PEFT"
 
     def claims(self, raw_config: Mapping[str, Any]) -> bool:
         return raw_config.get("peft_type") == "FOURIERFT"
