@@ -23,7 +23,7 @@ SITES = meta_sites([SiteShape("layers.0.q_proj", 16, 16, False)])
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
-    inspect = inspector(SITES, budget_bytes=1 << 20)
+    inspect = inspector(SITES, budget_bytes=1 << 20, derive=lambda *_: pytest.fail("nothing to derive"))
     with Store(tmp_path / "store", inspect=inspect, limits=StoreLimits()) as opened:
         yield opened
         assert opened.check_integrity() == ()

@@ -47,6 +47,8 @@ class Inspection:
     sites: tuple[str, ...]
     parameters: int
     prepared_bytes: int
+    derives: bool
+    """Whether registration adds tensors that only the base's values give (`derive`)."""
 
 
 @cache
@@ -156,6 +158,7 @@ def _inspection(method: Method[Any], config: Any, tensors: Tensors, sites: Sites
         sites=tuple(program.sites),
         parameters=sum(tensor.numel() for tensor in tensors.values() if tensor.is_floating_point()),
         prepared_bytes=program.prepared_bytes,
+        derives=bool(derived),
     )
 
 

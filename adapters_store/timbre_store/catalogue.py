@@ -87,7 +87,8 @@ class Catalogue:
             _refuse_alias(connection, name)
 
     def refers_to_blob(self, digest: str) -> bool:
-        mentioned = or_(manifests.c.config_digest == digest, manifests.c.tensors_digest == digest)
+        columns = (manifests.c.config_digest, manifests.c.tensors_digest, manifests.c.derived_digest)
+        mentioned = or_(*(column == digest for column in columns))
         with self.reading() as connection:
             return bool(connection.scalar(select(exists().where(mentioned))))
 
@@ -164,6 +165,7 @@ def _add_manifest(connection: Connection, manifest: Manifest, digest: str) -> No
         "content": manifest.to_bytes(),
         "config_digest": manifest.config_digest,
         "tensors_digest": manifest.tensors_digest,
+        "derived_digest": manifest.derived_digest,
     }
     connection.execute(sqlite_insert(manifests).values(row).on_conflict_do_nothing())
 

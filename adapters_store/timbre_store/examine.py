@@ -30,6 +30,8 @@ class UploadedFiles:
     config_path: Path
     tensors_digest: str
     tensors_path: Path
+    derived_path: Path
+    """Where what registration adds to them may be written; nothing is there before."""
 
 
 def examine(files: UploadedFiles, base_model: str | None, inspect: Inspect, limits: StoreLimits) -> Manifest:
@@ -41,7 +43,7 @@ def examine(files: UploadedFiles, base_model: str | None, inspect: Inspect, limi
     header = read_header(files.tensors_path, limits)
     check_values(files.tensors_path, header)
     try:
-        inspection = inspect(config, header, files.tensors_path)
+        inspection = inspect(config, header, files.tensors_path, files.derived_path)
     except ValueError as error:
         raise InvalidAdapter(str(error)) from error
     return Manifest(

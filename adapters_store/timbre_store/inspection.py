@@ -21,10 +21,13 @@ class Inspection:
     prepared_bytes: int
 
 
-Inspect = Callable[[dict[str, Any], TensorHeader, Path], Inspection]
-"""``inspect(config, header, tensors_path)``: does a method read this, and does it fit the base?
+Inspect = Callable[[dict[str, Any], TensorHeader, Path, Path], Inspection]
+"""``inspect(config, header, tensors_path, derived_path)``: does a method read this, and does it fit the base?
 
-Called after every format check has passed, on any thread, and before anything is stored. The path is valid
-during the call. A `ValueError` refuses the adapter and becomes `InvalidAdapter` with the same message; an
-`InvalidAdapter` or a subclass of it passes through as it is.
+Called after every format check has passed, on any thread, and before anything is stored. The paths are valid
+during the call. What the adapter's file leaves out and the base's weights give may be written to
+``derived_path``, where nothing is yet: it is stored with the adapter, and never computed again.
+
+A `ValueError` refuses the adapter and becomes `InvalidAdapter` with the same message; an `InvalidAdapter` or
+a subclass of it passes through as it is.
 """

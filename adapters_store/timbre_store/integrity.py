@@ -57,7 +57,8 @@ def _adapters(connection: Connection, layout: Layout) -> Iterator[str]:
             continue
         if manifest.digest != row.digest or files.manifest != manifest:
             yield f"the catalogue's copy of the manifest {row.digest} is not the file's"
-        if (row.config_digest, row.tensors_digest) != (manifest.config_digest, manifest.tensors_digest):
+        found = (row.config_digest, row.tensors_digest, row.derived_digest)
+        if found != (manifest.config_digest, manifest.tensors_digest, manifest.derived_digest):
             yield f"the catalogue's digests of the files of {row.digest} are not the manifest's"
 
 

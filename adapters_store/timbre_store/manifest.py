@@ -20,6 +20,8 @@ from timbre_store.errors import UnsafeFile
 from timbre_store.strict_json import read_object
 
 FORMAT = 1
+OPTIONAL = frozenset({"derived_digest"})
+"""Fields that are left out where they have no value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +41,14 @@ class Manifest:
     """Memory that it takes in the engine."""
     config_digest: str
     tensors_digest: str
+    derived_digest: str | None = None
+    """What registration added to the tensors, from the base's weights; left out of the bytes where None."""
     format: int = FORMAT
 
     def to_bytes(self) -> bytes:
-        """Canonical JSON: keys sorted, no spaces, ASCII."""
-        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode(
-            "ascii"
-        )
+        """Canonical JSON: keys sorted, no spaces, ASCII, no `OPTIONAL` field without a value."""
+        raw = {key: value for key, value in asdict(self).items() if value is not None or key not in OPTIONAL}
+        return json.dumps(raw, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode("ascii")
 
     @property
     def digest(self) -> str:
@@ -68,8 +71,8 @@ class Manifest:
 
 def _check_fields(raw: dict[str, Any]) -> None:
     expected = {field.name for field in fields(Manifest)}
-    if raw.keys() != expected:
-        odd = sorted(raw.keys() ^ expected)[0]
+    if raw.keys() | OPTIONAL != expected:
+        odd = sorted((raw.keys() ^ expected) - OPTIONAL)[0]
         raise UnsafeFile(f"the manifest's field {odd!r} is {'unknown' if odd in raw else 'missing'}")
     for name in ("format", "parameters", "stored_bytes", "prepared_bytes"):
         if type(raw[name]) is not int or raw[name] < 0:
@@ -81,6 +84,6 @@ def _check_fields(raw: dict[str, Any]) -> None:
         raise UnsafeFile(f"the manifest's method is {raw['method']!r}; expected a string")
     if not (isinstance(raw["sites"], list) and all(isinstance(site, str) for site in raw["sites"])):
         raise UnsafeFile("the manifest's sites are not a list of strings")
-    for name in ("config_digest", "tensors_digest"):
+    for name in ("config_digest", "tensors_digest", *(raw.keys() & {"derived_digest"})):
         if not (isinstance(raw[name], str) and is_digest(raw[name])):
             raise UnsafeFile(f"the manifest's {name} is {raw[name]!r}; expected sha256:<64 hex>")

@@ -24,6 +24,8 @@ class AdapterFiles:
     config: dict[str, Any]
     tensors_path: Path
     """The safetensors file. Its size is right; its bytes are not yet verified."""
+    derived_path: Path | None
+    """Another one with what registration added, not yet verified either."""
 
 
 def open_adapter(root: Path, digest: str) -> AdapterFiles:
@@ -38,7 +40,12 @@ def open_adapter(root: Path, digest: str) -> AdapterFiles:
     expected_bytes = manifest.stored_bytes - len(config_content)
     if found_bytes != expected_bytes:
         raise DigestMismatch(f"the tensors of {digest} have {found_bytes} bytes; expected {expected_bytes}")
-    return AdapterFiles(manifest, json.loads(config_content), tensors_path)
+    derived_path = None
+    if manifest.derived_digest is not None:
+        derived_path = content_path(layout.blobs, manifest.derived_digest)
+        if not derived_path.exists():
+            raise NotFound(f"the derived tensors of {digest} are not in the store; upload the adapter again")
+    return AdapterFiles(manifest, json.loads(config_content), tensors_path, derived_path)
 
 
 def verify_blob(path: Path, digest: str) -> None:

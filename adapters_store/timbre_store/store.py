@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 from weakref import finalize
 
@@ -30,6 +33,8 @@ from timbre_store.names import Reference, check_name
 from timbre_store.records import AdapterRecord, Alias, Page
 from timbre_store.upload import Upload
 from timbre_store.writer import BlobWriter
+
+PIECE_BYTES = 1 << 20
 
 
 class Store:
@@ -70,7 +75,10 @@ class Store:
         self._reach("open.locked")
         make_folder(self._layout.tmp)
         for leftover in self._layout.tmp.iterdir():
-            leftover.unlink()
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink()
         self._reach("open.temps_removed")
         folders = (self._layout.blobs, self._layout.manifests)
         has_content = any(True for folder in folders for _ in folder.glob("sha256/*/*"))
@@ -128,14 +136,21 @@ class Store:
         """
         check_name(name)
         self._catalogue.check_name_is_free_for_adapter(name)
-        with self._blobs.holding(config_digest, tensors_digest):
+        with (
+            self._blobs.holding(config_digest, tensors_digest),
+            self.begin_upload() as upload,
+            TemporaryDirectory(dir=self._layout.tmp) as scratch,
+        ):
             files = UploadedFiles(
                 config_digest,
                 self._blobs.require(config_digest),
                 tensors_digest,
                 self._blobs.require(tensors_digest),
+                Path(scratch) / "derived.safetensors",
             )
             manifest = examine(files, base_model, self._inspect, self._limits)
+            if files.derived_path.exists():
+                manifest = replace(manifest, derived_digest=_taken_in(files.derived_path, upload))
             self._reach("register.examined")
             return self._record(name, manifest)
 
@@ -189,6 +204,8 @@ class Store:
             self._manifests.touch(manifest.digest)
             self._blobs.touch(manifest.config_digest)
             self._blobs.touch(manifest.tensors_digest)
+            if manifest.derived_digest is not None:
+                self._blobs.touch(manifest.derived_digest)
         return tuple(manifest.digest for manifest in freed)
 
     # Upkeep
@@ -201,6 +218,14 @@ class Store:
     def check_integrity(self) -> tuple[str, ...]:
         """Every fault found, in words; empty when all is well. Hashes every file: slow on a large store."""
         return find_faults(self._catalogue, self._layout)
+
+
+def _taken_in(path: Path, upload: Upload) -> str:
+    """The digest of a file that is now a blob of the upload. Raises: BlobTooLarge, StoreFull."""
+    with path.open("rb") as file, upload.begin_blob() as writer:
+        while piece := file.read(PIECE_BYTES):
+            writer.write(piece)
+        return writer.commit()
 
 
 def _take_lock(path: Path) -> int:

@@ -41,6 +41,7 @@ manifests = Table(
     Column("content", LargeBinary, nullable=False),
     Column("config_digest", Text, nullable=False, index=True),
     Column("tensors_digest", Text, nullable=False, index=True),
+    Column("derived_digest", Text, index=True),
 )
 """One row for each digest that a version refers to; the same bytes as the manifest's file."""
 

@@ -16,7 +16,6 @@ from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 
 from timbre_server.engine.client import Engine
-from timbre_server.engine.messages import Ready
 from timbre_server.example_adapters import register_examples
 from timbre_server.http.adapters import AdapterRoom, Retirement, adapter_router
 from timbre_server.http.app import add_routes
@@ -28,7 +27,7 @@ from timbre_server.http.limits import Admission
 from timbre_server.http.models import models_router
 from timbre_server.http.text import TextCodec, load_text_codec
 from timbre_server.http.vllm_compat import vllm_router
-from timbre_server.inspection import inspector, meta_sites, warm_up
+from timbre_server.inspection import derive_in_engine, inspector, meta_sites, warm_up
 from timbre_server.metrics import Metrics
 from timbre_server.model_source import base_names, codec_folder
 from timbre_server.series import RecentNames
@@ -62,8 +61,10 @@ def prepare() -> None:
     warm_up()
 
 
-def open_rooms(settings: Settings, engine: Engine, model: str, say: Say) -> Rooms:
-    """Opens store and tokenizer for an engine that is ready. Blocking.
+def open_rooms(
+    settings: Settings, engine: Engine, model: str, say: Say, loop: asyncio.AbstractEventLoop
+) -> Rooms:
+    """Opens store and tokenizer for an engine that is ready and belongs to ``loop``. Blocking: on a thread.
 
     Raises: StoreUnavailable, StoreFull, UnsupportedModel.
     """
@@ -71,15 +72,20 @@ def open_rooms(settings: Settings, engine: Engine, model: str, say: Say) -> Room
     if text is None:
         say("The model has no tokenizer: prompts are lists of token ids.")
     names = base_names(settings.model, engine.info.model_name, settings.served_model_name)
-    store = open_store(settings, engine.info)
+    store = open_store(settings, engine, loop)
     if settings.examples_dir is not None:
         register_examples(store, settings.examples_dir, engine.info.model_digest, say)
     return Rooms(settings, Parts(engine, store, text, names))
 
 
-def open_store(settings: Settings, info: Ready) -> Store:
+def open_store(settings: Settings, engine: Engine, loop: asyncio.AbstractEventLoop) -> Store:
     """The store, which checks uploads against the engine's model. Raises: StoreUnavailable, StoreFull."""
-    inspect = inspector(meta_sites(info.sites), budget_bytes=info.adapter_budget_bytes)
+    info = engine.info
+    inspect = inspector(
+        meta_sites(info.sites),
+        budget_bytes=info.adapter_budget_bytes,
+        derive=derive_in_engine(engine, loop),
+    )
     limits = StoreLimits(max_blob_bytes=settings.max_upload_mib * MIB)
     return Store(settings.store_dir, inspect=inspect, limits=limits)
 

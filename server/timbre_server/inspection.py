@@ -6,7 +6,9 @@ model, so nothing of the base lies in this process.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import asyncio
+import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,16 @@ from timbre_methods.contract import Site, Sites
 from timbre_methods.errors import MethodError
 from timbre_methods.errors import UnsupportedMethod as MethodUnsupported
 from timbre_methods.registry import check_adapter, inspect_adapter, methods
-from timbre_server.engine.messages import SiteShape
-from timbre_store.errors import InvalidAdapter, UnsupportedMethod
+from timbre_server.engine.client import Engine
+from timbre_server.engine.messages import DeriveTensors, SiteShape
+from timbre_server.errors import AdapterLoadFailed
+from timbre_store.errors import InvalidAdapter, StoreFull, UnsupportedMethod
 from timbre_store.inspection import Inspect, Inspection
 from timbre_store.safetensors_header import TensorHeader
+
+Derive = Callable[[dict[str, Any], Path, Path], None]
+"""``derive(config, tensors_path, derived_path)``: have what the file leaves out and the base's weights give
+written to ``derived_path``. Any thread, may take long. Raises InvalidAdapter, StoreFull, EngineError."""
 
 
 def meta_sites(shapes: Iterable[SiteShape]) -> Sites:
@@ -46,10 +54,28 @@ def warm_up() -> None:
         check_adapter(config, tensors, sites)
 
 
-def inspector(sites: Sites, *, budget_bytes: int) -> Inspect:
+def derive_in_engine(engine: Engine, loop: asyncio.AbstractEventLoop) -> Derive:
+    """The `Derive` of an engine that belongs to ``loop``; call it on any other thread."""
+
+    def derive(config: dict[str, Any], tensors_path: Path, derived_path: Path) -> None:
+        message = DeriveTensors(json.dumps(config).encode(), str(tensors_path), str(derived_path))
+        answer = asyncio.run_coroutine_threadsafe(engine.derive_tensors(message), loop).result()
+        if answer.error_code == "invalid_adapter":
+            raise InvalidAdapter(answer.error_message)
+        if answer.error_code == "disk_full":
+            raise StoreFull(answer.error_message)
+        if answer.error_code is not None:
+            raise AdapterLoadFailed(answer.error_message)
+
+    return derive
+
+
+def inspector(sites: Sites, *, budget_bytes: int, derive: Derive) -> Inspect:
     """The store's `Inspect` for one base model. An adapter that could never be loaded is refused here."""
 
-    def inspect(config: dict[str, Any], header: TensorHeader, tensors_path: Path) -> Inspection:
+    def inspect(
+        config: dict[str, Any], header: TensorHeader, tensors_path: Path, derived_path: Path
+    ) -> Inspection:
         shapes = {name: (entry.dtype, entry.shape) for name, entry in header.tensors.items()}
         try:
             found = inspect_adapter(config, shapes, sites)
@@ -63,6 +89,8 @@ def inspector(sites: Sites, *, budget_bytes: int) -> Inspect:
             raise UnsupportedMethod(str(error)) from error
         except MethodError as error:
             raise InvalidAdapter(str(error)) from error
+        if found.derives:
+            derive(config, tensors_path, derived_path)
         return Inspection(found.method, found.sites, found.parameters, found.prepared_bytes)
 
     return inspect

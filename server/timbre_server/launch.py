@@ -97,7 +97,8 @@ class ServerProcess:
             engine = self._engine = await EngineProcess.start(options, on_progress=self._say)
         finally:
             build = await preparing
-        rooms: Rooms = await run_in_threadpool(build.open_rooms, settings, engine, model, self._say)
+        loop = asyncio.get_running_loop()
+        rooms: Rooms = await run_in_threadpool(build.open_rooms, settings, engine, model, self._say, loop)
         self._rooms = rooms
         rooms.attach(self._app)
         self._probes.watch(engine)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor
 from timbre_methods.contract import Site
 from timbre_methods.program import AdapterProgram, owned_tensors
 from timbre_methods.registry import methods
+from timbre_server.adapters.derivation import write_derived
 from timbre_server.adapters.loader import AdapterLoader
 from timbre_server.errors import AdapterLoadFailed
 from timbre_server.inspection import inspector
@@ -37,7 +39,7 @@ def sites() -> dict[str, Site]:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
-    inspect = inspector(sites(), budget_bytes=1 << 20)
+    inspect = inspector(sites(), budget_bytes=1 << 20, derive=partial(write_derived, sites=sites()))
     with Store(tmp_path / "store", inspect=inspect, limits=StoreLimits()) as opened:
         yield opened
 

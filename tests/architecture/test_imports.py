@@ -64,8 +64,8 @@ EDGES: Mapping[str, frozenset[str]] = {
         ),
         # What the store asks about an adapter at upload: methods answer, and neither knows the other.
         "timbre_server.inspection": (
-            "timbre_server.engine.messages timbre_methods timbre_methods.errors timbre_methods.program"
-            " timbre_store timbre_server.errors"
+            "timbre_server.engine.messages timbre_server.engine.client timbre_methods"
+            " timbre_methods.errors timbre_methods.program timbre_store timbre_server.errors"
         ),
         "timbre_server.model_source": "timbre_server.settings timbre_server.engine",
         "timbre_server.example_adapters": "timbre_store",

@@ -39,7 +39,7 @@ USAGE = {
 }
 
 
-def inspect(config: dict[str, Any], header: object, tensors: Path) -> Inspection:
+def inspect(config: dict[str, Any], header: object, tensors: Path, derived: Path) -> Inspection:
     if config.get("peft_type") != "LORA":
         raise ValueError(f"peft_type is {config.get('peft_type')!r}; expected LORA")
     return Inspection("lora", ("model.layers.0.q_proj",), 6, 24)

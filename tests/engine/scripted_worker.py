@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from timbre_server.adapters.derivation import Derivations
 from timbre_server.engine.core import EngineCore
 from timbre_server.engine.messages import Ready
 from timbre_server.engine.options import EngineOptions
@@ -66,7 +67,7 @@ def assemble(
         model_bytes=0,
         adapter_budget_bytes=options.adapter_memory_bytes,
     )
-    return EngineCore(bench.runner, bench.scheduler, bench.adapters), ready
+    return EngineCore(bench.runner, bench.scheduler, bench.adapters, Derivations({})), ready
 
 
 if __name__ == "__main__":

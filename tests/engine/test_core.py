@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from timbre_server.adapters.derivation import Derivations
 from timbre_server.engine.core import MAX_FAILED_STEPS, EngineCore
 from timbre_server.engine.messages import Abort, LoadAdapter, StepOutput, TokenEvent, UnloadAdapter
 from timbre_server.errors import EngineDied
@@ -14,7 +15,7 @@ from timbre_server.errors import EngineDied
 
 def a_core(stand_ins: ModuleType, **options: Any) -> tuple[EngineCore, Any]:
     bench = stand_ins.a_bench(adapters=stand_ins.AdaptersBesideTheLoop(), **options)
-    return EngineCore(bench.runner, bench.scheduler, bench.adapters), bench
+    return EngineCore(bench.runner, bench.scheduler, bench.adapters, Derivations({})), bench
 
 
 def run(core: EngineCore) -> list[StepOutput]:

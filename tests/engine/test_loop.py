@@ -11,6 +11,7 @@ from types import ModuleType
 import msgspec
 import pytest
 
+from timbre_server.adapters.derivation import Derivations
 from timbre_server.engine import loop
 from timbre_server.engine.core import EngineCore
 from timbre_server.engine.loop import WakeUp, run_loop, send_output
@@ -54,7 +55,7 @@ def told_to_leave(thread: threading.Thread, server: Channel[FromEngine]) -> None
 
 def a_core(stand_ins: ModuleType) -> EngineCore:
     bench = stand_ins.a_bench(adapters=stand_ins.AdaptersBesideTheLoop())
-    return EngineCore(bench.runner, bench.scheduler, bench.adapters)
+    return EngineCore(bench.runner, bench.scheduler, bench.adapters, Derivations({}))
 
 
 def test_an_answer_too_large_for_a_frame_ends_its_own_request(stand_ins: ModuleType, ends: Pair) -> None:
@@ -107,7 +108,7 @@ def test_a_loop_with_nothing_to_run_still_gives_signs_of_life(
     engine, server = ends
     adapters = stand_ins.AdaptersBesideTheLoop(capacity=0)
     bench = stand_ins.a_bench(adapters=adapters)
-    core = EngineCore(bench.runner, bench.scheduler, bench.adapters)
+    core = EngineCore(bench.runner, bench.scheduler, bench.adapters, Derivations({}))
     thread = threading.Thread(target=run_loop, args=(core, engine, wake_up))
     thread.start()
     server.send(stand_ins.a_request("a", mix=(("never", 1.0),)))

@@ -144,7 +144,9 @@ def adapter_files() -> Callable[..., AdapterFiles]:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
-    inspect = inspector(meta_sites(SITES), budget_bytes=1 << 20)
+    inspect = inspector(
+        meta_sites(SITES), budget_bytes=1 << 20, derive=lambda *_: pytest.fail("nothing to derive")
+    )
     with Store(
         tmp_path / "store", inspect=inspect, limits=StoreLimits(max_blob_bytes=MAX_UPLOAD_BYTES)
     ) as opened:

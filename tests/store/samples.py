@@ -52,7 +52,9 @@ def adapter(seed: int) -> tuple[bytes, bytes]:
     return config, tensor_file({"layers.0.q_proj.lora_A.weight": ("F32", [3, 4], values.tobytes())})
 
 
-def inspect(config: dict[str, Any], header: TensorHeader, tensors_path: Path) -> Inspection:
+def inspect(
+    config: dict[str, Any], header: TensorHeader, tensors_path: Path, derived_path: Path
+) -> Inspection:
     """A method that reads everything, unless the config's ``refuse`` says why not."""
     if "refuse" in config:
         raise ValueError(config["refuse"])

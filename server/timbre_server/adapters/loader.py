@@ -62,10 +62,12 @@ class AdapterLoader:
                     )
                 verify_blob(files.tensors_path, files.manifest.tensors_digest)
                 tensors = load_file(files.tensors_path)
+                if files.derived_path is not None:
+                    verify_blob(files.derived_path, files.manifest.derived_digest or "")
+                    tensors |= load_file(files.derived_path)
             with _timed(seconds, "compile"), torch.inference_mode():
                 method = method_for(files.config)
                 config = method.parse(files.config)
-                tensors |= method.derive(config, tensors, self._sites)
                 program = method.compile(config, tensors, self._sites)
             with _timed(seconds, "place"), torch.inference_mode():
                 program = _placed(program, self._device)

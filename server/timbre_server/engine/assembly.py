@@ -11,6 +11,7 @@ from torch import nn
 
 from timbre_server.adapters.adapted_model import AdaptedModel
 from timbre_server.adapters.base_sites import base_sites
+from timbre_server.adapters.derivation import Derivations
 from timbre_server.adapters.loader import AdapterLoader
 from timbre_server.adapters.runtime import AdapterRuntime
 from timbre_server.engine.core import EngineCore
@@ -65,7 +66,7 @@ def assemble(
         enable_prefix_caching=options.enable_prefix_caching,
     )
     scheduler = Scheduler(limits, BlockPool(runner.num_blocks, options.block_size), adapters)
-    return EngineCore(runner, scheduler, adapters), ready
+    return EngineCore(runner, scheduler, adapters, Derivations(sites, on_load_ended)), ready
 
 
 def _usable_threads() -> int:

@@ -12,13 +12,14 @@ import socket
 import sys
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import msgspec
 
 from timbre_server.engine.messages import (
     Abort,
     AdapterLoaded,
+    DeriveTensors,
     Failed,
     FromEngine,
     LoadAdapter,
@@ -28,19 +29,19 @@ from timbre_server.engine.messages import (
     StepOutput,
     StepStats,
     Submit,
+    TensorsDerived,
     TokenEvent,
     UnloadAdapter,
 )
 from timbre_server.engine.options import EngineOptions
+from timbre_server.engine.waiting import Waiting
 from timbre_server.engine.wire import AsyncChannel, WireError
-from timbre_server.errors import AdapterLoadFailed, EngineDied, EngineError, UnsupportedModel
+from timbre_server.errors import AdapterLoadFailed, EngineDied, UnsupportedModel
 
 WORKER = (sys.executable, "-m", "timbre_server.engine.worker")
 GRACE_S = 5.0
 """How long an engine may take to leave by itself before it is killed."""
 SHUT_DOWN = "the server is shutting down and this request was not finished in time; send it again"
-
-Answer = TypeVar("Answer", AdapterLoaded, None)
 
 
 class Engine(Protocol):
@@ -76,6 +77,10 @@ class Engine(Protocol):
         """Return when the adapter is out of memory, once its last request has ended. Raises EngineDied."""
         ...
 
+    async def derive_tensors(self, message: DeriveTensors) -> TensorsDerived:
+        """Return when the file is written, or with the reason why it is not. Raises EngineDied."""
+        ...
+
     def on_output(self, callback: Callable[[StepOutput], None]) -> None:
         """Call back with everything the engine says, before the requests' readers see it."""
         ...
@@ -99,8 +104,9 @@ class EngineProcess:
         self._open: set[str] = set()
         """Requests whose final event has not come."""
         self._queues: dict[str, asyncio.Queue[TokenEvent | EngineDied]] = {}
-        self._loads: dict[str, list[asyncio.Future[AdapterLoaded]]] = {}
-        self._unloads: dict[str, list[asyncio.Future[None]]] = {}
+        self._loads = Waiting[AdapterLoaded]()
+        self._unloads = Waiting[None]()
+        self._derivations = Waiting[TensorsDerived]()
         self._callbacks: list[Callable[[StepOutput], None]] = []
         self._heard_s = time.monotonic()
         self._reading = asyncio.create_task(self._read())
@@ -177,17 +183,21 @@ class EngineProcess:
 
     async def load_adapter(self, digest: str) -> AdapterLoaded:
         self._refuse_if_dead()
-        answer: asyncio.Future[AdapterLoaded] = asyncio.get_running_loop().create_future()
-        self._loads.setdefault(digest, []).append(answer)
+        answer = self._loads.on(digest)
         self._channel.send(LoadAdapter(digest))
         return await answer
 
     async def unload_adapter(self, digest: str) -> None:
         self._refuse_if_dead()
-        answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._unloads.setdefault(digest, []).append(answer)
+        answer = self._unloads.on(digest)
         self._channel.send(UnloadAdapter(digest))
         await answer
+
+    async def derive_tensors(self, message: DeriveTensors) -> TensorsDerived:
+        self._refuse_if_dead()
+        answer = self._derivations.on(message.derived_path)
+        self._channel.send(message)
+        return await answer
 
     def on_output(self, callback: Callable[[StepOutput], None]) -> None:
         self._callbacks.append(callback)
@@ -227,13 +237,15 @@ class EngineProcess:
             if queue is not None:
                 queue.put_nowait(event)
         for gone in output.unloaded:
-            _settle(self._unloads.pop(gone.digest, []), None)
+            self._unloads.settle(gone.digest, None)
             if gone.reason == "unloaded":
                 unloaded = AdapterLoadFailed(f"adapter {gone.digest} was unloaded while it was being loaded")
-                _settle(self._loads.pop(gone.digest, []), unloaded)
+                self._loads.settle(gone.digest, unloaded)
         for loaded in output.loaded:
             failed = AdapterLoadFailed(loaded.error_message or "") if loaded.error_code else None
-            _settle(self._loads.pop(loaded.digest, []), failed or loaded)
+            self._loads.settle(loaded.digest, failed or loaded)
+        for derived in output.derived:
+            self._derivations.settle(derived.derived_path, derived)
 
     def _refuse_if_dead(self) -> None:
         if self._why_dead is not None:
@@ -246,10 +258,8 @@ class EngineProcess:
         self._open.clear()
         for queue in self._queues.values():
             queue.put_nowait(EngineDied(self._why_dead))
-        for digest in tuple(self._loads):
-            _settle(self._loads.pop(digest), EngineDied(self._why_dead))
-        for digest in tuple(self._unloads):
-            _settle(self._unloads.pop(digest), EngineDied(self._why_dead))
+        for waiting in (self._loads, self._unloads, self._derivations):
+            waiting.settle_all(EngineDied(self._why_dead))
 
 
 async def _ready(channel: AsyncChannel[FromEngine], on_progress: Callable[[str], None]) -> Ready:
@@ -275,13 +285,3 @@ async def _end(child: asyncio.subprocess.Process, *, grace_s: float) -> None:
         with contextlib.suppress(ProcessLookupError):  # It may have ended at the last moment.
             child.kill()
         await child.wait()
-
-
-def _settle(waiting: Sequence[asyncio.Future[Answer]], answer: Answer | EngineError) -> None:
-    for future in waiting:
-        if future.done():
-            continue
-        if isinstance(answer, EngineError):
-            future.set_exception(answer)
-        else:
-            future.set_result(answer)

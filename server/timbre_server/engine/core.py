@@ -12,16 +12,19 @@ import time
 from collections.abc import Sequence
 from typing import Protocol
 
+from timbre_server.adapters.derivation import Derivation
 from timbre_server.adapters.residency import Departure
 from timbre_server.adapters.runtime import Arrival
 from timbre_server.engine.messages import (
     Abort,
     AdapterLoaded,
     AdapterUnloaded,
+    DeriveTensors,
     LoadAdapter,
     StepOutput,
     StepStats,
     Submit,
+    TensorsDerived,
     TokenEvent,
     UnloadAdapter,
 )
@@ -61,13 +64,28 @@ class ResidentAdapters(AdapterSlotsSource, Protocol):
     def poll(self) -> tuple[Sequence[Arrival], Sequence[Departure]]: ...
 
 
+class DerivedTensors(Protocol):
+    """What registration computes from the base's weights, beside the loop (`adapters.derivation`)."""
+
+    def begin(self, config: bytes, tensors_path: str, derived_path: str) -> None: ...
+
+    def poll(self) -> Sequence[Derivation]: ...
+
+
 class EngineCore:
     """One scheduler, one runner, the adapters. Not for several threads."""
 
-    def __init__(self, runner: StepRunner, scheduler: Scheduler, adapters: ResidentAdapters) -> None:
+    def __init__(
+        self,
+        runner: StepRunner,
+        scheduler: Scheduler,
+        adapters: ResidentAdapters,
+        derivations: DerivedTensors,
+    ) -> None:
         self._runner = runner
         self._scheduler = scheduler
         self._adapters = adapters
+        self._derivations = derivations
         self._loaded: list[AdapterLoaded] = []
         self._unloaded: list[AdapterUnloaded] = []
         self._num_failed_steps = 0
@@ -77,7 +95,7 @@ class EngineCore:
         """Whether a request is here that has not ended, or whose end was not told yet."""
         return self._scheduler.has_work
 
-    def take(self, message: Submit | Abort | LoadAdapter | UnloadAdapter) -> None:
+    def take(self, message: Submit | Abort | LoadAdapter | UnloadAdapter | DeriveTensors) -> None:
         """Do what a message says; its answer comes with a later `step`."""
         match message:
             case Submit():
@@ -88,6 +106,8 @@ class EngineCore:
                 self.load_adapter(message.digest)
             case UnloadAdapter():
                 self.unload_adapter(message.digest)
+            case DeriveTensors():
+                self._derivations.begin(message.config, message.tensors_path, message.derived_path)
 
     def submit(self, request: Submit) -> None:
         self._scheduler.add(request)
@@ -120,7 +140,8 @@ class EngineCore:
         loaded, unloaded = tuple(self._loaded), tuple(self._unloaded)
         self._loaded.clear()
         self._unloaded.clear()
-        return StepOutput(self._stats(plan, seconds), events, loaded, unloaded, started)
+        derived = tuple(TensorsDerived(d.derived_path, d.code, d.reason) for d in self._derivations.poll())
+        return StepOutput(self._stats(plan, seconds), events, loaded, unloaded, derived, started)
 
     def _execute(self, plan: StepPlan) -> tuple[TokenEvent, ...]:
         try:

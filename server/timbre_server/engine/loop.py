@@ -56,7 +56,8 @@ def run_loop(core: EngineCore, channel: Channel[ToEngine], wake_up: WakeUp) -> N
         if channel.closed:
             return
         output = core.step()
-        is_still = not (output.stats.batch_tokens or output.events or output.loaded or output.unloaded)
+        said = output.events or output.loaded or output.unloaded or output.derived
+        is_still = not (output.stats.batch_tokens or said)
         if core.has_work or not is_still:
             send_output(core, channel, output)
         if is_still:
@@ -70,7 +71,7 @@ def send_output(core: EngineCore, channel: Channel[ToEngine], output: StepOutput
     try:
         channel.send(output)
     except FrameTooLarge:
-        channel.send(StepOutput(output.stats, (), output.loaded, output.unloaded))
+        channel.send(StepOutput(output.stats, (), output.loaded, output.unloaded, output.derived))
         for event in output.events:
             _send_event(core, channel, output.stats, event)
 

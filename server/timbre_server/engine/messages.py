@@ -85,11 +85,21 @@ class UnloadAdapter(Message, frozen=True):
     digest: str
 
 
+class DeriveTensors(Message, frozen=True):
+    """Write what an adapter's file leaves out and the base's weights give. Answered by `TensorsDerived`."""
+
+    config: bytes
+    """The adapter's config, JSON."""
+    tensors_path: str
+    derived_path: str
+    """A safetensors file that is not there yet; it names the answer."""
+
+
 class Shutdown(Message, frozen=True):
     """Leave the loop at once; requests still there are aborted."""
 
 
-ToEngine = Submit | Abort | LoadAdapter | UnloadAdapter | Shutdown
+ToEngine = Submit | Abort | LoadAdapter | UnloadAdapter | DeriveTensors | Shutdown
 
 
 class SiteShape(msgspec.Struct, frozen=True):
@@ -168,6 +178,14 @@ class AdapterUnloaded(msgspec.Struct, frozen=True):
     reason: Literal["evicted", "unloaded"]
 
 
+class TensorsDerived(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The file is there, or an error says why not."""
+
+    derived_path: str
+    error_code: Literal["invalid_adapter", "disk_full", "failed"] | None = None
+    error_message: str = ""
+
+
 class StepStats(msgspec.Struct, frozen=True, omit_defaults=True):
     """Gauges after a step, and what was counted in it. Sent after every step, and when idle state changes."""
 
@@ -199,6 +217,7 @@ class StepOutput(Message, frozen=True, omit_defaults=True):
     events: tuple[TokenEvent, ...] = ()
     loaded: tuple[AdapterLoaded, ...] = ()
     unloaded: tuple[AdapterUnloaded, ...] = ()
+    derived: tuple[TensorsDerived, ...] = ()
     started: tuple[str, ...] = ()
     """Requests whose first tokens ran in this step; again for one that was preempted before any output."""
 

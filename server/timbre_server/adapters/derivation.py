@@ -1,0 +1,82 @@
+"""What an adapter's file leaves out and only the base's weights give, computed once, off the step loop.
+
+Runs when an adapter is registered (`Method.derive`): a decomposition of the base may take seconds, so it has
+a thread of its own, and neither steps nor loads wait for it. The result is a safetensors file at the path
+that was asked for, or a reason; the store keeps the file beside the adapter.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from timbre_methods.contract import Sites
+from timbre_methods.errors import MethodError
+from timbre_methods.registry import derive
+
+FailureCode = Literal["invalid_adapter", "disk_full", "failed"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Derivation:
+    """One that has ended: the file is there, or a code and a reason say why not."""
+
+    derived_path: str
+    code: FailureCode | None = None
+    reason: str = ""
+
+
+class Derivations:
+    """Runs one after the other, for one base model. `begin` and `poll` belong to the loop's thread."""
+
+    def __init__(self, sites: Sites, on_ended: Callable[[], None] = lambda: None) -> None:
+        """``on_ended`` is called on another thread: it may only wake a loop that sleeps."""
+        self._sites = sites
+        self._on_ended = on_ended
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="adapter-derive")
+        self._open: dict[str, Future[None]] = {}
+
+    def begin(self, config: bytes, tensors_path: str, derived_path: str) -> None:
+        """Start one; ``derived_path`` is where the file shall be, and names the answer."""
+        paths = Path(tensors_path), Path(derived_path)
+        future = self._thread.submit(write_derived, json.loads(config), *paths, self._sites)
+        self._open[derived_path] = future
+        future.add_done_callback(lambda _: self._on_ended())
+
+    def poll(self) -> tuple[Derivation, ...]:
+        """Those that have ended since the last call. Never blocks."""
+        ended = {path: future for path, future in self._open.items() if future.done()}
+        for path in ended:
+            del self._open[path]
+        return tuple(_ended(path, future.exception()) for path, future in ended.items())
+
+
+def _ended(path: str, error: BaseException | None) -> Derivation:
+    match error:
+        case None:
+            return Derivation(path)
+        case MethodError() | SafetensorError():
+            return Derivation(path, "invalid_adapter", str(error))
+        case OSError(errno=errno.ENOSPC):
+            return Derivation(path, "disk_full", f"the derived tensors were not written: {error}")
+    _log.error("deriving tensors failed", exc_info=error)
+    return Derivation(path, "failed", f"the derived tensors could not be made: {error!r}")
+
+
+def write_derived(config: dict[str, Any], tensors_path: Path, derived_path: Path, sites: Sites) -> None:
+    """Compute and write. Raises MethodError, SafetensorError, OSError."""
+    with torch.inference_mode():
+        derived = derive(config, load_file(tensors_path), sites)
+        save_file({name: tensor.contiguous().clone() for name, tensor in derived.items()}, derived_path)

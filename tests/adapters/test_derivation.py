@@ -1,0 +1,72 @@
+"""Derived tensors are written off the loop, and what goes wrong comes back as a reason."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from timbre_methods.contract import Site
+from timbre_methods.errors import InvalidTensors
+from timbre_methods.low_rank.lora import Lora
+from timbre_server.adapters.derivation import Derivation, Derivations
+
+SITES = {"q": Site("q", torch.arange(12.0).view(3, 4), None)}
+CONFIG = json.dumps({"peft_type": "LORA"}).encode()
+
+
+def run(folder: Path, config: bytes = CONFIG, derived_path: Path | None = None) -> tuple[Derivation, Path]:
+    """One derivation, waited for by its bell."""
+    tensors = folder / "tensors.safetensors"
+    save_file({"given": torch.ones(2)}, tensors)
+    path = derived_path or folder / "derived.safetensors"
+    bell = threading.Event()
+    derivations = Derivations(SITES, bell.set)
+    derivations.begin(config, str(tensors), str(path))
+    assert bell.wait(60)
+    (ended,) = derivations.poll()
+    assert derivations.poll() == ()
+    assert ended.derived_path == str(path)
+    return ended, path
+
+
+def transposed(self: Lora, config: object, tensors: dict[str, Tensor], sites: dict[str, Site]) -> object:
+    assert set(tensors) == {"given"}
+    return {"derived.q.turned": sites["q"].weight_OI.T}
+
+
+def test_a_derivation_writes_what_the_method_derives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Lora, "derive", transposed)
+    ended, path = run(tmp_path)
+    assert ended.code is None
+    (turned,) = load_file(path).values()
+    assert torch.equal(turned, SITES["q"].weight_OI.T)
+
+
+def test_an_adapter_that_does_not_fit_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> dict[str, Tensor]:
+        raise InvalidTensors("cluster 3 has 2 rows, expected 5")
+
+    monkeypatch.setattr(Lora, "derive", refuse)
+    ended, path = run(tmp_path)
+    assert (ended.code, ended.reason) == ("invalid_adapter", "cluster 3 has 2 rows, expected 5")
+    assert not path.exists()
+
+
+def test_a_fault_is_told_and_ends_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Lora, "derive", lambda *_: 1 / 0)
+    ended, _ = run(tmp_path)
+    assert ended.code == "failed"
+    assert "ZeroDivisionError" in ended.reason
+
+
+def test_a_place_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Lora, "derive", transposed)
+    ended, _ = run(tmp_path, derived_path=tmp_path / "no" / "folder")
+    assert ended.code in ("failed", "invalid_adapter")
+    assert ended.reason
