@@ -176,10 +176,7 @@ def test_an_initialiser_that_leaves_the_base_alone_is_accepted(initialiser: obje
 @pytest.mark.parametrize(
     ("initialiser", "reason"),
     [
-        ("pissa", "moves the base"),
-        ("PiSSA", "moves the base"),
         ("pissa_niter_16", "unseeded random SVD"),
-        ("olora", "moves the base"),
         ("corda", "training data"),
         ("lora_ga", "gradients"),
         ("loftq", "quantised base"),
@@ -202,8 +199,6 @@ def test_an_initialiser_that_moves_the_base_is_refused_with_advice(initialiser: 
         ("alora_invocation_tokens", [5, 6]),
         ("arrow_config", {"top_k": 2}),
         ("kasa_config", {"beta": 1e-4}),
-        ("velora_config", {"num_groups": 4}),
-        ("monteclora_config", {"samples": 8}),
         ("use_dora", True),
     ],
 )

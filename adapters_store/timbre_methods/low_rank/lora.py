@@ -36,21 +36,26 @@ VARIANTS = frozenset(
         "alora_invocation_tokens",
         "arrow_config",
         "kasa_config",
-        "monteclora_config",
         "use_bdlora",
         "use_dora",
         "use_qalora",
-        "velora_config",
     }
 )
 """Switches of PEFT's LORA that make another method of it."""
 
+MOVING_INITIALISERS = frozenset({"pissa", "olora"})
+"""Those of ``init_lora_weights`` that make another method of it: what they moved can be computed again."""
+
+TRAINING_TENSORS: Mapping[str, str] = {
+    "velora_config": ".lora_velora_embed",
+    "monteclora_config": ".lora_monteclora_sampler.",
+}
+"""Variants that are plain LoRA at inference, and what marks the names of tensors that only training read."""
+
 _CONVERT = (
     "save it again with PEFT's path_initial_model_for_weight_conversion, which turns it into a plain LoRA"
 )
-_MOVES_THE_BASE = (
-    f"it moves the base's weights in training, and this server keeps them as they are; {_CONVERT}"
-)
+_MOVES_THE_BASE = f"what it moved in the base is made good for plain LoRA alone; {_CONVERT}"
 _REFUSED_INITIALISERS: Mapping[str, str] = {
     "pissa": _MOVES_THE_BASE,
     "pissa_niter": f"its offset comes from an unseeded random SVD and cannot be computed again; {_CONVERT}",
@@ -59,7 +64,7 @@ _REFUSED_INITIALISERS: Mapping[str, str] = {
     "lora_ga": f"its offset depends on training gradients that are not in the file; {_CONVERT}",
     "loftq": "it was trained on a quantised base, which this is not; train on this base",
 }
-_PLAIN_INITIALISERS = frozenset({"gaussian", "orthogonal", "eva", "mica"})
+PLAIN_INITIALISERS = frozenset({"", "gaussian", "orthogonal", "eva", "mica"})
 
 
 class LoraConfig(PeftConfig):
@@ -78,7 +83,6 @@ class LoraConfig(PeftConfig):
         }
     )
     reasons: ClassVar[Mapping[str, str]] = {
-        "kasa_config": "it cuts the base's small singular values off, and this server keeps them",
         "ensure_weight_tying": "tied embedding adapters are not served; target linear layers only",
     }
 
@@ -88,22 +92,37 @@ class LoraConfig(PeftConfig):
     lora_bias: bool = False
     rank_pattern: dict[str, Rank] | None = None
     alpha_pattern: dict[str, Finite] | None = None
+    monteclora_config: dict[str, Any] | None = None
+    velora_config: dict[str, Any] | None = None
     init_lora_weights: bool | Annotated[str, Field(max_length=64)] | None = True
 
 
 C = TypeVar("C", bound=LoraConfig)
 
 
-def read_lora_config(model: type[C], raw_config: Mapping[str, Any]) -> C:
-    """The config of LoRA or of a method built on it. Raises as `Method.parse` does."""
+def read_lora_config(
+    model: type[C], raw_config: Mapping[str, Any], initialisers: frozenset[str] = PLAIN_INITIALISERS
+) -> C:
+    """The config of LoRA or of a method built on it, which serves these initialisers.
+
+    Raises as `Method.parse` does.
+    """
     config = read_config(model, raw_config)
-    initialiser = config.init_lora_weights
-    if isinstance(initialiser, str) and initialiser.lower() not in _PLAIN_INITIALISERS:
-        family = "pissa_niter" if initialiser.lower().startswith("pissa_niter") else initialiser.lower()
+    name = initialiser(raw_config)
+    if name not in initialisers:
+        family = "pissa_niter" if name.startswith("pissa_niter") else name
         reason = _REFUSED_INITIALISERS.get(family, "no such initialiser is known here")
-        raise UnsupportedMethod(f"LORA: init_lora_weights={shown(initialiser)} is not served: {reason}")
+        raise UnsupportedMethod(
+            f"LORA: init_lora_weights={shown(raw_config['init_lora_weights'])} is not served: {reason}"
+        )
     PathPatterns("alpha_pattern", config.alpha_pattern or {})
     return config
+
+
+def initialiser(raw_config: Mapping[str, Any]) -> str:
+    """The name in ``init_lora_weights`` in lower case; empty where it is none."""
+    value = raw_config.get("init_lora_weights")
+    return value.lower() if isinstance(value, str) else ""
 
 
 def read_factors(config: LoraConfig, found: SiteTensors) -> tuple[Tensor, Tensor]:
@@ -112,12 +131,17 @@ def read_factors(config: LoraConfig, found: SiteTensors) -> tuple[Tensor, Tensor
     a_RI = found.need("lora_A.weight", ("r", site.in_features))
     rank = a_RI.shape[0]
     b_OR = found.need("lora_B.weight", (site.out_features, rank))
+    check_rank(config, found, rank)
+    return a_RI, b_OR
+
+
+def check_rank(config: LoraConfig, found: SiteTensors, rank: int) -> None:
+    """Raises `InvalidTensors` where the config names no such rank."""
     ranks = {config.r, *(config.rank_pattern or {}).values()}
     if rank not in ranks:
         raise InvalidTensors(
             f"{found.name_of('lora_A.weight')}: found rank {rank}, the config says {sorted(ranks)}"
         )
-    return a_RI, b_OR
 
 
 def scale(config: LoraConfig, alphas: PathPatterns, path: str, rank: int) -> float:
@@ -135,9 +159,9 @@ class Lora(Method[LoraConfig]):
     checked_against = "PEFT"
 
     def claims(self, raw_config: Mapping[str, Any]) -> bool:
-        return raw_config.get("peft_type") == "LORA" and not any(
-            is_on(raw_config.get(switch)) for switch in VARIANTS
-        )
+        if raw_config.get("peft_type") != "LORA" or initialiser(raw_config) in MOVING_INITIALISERS:
+            return False
+        return not any(is_on(raw_config.get(switch)) for switch in VARIANTS)
 
     def parse(self, raw_config: Mapping[str, Any]) -> LoraConfig:
         return read_lora_config(LoraConfig, raw_config)
@@ -147,7 +171,7 @@ class Lora(Method[LoraConfig]):
         return AdapterProgram(
             {
                 found.site.path: self._parts(config, alphas, found)
-                for found in tensors_by_site(tensors, sites, KEYS)
+                for found in tensors_by_site(_read_at_inference(config, tensors), sites, KEYS)
             }
         )
 
@@ -177,6 +201,12 @@ class Lora(Method[LoraConfig]):
 
     def example(self, sites: Sites, generator: torch.Generator) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return lora_example(sites, generator, with_bias=coin(generator))
+
+
+def _read_at_inference(config: LoraConfig, tensors: Tensors) -> Tensors:
+    """Without the tensors that a variant's training left in the file."""
+    left = tuple(mark for option, mark in TRAINING_TENSORS.items() if getattr(config, option))
+    return {name: tensor for name, tensor in tensors.items() if not any(mark in name for mark in left)}
 
 
 def reference_scale(config: LoraConfig, site: Site, rank: int) -> float:

@@ -1,0 +1,117 @@
+"""LoRA whose initialiser moved the base's weight in training, over the base as it is.
+
+PiSSA, OLoRA and KaSA take a part M of rank r out of W before training, and PEFT takes it out of the loaded
+base again. Here the base belongs to everyone, so M is a second low-rank term:
+``y = W x + b + s B D A x − M x``, D a diagonal of ones, or KaSA's. M is a product of factors of W, so signs
+and rotations that a LAPACK may choose otherwise cancel in it. What PEFT refuses together is refused here.
+
+Legend: T tokens, I in features, O out features, R rank.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from timbre_methods.config import is_on
+from timbre_methods.contract import Method, Site, Sites, Tensors
+from timbre_methods.low_rank.lora import (
+    VARIANTS,
+    LoraConfig,
+    initialiser,
+    lora_example,
+    read_factors,
+    read_lora_config,
+    reference_scale,
+    scale,
+)
+from timbre_methods.patterns import PathPatterns
+from timbre_methods.program import AdapterProgram, LowRank
+from timbre_methods.site_tensors import (
+    SiteTensors,
+    derived_name,
+    derived_of_site,
+    tensors_by_site,
+    tensors_of_site,
+)
+
+DIAGONAL = "lora_diag"
+MOVED_A, MOVED_B = "moved_A", "moved_B"
+
+
+class MovedWeight(Method[LoraConfig]):
+    """What the three have in common. A subclass says which configs are its own and what M is."""
+
+    keys: ClassVar[frozenset[str]] = frozenset({"lora_A.weight", "lora_B.weight"})
+    config: ClassVar[type[LoraConfig]] = LoraConfig
+    switches: ClassVar[frozenset[str]] = frozenset()
+    """The switches of PEFT's LORA that are on in a config of this method."""
+    initialisers: ClassVar[frozenset[str]]
+    """The names in ``init_lora_weights`` that are this method's; empty: none."""
+    checked_against = "PEFT"
+
+    @abstractmethod
+    def moved(self, weight_OI: Tensor, rank: int, s: float) -> tuple[Tensor, Tensor]:
+        """M as factors [R, I] and [O, R], from the weight in float32, in which PEFT computes it."""
+
+    def claims(self, raw_config: Mapping[str, Any]) -> bool:
+        switches = {switch for switch in VARIANTS if is_on(raw_config.get(switch))}
+        if raw_config.get("peft_type") != "LORA" or switches != self.switches:
+            return False
+        return initialiser(raw_config) in self.initialisers
+
+    def parse(self, raw_config: Mapping[str, Any]) -> LoraConfig:
+        return read_lora_config(self.config, raw_config, self.initialisers)
+
+    def derive(self, config: LoraConfig, tensors: Tensors, sites: Sites) -> dict[str, Tensor]:
+        derived = {}
+        for found, _, b_OR, s in self._adapted(config, tensors, sites):
+            a, b = self.moved(found.site.weight_OI.to(b_OR.device, torch.float32), b_OR.shape[1], s)
+            derived[derived_name(found.site.path, MOVED_A)] = a
+            derived[derived_name(found.site.path, MOVED_B)] = b
+        return derived
+
+    def compile(self, config: LoraConfig, tensors: Tensors, sites: Sites) -> AdapterProgram:
+        parts = {}
+        for found, a_RI, b_OR, s in self._adapted(config, tensors, sites):
+            scaled_OR = b_OR.to(torch.float32) * s
+            if DIAGONAL in self.keys:
+                scaled_OR = scaled_OR * found.need(DIAGONAL, (b_OR.shape[1],)).to(torch.float32)
+            joined = LowRank(
+                torch.cat([a_RI.to(torch.float32), found.derived[MOVED_A]]),
+                torch.cat([scaled_OR, -found.derived[MOVED_B]], dim=1),
+            )
+            parts[found.site.path] = (joined,)
+        return AdapterProgram(parts)
+
+    def _adapted(
+        self, config: LoraConfig, tensors: Tensors, sites: Sites
+    ) -> list[tuple[SiteTensors, Tensor, Tensor, float]]:
+        """Of each adapted site its tensors, A, B and s."""
+        alphas = PathPatterns("alpha_pattern", config.alpha_pattern or {})
+        rows = []
+        for found in tensors_by_site(tensors, sites, self.keys):
+            a_RI, b_OR = read_factors(config, found)
+            rows.append((found, a_RI, b_OR, scale(config, alphas, found.site.path, a_RI.shape[0])))
+        return rows
+
+    def reference(self, config: LoraConfig, tensors: Tensors, site: Site, x_TI: Tensor) -> Tensor:
+        weight_OI = site.weight_OI.to(x_TI.dtype)
+        own = {key: t.to(x_TI.dtype) for key, t in tensors_of_site(tensors, site, self.keys).items()}
+        if own:
+            rank = own["lora_A.weight"].shape[0]
+            s = reference_scale(config, site, rank)
+            ones_R = torch.ones(rank, dtype=x_TI.dtype)
+            diagonal_RR = torch.diag(own.get(DIAGONAL, ones_R))
+            moved = {key: t.to(x_TI.dtype) for key, t in derived_of_site(tensors, site.path).items()}
+            weight_OI = weight_OI - torch.einsum("or,ri->oi", moved[MOVED_B], moved[MOVED_A])
+            weight_OI = weight_OI + s * own["lora_B.weight"] @ diagonal_RR @ own["lora_A.weight"]
+        bias_O = None if site.bias_O is None else site.bias_O.to(x_TI.dtype)
+        return torch.nn.functional.linear(x_TI, weight_OI, bias_O)
+
+    def example(self, sites: Sites, generator: torch.Generator) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        return lora_example(sites, generator, with_bias=False)

@@ -1,0 +1,101 @@
+"""PiSSA, OLoRA, KaSA: what PEFT computes after moving its base, over a base that stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from peft.tuners.lora.config import KasaConfig
+from torch import Tensor, nn
+
+from timbre_methods.contract import Site
+from timbre_methods.errors import InvalidTensors, UnsupportedMethod
+from timbre_methods.registry import derive, method_for
+
+LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+KINDS: dict[str, dict[str, Any]] = {
+    "pissa": {"init_lora_weights": "pissa"},
+    "olora": {"init_lora_weights": "olora"},
+    "kasa": {"kasa_config": KasaConfig()},
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {"r": 4, "lora_alpha": 8},
+    "rslora": {"r": 4, "lora_alpha": 3, "use_rslora": True},
+    "patterns": {"r": 4, "rank_pattern": {"v_proj": 2}, "alpha_pattern": {"q_proj": 1}},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_logits_are_those_of_peft(
+    llama: nn.Module, agrees_with_peft: Callable[..., None], kind: str, options: dict[str, Any]
+) -> None:
+    agrees_with_peft(llama, LoraConfig(target_modules=LAYERS, **KINDS[kind], **options), std=0.2)
+
+
+def test_pissa_on_conv1d_gives_the_logits_of_peft(
+    gpt2: nn.Module, agrees_with_peft: Callable[..., None]
+) -> None:
+    """PEFT's OLoRA cannot: it decomposes the stored matrix, which lies transposed there."""
+    config = LoraConfig(r=3, target_modules=["c_fc"], fan_in_fan_out=True, init_lora_weights="pissa")
+    agrees_with_peft(gpt2, config, std=0.2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_moved_does_not_depend_on_signs(kind: str, site: Callable[..., Site]) -> None:
+    """The product alone matters, and it is the part of W that the paper says."""
+    base = site(out_features=7, in_features=6)
+    raw = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, **KINDS[kind]}
+    raw = {**raw, "kasa_config": {"beta": 1.0}} if kind == "kasa" else raw
+    stem = f"base_model.model.{base.path}"
+    given = {f"{stem}.lora_A.weight": torch.zeros(2, 6), f"{stem}.lora_B.weight": torch.zeros(7, 2)}
+    if kind == "kasa":
+        given[f"{stem}.lora_diag"] = torch.ones(2)
+    found = derive(raw, given, {base.path: base})
+    a_RI, b_OR = (found[f"derived.{base.path}.{key}"].double() for key in ("moved_A", "moved_B"))
+    u, s, v = torch.linalg.svd(base.weight_OI.double(), full_matrices=False)
+    q, r = torch.linalg.qr(base.weight_OI.double())
+    expected = {
+        "pissa": u[:, :2] @ s[:2].diag() @ v[:2],
+        "olora": 2 * q[:, :2] @ r[:2],
+        "kasa": u[:, -2:] @ s[-2:].diag() @ v[-2:],
+    }[kind]
+    torch.testing.assert_close(b_OR @ a_RI, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_kasa_needs_a_rank_below_the_layers(site: Callable[..., Site]) -> None:
+    base = site(out_features=3, in_features=5)
+    stem = f"base_model.model.{base.path}"
+    given: dict[str, Tensor] = {
+        f"{stem}.lora_A.weight": torch.zeros(3, 5),
+        f"{stem}.lora_B.weight": torch.zeros(3, 3),
+        f"{stem}.lora_diag": torch.ones(3),
+    }
+    raw = {"peft_type": "LORA", "r": 3, "kasa_config": {"beta": 1.0}}
+    with pytest.raises(InvalidTensors, match=r"rank 3 for a layer of \[3, 5\], expected less than 3"):
+        derive(raw, given, {base.path: base})
+
+
+@pytest.mark.parametrize(
+    ("initialiser", "reason"),
+    [
+        ("pissa_niter_4", "unseeded random SVD"),
+        ("corda", "training data that is not in the file"),
+        ("lora_ga", "training gradients"),
+        ("loftq", "quantised base"),
+        ("surprise", "no such initialiser"),
+    ],
+)
+def test_what_cannot_be_made_again_is_refused(initialiser: str, reason: str) -> None:
+    raw = {"peft_type": "LORA", "init_lora_weights": initialiser}
+    with pytest.raises(UnsupportedMethod, match=reason):
+        method_for(raw).parse(raw)
+
+
+def test_dora_over_a_moved_weight_is_refused() -> None:
+    raw = {"peft_type": "LORA", "init_lora_weights": "pissa", "use_dora": True}
+    with pytest.raises(UnsupportedMethod, match="made good for plain LoRA alone"):
+        method_for(raw).parse(raw)
