@@ -81,6 +81,19 @@ class Dense:
     delta_OI: Tensor
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Kronecker:
+    """``y += (w1 ⊗ w2) x``: ``Y = w1 X w2ᵀ``, x read row by row as X [M, N] and Y [L, K] written so as y.
+
+    ``w1_LM`` [L, M] holds every scale. ``w2_KR`` is w2 itself, [K, N]; or, with ``w2_RN`` [R, N], it is
+    [K, R] and w2 is their product. All float32; O = L K, I = M N.
+    """
+
+    w1_LM: Tensor
+    w2_KR: Tensor
+    w2_RN: Tensor | None = None
+
+
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Basis:
     """Two explicit matrices that many adapters share: ``p_NPI`` [N_p, P, I], ``q_NOQ`` [N_q, O, Q], float32.
@@ -124,7 +137,7 @@ class Diagonal:
     shift: Tensor | None = None
 
 
-Part = LowRank | Spectral | Sparse | Dense | Projected | Diagonal
+Part = LowRank | Spectral | Sparse | Dense | Kronecker | Projected | Diagonal
 
 
 @dataclass(frozen=True, slots=True, eq=False)

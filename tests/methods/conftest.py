@@ -86,12 +86,14 @@ def _with_random_biases(model: Any) -> Any:
 
 @contextmanager
 def warnings_of_others() -> Iterator[None]:
-    """PEFT uses a renamed attribute, takes lora_B.bias for a torn matrix, makes unchecked sparse tensors."""
+    """PEFT uses a renamed attribute, takes lora_B.bias for a torn matrix and AdaLoRA's masks for patterns,
+    makes unchecked sparse tensors."""
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", ".*have invalid shape: .*lora_B.bias", peft.utils.warning.PeftWarning
         )
         warnings.filterwarnings("ignore", "Sparse invariant checks are implicitly disabled", UserWarning)
+        warnings.filterwarnings("ignore", r"The following rank_pattern keys .*\.lora_E'", RuntimeWarning)
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         yield
 

@@ -18,6 +18,7 @@ from timbre_methods.program import (
     AdapterProgram,
     Dense,
     Diagonal,
+    Kronecker,
     LowRank,
     Part,
     Projected,
@@ -56,6 +57,11 @@ def change(part: Part, x_TI: Tensor, y0_TO: Tensor) -> Tensor:
         return torch.stack(rows, dim=-1)
     if isinstance(part, Dense):
         return x_TI @ part.delta_OI.to(dtype).T
+    if isinstance(part, Kronecker):
+        w2_KN = part.w2_KR.to(dtype)
+        if part.w2_RN is not None:
+            w2_KN = w2_KN @ part.w2_RN.to(dtype)
+        return x_TI @ torch.kron(part.w1_LM.to(dtype), w2_KN).T
     if isinstance(part, Projected):
         return projected(part, x_TI)
     assert part.side == "output"

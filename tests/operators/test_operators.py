@@ -14,6 +14,7 @@ from timbre_methods.program import (
     Basis,
     Dense,
     Diagonal,
+    Kronecker,
     LowRank,
     Part,
     Places,
@@ -101,6 +102,17 @@ def dense(draw: Draw) -> Part:
     return Dense(draw.normal(draw.out_features, draw.in_features))
 
 
+def kronecker(draw: Draw) -> Part:
+    """Of the two splits that each size has, with w2 whole or in two factors of rank 2."""
+    m = next(d for d in ((3, 2, 1), (5, 4, 1))[draw.count() % 2] if draw.in_features % d == 0)
+    rows = next(d for d in ((2, 3, 1), (4, 5, 1))[draw.count() % 2] if draw.out_features % d == 0)
+    k, n = draw.out_features // rows, draw.in_features // m
+    w1_LM = draw.normal(rows, m)
+    if draw.count() % 2:
+        return Kronecker(w1_LM, draw.normal(k, n))
+    return Kronecker(w1_LM, draw.normal(k, 2), draw.normal(2, n))
+
+
 def projected(draw: Draw) -> Part:
     """One of the three forms of a core, in a basis of 5 (and 7) directions."""
     form = ("diagonal", "dense", "sparse")[draw.count() % 3]
@@ -125,6 +137,7 @@ MAKERS: dict[str, Callable[[Draw], Part]] = {
     "SpectralOperator": spectral,
     "SparseOperator": sparse,
     "DenseOperator": dense,
+    "KroneckerOperator": kronecker,
     "ProjectedOperator": projected,
     "DiagonalOperator": diagonal,
 }

@@ -7,6 +7,7 @@ from typing import Any
 from timbre_server.operators.contract import Operator
 from timbre_server.operators.dense import DenseOperator
 from timbre_server.operators.diagonal import DiagonalOperator
+from timbre_server.operators.kronecker import KroneckerOperator
 from timbre_server.operators.low_rank import LowRankOperator
 from timbre_server.operators.projected import ProjectedOperator
 from timbre_server.operators.sparse import SparseOperator
@@ -20,6 +21,7 @@ def all_operators() -> tuple[Operator[Any], ...]:
         SpectralOperator(),
         SparseOperator(),
         DenseOperator(),
+        KroneckerOperator(),
         ProjectedOperator(),
         DiagonalOperator(),
     )
