@@ -22,8 +22,10 @@ from timbre_methods.contract import Method, Site, Sites, Tensors
 from timbre_methods.errors import InvalidTensors
 from timbre_methods.examples import coin
 from timbre_methods.low_rank.lora import (
+    KEYS,
     VARIANTS,
     LoraConfig,
+    bias_parts,
     check_rank,
     lora_example,
     read_lora_config,
@@ -33,8 +35,6 @@ from timbre_methods.low_rank.lora import (
 from timbre_methods.patterns import PathPatterns
 from timbre_methods.program import AdapterProgram, LowRank
 from timbre_methods.site_tensors import SiteTensors, tensors_by_site, tensors_of_site
-
-KEYS = frozenset({"lora_A.weight", "lora_B.weight"})
 
 
 class Blocks(PeftConfig):
@@ -69,7 +69,7 @@ class Bdlora(Method[BdloraConfig]):
         for found in tensors_by_site(tensors, sites, KEYS):
             a_RI, b_OR = _factors(config, found)
             s = scale(config, alphas, found.site.path, a_RI.shape[0])
-            parts[found.site.path] = (LowRank(a_RI, b_OR * s),)
+            parts[found.site.path] = (LowRank(a_RI, b_OR * s), *bias_parts(config, found, s))
         return AdapterProgram(parts)
 
     def reference(self, config: BdloraConfig, tensors: Tensors, site: Site, x_TI: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ class Bdlora(Method[BdloraConfig]):
             rank, count = own["lora_A.weight"].shape[0], config.use_bdlora.nblocks
             z_TR = _by_block(own["lora_A.weight"], x_TI, count)
             s = reference_scale(config, site, rank)
-            change_TO = s * _by_block(own["lora_B.weight"], z_TR, count)
+            change_TO = s * (_by_block(own["lora_B.weight"], z_TR, count) + own.get("lora_B.bias", 0))
         else:
             change_TO = torch.zeros(len(x_TI), site.out_features, dtype=x_TI.dtype)
         bias_O = None if site.bias_O is None else site.bias_O.to(x_TI.dtype)
@@ -87,7 +87,7 @@ class Bdlora(Method[BdloraConfig]):
 
     def example(self, sites: Sites, generator: torch.Generator) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Two blocks where sizes allow; odd ones stay whole."""
-        raw_config, tensors = lora_example(sites, generator, with_bias=False)
+        raw_config, tensors = lora_example(sites, generator, with_bias=coin(generator))
         raw_config |= {"r": 4, "rank_pattern": {}}
         raw_config["use_bdlora"] = {
             "target_modules_bd_a": ["q_proj"], "target_modules_bd_b": [], "nblocks": 2, "match_strict": False

@@ -15,7 +15,7 @@ from torch import Tensor
 from timbre_methods.contract import Sites
 from timbre_methods.errors import InvalidTensors
 from timbre_methods.examples import random_tensor
-from timbre_methods.low_rank.lora import LoraConfig
+from timbre_methods.low_rank.lora import KEYS, LoraConfig
 from timbre_methods.low_rank.moved_weight import DIAGONAL, MovedWeight
 
 
@@ -30,7 +30,7 @@ class Kasa(MovedWeight):
     paper = "arXiv 2412.06071"
     stored = "A [r, in], B [out, r], d [r]"
     regenerated = "the smallest singular part of W, at registration"
-    keys = frozenset({"lora_A.weight", "lora_B.weight", DIAGONAL})
+    keys = KEYS | {DIAGONAL}
     config = KasaConfig
     switches = frozenset({"kasa_config"})
     initialisers = frozenset({"", "gaussian", "orthogonal"})

@@ -144,6 +144,17 @@ def check_rank(config: LoraConfig, found: SiteTensors, rank: int) -> None:
         )
 
 
+def bias_parts(config: LoraConfig, found: SiteTensors, s: float) -> tuple[Part, ...]:
+    """The shift ``s c`` of ``lora_bias``."""
+    key = "lora_B.bias"
+    if config.lora_bias:
+        c_O = found.need(key, (found.site.out_features,)).to(torch.float32)
+        return (Diagonal(side="output", gain=torch.ones_like(c_O), shift=c_O * s),)
+    if key in found.tensors:
+        raise InvalidTensors(f"{found.name_of(key)} is surplus: the config says lora_bias=false")
+    return ()
+
+
 def scale(config: LoraConfig, alphas: PathPatterns, path: str, rank: int) -> float:
     """``s`` of one site."""
     alpha = alphas.first(path)
@@ -179,13 +190,7 @@ class Lora(Method[LoraConfig]):
         a_RI, b_OR = read_factors(config, found)
         s = scale(config, alphas, found.site.path, a_RI.shape[0])
         factors = LowRank(a_RI=a_RI.to(torch.float32, copy=True), b_OR=b_OR.to(torch.float32) * s)
-        key = "lora_B.bias"
-        if config.lora_bias:
-            c_O = found.need(key, (found.site.out_features,)).to(torch.float32)
-            return factors, Diagonal(side="output", gain=torch.ones_like(c_O), shift=c_O * s)
-        if key in found.tensors:
-            raise InvalidTensors(f"{found.name_of(key)} is surplus: the config says lora_bias=false")
-        return (factors,)
+        return (factors, *bias_parts(config, found, s))
 
     def reference(self, config: LoraConfig, tensors: Tensors, site: Site, x_TI: Tensor) -> Tensor:
         adapted_OI, shift_O = site.weight_OI.to(x_TI.dtype), torch.zeros(site.out_features, dtype=x_TI.dtype)

@@ -19,9 +19,12 @@ from torch import Tensor
 
 from timbre_methods.config import is_on
 from timbre_methods.contract import Method, Site, Sites, Tensors
+from timbre_methods.examples import coin
 from timbre_methods.low_rank.lora import (
+    KEYS,
     VARIANTS,
     LoraConfig,
+    bias_parts,
     initialiser,
     lora_example,
     read_factors,
@@ -46,7 +49,7 @@ MOVED_A, MOVED_B = "moved_A", "moved_B"
 class MovedWeight(Method[LoraConfig]):
     """What the three have in common. A subclass says which configs are its own and what M is."""
 
-    keys: ClassVar[frozenset[str]] = frozenset({"lora_A.weight", "lora_B.weight"})
+    keys: ClassVar[frozenset[str]] = KEYS
     config: ClassVar[type[LoraConfig]] = LoraConfig
     switches: ClassVar[frozenset[str]] = frozenset()
     """The switches of PEFT's LORA that are on in a config of this method."""
@@ -85,7 +88,7 @@ class MovedWeight(Method[LoraConfig]):
                 torch.cat([a_RI.to(torch.float32), found.derived[MOVED_A]]),
                 torch.cat([scaled_OR, -found.derived[MOVED_B]], dim=1),
             )
-            parts[found.site.path] = (joined,)
+            parts[found.site.path] = (joined, *bias_parts(config, found, s))
         return AdapterProgram(parts)
 
     def _adapted(
@@ -110,8 +113,10 @@ class MovedWeight(Method[LoraConfig]):
             moved = {key: t.to(x_TI.dtype) for key, t in derived_of_site(tensors, site.path).items()}
             weight_OI = weight_OI - torch.einsum("or,ri->oi", moved[MOVED_B], moved[MOVED_A])
             weight_OI = weight_OI + s * own["lora_B.weight"] @ diagonal_RR @ own["lora_A.weight"]
-        bias_O = None if site.bias_O is None else site.bias_O.to(x_TI.dtype)
-        return torch.nn.functional.linear(x_TI, weight_OI, bias_O)
+        y_TO = x_TI @ weight_OI.T
+        if "lora_B.bias" in own:
+            y_TO = y_TO + s * own["lora_B.bias"]
+        return y_TO if site.bias_O is None else y_TO + site.bias_O.to(x_TI.dtype)
 
     def example(self, sites: Sites, generator: torch.Generator) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        return lora_example(sites, generator, with_bias=False)
+        return lora_example(sites, generator, with_bias=coin(generator))
