@@ -12,6 +12,7 @@ from torch import Tensor
 
 from timbre_methods.program import (
     Basis,
+    Block,
     Dense,
     Diagonal,
     Kronecker,
@@ -90,6 +91,14 @@ def sparse(draw: Draw) -> Part:
     return Sparse(row_ends, (flat % draw.in_features).int(), draw.normal(count), draw.in_features)
 
 
+def block(draw: Draw) -> Part:
+    size, on_input = 2 + draw.count() % 2, draw.count() % 2 == 0
+    channels = torch.randperm(draw.in_features if on_input else draw.out_features, generator=draw.generator)
+    if on_input:
+        return Block("input", channels[:size], draw.normal(draw.out_features, size), draw.out_features)
+    return Block("output", channels[:size], draw.normal(size, draw.in_features), draw.out_features)
+
+
 def diagonal(draw: Draw) -> Part:
     count = draw.count()
     if count % 2:
@@ -136,6 +145,7 @@ MAKERS: dict[str, Callable[[Draw], Part]] = {
     "LowRankOperator": low_rank,
     "SpectralOperator": spectral,
     "SparseOperator": sparse,
+    "BlockOperator": block,
     "DenseOperator": dense,
     "KroneckerOperator": kronecker,
     "ProjectedOperator": projected,
