@@ -49,6 +49,15 @@ def check_places(name: str, site: Site, rows_N: Tensor, columns_N: Tensor) -> No
     check_once(name, site, rows_N * site.in_features + columns_N)
 
 
+def check_channels(name: str, index_N: Tensor, features: int) -> None:
+    """Raises `InvalidTensors` for a channel that the layer lacks or that repeats."""
+    check_range(name, "channel", index_N, features)
+    channels, counts = torch.unique(index_N, return_counts=True)
+    if channels.numel() < index_N.numel():
+        twice = int(channels[counts.argmax()])
+        raise InvalidTensors(f"{name}: found the channel {twice} twice, expected each channel once")
+
+
 def check_range(name: str, what: str, index_N: Tensor, size: int) -> None:
     """Raises `InvalidTensors` for an index that is not in [0, size)."""
     low, high = int(index_N.min()), int(index_N.max())

@@ -1,0 +1,38 @@
+"""Adapters that change few weights: of single weights, or of whole input or output channels of a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from timbre_client.export.folder import write_folder
+
+Channels = Mapping[str, tuple[ArrayLike, ArrayLike]]
+"""By module path: n channels, and the block of differences on them."""
+
+
+def s2ft(folder: str | Path, *, inputs: Channels | None = None, outputs: Channels | None = None) -> Path:
+    """S2FT: ``inputs`` are (n input channels, block [out, n]), ``outputs`` (n output ones, block [n, in]).
+
+    Channels are those of the original model: undo the trainer's permutation first. Blocks are what is added
+    to the weight. A layer may be in both. Raises ValueError without a layer.
+    """
+    layers: dict[str, dict[str, ArrayLike]] = {}
+    for side, channels in (("input", inputs), ("output", outputs)):
+        for path, (indices, block) in (channels or {}).items():
+            layers.setdefault(path, {}).update(
+                {f"s2ft_{side}_indices": _int32(indices), f"s2ft_{side}_block": block}
+            )
+    return write_folder(folder, "S2FT", {}, layers)
+
+
+def _int32(indices: ArrayLike) -> NDArray[np.int32]:
+    """Raises ValueError for an index that 32 bits do not hold."""
+    wide = np.asarray(indices, dtype=np.int64)
+    narrow = wide.astype(np.int32)
+    if not np.array_equal(narrow, wide):
+        raise ValueError(f"found an index of {int(np.abs(wide).max())}, expected at most {2**31 - 1}")
+    return narrow

@@ -1,0 +1,54 @@
+"""What the export functions of the sparse family write is what a server reads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from timbre_client.export import sparse
+from timbre_methods.contract import Site
+from timbre_methods.program import Part
+from timbre_methods.registry import check_adapter, derive, method_for
+
+Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"
+GENERATOR = torch.Generator().manual_seed(2)
+SITES = {
+    Q: Site(Q, torch.randn(4, 6, generator=GENERATOR), torch.randn(4, generator=GENERATOR)),
+    UP: Site(UP, torch.randn(8, 6, generator=GENERATOR), None),
+}
+
+
+def parts(folder: Path, method: str) -> dict[str, tuple[Part, ...]]:
+    """The parts that a server makes of a folder, by site."""
+    raw_config = json.loads((folder / "adapter_config.json").read_text())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    assert check_adapter(raw_config, tensors, SITES).method == method
+    found = method_for(raw_config)
+    completed = {**tensors, **derive(raw_config, tensors, SITES)}
+    return dict(found.compile(found.parse(raw_config), completed, SITES).sites)
+
+
+def test_s2ft(tmp_path: Path) -> None:
+    on_input, on_output = np.arange(8.0).reshape(4, 2), np.arange(6.0).reshape(1, 6)
+    folder = sparse.s2ft(
+        tmp_path, inputs={Q: ([5, 0], on_input)}, outputs={Q: ([3], on_output), UP: ([7], on_output)}
+    )
+    found = parts(folder, "s2ft")
+    first, second = found[Q]
+    assert (first.side, first.index_N.tolist(), first.block.tolist()) == ("input", [5, 0], on_input.tolist())
+    assert (second.side, second.index_N.tolist(), second.block.tolist()) == (
+        "output",
+        [3],
+        on_output.tolist(),
+    )
+    assert len(found[UP]) == 1
+
+
+def test_an_index_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"index of 2147483648, expected at most 2147483647"):
+        sparse.s2ft(tmp_path, inputs={Q: ([2**31], np.ones((4, 1)))})
