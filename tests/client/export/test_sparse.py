@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,6 @@ from safetensors.torch import load_file
 
 from timbre_client.export import sparse
 from timbre_methods.contract import Site
-from timbre_methods.program import Part
 from timbre_methods.registry import check_adapter, derive, method_for
 
 Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"
@@ -23,7 +23,7 @@ SITES = {
 }
 
 
-def parts(folder: Path, method: str) -> dict[str, tuple[Part, ...]]:
+def parts(folder: Path, method: str) -> dict[str, tuple[Any, ...]]:
     """The parts that a server makes of a folder, by site."""
     raw_config = json.loads((folder / "adapter_config.json").read_text())
     tensors = load_file(folder / "adapter_model.safetensors")
@@ -47,6 +47,17 @@ def test_s2ft(tmp_path: Path) -> None:
         on_output.tolist(),
     )
     assert len(found[UP]) == 1
+
+
+def test_composable_sft(tmp_path: Path) -> None:
+    folder = sparse.composable_sft(
+        tmp_path, weights={Q: ([1, 4], [0.5, -1.0]), UP: ([47], [2.0])}, biases={Q: ([2], [3.0])}
+    )
+    found = parts(folder, "composable_sft")
+    weight, bias = found[Q]
+    assert (weight.row_ends.tolist(), weight.columns_N.tolist()) == ([0, 0, 2, 2, 2], [0, 1])
+    assert bias.shift.tolist() == [0.0, 0.0, 3.0, 0.0]
+    assert found[UP][0].row_ends.tolist() == [0, 0, 0, 0, 0, 0, 0, 0, 1]
 
 
 def test_an_index_that_does_not_fit_is_refused(tmp_path: Path) -> None:

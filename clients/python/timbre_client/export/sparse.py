@@ -29,6 +29,25 @@ def s2ft(folder: str | Path, *, inputs: Channels | None = None, outputs: Channel
     return write_folder(folder, "S2FT", {}, layers)
 
 
+Steps = Mapping[str, tuple[ArrayLike, ArrayLike]]
+"""By module path: n steps from one place to the next, the first from zero, and n values."""
+
+
+def composable_sft(folder: str | Path, *, weights: Steps, biases: Steps | None = None) -> Path:
+    """Composable SFT: ``index_steps`` and ``values`` of a ``pytorch_diff.bin``, by module path.
+
+    Places run down the columns of a weight [out, in] first (``row + column * out``), as they do in that file.
+    Raises ValueError without a layer.
+    """
+    layers: dict[str, dict[str, ArrayLike]] = {}
+    for parameter, steps in (("weight", weights), ("bias", biases)):
+        for path, (index_steps, values) in (steps or {}).items():
+            layers.setdefault(path, {}).update(
+                {f"{parameter}_diff.index_steps": _int32(index_steps), f"{parameter}_diff.values": values}
+            )
+    return write_folder(folder, "COMPOSABLE_SFT", {}, layers)
+
+
 def _int32(indices: ArrayLike) -> NDArray[np.int32]:
     """Raises ValueError for an index that 32 bits do not hold."""
     wide = np.asarray(indices, dtype=np.int64)
