@@ -36,6 +36,13 @@ def sparse_cells(site: Site, cells_N: Tensor, values_N: Tensor) -> Sparse:
     return sparse_part(site, wide_N // site.in_features, wide_N % site.in_features, values_N)
 
 
+def check_count(name: str, site: Site, values_N: Tensor) -> None:
+    """Raises `InvalidTensors` for more values than the weight has places; also on the meta device."""
+    size = site.out_features * site.in_features
+    if len(values_N) > size:
+        raise InvalidTensors(f"{name}: found {len(values_N)} values, expected at most {size}")
+
+
 def check_cells(name: str, site: Site, cells_N: Tensor) -> None:
     """Raises `InvalidTensors` in a tensor's name for a flat place that is not in the weight or repeats."""
     check_range(name, "place", cells_N, site.out_features * site.in_features)

@@ -60,6 +60,23 @@ def test_composable_sft(tmp_path: Path) -> None:
     assert found[UP][0].row_ends.tolist() == [0, 0, 0, 0, 0, 0, 0, 0, 1]
 
 
+def test_sara(tmp_path: Path) -> None:
+    weight_OI = SITES[UP].weight_OI
+    count = int((weight_OI.abs() < 0.4).sum())
+    (part,) = parts(sparse.sara(tmp_path, threshold=0.4, values={UP: np.zeros(count)}), "sara")[UP]
+    assert sorted(part.values_N.tolist()) == sorted((-weight_OI[weight_OI.abs() < 0.4]).tolist())
+
+
+def test_spt(tmp_path: Path) -> None:
+    pair = (np.ones((2, 6)), np.ones((4, 2)), np.arange(4.0))
+    folder = sparse.spt(tmp_path, sparse={UP: ([7], [2.0]), Q: ([0], [1.0])}, low_rank={Q: pair})
+    found = parts(folder, "spt")
+    assert [type(part).__name__ for part in found[Q]] == ["Sparse", "LowRank", "Diagonal"]
+    assert found[UP][0].columns_N.tolist() == [1]
+    with pytest.raises(ValueError, match="all or none"):
+        sparse.spt(tmp_path, low_rank={Q: pair, UP: (np.ones((1, 6)), np.ones((8, 1)))})
+
+
 def test_an_index_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"index of 2147483648, expected at most 2147483647"):
         sparse.s2ft(tmp_path, inputs={Q: ([2**31], np.ones((4, 1)))})

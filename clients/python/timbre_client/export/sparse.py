@@ -48,6 +48,43 @@ def composable_sft(folder: str | Path, *, weights: Steps, biases: Steps | None =
     return write_folder(folder, "COMPOSABLE_SFT", {}, layers)
 
 
+def sara(folder: str | Path, *, threshold: float, values: Mapping[str, ArrayLike]) -> Path:
+    """SaRA: by module path, the n **new** weights (not differences) where the base's ``|W| < threshold``.
+
+    In row-major order, as ``W[abs(W) < threshold]`` picks them, and of the base in the dtype that is served.
+    """
+    layers = {path: {"sara_values": new} for path, new in values.items()}
+    return write_folder(folder, "SARA", {"threshold": float(threshold)}, layers)
+
+
+Pair = tuple[ArrayLike, ArrayLike] | tuple[ArrayLike, ArrayLike, ArrayLike]
+
+
+def spt(
+    folder: str | Path,
+    *,
+    sparse: Mapping[str, tuple[ArrayLike, ArrayLike]] | None = None,
+    low_rank: Mapping[str, Pair] | None = None,
+) -> Path:
+    """SPT: by module path, ``sparse`` (n cells ``row * in + column``, n values) and ``low_rank`` (A [r, in],
+    B [out, r]) or, for all of them, (A, B, bias [out]).
+
+    The pair has no scale: put one into B. Raises ValueError if only some of the pairs have a bias.
+    """
+    layers: dict[str, dict[str, ArrayLike]] = {}
+    for path, (indices, values) in (sparse or {}).items():
+        layers[path] = {"spt_indices": _int32(indices), "spt_values": values}
+    lengths = {len(pair) for pair in (low_rank or {}).values()}
+    if len(lengths) > 1:
+        raise ValueError(
+            "found pairs with a bias and pairs without, expected all or none of them to have one"
+        )
+    for path, pair in (low_rank or {}).items():
+        keys = ("spt_lora_A", "spt_lora_B", "spt_lora_bias")
+        layers.setdefault(path, {}).update(zip(keys, pair, strict=False))
+    return write_folder(folder, "SPT", {"lora_bias": lengths == {3}}, layers)
+
+
 def _int32(indices: ArrayLike) -> NDArray[np.int32]:
     """Raises ValueError for an index that 32 bits do not hold."""
     wide = np.asarray(indices, dtype=np.int64)
