@@ -67,6 +67,13 @@ def test_sara(tmp_path: Path) -> None:
     assert sorted(part.values_N.tolist()) == sorted((-weight_OI[weight_OI.abs() < 0.4]).tolist())
 
 
+def test_snell(tmp_path: Path) -> None:
+    of_in, of_out = np.zeros((2, 6, 1)), np.zeros((2, 8, 1))
+    of_out[0, 3, 0] = 50.0
+    (part,) = parts(sparse.snell(tmp_path, threshold=0, points={UP: (of_in, of_out)}), "snell")[UP]
+    assert part.delta_OI.tolist() == [[5.0 if row == 3 else 0.0] * 6 for row in range(8)]
+
+
 def test_spt(tmp_path: Path) -> None:
     pair = (np.ones((2, 6)), np.ones((4, 2)), np.arange(4.0))
     folder = sparse.spt(tmp_path, sparse={UP: ([7], [2.0]), Q: ([0], [1.0])}, low_rank={Q: pair})

@@ -57,6 +57,15 @@ def sara(folder: str | Path, *, threshold: float, values: Mapping[str, ArrayLike
     return write_folder(folder, "SARA", {"threshold": float(threshold)}, layers)
 
 
+def snell(folder: str | Path, *, threshold: float, points: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> Path:
+    """SNELL: by module path, ``In_Qs`` [2, in, q/2] and ``Out_Qs`` [2, out, q/2] of the released code.
+
+    ``threshold`` is its ``init_thres``, in [0, 1).
+    """
+    layers = {path: {"snell_in": of_in, "snell_out": of_out} for path, (of_in, of_out) in points.items()}
+    return write_folder(folder, "SNELL", {"threshold": float(threshold)}, layers)
+
+
 Pair = tuple[ArrayLike, ArrayLike] | tuple[ArrayLike, ArrayLike, ArrayLike]
 
 
