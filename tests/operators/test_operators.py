@@ -25,7 +25,6 @@ from timbre_methods.program import (
 )
 from timbre_server.operators.catalogue import all_operators
 from timbre_server.operators.contract import Change, Operator, Uses
-from timbre_server.operators.low_rank import LowRankOperator
 from timbre_server.operators.row_table import RowTable, Span
 from timbre_server.operators.spectral import SpectralOperator
 
@@ -287,17 +286,3 @@ def test_a_spectral_part_equals_the_dense_inverse_transform(shape: tuple[int, in
 
     [[change]] = bound.sums(x_TI)
     torch.testing.assert_close(change.values_NO.double(), x_TI.double() @ delta_OI.T, atol=1e-6, rtol=1e-5)
-
-
-def test_a_low_rank_part_with_several_parts_at_one_site_sums_them() -> None:
-    generator = torch.Generator().manual_seed(4)
-    operator = LowRankOperator()
-    parts = [random_part(operator, 6, 5, generator) for _ in range(2)]
-    x_TI = torch.randn(3, 6, generator=generator)
-
-    bound = operator.bind([{7: parts}], RowTable([Span(3, ((7, 0.5),))]))
-
-    [changes] = bound.sums(x_TI)
-    dense = sum(p.b_OR @ p.a_RI for p in parts if isinstance(p, LowRank))
-    expected = 0.5 * x_TI @ dense.T
-    torch.testing.assert_close(summed(changes, expected), expected, atol=1e-5, rtol=1e-5)
