@@ -75,6 +75,20 @@ class Sparse:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Block:
+    """A dense block on some channels, ``index_N`` int64, distinct, in any order; ``block`` float32.
+
+    ``input``: ``y += S x[index]``, block S [O, N], index in [0, I).
+    ``output``: ``y[index] += S x``, block S [N, I], index in [0, O).
+    """
+
+    side: Literal["input", "output"]
+    index_N: Tensor
+    block: Tensor
+    out_features: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Dense:
     """``y += Δ x``, ``delta_OI`` [O, I] float32: for what is exact but has no small form. Its bytes count."""
 
@@ -137,7 +151,7 @@ class Diagonal:
     shift: Tensor | None = None
 
 
-Part = LowRank | Spectral | Sparse | Dense | Kronecker | Projected | Diagonal
+Part = LowRank | Spectral | Sparse | Block | Dense | Kronecker | Projected | Diagonal
 
 
 @dataclass(frozen=True, slots=True, eq=False)

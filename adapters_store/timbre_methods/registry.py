@@ -21,6 +21,7 @@ import timbre_methods
 from timbre_methods.config import MAX_CONFIG_KEYS, is_on, shown
 from timbre_methods.contract import DERIVED, Method, Site, Sites, Tensors
 from timbre_methods.errors import InvalidConfig, InvalidTensors, UnsupportedMethod
+from timbre_methods.refusals import unknown_kind
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {
@@ -90,17 +91,16 @@ def method_for(raw_config: Mapping[str, Any]) -> Method[Any]:
 
 
 def _nobody_claims(raw_config: Mapping[str, Any]) -> str:
-    known = ", ".join(methods())
-    peft_type = shown(raw_config["peft_type"])
+    peft_type = raw_config["peft_type"]
     for key, value in raw_config.items():
         rest = {name: other for name, other in raw_config.items() if name != key}
         nearest = next((method.name for method in methods().values() if method.claims(rest)), None)
         if nearest is not None and is_on(value):
             return (
-                f"no method here reads peft_type {peft_type} with {shown(key)} on ({shown(value)}); "
-                f"without it {nearest} would; the methods are {known}"
+                f"no method here reads peft_type {shown(peft_type)} with {shown(key)} on ({shown(value)}); "
+                f"without it {nearest} would"
             )
-    return f"no method here reads peft_type {peft_type} with its options; the methods are {known}"
+    return unknown_kind(peft_type, methods())
 
 
 def inspect_adapter(

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from timbre_methods.contract import Site
 from timbre_methods.program import (
     AdapterProgram,
+    Block,
     Dense,
     Diagonal,
     Kronecker,
@@ -55,6 +56,13 @@ def change(part: Part, x_TI: Tensor, y0_TO: Tensor) -> Tensor:
             for start, end in zip(part.row_ends[:-1].tolist(), part.row_ends[1:].tolist(), strict=True)
         ]
         return torch.stack(rows, dim=-1)
+    if isinstance(part, Block):
+        matrix_OI = torch.zeros(part.out_features, x_TI.shape[-1], dtype=dtype)
+        if part.side == "input":
+            matrix_OI[:, part.index_N] = part.block.to(dtype)
+        else:
+            matrix_OI[part.index_N] = part.block.to(dtype)
+        return x_TI @ matrix_OI.T
     if isinstance(part, Dense):
         return x_TI @ part.delta_OI.to(dtype).T
     if isinstance(part, Kronecker):

@@ -33,7 +33,7 @@ def test_the_methods_found_are_the_same_each_time_and_cannot_be_changed() -> Non
 def test_a_peft_type_is_looked_up_and_never_imported() -> None:
     sys.modules.pop("antigravity", None)
     for peft_type in ("antigravity", "timbre_methods.low_rank.lora", "lora", "LORA ", ""):
-        with pytest.raises(UnsupportedMethod, match=r"the methods are .*fourierft, ia3, lora, shira"):
+        with pytest.raises(UnsupportedMethod, match=r"the nearest of \d+ methods are \w+, "):
             method_for({"peft_type": peft_type})
     assert "antigravity" not in sys.modules
 

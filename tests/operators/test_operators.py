@@ -12,6 +12,7 @@ from torch import Tensor
 
 from timbre_methods.program import (
     Basis,
+    Block,
     Dense,
     Diagonal,
     Kronecker,
@@ -24,7 +25,6 @@ from timbre_methods.program import (
 )
 from timbre_server.operators.catalogue import all_operators
 from timbre_server.operators.contract import Change, Operator, Uses
-from timbre_server.operators.low_rank import LowRankOperator
 from timbre_server.operators.row_table import RowTable, Span
 from timbre_server.operators.spectral import SpectralOperator
 
@@ -90,6 +90,14 @@ def sparse(draw: Draw) -> Part:
     return Sparse(row_ends, (flat % draw.in_features).int(), draw.normal(count), draw.in_features)
 
 
+def block(draw: Draw) -> Part:
+    size, on_input = 2 + draw.count() % 2, draw.count() % 2 == 0
+    channels = torch.randperm(draw.in_features if on_input else draw.out_features, generator=draw.generator)
+    if on_input:
+        return Block("input", channels[:size], draw.normal(draw.out_features, size), draw.out_features)
+    return Block("output", channels[:size], draw.normal(size, draw.in_features), draw.out_features)
+
+
 def diagonal(draw: Draw) -> Part:
     count = draw.count()
     if count % 2:
@@ -136,6 +144,7 @@ MAKERS: dict[str, Callable[[Draw], Part]] = {
     "LowRankOperator": low_rank,
     "SpectralOperator": spectral,
     "SparseOperator": sparse,
+    "BlockOperator": block,
     "DenseOperator": dense,
     "KroneckerOperator": kronecker,
     "ProjectedOperator": projected,
@@ -277,17 +286,3 @@ def test_a_spectral_part_equals_the_dense_inverse_transform(shape: tuple[int, in
 
     [[change]] = bound.sums(x_TI)
     torch.testing.assert_close(change.values_NO.double(), x_TI.double() @ delta_OI.T, atol=1e-6, rtol=1e-5)
-
-
-def test_a_low_rank_part_with_several_parts_at_one_site_sums_them() -> None:
-    generator = torch.Generator().manual_seed(4)
-    operator = LowRankOperator()
-    parts = [random_part(operator, 6, 5, generator) for _ in range(2)]
-    x_TI = torch.randn(3, 6, generator=generator)
-
-    bound = operator.bind([{7: parts}], RowTable([Span(3, ((7, 0.5),))]))
-
-    [changes] = bound.sums(x_TI)
-    dense = sum(p.b_OR @ p.a_RI for p in parts if isinstance(p, LowRank))
-    expected = 0.5 * x_TI @ dense.T
-    torch.testing.assert_close(summed(changes, expected), expected, atol=1e-5, rtol=1e-5)

@@ -1,8 +1,7 @@
 """SHiRA, as PEFT saves it: ``y = (W + S) x + b`` with S sparse.
 
 The file holds the values and their (row, column) indices, in any order; indices are int32, or float32 in
-files written on Windows. The mask's seed in the config is of no account. Two values for one place are
-refused: their sum would depend on who reads the file.
+files written on Windows. The mask's seed in the config is of no account.
 
 Legend: T tokens, I in features, O out features, N stored values.
 
@@ -23,6 +22,7 @@ from timbre_methods.errors import InvalidTensors
 from timbre_methods.examples import chosen_sites, coin, peft_file, random_tensor, whole_number
 from timbre_methods.program import AdapterProgram, Sparse
 from timbre_methods.site_tensors import PREFIX, SiteTensors, tensors_by_site, tensors_of_site
+from timbre_methods.sparse.places import check_places, sparse_part
 
 VALUES, INDICES = "shira_weight", "shira_indices"
 KEYS = frozenset({VALUES, INDICES})
@@ -49,7 +49,7 @@ class Shira(Method[ShiraConfig]):
 
     def compile(self, config: ShiraConfig, tensors: Tensors, sites: Sites) -> AdapterProgram:
         return AdapterProgram(
-            {found.site.path: (_rows(found),) for found in tensors_by_site(tensors, sites, KEYS)}
+            {found.site.path: (_part(found),) for found in tensors_by_site(tensors, sites, KEYS)}
         )
 
     def check_values(self, config: ShiraConfig, tensors: Tensors, sites: Sites) -> None:
@@ -91,17 +91,10 @@ def _read(found: SiteTensors) -> tuple[Tensor, Tensor]:
     return values_N, found.need(INDICES, (2, values_N.shape[0]), INDEX_DTYPES)
 
 
-def _rows(found: SiteTensors) -> Sparse:
+def _part(found: SiteTensors) -> Sparse:
     values_N, indices = _read(found)
     rows_N, columns_N = indices.to(torch.int64)
-    order_N = torch.argsort(rows_N, stable=True)
-    row_starts = torch.arange(found.site.out_features + 1, device=rows_N.device)
-    return Sparse(
-        row_ends=torch.searchsorted(rows_N[order_N], row_starts),
-        columns_N=columns_N[order_N].to(torch.int32),
-        values_N=values_N[order_N].to(torch.float32),
-        in_features=found.site.in_features,
-    )
+    return sparse_part(found.site, rows_N, columns_N, values_N)
 
 
 def _check_indices(found: SiteTensors) -> None:
@@ -111,13 +104,4 @@ def _check_indices(found: SiteTensors) -> None:
         fraction = float(indices[indices != indices.round()][0])
         raise InvalidTensors(f"{name}: found the index {fraction}, expected whole numbers")
     rows_N, columns_N = indices.to(torch.int64)
-    sizes = (("row", rows_N, found.site.out_features), ("column", columns_N, found.site.in_features))
-    for what, index_N, size in sizes:
-        low, high = int(index_N.min()), int(index_N.max())
-        if low < 0 or high >= size:
-            wrong = low if low < 0 else high
-            raise InvalidTensors(f"{name}: found the {what} {wrong}, expected 0 to {size - 1}")
-    cells, counts = torch.unique(rows_N * found.site.in_features + columns_N, return_counts=True)
-    if cells.numel() < rows_N.numel():
-        row, column = divmod(int(cells[counts.argmax()]), found.site.in_features)
-        raise InvalidTensors(f"{name}: found the place ({row}, {column}) twice, expected each place once")
+    check_places(name, found.site, rows_N, columns_N)

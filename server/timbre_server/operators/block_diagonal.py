@@ -47,14 +47,18 @@ class BlockDiagonal:
     @staticmethod
     def stacked(blocks: Sequence[Csr], shape: tuple[int, int]) -> BlockDiagonal:
         """Of one matrix for each pair, with patterns of their own."""
-        starts = list(accumulate((len(block.columns_Z) for block in blocks), initial=0))
-        last = blocks[0].row_ends.new_tensor(starts[-1:])
-        row_ends = torch.cat(
-            [b.row_ends[:-1] + start for b, start in zip(blocks, starts, strict=False)] + [last]
+        counts = [len(block.columns_Z) for block in blocks]
+        device = blocks[0].row_ends.device
+        starts = torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=device)
+        ends_PO = torch.stack([block.row_ends for block in blocks])[:, :-1].to(torch.int32, copy=True)
+        ends_PO += starts[:-1].unsqueeze(1)
+        return BlockDiagonal(
+            torch.cat([ends_PO.flatten(), starts[-1:]]),
+            _side_by_side([block.columns_Z for block in blocks], counts, shape[1]),
+            torch.cat([block.values_Z for block in blocks]),
+            pairs=len(blocks),
+            shape=shape,
         )
-        columns = torch.cat([block.columns_Z + pair * shape[1] for pair, block in enumerate(blocks)])
-        values = torch.cat([block.values_Z for block in blocks])
-        return BlockDiagonal(row_ends, columns, values, pairs=len(blocks), shape=shape)
 
     @staticmethod
     def repeated(
@@ -69,3 +73,13 @@ class BlockDiagonal:
     def __call__(self, x_PI: Tensor) -> Tensor:
         """[P, O]: each pair's matrix times its own row."""
         return (self._matrix @ x_PI.reshape(-1)).view(-1, self._out)
+
+
+def _side_by_side(columns: Sequence[Tensor], counts: Sequence[int], in_features: int) -> Tensor:
+    """The columns of matrices that stand beside each other, int32; nothing runs once a matrix."""
+    shifts_P = torch.arange(len(columns), dtype=torch.int32, device=columns[0].device) * in_features
+    if len(set(counts)) == 1:
+        return torch.stack(list(columns)).add_(shifts_P.unsqueeze(1)).flatten()
+    repeats_P = torch.tensor(counts, device=shifts_P.device)
+    shifts = torch.repeat_interleave(shifts_P, repeats_P, output_size=sum(counts))
+    return torch.cat(list(columns)).add_(shifts)

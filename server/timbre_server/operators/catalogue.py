@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from timbre_server.operators.block import BlockOperator
 from timbre_server.operators.contract import Operator
 from timbre_server.operators.dense import DenseOperator
 from timbre_server.operators.diagonal import DiagonalOperator
@@ -20,6 +21,7 @@ def all_operators() -> tuple[Operator[Any], ...]:
         LowRankOperator(),
         SpectralOperator(),
         SparseOperator(),
+        BlockOperator(),
         DenseOperator(),
         KroneckerOperator(),
         ProjectedOperator(),

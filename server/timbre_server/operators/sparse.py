@@ -45,14 +45,32 @@ class _Alone:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Pool:
-    rows_P: Tensor
+    """Small matrices, one for each pair; ``rows_P`` is None where the pairs are the batch's rows in order."""
+
+    rows_P: Tensor | None
     weights_P1: Tensor
     matrices: BlockDiagonal
+
+    @staticmethod
+    def of(pairs: Sequence[tuple[Segment, Sparse]], table: RowTable) -> _Pool:
+        rows_P = torch.cat([segment.rows_N for segment, _ in pairs])
+        is_whole_batch = torch.equal(rows_P, torch.arange(table.num_rows, device=rows_P.device))
+        blocks = [
+            Csr(part.row_ends, part.columns_N, part.values_N)
+            for segment, part in pairs
+            for _ in range(len(segment.rows_N))
+        ]
+        first = pairs[0][1]
+        return _Pool(
+            None if is_whole_batch else rows_P,
+            torch.cat([segment.weights_N for segment, _ in pairs]).unsqueeze(1),
+            BlockDiagonal.stacked(blocks, (len(first.row_ends) - 1, first.in_features)),
+        )
 
 
 def _bind_member(parts_by_slot: Mapping[int, Sequence[Sparse]], table: RowTable) -> list[_Alone | _Pool]:
     bound: list[_Alone | _Pool] = []
-    pooled: list[tuple[Tensor, Tensor, Sparse]] = []
+    pooled: list[tuple[Segment, Sparse]] = []
     for segment in table.segments:
         for part in parts_by_slot.get(segment.slot, ()):
             if len(segment.rows_N) >= MIN_ROWS_ALONE or len(part.values_N) > MAX_POOLED_NON_ZEROS:
@@ -60,22 +78,8 @@ def _bind_member(parts_by_slot: Mapping[int, Sequence[Sparse]], table: RowTable)
                 matrix = csr(part.row_ends, part.columns_N, part.values_N, shape)
                 bound.append(_Alone(segment, matrix))
             else:
-                pooled.append((segment.rows_N, segment.weights_N, part))
-    if pooled:
-        blocks = [
-            Csr(part.row_ends, part.columns_N, part.values_N)
-            for rows_N, _, part in pooled
-            for _ in range(len(rows_N))
-        ]
-        first = pooled[0][2]
-        bound.append(
-            _Pool(
-                torch.cat([rows_N for rows_N, _, _ in pooled]),
-                torch.cat([weights_N for _, weights_N, _ in pooled]).unsqueeze(1),
-                BlockDiagonal.stacked(blocks, (len(first.row_ends) - 1, first.in_features)),
-            )
-        )
-    return bound
+                pooled.append((segment, part))
+    return [*bound, _Pool.of(pooled, table)] if pooled else bound
 
 
 class _BoundSparse(Bound):
@@ -88,7 +92,8 @@ class _BoundSparse(Bound):
 
 def _apply(bound: _Alone | _Pool, x_TI: Tensor) -> Change:
     if isinstance(bound, _Pool):
-        return Change(bound.matrices(x_TI[bound.rows_P]) * bound.weights_P1, bound.rows_P)
+        x_PI = x_TI if bound.rows_P is None else x_TI[bound.rows_P]
+        return Change(bound.matrices(x_PI) * bound.weights_P1, bound.rows_P)
     index = bound.segment.index
     y_ON = bound.matrix_OI @ x_TI[index].T.contiguous()
     return Change(y_ON.T * bound.segment.weights_N.unsqueeze(1), index)
