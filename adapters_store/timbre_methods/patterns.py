@@ -58,6 +58,21 @@ class PathPatterns:
         return next((value for matches, value in self._entries if matches(path)), None)
 
 
+def full_match(option: str, expression: str) -> Accepts:
+    """Whether an expression of the same subset matches a whole path, as `re.fullmatch` does.
+
+    Raises `InvalidConfig` for an expression outside the subset or too long, naming ``option``.
+    """
+    loops = expression.count("*") + expression.count("+")
+    if len(expression) > MAX_EXPRESSION_LENGTH or loops > MAX_LOOPS:
+        raise InvalidConfig(
+            f"{option}: an expression may have {MAX_EXPRESSION_LENGTH} characters and {MAX_LOOPS} signs "
+            "* and +; write the module names out"
+        )
+    node = _Reader(option, expression).read()
+    return lambda path: len(path) in node(path, frozenset([0]))
+
+
 def _whole_path_test(option: str, key: str) -> Accepts:
     if len(key) > MAX_KEY_LENGTH:
         raise InvalidConfig(

@@ -29,6 +29,24 @@ _REFUSED_ENDINGS: Mapping[str, str] = {
 }
 
 
+def check_tensor(
+    name: str, tensor: Tensor, shape: tuple[int | str, ...], dtypes: tuple[torch.dtype, ...] = FLOATS
+) -> None:
+    """Raises `InvalidTensors`, with found and expected, for another shape or dtype; a letter in ``shape`` is
+    a size that may be anything from 1."""
+    fits = len(tensor.shape) == len(shape) and all(
+        size >= 1 if isinstance(wanted, str) else size == wanted
+        for size, wanted in zip(tensor.shape, shape, strict=True)
+    )
+    if not fits:
+        expected = ", ".join(map(str, shape))
+        raise InvalidTensors(f"{name}: found shape {list(tensor.shape)}, expected [{expected}]")
+    if tensor.dtype not in dtypes:
+        wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        found = str(tensor.dtype).removeprefix("torch.")
+        raise InvalidTensors(f"{name}: found dtype {found}, expected one of {wanted}")
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class SiteTensors:
     """The tensors that a file holds for one site, by the method's own keys."""
@@ -49,18 +67,7 @@ class SiteTensors:
         tensor = self.tensors.get(key)
         if tensor is None:
             return None
-        name = self.name_of(key)
-        fits = len(tensor.shape) == len(shape) and all(
-            size >= 1 if isinstance(wanted, str) else size == wanted
-            for size, wanted in zip(tensor.shape, shape, strict=True)
-        )
-        if not fits:
-            expected = ", ".join(map(str, shape))
-            raise InvalidTensors(f"{name}: found shape {list(tensor.shape)}, expected [{expected}]")
-        if tensor.dtype not in dtypes:
-            wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-            found = str(tensor.dtype).removeprefix("torch.")
-            raise InvalidTensors(f"{name}: found dtype {found}, expected one of {wanted}")
+        check_tensor(self.name_of(key), tensor, shape, dtypes)
         return tensor
 
     def need(

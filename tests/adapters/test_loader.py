@@ -13,7 +13,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from timbre_methods.contract import Site
-from timbre_methods.program import AdapterProgram, owned_tensors
+from timbre_methods.program import AdapterProgram, Projected, owned_tensors
 from timbre_methods.registry import methods
 from timbre_server.adapters.derivation import write_derived
 from timbre_server.adapters.loader import AdapterLoader
@@ -96,6 +96,21 @@ def test_a_loaded_adapter_holds_exactly_its_own_bytes_and_needs_its_file_no_more
     assert all(torch.equal(tensor, kept) for tensor, kept in zip(tensors, before, strict=True))
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     assert sum(storages.values()) == record.manifest.prepared_bytes
+
+
+@pytest.mark.parametrize("method", ["vera", "pvera", "randlora", "lorta"])
+def test_adapters_in_one_basis_hold_it_once_on_the_device(method: str, store: Store, upload: Upload) -> None:
+    digest = upload(method).digest
+    for device in ("cpu", "meta"):
+        loader = AdapterLoader(store.root, BASE, sites(), device)
+        first, second = loader.load(digest).program, loader.load(digest).program
+        for path, (part,) in first.sites.items():
+            (other,) = second.sites[path]
+            assert isinstance(part, Projected)
+            assert isinstance(other, Projected)
+            assert part.core is not other.core
+            assert part.basis is other.basis
+            assert part.basis.p_NPI.device.type == device
 
 
 def test_a_damaged_tensors_file_is_refused_by_name(store: Store, upload: Upload) -> None:

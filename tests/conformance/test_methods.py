@@ -20,7 +20,15 @@ from timbre_methods.registry import check_adapter, inspect_adapter, method_for, 
 
 METHODS = sorted(methods())
 SEEDS = range(6)
-HEADER_DTYPES = {torch.float32: "F32", torch.int32: "I32", torch.float16: "F16", torch.bfloat16: "BF16"}
+HEADER_DTYPES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.uint8: "U8",
+}
 
 each_method = pytest.mark.parametrize("name", METHODS)
 each_example = pytest.mark.parametrize("seed", SEEDS)

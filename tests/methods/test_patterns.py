@@ -7,7 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from timbre_methods.errors import InvalidConfig
-from timbre_methods.patterns import MAX_EXPRESSION_LENGTH, MAX_KEY_LENGTH, MAX_KEYS, MAX_LOOPS, PathPatterns
+from timbre_methods.patterns import (
+    MAX_EXPRESSION_LENGTH,
+    MAX_KEY_LENGTH,
+    MAX_KEYS,
+    MAX_LOOPS,
+    PathPatterns,
+    full_match,
+)
 
 PATHS = [
     "model.layers.0.self_attn.q_proj",
@@ -152,3 +159,19 @@ def test_too_many_keys_are_refused() -> None:
 def test_a_key_that_would_hang_re_is_followed_in_few_steps() -> None:
     key = "(a|a)?" * 40 + ".*.*.*.*.*b"
     assert not matches(key, "a" * 200)  # re would try 2**40 readings
+
+
+@pytest.mark.parametrize(
+    "expression", ["q_proj", r".*\.q_proj", r"model.*(q|v)_proj", r".*[01]\..*proj$", ""]
+)
+@pytest.mark.parametrize(
+    "path", ["q_proj", "model.layers.1.self_attn.q_proj", "model.v_proj", "x.q_projx", ""]
+)
+def test_a_full_match_is_one_as_re_sees_it(expression: str, path: str) -> None:
+    assert full_match("target_modules", expression)(path) == bool(re.fullmatch(expression, path))
+
+
+@pytest.mark.parametrize("expression", ["(a+)+", "a" * 513, ".*" * 17, "(?!x).*", "a{3}"])
+def test_a_full_match_beyond_the_subset_is_refused_with_its_option(expression: str) -> None:
+    with pytest.raises(InvalidConfig, match=r"target_modules: .*write the module names out"):
+        full_match("target_modules", expression)

@@ -18,9 +18,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from timbre_methods.bases import basis_on
 from timbre_methods.contract import Sites
 from timbre_methods.errors import MethodError
-from timbre_methods.program import AdapterProgram, Part, owned_tensors
+from timbre_methods.program import AdapterProgram, Part, Projected, owned_tensors
 from timbre_methods.registry import method_for
 from timbre_server.errors import AdapterLoadFailed
 from timbre_store.errors import StoreError
@@ -85,7 +86,8 @@ def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
 
 def _placed(program: AdapterProgram, device: torch.device) -> AdapterProgram:
     """The program on its device, each tensor contiguous and in storage of exactly its own size, so that
-    nothing keeps the file's memory alive and the prepared bytes are the real ones."""
+    nothing keeps the file's memory alive and the prepared bytes are the real ones. A shared basis is moved
+    once, for all adapters that use it."""
 
     def own(tensor: Tensor) -> Tensor:
         return tensor.to(device, copy=True, memory_format=torch.contiguous_format)
@@ -97,6 +99,8 @@ def _placed(program: AdapterProgram, device: torch.device) -> AdapterProgram:
             for part_field in fields(part)
             if id(value := getattr(part, part_field.name)) in owned
         }
+        if isinstance(part, Projected):
+            changes["basis"] = basis_on(part.basis, device)
         return replace(part, **changes)
 
     return AdapterProgram({path: tuple(map(placed, parts)) for path, parts in program.sites.items()})

@@ -15,9 +15,14 @@ PREFIX = "base_model.model."
 
 
 def write_folder(
-    folder: str | Path, method: str, options: Mapping[str, Any], layers: Mapping[str, Mapping[str, ArrayLike]]
+    folder: str | Path,
+    method: str,
+    options: Mapping[str, Any],
+    layers: Mapping[str, Mapping[str, ArrayLike]],
+    whole: Mapping[str, ArrayLike] | None = None,
 ) -> Path:
-    """Write an adapter: ``layers`` are arrays by key by module path (``model.layers.0.self_attn.q_proj``).
+    """Write an adapter: ``layers`` are arrays by key by module path (``model.layers.0.self_attn.q_proj``),
+    ``whole`` those of the whole adapter, by key.
 
     64-bit floats become 32-bit ones; other types stay as they are. Makes the folder; returns it. Raises
     ValueError without a layer.
@@ -33,6 +38,7 @@ def write_folder(
         for path, arrays in layers.items()
         for key, value in arrays.items()
     }
+    tensors |= {f"base_model.{key}": _stored(value) for key, value in (whole or {}).items()}
     save_file(tensors, target / "adapter_model.safetensors")
     return target
 
