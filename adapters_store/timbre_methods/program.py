@@ -170,6 +170,25 @@ class AdapterProgram:
             for tensor in owned_tensors(part)
         )
 
+    @property
+    def shared_bytes(self) -> dict[int, int]:
+        """Bytes of each tensor that it shares with others, by the tensor's identity in this process."""
+        return {
+            id(tensor): tensor.nbytes
+            for parts in self.sites.values()
+            for part in parts
+            for tensor in shared_tensors(part)
+        }
+
+
+def shared_tensors(part: Part) -> Iterator[Tensor]:
+    """The tensors of a part's shared basis."""
+    for part_field in fields(part):
+        if part_field.metadata.get("shared"):
+            basis = getattr(part, part_field.name)
+            values = (getattr(basis, basis_field.name) for basis_field in fields(basis))
+            yield from (value for value in values if isinstance(value, Tensor))
+
 
 def owned_tensors(part: Part) -> Iterator[Tensor]:
     """The tensors of a part that belong to its adapter, without the shared basis."""

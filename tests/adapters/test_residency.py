@@ -80,6 +80,29 @@ def test_a_freed_slot_is_used_again() -> None:
     assert resident(residency, "b", 10) == slot
 
 
+def test_what_two_share_counts_once_and_until_the_last_leaves() -> None:
+    residency = Residency(BUDGET)
+    for digest in "ab":
+        assert residency.make_room(10, {7: 50}) == []
+        residency.place(digest, 10, {7: 50})
+    assert residency.used_bytes == 70
+    residency.unload("a")
+    assert residency.used_bytes == 60
+    residency.unload("b")
+    assert residency.used_bytes == 0
+
+
+def test_a_newcomer_keeps_what_it_shares_with_those_that_leave_for_it() -> None:
+    residency = Residency(BUDGET)
+    residency.place("a", 10, {7: 50})
+    residency.place("b", 20, {})
+    departures = residency.make_room(45, {7: 50})
+    assert departures is not None
+    assert [departure.digest for departure in departures] == ["a", "b"]
+    residency.place("c", 45, {7: 50})
+    assert residency.used_bytes == 95
+
+
 class ResidencyMachine(RuleBasedStateMachine):
     """Random use; the model is a dictionary of users."""
 
@@ -105,13 +128,14 @@ class ResidencyMachine(RuleBasedStateMachine):
         self.users[digest] -= 1
 
     @precondition(lambda self: bool(self.residency.wanted))
-    @rule(prepared_bytes=st.integers(1, BUDGET))
-    def load(self, prepared_bytes: int) -> None:
+    @rule(prepared_bytes=st.integers(1, BUDGET), shared=st.sets(st.integers(1, 4)))
+    def load(self, prepared_bytes: int, shared: set[int]) -> None:
         digest = self.residency.wanted[0]
-        departures = self.residency.make_room(prepared_bytes)
+        bytes_by_tensor = {tensor: 10 * tensor for tensor in shared}
+        departures = self.residency.make_room(prepared_bytes, bytes_by_tensor)
         if departures is not None:
             assert all(not self.users.get(departure.digest) for departure in departures)
-            self.residency.place(digest, prepared_bytes)
+            self.residency.place(digest, prepared_bytes, bytes_by_tensor)
 
     @rule(digest=digests)
     def unload(self, digest: str) -> None:

@@ -1,23 +1,31 @@
 """Which adapters are in memory, and which one leaves when another needs the room. No torch, no I/O.
 
-An adapter is absent, wanted (queued or being loaded) or resident in a slot. Slots are small integers
-without a fixed number: the budget is in prepared bytes. An adapter in use is never evicted; of the others
-the least recently used goes first.
+An adapter is absent, wanted (queued or being loaded) or resident in a slot. Slots are small integers without a
+fixed number: the budget is in bytes, those of an adapter's own tensors and those of the bases that it shares
+with others, each tensor counted once. An adapter in use is never evicted; of the others the least recently
+used goes first.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 EvictionReason = Literal["evicted", "unloaded"]
+
+SharedBytes = Mapping[int, int]
+"""Bytes of tensors that adapters share, by a number that tells one tensor from another."""
+NOTHING_SHARED: SharedBytes = MappingProxyType({})
 
 
 @dataclass(slots=True)
 class _Resident:
     slot: int
     prepared_bytes: int
+    shared: SharedBytes
     users: int = 0
     leaving: bool = False
     """Unload when the last user has gone."""
@@ -38,6 +46,8 @@ class Residency:
     def __init__(self, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
         self.used_bytes = 0
+        """Of adapters and of what they share."""
+        self._sharers: Counter[int] = Counter()
         self._resident: OrderedDict[str, _Resident] = OrderedDict()
         self._wanted: dict[str, bool] = {}
         """In order of wish, and whether it outlives the requests that wished it, too."""
@@ -88,24 +98,33 @@ class Residency:
         if not self._wanted.get(digest, True):
             del self._wanted[digest]
 
-    def make_room(self, prepared_bytes: int) -> list[Departure] | None:
-        """Evict idle adapters, oldest use first, until ``prepared_bytes`` more fit.
+    def make_room(self, prepared_bytes: int, shared: SharedBytes = NOTHING_SHARED) -> list[Departure] | None:
+        """Evict idle adapters, oldest use first, until an adapter of its own bytes and what it shares fits.
 
         None, and nothing evicted, while adapters in use hold too much.
         """
-        idle = [digest for digest, entry in self._resident.items() if entry.users == 0]
-        needed = self.used_bytes + prepared_bytes - self.budget_bytes
+        sharers = self._sharers.copy()
+        sharers.update(shared.keys())
+        needed = self.used_bytes + prepared_bytes + self._bytes_of_new(shared) - self.budget_bytes
         going = []
-        for digest in idle:
+        for digest, entry in self._resident.items():
             if needed <= 0:
                 break
+            if entry.users:
+                continue
             going.append(digest)
-            needed -= self._resident[digest].prepared_bytes
+            sharers.subtract(entry.shared.keys())
+            left = sum(size for tensor, size in entry.shared.items() if sharers[tensor] == 0)
+            needed -= entry.prepared_bytes + left
         if needed > 0:
             return None
         return [self._remove(digest, "evicted") for digest in going]
 
-    def place(self, digest: str, prepared_bytes: int) -> int:
+    def _bytes_of_new(self, shared: SharedBytes) -> int:
+        """Of what nobody in memory shares."""
+        return sum(size for tensor, size in shared.items() if not self._sharers[tensor])
+
+    def place(self, digest: str, prepared_bytes: int, shared: SharedBytes = NOTHING_SHARED) -> int:
         """Give a loaded adapter a slot; `make_room` has been asked for its bytes. The wish is fulfilled."""
         assert digest not in self._resident, f"adapter {digest} placed twice"
         self.drop_wish(digest)
@@ -114,8 +133,9 @@ class Residency:
         else:
             slot = self._next_slot
             self._next_slot += 1
-        self._resident[digest] = _Resident(slot, prepared_bytes)
-        self.used_bytes += prepared_bytes
+        self._resident[digest] = _Resident(slot, prepared_bytes, shared)
+        self.used_bytes += prepared_bytes + self._bytes_of_new(shared)
+        self._sharers.update(shared.keys())
         return slot
 
     def unload(self, digest: str) -> Departure | None:
@@ -134,13 +154,18 @@ class Residency:
         slots = [entry.slot for entry in self._resident.values()]
         assert len(set(slots)) == len(slots), "two adapters share a slot"
         assert sorted(slots + self._free_slots) == list(range(self._next_slot)), "a slot was lost"
-        total = sum(entry.prepared_bytes for entry in self._resident.values())
+        shared = {tensor: size for entry in self._resident.values() for tensor, size in entry.shared.items()}
+        total = sum(entry.prepared_bytes for entry in self._resident.values()) + sum(shared.values())
         assert total == self.used_bytes, "bytes do not add up"
+        sharers = Counter(tensor for entry in self._resident.values() for tensor in entry.shared)
+        assert sharers == self._sharers, "who shares a tensor was miscounted"
         assert self.used_bytes <= self.budget_bytes, "over budget"
         assert not set(self._wanted) & set(self._resident), "a resident adapter is wanted"
 
     def _remove(self, digest: str, reason: EvictionReason) -> Departure:
         entry = self._resident.pop(digest)
-        self.used_bytes -= entry.prepared_bytes
+        self._sharers.subtract(entry.shared.keys())
+        self._sharers = +self._sharers
+        self.used_bytes -= entry.prepared_bytes + self._bytes_of_new(entry.shared)
         self._free_slots.append(entry.slot)
         return Departure(digest, entry.slot, reason)

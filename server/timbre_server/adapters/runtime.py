@@ -148,21 +148,22 @@ class AdapterRuntime:
             _log.error("the load of adapter %s failed unexpectedly", digest, exc_info=error)
             return [self._failed(digest, f"adapter {digest} could not be prepared: {error!r}")]
         loaded = future.result()
-        prepared_bytes = loaded.program.prepared_bytes
-        if prepared_bytes > self._residency.budget_bytes:
+        prepared_bytes, shared = loaded.program.prepared_bytes, loaded.program.shared_bytes
+        needed_bytes = prepared_bytes + sum(shared.values())
+        if needed_bytes > self._residency.budget_bytes:
             return [
                 self._failed(
                     digest,
-                    f"adapter {digest} needs {prepared_bytes} bytes in memory, the budget for all adapters "
+                    f"adapter {digest} needs {needed_bytes} bytes in memory, the budget for all adapters "
                     f"is {self._residency.budget_bytes}: raise the adapter memory setting",
                 )
             ]
-        departures = self._residency.make_room(prepared_bytes)
+        departures = self._residency.make_room(prepared_bytes, shared)
         if departures is None:
             return []
         for departure in departures:
             self._leave(departure)
-        self._model.put(self._residency.place(digest, prepared_bytes), loaded.program)
+        self._model.put(self._residency.place(digest, prepared_bytes, shared), loaded.program)
         self._loading = None
         return [Arrival(digest, loaded.method, prepared_bytes, loaded.seconds_by_phase)]
 
