@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -20,11 +20,12 @@ from timbre_methods.program import (
     Part,
     Places,
     Projected,
+    Rotation,
     Sparse,
     Spectral,
 )
 from timbre_server.operators.catalogue import all_operators
-from timbre_server.operators.contract import Change, Operator, Uses
+from timbre_server.operators.contract import Change, Operator, OwnProduct, Uses
 from timbre_server.operators.row_table import RowTable, Span
 from timbre_server.operators.spectral import SpectralOperator
 
@@ -140,6 +141,20 @@ def projected(draw: Draw) -> Part:
     )
 
 
+def rotation(draw: Draw) -> Part:
+    """One to three factors on either side, with chunks of one block or more; some scaled, some shared."""
+    side: Literal["input", "output"] = "output" if draw.count() % 3 == 0 else "input"
+    features = draw.in_features if side == "input" else draw.out_features
+    blocks = [b for b in range(2, features + 1) if features % b == 0]
+    block = blocks[draw.count() % len(blocks)]
+    chunks = [block * n for n in (1, 2, 4) if block % 2 == 0 and features % (block * n) == 0] or [block]
+    chunks = chunks[: draw.count() % 3 + 1]
+    stored = 1 if draw.count() % 4 == 0 else features // block
+    scale_O = draw.normal(draw.out_features) if side == "input" and draw.count() % 2 else None
+    blocks_FSBB = draw.normal(len(chunks), stored, block, block) / block**0.5
+    return Rotation(side, blocks_FSBB, tuple(chunks[::-1]), scale_O)
+
+
 MAKERS: dict[str, Callable[[Draw], Part]] = {
     "LowRankOperator": low_rank,
     "SpectralOperator": spectral,
@@ -149,6 +164,7 @@ MAKERS: dict[str, Callable[[Draw], Part]] = {
     "KroneckerOperator": kronecker,
     "ProjectedOperator": projected,
     "DiagonalOperator": diagonal,
+    "RotationOperator": rotation,
 }
 
 
@@ -159,7 +175,12 @@ def random_part(
 
 
 def by_meaning(
-    operator: Operator[Any], parts: Sequence[Part], weights: Sequence[float], x_TI: Tensor, y_TO: Tensor
+    operator: Operator[Any],
+    parts: Sequence[Part],
+    weights: Sequence[float],
+    x_TI: Tensor,
+    y_TO: Tensor,
+    weight_OI: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The summed input change and change of rows that all have the same parts."""
     input_change, change = torch.zeros_like(x_TI), torch.zeros_like(y_TO)
@@ -169,7 +190,15 @@ def by_meaning(
             input_change += weight * meaning.input_change_TI
         if meaning.change_TO is not None:
             change += weight * meaning.change_TO
+        change += weight * summed([produced(meaning.own_product, weight_OI)], change)
     return input_change, change
+
+
+def produced(own: OwnProduct | None, weight_OI: Tensor | None) -> Change | None:
+    """The base product that an operator asks for."""
+    if own is None or weight_OI is None:
+        return None
+    return Change(own.gain_NO * (own.x_NI @ weight_OI.T), own.rows_N)
 
 
 def summed(changes: Sequence[Change | None], like: Tensor) -> Tensor:
@@ -199,19 +228,22 @@ def test_a_bound_operator_gives_each_row_the_weighted_sum_of_meanings(
     table = RowTable(CROWDS[crowd])
     x_TI = torch.randn(table.num_rows, in_features, generator=generator)
     outputs = [torch.randn(table.num_rows, out, generator=generator) for out in members]
+    weights = [torch.randn(out, in_features, generator=generator) / 4 for out in members]
 
     bound = operator.bind(uses, table)
     sums = bound.sums(x_TI)
 
     for member, y_TO in enumerate(outputs):
         shared = list(sums[member]) if sums else []
-        change = summed([*shared, bound.output_change(member, y_TO)], y_TO)
+        own_product = produced(bound.own_product(member, x_TI), weights[member])
+        change = summed([*shared, bound.output_change(member, y_TO), own_product], y_TO)
         input_change = summed([bound.input_change(member, x_TI)], x_TI)
         row = 0
         for span in table.spans:
             own = [(p, w) for slot, w in span.pairs for p in uses[member].get(slot, ())]
             rows = slice(row, row + span.num_rows)
-            expected = by_meaning(operator, [p for p, _ in own], [w for _, w in own], x_TI[rows], y_TO[rows])
+            parts, own_weights = [p for p, _ in own], [w for _, w in own]
+            expected = by_meaning(operator, parts, own_weights, x_TI[rows], y_TO[rows], weights[member])
             torch.testing.assert_close(input_change[rows], expected[0], atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(change[rows], expected[1], atol=1e-4, rtol=1e-4)
             row += span.num_rows
@@ -232,13 +264,15 @@ def test_a_part_that_is_not_finite_spoils_its_own_rows_alone(name: str, bad: flo
         },
     )
     x_TI, y_TO = torch.randn(4, 16, generator=generator), torch.randn(4, 24, generator=generator)
+    weight_OI = torch.randn(24, 16, generator=generator)
     table = RowTable([Span(1, ((0, 1.0),)), Span(1, ((1, 1.0),)), Span(2, ((0, 0.5),))])
 
     found = []
     for other in (part, spoilt):
         bound = operator.bind([{0: [part], 1: [other]}], table)
         sums = bound.sums(x_TI)
-        change = summed([*(sums[0] if sums else ()), bound.output_change(0, y_TO)], y_TO)
+        own_product = produced(bound.own_product(0, x_TI), weight_OI)
+        change = summed([*(sums[0] if sums else ()), bound.output_change(0, y_TO), own_product], y_TO)
         input_change = summed([bound.input_change(0, x_TI)], x_TI)
         found.append(torch.cat([change, input_change], dim=1))
 
@@ -262,6 +296,7 @@ def test_binding_and_running_modify_neither_parts_nor_input(name: str) -> None:
     for _ in range(2):
         bound.sums(x_TI)
         bound.input_change(0, x_TI)
+        bound.own_product(0, x_TI)
 
     assert torch.equal(x_TI, x_before)
     for field, value in before.items():
