@@ -63,3 +63,32 @@ def test_ether_without_its_second_vector(tmp_path: Path, served: Callable[[Path,
     )
     with pytest.raises(InvalidTensors, match="ether_in_v is missing"):
         served(folder, X)
+
+
+def test_ssf(tmp_path: Path, base: Site, served: Callable[[Path, Tensor], Tensor]) -> None:
+    folder = multiplicative.ssf(tmp_path, {PATH: ([2, 3, 4, 5.0], np.array([0, 0, 0, 1.0]))})
+    expected = base_output(base) * torch.tensor([2.0, 3, 4, 5]) + torch.tensor([0.0, 0, 0, 1])
+    torch.testing.assert_close(served(folder, X), expected)
+
+
+def test_propulsion(tmp_path: Path, base: Site, served: Callable[[Path, Tensor], Tensor]) -> None:
+    folder = multiplicative.propulsion(tmp_path, {PATH: np.array([1, 2, -1, 0.5])}, degree=3)
+    expected = base_output(base) * torch.tensor([1, 8, -1, 0.125])
+    torch.testing.assert_close(served(folder, X), expected)
+
+
+@pytest.mark.parametrize("with_biases", [False, True])
+def test_hydra(
+    tmp_path: Path, base: Site, served: Callable[[Path, Tensor], Tensor], with_biases: bool
+) -> None:
+    sides = ("parallel", "sequential")
+    arrays: dict[str, Any] = {"parallel_A": np.ones((1, 6)), "sequential_A": np.ones((1, 4))}
+    arrays |= {f"{side}_B": np.ones((4, 1)) for side in sides}
+    if with_biases:
+        arrays |= {f"{side}_A_bias": np.ones(1) for side in sides}
+        arrays |= {f"{side}_B_bias": np.ones(4) for side in sides}
+    folder = multiplicative.hydra(tmp_path, {PATH: arrays}, scale=0.5, branch_biases=with_biases)
+    y0_TO = base_output(base)
+    constant = 2.0 if with_biases else 0.0
+    added_T1 = 0.5 * (X.sum(1, keepdim=True) + y0_TO.sum(1, keepdim=True) + 2 * constant)
+    torch.testing.assert_close(served(folder, X), y0_TO + added_T1)
