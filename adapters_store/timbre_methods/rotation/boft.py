@@ -9,7 +9,7 @@ A file has m = 1 factors, whatever its config says, where PEFT had no compiled e
 
 Legend: T tokens, I in features, O out features, F factors, S blocks, B their size.
 
-Paper: arXiv 2311.06243 section 4.
+Paper: arXiv 2311.06243.
 """
 
 from __future__ import annotations

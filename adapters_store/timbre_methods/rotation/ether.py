@@ -16,7 +16,7 @@ rank. Only ``every_chunk`` with many blocks has as much rank as W itself and bec
 Legend: T tokens, I in features, O out features, N blocks, D entries of a block, R ranks, C rows of W in one
 block.
 
-Paper: arXiv 2405.20271 equations 1 and 2.
+Paper: arXiv 2405.20271.
 """
 
 from __future__ import annotations

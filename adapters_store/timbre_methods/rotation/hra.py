@@ -10,7 +10,7 @@ and with ``apply_GS``, where the columns are made orthonormal first, ``I − 2 Q
 
 Legend: T tokens, I in features, O out features, R reflections.
 
-Paper: arXiv 2405.17484 equations 4 and 6; the chain as one matrix: Joffrain et al. 2006, the UT transform.
+Paper: arXiv 2405.17484; the chain as one matrix: Joffrain et al. 2006, the UT transform.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ diagonal, row by row:
 
 Legend: T tokens, I in features, O out features, N stored blocks, B their size, E entries above the diagonal.
 
-Paper: arXiv 2306.07280 section 3; the series: 2506.19847.
+Paper: arXiv 2306.07280; the series: 2506.19847.
 """
 
 from __future__ import annotations
