@@ -51,8 +51,8 @@ def hydra(folder: str | Path, layers: Arrays, *, scale: float = 1.0, branch_bias
     """Hydra: a branch on the input and one on the output, each with two factors.
 
     ``parallel_A`` [p, in], ``parallel_B`` [out, p], ``sequential_A`` [s, out], ``sequential_B`` [out, s];
-    with ``branch_biases`` also ``parallel_A_bias`` [p], ``sequential_A_bias`` [s], and ``parallel_B_bias`` and
-    ``sequential_B_bias`` [out]. ``scale`` multiplies both branches with their biases.
+    with ``branch_biases`` also ``parallel_A_bias`` [p], ``sequential_A_bias`` [s], and
+    ``parallel_B_bias`` and ``sequential_B_bias`` [out]. ``scale`` multiplies both branches with their biases.
     """
     options = {"scale": float(scale), "branch_biases": branch_biases}
     return write_folder(folder, "HYDRA", options, _prefixed("hydra_", layers))
