@@ -8,11 +8,11 @@ import torch
 from peft import HRAConfig
 from torch import Tensor, nn
 
+from timbre_methods.base_products import ROWS_AT_ONCE
 from timbre_methods.contract import Site
 from timbre_methods.errors import InvalidTensors, UnsupportedMethod
 from timbre_methods.program import LowRank
 from timbre_methods.registry import check_adapter, method_for
-from timbre_methods.weight_products import ROWS_AT_ONCE
 
 LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

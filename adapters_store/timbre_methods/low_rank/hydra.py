@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from timbre_methods.base_products import left_product
 from timbre_methods.config import Finite, PeftConfig, read_config
 from timbre_methods.contract import Method, Site, Sites, Tensors
 from timbre_methods.examples import chosen_sites, coin, peft_file, random_tensor, whole_number
 from timbre_methods.program import AdapterProgram, Diagonal, LowRank, Part
 from timbre_methods.site_tensors import PREFIX, SiteTensors, tensors_by_site, tensors_of_site
-from timbre_methods.weight_products import times_weight
 
 BRANCHES = ("parallel", "sequential")
 FACTORS = frozenset(f"hydra_{branch}_{factor}" for branch in BRANCHES for factor in "AB")
@@ -90,7 +90,7 @@ def _parts(config: HydraConfig, found: SiteTensors) -> tuple[Part, ...]:
     a_PI, b_OP = _factors(found, "parallel", site.in_features)
     a_SO, b_OS = _factors(found, "sequential", site.out_features)
     factors = LowRank(
-        a_RI=torch.cat([a_PI, times_weight(a_SO, site.weight_OI)]),
+        a_RI=torch.cat([a_PI, left_product(a_SO, site.weight_OI)]),
         b_OR=config.scale * torch.cat([b_OP, b_OS], dim=1),
     )
     if site.bias_O is None and not config.branch_biases:

@@ -27,13 +27,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from timbre_methods.base_products import left_product, right_product
 from timbre_methods.config import PeftConfig, read_config
 from timbre_methods.contract import Method, Site, Sites, Tensors
 from timbre_methods.errors import InvalidTensors
 from timbre_methods.examples import chosen_sites, coin, peft_file, random_tensor, whole_number
 from timbre_methods.program import AdapterProgram, Dense, LowRank, Part
 from timbre_methods.site_tensors import PREFIX, SiteTensors, tensors_by_site, tensors_of_site
-from timbre_methods.weight_products import times_weight, weight_times
 
 KEYS = frozenset({"ether_in_u", "ether_in_v", "ether_out_u", "ether_out_v"})
 
@@ -146,7 +146,7 @@ def _parts(config: EtherConfig, found: SiteTensors) -> tuple[Part, ...]:
     if config.side != "input":
         turns = _turns(config, found, "out", found.site.out_features)
         rows_RO = _laid_out(turns)
-        seen_RI = times_weight(rows_RO, found.site.weight_OI)
+        seen_RI = left_product(rows_RO, found.site.weight_OI)
         for part in parts:  # the output's turn sees what the input's has made of W
             seen_RI += _times_change(rows_RO, part)
         parts.append(LowRank(a_RI=seen_RI, b_OR=(_factors(turns)[:, None] * rows_RO).T))
@@ -184,7 +184,7 @@ def _times_change(rows_RO: Tensor, part: LowRank | Dense) -> Tensor:
 
 def _block_diagonal(found: SiteTensors, turns: Turns) -> LowRank:
     a_RI = _laid_out(turns)
-    return LowRank(a_RI=a_RI, b_OR=weight_times(found.site.weight_OI, _factors(turns) * a_RI.T))
+    return LowRank(a_RI=a_RI, b_OR=right_product(found.site.weight_OI, _factors(turns) * a_RI.T))
 
 
 def _every_chunk(found: SiteTensors, turns: Turns) -> LowRank | Dense:
@@ -211,5 +211,5 @@ def _seen(weight_OI: Tensor, unit_ND: Tensor) -> Tensor:
     """[N, C, N]: what each row in block i of W makes of u_i in each of its chunks."""
     count, size = unit_ND.shape
     blocks = weight_OI.split_with_sizes([len(weight_OI) // count] * count, 0)
-    seen = [weight_times(b.reshape(-1, size), u_D[:, None]) for b, u_D in zip(blocks, unit_ND, strict=True)]
+    seen = [right_product(b.reshape(-1, size), u_D) for b, u_D in zip(blocks, unit_ND, strict=True)]
     return torch.stack(seen).view(count, -1, count)

@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from timbre_methods.base_products import right_product
 from timbre_methods.config import PeftConfig, Rank, read_config
 from timbre_methods.contract import Method, Site, Sites, Tensors
 from timbre_methods.errors import InvalidTensors
 from timbre_methods.examples import chosen_sites, coin, peft_file, random_tensor, whole_number
 from timbre_methods.program import AdapterProgram, LowRank
 from timbre_methods.site_tensors import PREFIX, SiteTensors, tensors_by_site, tensors_of_site
-from timbre_methods.weight_products import weight_times
 
 KEY = "hra_u"
 KEYS = frozenset({KEY})
@@ -114,5 +114,5 @@ def _factors(config: HraConfig, found: SiteTensors) -> LowRank:
     eye_RR = torch.eye(config.r, dtype=gram_RR.dtype, device=gram_RR.device)
     core_RR = gram_RR / 2 if config.apply_GS else gram_RR.triu(1) + eye_RR / 2
     back_IR = torch.linalg.solve(core_RR, unit_IR, left=False).to(torch.float32)
-    b_OR = weight_times(found.site.weight_OI, -back_IR)
+    b_OR = right_product(found.site.weight_OI, -back_IR)
     return LowRank(a_RI=unit_IR.T.to(torch.float32), b_OR=b_OR)
