@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from timbre_methods.program import Rotation
+from timbre_server.operators import rotation
 from timbre_server.operators.rotation import RotationOperator
 from timbre_server.operators.row_table import RowTable, Span
 
@@ -62,3 +63,21 @@ def test_pairs_of_one_shape_are_turned_together_and_others_apart() -> None:
         rows = slice(row, row + 1)
         expected = RotationOperator().meaning(part, y_TO[rows], y_TO[rows]).change_TO
         torch.testing.assert_close(found.values_NO[rows], expected)
+
+
+def test_large_blocks_are_never_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(3)
+    parts = [Rotation("output", torch.randn(1, 2, 4, 4, generator=generator), (4,)) for _ in range(3)]
+    uses = [{slot: [part] for slot, part in enumerate(parts)}]
+    table = RowTable([Span(1, ((0, 1.0),)), Span(2, ((1, 0.5),)), Span(1, ((2, -1.0), (0, 2.0)))])
+    y_TO = torch.randn(4, 8, generator=generator)
+    sums = []
+    for largest in (rotation.MAX_STACKED_BLOCK, 3):
+        monkeypatch.setattr(rotation, "MAX_STACKED_BLOCK", largest)
+        if largest < 4:
+            monkeypatch.setattr(rotation, "_paired", None)
+        change = RotationOperator().bind(uses, table).output_change(0, y_TO)
+        assert change is not None
+        assert isinstance(change.rows_N, torch.Tensor)
+        sums.append(torch.zeros(4, 8).index_add_(0, change.rows_N, change.values_NO))
+    torch.testing.assert_close(sums[0], sums[1])

@@ -23,6 +23,10 @@ MIN_ROWS_ALONE = 4
 """From this many rows on, products of its own read an adapter's blocks once instead of once a row."""
 
 
+MAX_STACKED_BLOCK = 64
+"""Larger blocks are never copied side by side: their bytes in a vector's blocks grow with their size."""
+
+
 class RotationOperator(Operator[Rotation]):
     part = Rotation
 
@@ -77,8 +81,8 @@ class _Batch:
     weights_N1: Tensor
     blocks_GFSBB: Tensor
     chunks: tuple[int, ...]
-    extra_scale_NO: Tensor | None
-    """The weighted ``scale − 1``; one row where all are equal."""
+    extra_scale_GO: Tensor | None
+    """``scale − 1`` of each adapter."""
 
     def turned(self, v_TD: Tensor) -> tuple[Tensor, Tensor]:
         """The rows, and what their adapters make of them."""
@@ -93,6 +97,12 @@ class _Batch:
     def change(self, v_TD: Tensor) -> Tensor:
         v_ND, turned_ND = self.turned(v_TD)
         return (turned_ND - v_ND) * self.weights_N1
+
+    def gain(self) -> Tensor:
+        """The weighted ``scale − 1`` of each row, [N, O]."""
+        assert self.extra_scale_GO is not None
+        weights_GM1 = self.weights_N1.view(len(self.extra_scale_GO), -1, 1)
+        return (self.extra_scale_GO.unsqueeze(1) * weights_GM1).flatten(0, 1)
 
 
 def _multiplied(v_GMD: Tensor, blocks_GSBB: Tensor) -> Tensor:
@@ -112,34 +122,38 @@ def _batches(parts_by_slot: Mapping[int, Sequence[Rotation]], side: str, table: 
         for part in parts_by_slot.get(segment.slot, ()):
             if part.side != side:
                 continue
-            if len(segment.rows_N) >= MIN_ROWS_ALONE:
+            is_large = part.blocks_FSBB.shape[-1] > MAX_STACKED_BLOCK
+            if is_large or len(segment.rows_N) >= MIN_ROWS_ALONE:
                 batches.append(_alone(segment, part))
             else:
                 shape = (part.blocks_FSBB.shape, part.chunks, part.scale_O is None)
                 pairs.setdefault(shape, []).append((segment, part))
-    return [*batches, *(_paired(own, table) for own in pairs.values())]
+    return [*batches, *(_paired(own, table) if own[1:] else _alone(*own[0]) for own in pairs.values())]
 
 
 def _alone(segment: Segment, part: Rotation) -> _Batch:
-    weights_N1 = segment.weights_N.unsqueeze(1)
-    extra_scale_NO = None if part.scale_O is None else (part.scale_O - 1) * weights_N1
-    blocks_GFSBB = part.blocks_FSBB.unsqueeze(0)
-    return _Batch(segment.rows_N, segment.index, weights_N1, blocks_GFSBB, part.chunks, extra_scale_NO)
+    return _Batch(
+        segment.rows_N,
+        segment.index,
+        segment.weights_N.unsqueeze(1),
+        part.blocks_FSBB.unsqueeze(0),
+        part.chunks,
+        None if part.scale_O is None else part.scale_O.unsqueeze(0) - 1,
+    )
 
 
 def _paired(own: Sequence[tuple[Segment, Rotation]], table: RowTable) -> _Batch:
     each = [part for segment, part in own for _ in range(len(segment.rows_N))]
     rows_N = torch.cat([segment.rows_N for segment, _ in own])
     every_row = torch.arange(table.num_rows, device=rows_N.device)
-    weights_N1 = torch.cat([segment.weights_N for segment, _ in own]).unsqueeze(1)
     scales = [part.scale_O for part in each if part.scale_O is not None]
     return _Batch(
         rows_N,
         None if torch.equal(rows_N, every_row) else rows_N,
-        weights_N1,
+        torch.cat([segment.weights_N for segment, _ in own]).unsqueeze(1),
         torch.stack([part.blocks_FSBB for part in each]),
         each[0].chunks,
-        (torch.stack(scales) - 1) * weights_N1 if scales else None,
+        torch.stack(scales) - 1 if scales else None,
     )
 
 
@@ -160,9 +174,8 @@ class _Side:
         return Change(_joined([batch.change(v_TD) for batch in self.batches]), self.rows)
 
     def own_product(self, x_TI: Tensor) -> OwnProduct:
-        gains = [b.extra_scale_NO for b in self.batches if b.extra_scale_NO is not None]
         turned = [batch.turned(x_TI)[1] for batch in self.batches]
-        return OwnProduct(_joined(turned), _joined(gains), self.rows)
+        return OwnProduct(_joined(turned), _joined([b.gain() for b in self.batches]), self.rows)
 
 
 def _joined(values: Sequence[Tensor]) -> Tensor:
@@ -173,7 +186,7 @@ class _BoundRotation(Bound):
     def __init__(self, inputs: Sequence[Sequence[_Batch]], outputs: Sequence[Sequence[_Batch]]) -> None:
         self._inputs = [_Side.of(batches) for batches in inputs]
         self._outputs = [_Side.of(batches) for batches in outputs]
-        self._scaled = [_Side.of([b for b in own if b.extra_scale_NO is not None]) for own in inputs]
+        self._scaled = [_Side.of([b for b in own if b.extra_scale_GO is not None]) for own in inputs]
 
     def input_change(self, member: int, x_TI: Tensor) -> Change | None:
         side = self._inputs[member]
