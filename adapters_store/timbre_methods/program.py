@@ -4,13 +4,13 @@ A *part* is the parameters of one operator at one site, owned by one adapter. A 
 layer of the base, ``y0 = W x + b``. Every part stands for a change that is **added** to the base, so
 parts of one adapter, and of several adapters in a mix, combine by weighted sums and in any order::
 
-    x' = x + Σ w · input_change(x)          Diagonal(side="input")
+    x' = x + Σ w · input_change(x)          Diagonal and Rotation with side="input"
     y  = W x' + b + Σ w · change(x, y0)      all others
 
 This module knows no file format, no method's name and no batch.
 
 Legend: I in features, O out features, R rank, N stored coefficients or blocks, P and Q the sizes of a
-basis, K places of a sparse core.
+basis, K places of a sparse core, F factors, S stored blocks, B their size.
 """
 
 from __future__ import annotations
@@ -151,7 +151,28 @@ class Diagonal:
     shift: Tensor | None = None
 
 
-Part = LowRank | Spectral | Sparse | Block | Dense | Kronecker | Projected | Diagonal
+@dataclass(frozen=True, slots=True, eq=False)
+class Rotation:
+    """Small blocks that turn the input or the output, as a change; R need not be orthogonal.
+
+    ``input``: ``x' = x + (R x − x)`` before the base product, and with ``scale_O`` also
+    ``y += (scale − 1) ∘ (W R x)``, so that alone ``y = scale ∘ (W R x) + b``.
+    ``output``: ``y += R y0 − y0``, y0 with the base's bias, no scale.
+
+    R is a product of factors, the first of which acts first. Factor f cuts the vector into chunks of
+    ``chunks[f]`` entries, and both halves of a chunk into pieces of B/2: block after block multiplies one
+    piece of the first half, joined with the piece in its place in the second half. A chunk of B entries is
+    simply one block. ``blocks_FSBB`` [F, S, B, B], float32; S is the number of blocks, or 1 where all use
+    the same.
+    """
+
+    side: Literal["input", "output"]
+    blocks_FSBB: Tensor
+    chunks: tuple[int, ...]
+    scale_O: Tensor | None = None
+
+
+Part = LowRank | Spectral | Sparse | Block | Dense | Kronecker | Projected | Diagonal | Rotation
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -26,6 +26,7 @@ _REFUSED_ENDINGS: Mapping[str, str] = {
     "lm_head.weight": "it would replace the base's head; save with save_embedding_layers=False",
     "lora_embedding_A": "adapters on embeddings are not served; target linear layers only",
     "lora_embedding_B": "adapters on embeddings are not served; target linear layers only",
+    "oft_embedding_R.weight": "adapters on embeddings are not served; target linear layers only",
 }
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from timbre_methods.program import AdapterProgram, Diagonal, LowRank, Part, Places, Spectral
+from timbre_methods.program import AdapterProgram, Diagonal, LowRank, Part, Places, Rotation, Spectral
 from timbre_server.adapters.adapted_model import AdaptedModel
 from timbre_server.adapters.groups import LinearGroup
 from timbre_server.operators.contract import Bound, Uses
@@ -133,6 +135,41 @@ def test_an_output_gain_acts_on_the_base_even_beside_an_input_gain_in_one_mix() 
         q.bias += 2 * (outward.gain - 1) * bias
         expected = base(x_TI.unsqueeze(0), torch.arange(3)).squeeze(0)
     torch.testing.assert_close(mixed, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_only_rows_with_a_scale_pay_for_a_product_of_their_own() -> None:
+    """`y = W x + b + Σ w (scale ∘ (W R x) − W x)`: the base's bias is not scaled, in a mix either."""
+    rows_given: list[int] = []
+
+    def counted(module: nn.Module) -> Callable[[Tensor], Tensor]:
+        def product(x: Tensor) -> Tensor:
+            rows_given.append(x.numel() // SIZE)
+            return module(x)  # type: ignore[no-any-return]
+
+        return product
+
+    generator = torch.Generator().manual_seed(2)
+    blocks_FSBB = torch.randn(2, 1, 4, SIZE // 4, SIZE // 4, generator=generator)
+    scale_O = torch.randn(SIZE, generator=generator)
+    turns = [Rotation("input", blocks_FSBB[0], (2,), scale_O), Rotation("input", blocks_FSBB[1], (2,))]
+    network = nn.ModuleDict({"o": nn.Linear(SIZE, SIZE)})
+    adapted = AdaptedModel(network, [LinearGroup(("o",))], counted)
+    weight_OI, bias_O = network["o"].weight.detach(), network["o"].bias.detach()
+    for slot, part in enumerate(turns):
+        adapted.put(slot, AdapterProgram({"o": (part,)}))
+    x_TI = torch.randn(4, SIZE, generator=generator)
+
+    adapted.set_rows(RowTable([Span(2), Span(1, ((0, 1.0),)), Span(1, ((0, 0.5), (1, 2.0)))]), RowTable([]))
+    with torch.inference_mode():
+        out = network["o"](x_TI)
+
+    assert rows_given == [4, 2]
+    first, second = (weight_OI @ torch.block_diag(*blocks[0]) for blocks in blocks_FSBB)
+    first = scale_O[:, None] * first
+    mixed = weight_OI + 0.5 * (first - weight_OI) + 2 * (second - weight_OI)
+    torch.testing.assert_close(out[:2], x_TI[:2] @ weight_OI.T + bias_O)
+    torch.testing.assert_close(out[2], first @ x_TI[2] + bias_O)
+    torch.testing.assert_close(out[3], mixed @ x_TI[3] + bias_O)
 
 
 def test_members_of_a_group_may_be_called_in_any_order_and_more_than_once() -> None:

@@ -8,6 +8,7 @@ Legend: T tokens, I in features, O out features.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from timbre_methods.program import (
     LowRank,
     Part,
     Projected,
+    Rotation,
     Sparse,
     Spectral,
 )
@@ -72,6 +74,8 @@ def change(part: Part, x_TI: Tensor, y0_TO: Tensor) -> Tensor:
         return x_TI @ torch.kron(part.w1_LM.to(dtype), w2_KN).T
     if isinstance(part, Projected):
         return projected(part, x_TI)
+    if isinstance(part, Rotation):
+        return y0_TO @ rotation_matrix(part, y0_TO).T - y0_TO
     assert part.side == "output"
     shift = torch.zeros_like(part.gain) if part.shift is None else part.shift
     return (part.gain.to(dtype) - 1) * y0_TO + shift.to(dtype)
@@ -99,19 +103,54 @@ def projected(part: Projected, x_TI: Tensor) -> Tensor:
     return total
 
 
+def rotation_matrix(part: Rotation, v_TD: Tensor) -> Tensor:
+    """R of a rotation of vectors like ``v_TD``, [D, D]: block by block into empty matrices."""
+    features, block = v_TD.shape[-1], part.blocks_FSBB.shape[-1]
+    whole_DD = torch.eye(features, dtype=v_TD.dtype)
+    for blocks_SBB, chunk in zip(part.blocks_FSBB.to(v_TD.dtype), part.chunks, strict=True):
+        factor_DD = torch.zeros(features, features, dtype=v_TD.dtype)
+        for n in range(features // block):
+            start, place = n * block // chunk * chunk, n * block % chunk // 2
+            piece = torch.arange(block // 2) + start + place
+            entries = torch.cat([piece, piece + chunk // 2])
+            if chunk == block:
+                entries = torch.arange(block) + start
+            factor_DD[entries[:, None], entries] = blocks_SBB[min(n, len(blocks_SBB) - 1)]
+        whole_DD = factor_DD @ whole_DD
+    return whole_DD
+
+
+def is_input_side(part: Part) -> bool:
+    return isinstance(part, (Diagonal, Rotation)) and part.side == "input"
+
+
+def input_change(part: Part, x_TI: Tensor) -> Tensor:
+    """What a part on the input side adds to the base product's input, in x's dtype."""
+    if isinstance(part, Diagonal):
+        return (part.gain.to(x_TI.dtype) - 1) * x_TI
+    assert isinstance(part, Rotation)
+    return x_TI @ rotation_matrix(part, x_TI).T - x_TI
+
+
+def apply_parts(parts: tuple[Part, ...], x_TI: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
+    """The adapted layer's output. ``product`` gives ``W x + b`` in x's dtype."""
+    y0_TO = product(x_TI)
+    y_TO = product(x_TI + sum(input_change(part, x_TI) for part in parts if is_input_side(part)))
+    for part in parts:
+        if not is_input_side(part):
+            y_TO = y_TO + change(part, x_TI, y0_TO)
+        elif isinstance(part, Rotation) and part.scale_O is not None:
+            bias_O = product(torch.zeros_like(x_TI))
+            turned_TI = x_TI + input_change(part, x_TI)
+            y_TO = y_TO + (part.scale_O.to(x_TI.dtype) - 1) * (product(turned_TI) - bias_O)
+    return y_TO
+
+
 def run_parts(site: Site, parts: tuple[Part, ...], x_TI: Tensor) -> Tensor:
     """The adapted layer's output at one site, in x's dtype."""
-    changed_TI = x_TI
-    for part in parts:
-        if isinstance(part, Diagonal) and part.side == "input":
-            changed_TI = changed_TI + (part.gain.to(x_TI.dtype) - 1) * x_TI
     bias_O = None if site.bias_O is None else site.bias_O.to(x_TI.dtype)
-    y0_TO = nn.functional.linear(changed_TI, site.weight_OI.to(x_TI.dtype), bias_O)
-    y_TO = y0_TO
-    for part in parts:
-        if not (isinstance(part, Diagonal) and part.side == "input"):
-            y_TO = y_TO + change(part, x_TI, y0_TO)
-    return y_TO
+    weight_OI = site.weight_OI.to(x_TI.dtype)
+    return apply_parts(parts, x_TI, lambda v_TI: nn.functional.linear(v_TI, weight_OI, bias_O))
 
 
 class AdaptedLinear(nn.Module):
@@ -123,16 +162,8 @@ class AdaptedLinear(nn.Module):
         self.parts = parts
 
     def forward(self, x: Tensor) -> Tensor:
-        wide, changed = x.float(), x
-        for part in self.parts:
-            if isinstance(part, Diagonal) and part.side == "input":
-                changed = (wide * part.gain).to(x.dtype)
-        y0 = self.base(changed)
-        y = y0.float()
-        for part in self.parts:
-            if not (isinstance(part, Diagonal) and part.side == "input"):
-                y = y + change(part, wide, y0.float())
-        return y.to(y0.dtype)
+        y = apply_parts(self.parts, x.float(), lambda v: self.base(v.to(x.dtype)).float())
+        return y.to(x.dtype)
 
 
 def adapted_copy(model: nn.Module, program: AdapterProgram) -> nn.Module:

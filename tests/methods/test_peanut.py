@@ -9,10 +9,10 @@ from peft import PeanutConfig
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from timbre_methods.base_products import ROWS_AT_ONCE
 from timbre_methods.contract import Site
 from timbre_methods.errors import InvalidTensors, UnsupportedMethod
 from timbre_methods.low_rank.activations import ACTIVATIONS
-from timbre_methods.low_rank.base_products import ROWS_AT_ONCE
 from timbre_methods.program import LowRank
 from timbre_methods.registry import method_for
 

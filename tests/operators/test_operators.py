@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from timbre_methods.program import (
-    Basis,
-    Block,
-    Dense,
-    Diagonal,
-    Kronecker,
-    LowRank,
-    Part,
-    Places,
-    Projected,
-    Sparse,
-    Spectral,
-)
+from timbre_methods.program import Part, Places, Spectral
 from timbre_server.operators.catalogue import all_operators
-from timbre_server.operators.contract import Change, Operator, Uses
+from timbre_server.operators.contract import Change, Operator, OwnProduct, Uses
 from timbre_server.operators.row_table import RowTable, Span
 from timbre_server.operators.spectral import SpectralOperator
 
@@ -53,113 +41,16 @@ CROWDS = {
 }
 
 
-@dataclass(frozen=True)
-class Draw:
-    """Draws the numbers of one part."""
-
-    in_features: int
-    out_features: int
-    generator: torch.Generator
-
-    def normal(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, generator=self.generator)
-
-    def integers(self, high: int, count: int) -> Tensor:
-        return torch.randint(0, high, (count,), generator=self.generator)
-
-    def count(self) -> int:
-        return int(self.integers(9, 1)) + 1
-
-
-def low_rank(draw: Draw) -> Part:
-    rank = draw.count()
-    return LowRank(draw.normal(rank, draw.in_features), draw.normal(draw.out_features, rank))
-
-
-def spectral(draw: Draw) -> Part:
-    count = 4 * draw.count()
-    rows, columns = draw.integers(draw.out_features, count), draw.integers(draw.in_features, count)
-    return Spectral(draw.normal(count), Places("dft", draw.out_features, draw.in_features, rows, columns))
-
-
-def sparse(draw: Draw) -> Part:
-    count = 5 * draw.count()
-    size = draw.out_features * draw.in_features
-    flat = torch.randperm(size, generator=draw.generator)[:count].sort().values
-    row_ends = torch.searchsorted(flat, torch.arange(draw.out_features + 1) * draw.in_features)
-    return Sparse(row_ends, (flat % draw.in_features).int(), draw.normal(count), draw.in_features)
-
-
-def block(draw: Draw) -> Part:
-    size, on_input = 2 + draw.count() % 2, draw.count() % 2 == 0
-    channels = torch.randperm(draw.in_features if on_input else draw.out_features, generator=draw.generator)
-    if on_input:
-        return Block("input", channels[:size], draw.normal(draw.out_features, size), draw.out_features)
-    return Block("output", channels[:size], draw.normal(size, draw.in_features), draw.out_features)
-
-
-def diagonal(draw: Draw) -> Part:
-    count = draw.count()
-    if count % 2:
-        return Diagonal("input", draw.normal(draw.in_features))
-    out_features = draw.out_features
-    return Diagonal("output", draw.normal(out_features), draw.normal(out_features) if count % 4 else None)
-
-
-def dense(draw: Draw) -> Part:
-    return Dense(draw.normal(draw.out_features, draw.in_features))
-
-
-def kronecker(draw: Draw) -> Part:
-    """Of the two splits that each size has, with w2 whole or in two factors of rank 2."""
-    m = next(d for d in ((3, 2, 1), (5, 4, 1))[draw.count() % 2] if draw.in_features % d == 0)
-    rows = next(d for d in ((2, 3, 1), (4, 5, 1))[draw.count() % 2] if draw.out_features % d == 0)
-    k, n = draw.out_features // rows, draw.in_features // m
-    w1_LM = draw.normal(rows, m)
-    if draw.count() % 2:
-        return Kronecker(w1_LM, draw.normal(k, n))
-    return Kronecker(w1_LM, draw.normal(k, 2), draw.normal(2, n))
-
-
-def projected(draw: Draw) -> Part:
-    """One of the three forms of a core, in a basis of 5 (and 7) directions."""
-    form = ("diagonal", "dense", "sparse")[draw.count() % 3]
-    blocks = 3 if form == "diagonal" and draw.count() % 2 else 1
-    q = 5 if form == "diagonal" else 7
-    basis = Basis(draw.normal(blocks, 5, draw.in_features) / 4, draw.normal(1, draw.out_features, q) / 4)
-    if form == "dense":
-        return Projected("dense", draw.normal(q, 5), basis)
-    if form == "sparse":
-        return Projected("sparse", draw.normal(9), basis, draw.integers(q, 9), draw.integers(5, 9))
-    return Projected(
-        "diagonal",
-        draw.normal(blocks, 5),
-        basis,
-        inner_NI=draw.normal(blocks, draw.in_features) if blocks == 3 else None,
-        outer_NO=draw.normal(blocks, draw.out_features),
-    )
-
-
-MAKERS: dict[str, Callable[[Draw], Part]] = {
-    "LowRankOperator": low_rank,
-    "SpectralOperator": spectral,
-    "SparseOperator": sparse,
-    "BlockOperator": block,
-    "DenseOperator": dense,
-    "KroneckerOperator": kronecker,
-    "ProjectedOperator": projected,
-    "DiagonalOperator": diagonal,
-}
-
-
-def random_part(
-    operator: Operator[Any], in_features: int, out_features: int, generator: torch.Generator
-) -> Part:
-    return MAKERS[type(operator).__name__](Draw(in_features, out_features, generator))
+RandomPart = Callable[[Operator[Any], int, int, torch.Generator], Part]
 
 
 def by_meaning(
-    operator: Operator[Any], parts: Sequence[Part], weights: Sequence[float], x_TI: Tensor, y_TO: Tensor
+    operator: Operator[Any],
+    parts: Sequence[Part],
+    weights: Sequence[float],
+    x_TI: Tensor,
+    y_TO: Tensor,
+    weight_OI: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The summed input change and change of rows that all have the same parts."""
     input_change, change = torch.zeros_like(x_TI), torch.zeros_like(y_TO)
@@ -169,7 +60,15 @@ def by_meaning(
             input_change += weight * meaning.input_change_TI
         if meaning.change_TO is not None:
             change += weight * meaning.change_TO
+        change += weight * summed([produced(meaning.own_product, weight_OI)], change)
     return input_change, change
+
+
+def produced(own: OwnProduct | None, weight_OI: Tensor | None) -> Change | None:
+    """The base product that an operator asks for."""
+    if own is None or weight_OI is None:
+        return None
+    return Change(own.gain_NO * (own.x_NI @ weight_OI.T), own.rows_N)
 
 
 def summed(changes: Sequence[Change | None], like: Tensor) -> Tensor:
@@ -185,7 +84,7 @@ def summed(changes: Sequence[Change | None], like: Tensor) -> Tensor:
 @pytest.mark.parametrize("crowd", CROWDS)
 @pytest.mark.parametrize("name", OPERATORS)
 def test_a_bound_operator_gives_each_row_the_weighted_sum_of_meanings(
-    name: str, crowd: str, shape: tuple[int, int]
+    name: str, crowd: str, shape: tuple[int, int], random_part: RandomPart
 ) -> None:
     operator = OPERATORS[name]
     in_features, first_out = shape
@@ -199,19 +98,22 @@ def test_a_bound_operator_gives_each_row_the_weighted_sum_of_meanings(
     table = RowTable(CROWDS[crowd])
     x_TI = torch.randn(table.num_rows, in_features, generator=generator)
     outputs = [torch.randn(table.num_rows, out, generator=generator) for out in members]
+    weights = [torch.randn(out, in_features, generator=generator) / 4 for out in members]
 
     bound = operator.bind(uses, table)
     sums = bound.sums(x_TI)
 
     for member, y_TO in enumerate(outputs):
         shared = list(sums[member]) if sums else []
-        change = summed([*shared, bound.output_change(member, y_TO)], y_TO)
+        own_product = produced(bound.own_product(member, x_TI), weights[member])
+        change = summed([*shared, bound.output_change(member, y_TO), own_product], y_TO)
         input_change = summed([bound.input_change(member, x_TI)], x_TI)
         row = 0
         for span in table.spans:
             own = [(p, w) for slot, w in span.pairs for p in uses[member].get(slot, ())]
             rows = slice(row, row + span.num_rows)
-            expected = by_meaning(operator, [p for p, _ in own], [w for _, w in own], x_TI[rows], y_TO[rows])
+            parts, own_weights = [p for p, _ in own], [w for _, w in own]
+            expected = by_meaning(operator, parts, own_weights, x_TI[rows], y_TO[rows], weights[member])
             torch.testing.assert_close(input_change[rows], expected[0], atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(change[rows], expected[1], atol=1e-4, rtol=1e-4)
             row += span.num_rows
@@ -219,7 +121,9 @@ def test_a_bound_operator_gives_each_row_the_weighted_sum_of_meanings(
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 @pytest.mark.parametrize("name", OPERATORS)
-def test_a_part_that_is_not_finite_spoils_its_own_rows_alone(name: str, bad: float) -> None:
+def test_a_part_that_is_not_finite_spoils_its_own_rows_alone(
+    name: str, bad: float, random_part: RandomPart
+) -> None:
     operator = OPERATORS[name]
     generator = torch.Generator().manual_seed(6)
     part = random_part(operator, 16, 24, generator)
@@ -232,13 +136,15 @@ def test_a_part_that_is_not_finite_spoils_its_own_rows_alone(name: str, bad: flo
         },
     )
     x_TI, y_TO = torch.randn(4, 16, generator=generator), torch.randn(4, 24, generator=generator)
+    weight_OI = torch.randn(24, 16, generator=generator)
     table = RowTable([Span(1, ((0, 1.0),)), Span(1, ((1, 1.0),)), Span(2, ((0, 0.5),))])
 
     found = []
     for other in (part, spoilt):
         bound = operator.bind([{0: [part], 1: [other]}], table)
         sums = bound.sums(x_TI)
-        change = summed([*(sums[0] if sums else ()), bound.output_change(0, y_TO)], y_TO)
+        own_product = produced(bound.own_product(0, x_TI), weight_OI)
+        change = summed([*(sums[0] if sums else ()), bound.output_change(0, y_TO), own_product], y_TO)
         input_change = summed([bound.input_change(0, x_TI)], x_TI)
         found.append(torch.cat([change, input_change], dim=1))
 
@@ -248,7 +154,7 @@ def test_a_part_that_is_not_finite_spoils_its_own_rows_alone(name: str, bad: flo
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-def test_binding_and_running_modify_neither_parts_nor_input(name: str) -> None:
+def test_binding_and_running_modify_neither_parts_nor_input(name: str, random_part: RandomPart) -> None:
     operator = OPERATORS[name]
     generator = torch.Generator().manual_seed(5)
     part = random_part(operator, 16, 24, generator)
@@ -262,6 +168,7 @@ def test_binding_and_running_modify_neither_parts_nor_input(name: str) -> None:
     for _ in range(2):
         bound.sums(x_TI)
         bound.input_change(0, x_TI)
+        bound.own_product(0, x_TI)
 
     assert torch.equal(x_TI, x_before)
     for field, value in before.items():

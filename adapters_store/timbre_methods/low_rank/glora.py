@@ -19,11 +19,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from timbre_methods.base_products import right_product
 from timbre_methods.config import PeftConfig, Rank, read_config
 from timbre_methods.contract import Method, Site, Sites, Tensors
 from timbre_methods.errors import InvalidTensors
 from timbre_methods.examples import chosen_sites, peft_file, random_tensor, whole_number
-from timbre_methods.low_rank.base_products import right_product
 from timbre_methods.program import AdapterProgram, Dense, Diagonal, LowRank, Part
 from timbre_methods.site_tensors import PREFIX, SiteTensors, tensors_by_site, tensors_of_site
 

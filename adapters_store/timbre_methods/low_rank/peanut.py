@@ -18,12 +18,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from timbre_methods.base_products import left_product
 from timbre_methods.config import Finite, PeftConfig, Rank, read_config, shown
 from timbre_methods.contract import Method, Site, Sites, Tensors
 from timbre_methods.errors import UnsupportedMethod
 from timbre_methods.examples import chosen_sites, peft_file, random_tensor, whole_number
 from timbre_methods.low_rank.activations import ACTIVATIONS
-from timbre_methods.low_rank.base_products import left_product
 from timbre_methods.program import AdapterProgram, LowRank
 from timbre_methods.site_tensors import PREFIX, SiteTensors, tensors_by_site, tensors_of_site
 

@@ -4,7 +4,7 @@ An `AdaptedLinear` takes a layer's place by composition: the base product stays 
 that read the very same tensor share an `AdaptedGroup`, in which the first one called computes what
 adapters add for all of them (one transform, one shrink), and the others find their share ready.
 
-    y = W (x + input changes) + b   +   Σ changes from x   +   changes from y0 = W x + b
+    y = W (x + input changes) + b   +   Σ changes from x   +   changes from y0 = W x + b   +   own products
 
 Base rows get exactly the base product's bits: a row that no adapter touches is never added to.
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from timbre_methods.program import AdapterProgram, Part
-from timbre_server.operators.contract import Bound, Change, Operator
+from timbre_server.operators.contract import Bound, Change, Operator, OwnProduct
 from timbre_server.operators.row_table import RowTable
 
 Programs = Mapping[int, AdapterProgram]
@@ -151,6 +151,7 @@ class AdaptedLinear(nn.Module):
         y = self._product(_added(x, inputs) if inputs else x)
         sums = list(self._group.changes(self._member, x))
         outputs = self._output_changes(bounds, x, y, changed_input=bool(inputs))
+        outputs += [self._produced(o, x) for b in bounds if (o := b.own_product(self._member, _rows(x)))]
         return _added(y, sums + outputs) if sums or outputs else y
 
     def _output_changes(
@@ -167,6 +168,12 @@ class AdaptedLinear(nn.Module):
             if change is not None:
                 found.append(change)
         return found
+
+    def _produced(self, own: OwnProduct, x: Tensor) -> Change:
+        """One more base product, for the rows that need one."""
+        y_NO = self._product(own.x_NI.to(x.dtype)).float()
+        product_NO = y_NO if self.bias is None else y_NO - self.bias.float()
+        return Change(own.gain_NO * product_NO, own.rows_N)
 
 
 def _rows(v: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from timbre_server.operators.diagonal import DiagonalOperator
 from timbre_server.operators.kronecker import KroneckerOperator
 from timbre_server.operators.low_rank import LowRankOperator
 from timbre_server.operators.projected import ProjectedOperator
+from timbre_server.operators.rotation import RotationOperator
 from timbre_server.operators.sparse import SparseOperator
 from timbre_server.operators.spectral import SpectralOperator
 
@@ -26,4 +27,5 @@ def all_operators() -> tuple[Operator[Any], ...]:
         KroneckerOperator(),
         ProjectedOperator(),
         DiagonalOperator(),
+        RotationOperator(),
     )

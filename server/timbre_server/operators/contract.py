@@ -41,6 +41,18 @@ class Change:
     rows_N: Tensor | slice | None = None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class OwnProduct:
+    """A base product that some rows need beside the one of all: ``gain_NO ∘ (W x_NI)``, W without the bias.
+
+    It is added to the rows ``rows_N``, which are read as in `Change`. Both tensors are float32.
+    """
+
+    x_NI: Tensor
+    gain_NO: Tensor
+    rows_N: Tensor | slice | None = None
+
+
 class Bound:
     """One operator, ready for one row table at one group. An operator overrides what it acts on."""
 
@@ -57,6 +69,10 @@ class Bound:
         """What to add to one member's output, from the base's own output y0."""
         return None
 
+    def own_product(self, member: int, x_TI: Tensor) -> OwnProduct | None:
+        """What to add to one member's output that takes W and an input of the row's own."""
+        return None
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Meaning:
@@ -64,6 +80,7 @@ class Meaning:
 
     input_change_TI: Tensor | None = None
     change_TO: Tensor | None = None
+    own_product: OwnProduct | None = None
 
 
 class Operator(ABC, Generic[PartT]):

@@ -21,9 +21,9 @@ def left_product(p_RO: Tensor, weight_OI: Tensor) -> Tensor:
     return product_RI
 
 
-def right_product(weight_OI: Tensor, v_I: Tensor) -> Tensor:
-    """``W v`` [O], where v is, in float32."""
-    return torch.cat([w_CI @ v_I for _, w_CI in _pieces(weight_OI, v_I.device)])
+def right_product(weight_OI: Tensor, v_IR: Tensor) -> Tensor:
+    """``W V`` [O, R], or [O] for one vector [I], where V is, in float32."""
+    return torch.cat([w_CI @ v_IR for _, w_CI in _pieces(weight_OI, v_IR.device)])
 
 
 def _pieces(weight_OI: Tensor, device: torch.device) -> Iterator[tuple[slice, Tensor]]:

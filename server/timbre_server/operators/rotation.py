@@ -1,0 +1,201 @@
+"""`Rotation`: small blocks that turn the input or the base's output, one factor after the other.
+
+An adapter with several rows gets batched products of its own. The others (decode) run as (row, adapter)
+pairs, their blocks stacked, one batch for each shape that occurs: the blocks of all pairs in one product.
+
+Legend: T rows of the batch, N some of them, D features (in or out), I in, O out; G adapters that are turned
+together and M rows of each, F factors, S stored blocks, B their size, K uses of one block in a vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from timbre_methods.program import Rotation
+from timbre_server.operators.contract import Bound, Change, Meaning, Operator, OwnProduct, Uses
+from timbre_server.operators.row_table import RowTable, Segment
+
+MIN_ROWS_ALONE = 4
+"""From this many rows on, products of its own read an adapter's blocks once instead of once a row."""
+
+
+MAX_STACKED_BLOCK = 64
+"""Larger blocks are never copied side by side: their bytes in a vector's blocks grow with their size."""
+
+
+class RotationOperator(Operator[Rotation]):
+    part = Rotation
+
+    def meaning(self, part: Rotation, x_TI: Tensor, y_TO: Tensor) -> Meaning:
+        if part.side == "output":
+            return Meaning(change_TO=_turned(part, y_TO) - y_TO)
+        turned_TI = _turned(part, x_TI)
+        own = None
+        if part.scale_O is not None:
+            own = OwnProduct(turned_TI, (part.scale_O - 1).expand_as(y_TO))
+        return Meaning(input_change_TI=turned_TI - x_TI, own_product=own)
+
+    def bind(self, uses: Uses[Rotation], table: RowTable) -> Bound:
+        return _BoundRotation(
+            [_batches(parts, "input", table) for parts in uses],
+            [_batches(parts, "output", table) for parts in uses],
+        )
+
+
+def _turned(part: Rotation, v_TD: Tensor) -> Tensor:
+    """``R v``, block by block."""
+    size = part.blocks_FSBB.shape[-1]
+    for blocks_SBB, chunk in zip(part.blocks_FSBB, part.chunks, strict=True):
+        pieces = _gathered(v_TD, chunk, size).reshape(len(v_TD), -1, size).unbind(1)
+        blocks = blocks_SBB.expand(len(pieces), size, size)
+        turned = [piece @ block.T for piece, block in zip(pieces, blocks, strict=True)]
+        v_TD = _scattered(torch.cat(turned, dim=-1), chunk, size)
+    return v_TD
+
+
+def _gathered(v: Tensor, chunk: int, size: int) -> Tensor:
+    """Each chunk's halves dealt out piece by piece, so that every block finds its entries side by side."""
+    if chunk == size:
+        return v
+    return v.reshape(*v.shape[:-1], -1, 2, chunk // size, size // 2).transpose(-3, -2).flatten(-4)
+
+
+def _scattered(v: Tensor, chunk: int, size: int) -> Tensor:
+    """What `_gathered` did, undone."""
+    if chunk == size:
+        return v
+    return v.reshape(*v.shape[:-1], -1, chunk // size, 2, size // 2).transpose(-3, -2).flatten(-4)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Batch:
+    """Rows that are turned together: all of one adapter, or one of each of several."""
+
+    rows_N: Tensor
+    index: Tensor | slice | None
+    """As ``rows_N``, but a slice or None where that saves the gather."""
+    weights_N1: Tensor
+    blocks_GFSBB: Tensor
+    chunks: tuple[int, ...]
+    extra_scale_GO: Tensor | None
+    """``scale − 1`` of each adapter."""
+
+    def turned(self, v_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows, and what their adapters make of them."""
+        v_ND = (v_TD if self.index is None else v_TD[self.index]).float()
+        v_GMD = v_ND.view(len(self.blocks_GFSBB), -1, v_ND.shape[1])
+        for factor, chunk in enumerate(self.chunks):
+            blocks_GSBB = self.blocks_GFSBB[:, factor]
+            size = blocks_GSBB.shape[-1]
+            v_GMD = _scattered(_multiplied(_gathered(v_GMD, chunk, size), blocks_GSBB), chunk, size)
+        return v_ND, v_GMD.reshape_as(v_ND)
+
+    def change(self, v_TD: Tensor) -> Tensor:
+        v_ND, turned_ND = self.turned(v_TD)
+        return (turned_ND - v_ND) * self.weights_N1
+
+    def gain(self) -> Tensor:
+        """The weighted ``scale − 1`` of each row, [N, O]."""
+        assert self.extra_scale_GO is not None
+        weights_GM1 = self.weights_N1.view(len(self.extra_scale_GO), -1, 1)
+        return (self.extra_scale_GO.unsqueeze(1) * weights_GM1).flatten(0, 1)
+
+
+def _multiplied(v_GMD: Tensor, blocks_GSBB: Tensor) -> Tensor:
+    """Consecutive entries of every row times the blocks of its adapter."""
+    groups, rows, _ = v_GMD.shape
+    stored, size = blocks_GSBB.shape[1:3]
+    v_GMSKB = v_GMD.reshape(groups, rows, stored, -1, size)
+    v_XYB = v_GMSKB.transpose(1, 2).reshape(groups * stored, -1, size)
+    turned_XYB = torch.bmm(v_XYB, blocks_GSBB.reshape(groups * stored, size, size).transpose(1, 2))
+    return turned_XYB.view(groups, stored, rows, -1, size).transpose(1, 2).reshape_as(v_GMD)
+
+
+def _batches(parts_by_slot: Mapping[int, Sequence[Rotation]], side: str, table: RowTable) -> list[_Batch]:
+    batches: list[_Batch] = []
+    pairs: dict[tuple[object, ...], list[tuple[Segment, Rotation]]] = {}
+    for segment in table.segments:
+        for part in parts_by_slot.get(segment.slot, ()):
+            if part.side != side:
+                continue
+            is_large = part.blocks_FSBB.shape[-1] > MAX_STACKED_BLOCK
+            if is_large or len(segment.rows_N) >= MIN_ROWS_ALONE:
+                batches.append(_alone(segment, part))
+            else:
+                shape = (part.blocks_FSBB.shape, part.chunks, part.scale_O is None)
+                pairs.setdefault(shape, []).append((segment, part))
+    return [*batches, *(_paired(own, table) if own[1:] else _alone(*own[0]) for own in pairs.values())]
+
+
+def _alone(segment: Segment, part: Rotation) -> _Batch:
+    return _Batch(
+        segment.rows_N,
+        segment.index,
+        segment.weights_N.unsqueeze(1),
+        part.blocks_FSBB.unsqueeze(0),
+        part.chunks,
+        None if part.scale_O is None else part.scale_O.unsqueeze(0) - 1,
+    )
+
+
+def _paired(own: Sequence[tuple[Segment, Rotation]], table: RowTable) -> _Batch:
+    each = [part for segment, part in own for _ in range(len(segment.rows_N))]
+    rows_N = torch.cat([segment.rows_N for segment, _ in own])
+    every_row = torch.arange(table.num_rows, device=rows_N.device)
+    scales = [part.scale_O for part in each if part.scale_O is not None]
+    return _Batch(
+        rows_N,
+        None if torch.equal(rows_N, every_row) else rows_N,
+        torch.cat([segment.weights_N for segment, _ in own]).unsqueeze(1),
+        torch.stack([part.blocks_FSBB for part in each]),
+        each[0].chunks,
+        torch.stack(scales) - 1 if scales else None,
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Side:
+    """All batches at one side of one member, not none; their rows one after the other."""
+
+    batches: Sequence[_Batch]
+    rows: Tensor | slice | None
+
+    @staticmethod
+    def of(batches: Sequence[_Batch]) -> _Side | None:
+        if len(batches) < 2:
+            return _Side(batches, batches[0].index) if batches else None
+        return _Side(batches, torch.cat([batch.rows_N for batch in batches]))
+
+    def change(self, v_TD: Tensor) -> Change:
+        return Change(_joined([batch.change(v_TD) for batch in self.batches]), self.rows)
+
+    def own_product(self, x_TI: Tensor) -> OwnProduct:
+        turned = [batch.turned(x_TI)[1] for batch in self.batches]
+        return OwnProduct(_joined(turned), _joined([b.gain() for b in self.batches]), self.rows)
+
+
+def _joined(values: Sequence[Tensor]) -> Tensor:
+    return values[0] if len(values) == 1 else torch.cat(list(values))
+
+
+class _BoundRotation(Bound):
+    def __init__(self, inputs: Sequence[Sequence[_Batch]], outputs: Sequence[Sequence[_Batch]]) -> None:
+        self._inputs = [_Side.of(batches) for batches in inputs]
+        self._outputs = [_Side.of(batches) for batches in outputs]
+        self._scaled = [_Side.of([b for b in own if b.extra_scale_GO is not None]) for own in inputs]
+
+    def input_change(self, member: int, x_TI: Tensor) -> Change | None:
+        side = self._inputs[member]
+        return None if side is None else side.change(x_TI)
+
+    def output_change(self, member: int, y_TO: Tensor) -> Change | None:
+        side = self._outputs[member]
+        return None if side is None else side.change(y_TO)
+
+    def own_product(self, member: int, x_TI: Tensor) -> OwnProduct | None:
+        side = self._scaled[member]
+        return None if side is None else side.own_product(x_TI)

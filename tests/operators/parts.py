@@ -1,0 +1,146 @@
+"""Random parts of every kind, for the tests of all operators. A new kind needs its maker here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from timbre_methods.program import (
+    Basis,
+    Block,
+    Dense,
+    Diagonal,
+    Kronecker,
+    LowRank,
+    Part,
+    Places,
+    Projected,
+    Rotation,
+    Sparse,
+    Spectral,
+)
+from timbre_server.operators.contract import Operator
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Draws the numbers of one part."""
+
+    in_features: int
+    out_features: int
+    generator: torch.Generator
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator)
+
+    def integers(self, high: int, count: int) -> Tensor:
+        return torch.randint(0, high, (count,), generator=self.generator)
+
+    def count(self) -> int:
+        return int(self.integers(9, 1)) + 1
+
+
+def low_rank(draw: Draw) -> Part:
+    rank = draw.count()
+    return LowRank(draw.normal(rank, draw.in_features), draw.normal(draw.out_features, rank))
+
+
+def spectral(draw: Draw) -> Part:
+    count = 4 * draw.count()
+    rows, columns = draw.integers(draw.out_features, count), draw.integers(draw.in_features, count)
+    return Spectral(draw.normal(count), Places("dft", draw.out_features, draw.in_features, rows, columns))
+
+
+def sparse(draw: Draw) -> Part:
+    count = 5 * draw.count()
+    size = draw.out_features * draw.in_features
+    flat = torch.randperm(size, generator=draw.generator)[:count].sort().values
+    row_ends = torch.searchsorted(flat, torch.arange(draw.out_features + 1) * draw.in_features)
+    return Sparse(row_ends, (flat % draw.in_features).int(), draw.normal(count), draw.in_features)
+
+
+def block(draw: Draw) -> Part:
+    size, on_input = 2 + draw.count() % 2, draw.count() % 2 == 0
+    channels = torch.randperm(draw.in_features if on_input else draw.out_features, generator=draw.generator)
+    if on_input:
+        return Block("input", channels[:size], draw.normal(draw.out_features, size), draw.out_features)
+    return Block("output", channels[:size], draw.normal(size, draw.in_features), draw.out_features)
+
+
+def diagonal(draw: Draw) -> Part:
+    count = draw.count()
+    if count % 2:
+        return Diagonal("input", draw.normal(draw.in_features))
+    out_features = draw.out_features
+    return Diagonal("output", draw.normal(out_features), draw.normal(out_features) if count % 4 else None)
+
+
+def dense(draw: Draw) -> Part:
+    return Dense(draw.normal(draw.out_features, draw.in_features))
+
+
+def kronecker(draw: Draw) -> Part:
+    """Of the two splits that each size has, with w2 whole or in two factors of rank 2."""
+    m = next(d for d in ((3, 2, 1), (5, 4, 1))[draw.count() % 2] if draw.in_features % d == 0)
+    rows = next(d for d in ((2, 3, 1), (4, 5, 1))[draw.count() % 2] if draw.out_features % d == 0)
+    k, n = draw.out_features // rows, draw.in_features // m
+    w1_LM = draw.normal(rows, m)
+    if draw.count() % 2:
+        return Kronecker(w1_LM, draw.normal(k, n))
+    return Kronecker(w1_LM, draw.normal(k, 2), draw.normal(2, n))
+
+
+def projected(draw: Draw) -> Part:
+    """One of the three forms of a core, in a basis of 5 (and 7) directions."""
+    form = ("diagonal", "dense", "sparse")[draw.count() % 3]
+    blocks = 3 if form == "diagonal" and draw.count() % 2 else 1
+    q = 5 if form == "diagonal" else 7
+    basis = Basis(draw.normal(blocks, 5, draw.in_features) / 4, draw.normal(1, draw.out_features, q) / 4)
+    if form == "dense":
+        return Projected("dense", draw.normal(q, 5), basis)
+    if form == "sparse":
+        return Projected("sparse", draw.normal(9), basis, draw.integers(q, 9), draw.integers(5, 9))
+    return Projected(
+        "diagonal",
+        draw.normal(blocks, 5),
+        basis,
+        inner_NI=draw.normal(blocks, draw.in_features) if blocks == 3 else None,
+        outer_NO=draw.normal(blocks, draw.out_features),
+    )
+
+
+def rotation(draw: Draw) -> Part:
+    """One to three factors on either side, with chunks of one block or more; some scaled, some shared."""
+    side: Literal["input", "output"] = "output" if draw.count() % 3 == 0 else "input"
+    features = draw.in_features if side == "input" else draw.out_features
+    blocks = [b for b in range(2, features + 1) if features % b == 0]
+    block = blocks[draw.count() % len(blocks)]
+    chunks = [block * n for n in (1, 2, 4) if block % 2 == 0 and features % (block * n) == 0] or [block]
+    chunks = chunks[: draw.count() % 3 + 1]
+    stored = 1 if draw.count() % 4 == 0 else features // block
+    scale_O = draw.normal(draw.out_features) if side == "input" and draw.count() % 2 else None
+    blocks_FSBB = draw.normal(len(chunks), stored, block, block) / block**0.5
+    return Rotation(side, blocks_FSBB, tuple(chunks[::-1]), scale_O)
+
+
+MAKERS: dict[str, Callable[[Draw], Part]] = {
+    "LowRankOperator": low_rank,
+    "SpectralOperator": spectral,
+    "SparseOperator": sparse,
+    "BlockOperator": block,
+    "DenseOperator": dense,
+    "KroneckerOperator": kronecker,
+    "ProjectedOperator": projected,
+    "DiagonalOperator": diagonal,
+    "RotationOperator": rotation,
+}
+
+
+def random_part(
+    operator: Operator[Any], in_features: int, out_features: int, generator: torch.Generator
+) -> Part:
+    return MAKERS[type(operator).__name__](Draw(in_features, out_features, generator))
