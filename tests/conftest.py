@@ -46,6 +46,12 @@ def refuse_outside_connections(event: str, arguments: tuple[object, ...]) -> Non
         raise OutsideConnection(f"{event} to {text!r}: tests stay on this machine")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--write-tables", action="store_true", help="write the tables that are made from the code"
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Install the hook once a process; property tests are bounded by examples, never by time."""
     if not getattr(sys, "_timbre_offline", False):

@@ -1,9 +1,9 @@
 """Which adapters are in memory, and which one leaves when another needs the room. No torch, no I/O.
 
-An adapter is absent, wanted (queued or being loaded) or resident in a slot. Slots are small integers without a
-fixed number: the budget is in bytes, those of an adapter's own tensors and those of the bases that it shares
-with others, each tensor counted once. An adapter in use is never evicted; of the others the least recently
-used goes first.
+An adapter is absent, wanted (queued or being loaded) or resident in a slot. Slots are small integers without
+a fixed number: the budget is in bytes, those of an adapter's own tensors and those of the bases that it
+shares with others, each tensor counted once. An adapter in use is never evicted; of the others the least
+recently used goes first.
 """
 
 from __future__ import annotations
