@@ -1,8 +1,8 @@
 """Factorisations of the base's weights, for `Method.derive`: the same calls that the trainers made.
 
 LAPACK's results differ between machines in signs and in last bits, so whoever needs one of these computes
-it once, at registration, and keeps it. All run in float32, on the CPU; on the meta device they give the
-shapes. This module knows no method and no file.
+it once, at registration, and keeps it. All run in float32 and on the CPU, wherever the weight is; on the meta
+device they give the shapes. This module knows no method and no file.
 
 Legend: O out features, I in features, M rows, N columns, K min(O, I), R rank.
 """
@@ -30,9 +30,14 @@ class Triplets(NamedTuple):
         return Triplets(self.u_OR[:, start:], self.sigma_R[start:], self.v_RI[start:])
 
 
+def on_cpu(weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A weight in another dtype and on the CPU; a meta tensor stays one."""
+    return weight.to(weight.device if weight.is_meta else "cpu", dtype)
+
+
 def thin_svd(weight_OI: Tensor) -> Triplets:
     """All K triplets of LAPACK's thin SVD."""
-    return Triplets(*torch.linalg.svd(weight_OI.to(torch.float32), full_matrices=False))
+    return Triplets(*torch.linalg.svd(on_cpu(weight_OI), full_matrices=False))
 
 
 def seeded_svd_lowrank(weight_OI: Tensor, rank: int, num_iterations: int, seed: int) -> Triplets:
@@ -41,7 +46,7 @@ def seeded_svd_lowrank(weight_OI: Tensor, rank: int, num_iterations: int, seed: 
     Randomised subspace iteration (arXiv 0909.4061, algorithms 4.4 and 5.1), with a generator of its own,
     because torch's function draws from the one that the whole process shares.
     """
-    w_OI = weight_OI.to(torch.float32)
+    w_OI = on_cpu(weight_OI)
     out_features, in_features = w_OI.shape
     if w_OI.is_meta:
         u_OR, v_RI = w_OI.new_empty(out_features, rank), w_OI.new_empty(rank, in_features)

@@ -26,7 +26,8 @@ from timbre_methods.decompositions import thin_svd
 from timbre_methods.errors import InvalidConfig, InvalidTensors
 from timbre_methods.examples import chosen_sites, coin, peft_file, random_tensor, whole_number
 from timbre_methods.program import AdapterProgram, LowRank
-from timbre_methods.site_tensors import FLOATS, PREFIX, SiteTensors, tensors_by_site, tensors_of_site
+from timbre_methods.shared_basis.model_tensors import model_tensor
+from timbre_methods.site_tensors import PREFIX, SiteTensors, tensors_by_site, tensors_of_site
 
 A, B, P = "tinylora_A", "tinylora_B", "tinylora_P"
 KEYS = frozenset({A, B, P})
@@ -128,19 +129,10 @@ def _groups(config: TinyloraConfig, num_layers: int) -> list[int]:
 
 def _vectors(config: TinyloraConfig, tensors: Tensors, names: list[str], num_groups: int) -> list[Tensor]:
     expected = [f"{VECTOR}{group}" for group in range(num_groups)]
-    for name in expected:
-        if name not in tensors:
-            raise InvalidTensors(f"{name} is missing: the config and the layers say {num_groups} groups")
     for name in names:
         if name not in expected:
             raise InvalidTensors(f"{name} is surplus: the config and the layers say {num_groups} groups")
-        vector = tensors[name]
-        if vector.shape != (config.u,):
-            raise InvalidTensors(f"{name}: found shape {list(vector.shape)}, expected [{config.u}]")
-        if vector.dtype not in FLOATS:
-            found = str(vector.dtype).removeprefix("torch.")
-            raise InvalidTensors(f"{name}: found dtype {found}, expected float32, float16 or bfloat16")
-    return [tensors[name].to(torch.float32) for name in expected]
+    return [model_tensor(tensors, name, (config.u,)).to(torch.float32) for name in expected]
 
 
 def _factors(config: TinyloraConfig, own: SiteTensors, vector_U: Tensor, seed: int) -> tuple[LowRank]:
