@@ -85,7 +85,7 @@ class Adamss(Method[AdamssConfig]):
             if sizes and sizes != stored:
                 raise InvalidTensors(
                     f"{found.name_of(B)[:-1]}: found clusters of {shown(stored)} rows, expected "
-                    f"{shown(sizes)} on this base: it was trained on another one, or with another scikit-learn"
+                    f"{shown(sizes)} on this base: trained on another one, or with another scikit-learn"
                 )
             derived[derived_name(found.site.path, ROWS)] = rows_O
         return derived
