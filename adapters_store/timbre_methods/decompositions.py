@@ -61,3 +61,23 @@ def seeded_svd_lowrank(weight_OI: Tensor, rank: int, num_iterations: int, seed: 
     u_RR, sigma_R, v_RN = torch.linalg.svd(q_MR.mH @ a_MN, full_matrices=False)
     left_MR = q_MR @ u_RR
     return Triplets(v_RN.mH, sigma_R, left_MR.mH) if is_wide else Triplets(left_MR, sigma_R, v_RN)
+
+
+def ldu(weight_OI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``P L`` [O, K], the pivots D [K] and ``U`` [K, I] with a unit diagonal: ``W = P L diag(D) U``.
+
+    Partial pivoting, as in ``torch.linalg.lu``, without its P [O, O], which for a head is larger than memory.
+    Rows of U after a pivot of zero are not finite.
+    """
+    w_OI = on_cpu(weight_OI)
+    if w_OI.is_meta:
+        size = min(w_OI.shape)
+        return w_OI[:, :size], w_OI.new_empty(size), w_OI[:size]
+    packed = torch.linalg.lu_factor_ex(w_OI)
+    _, lower_OK, upper_KI = torch.lu_unpack(packed.LU, packed.pivots, unpack_pivots=False)
+    rows = list(range(len(w_OI)))
+    for row, other in enumerate((packed.pivots - 1).tolist()):
+        rows[row], rows[other] = rows[other], rows[row]
+    left_OK = torch.empty_like(lower_OK).index_copy(0, torch.tensor(rows), lower_OK)
+    pivots_K = torch.diagonal(upper_KI)
+    return left_OK, pivots_K, upper_KI / pivots_K.unsqueeze(1)
