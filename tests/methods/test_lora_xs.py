@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import Tensor
 
 from timbre_methods.contract import Site
@@ -67,6 +70,13 @@ def test_a_factor_that_is_missing_is_not_computed_again(site: Callable[..., Site
     del given[f"{STEM}.lora_A.weight"]
     with pytest.raises(InvalidTensors, match=r"lora_A\.weight is missing"):
         part(RAW, given, site())
+
+
+def test_a_lora_config_as_peft_writes_it_is_read_with_the_methods_own_type(tmp_path: Path) -> None:
+    LoraConfig(r=3, lora_alpha=12, target_modules=["q_proj"], lora_dropout=0.1).save_pretrained(tmp_path)
+    raw = {**json.loads((tmp_path / "adapter_config.json").read_text()), "peft_type": "LORA_XS"}
+    config = method_for(raw).parse(raw)
+    assert (config.r, config.scale) == (3, 4.0)
 
 
 def test_what_loras_config_may_switch_on_is_refused_by_name() -> None:
