@@ -59,7 +59,7 @@ class AdamssConfig(PeftConfig):
     )
 
     r: Rank = 100
-    num_subspaces: Annotated[int, Field(ge=1, le=1024)] = 5
+    num_subspaces: Annotated[int, Field(ge=1, le=64)] = 5
     subspace_rank: Rank = 1
     random_seed: Seed = 0
 

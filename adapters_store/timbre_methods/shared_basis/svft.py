@@ -76,7 +76,7 @@ class Svft(Method[SvftConfig]):
             size = min(found.site.out_features, found.site.in_features)
             for key in (ROWS, COLUMNS):
                 places_N = found.tensors.get(key)
-                wrong = [] if places_N is None else places_N[(places_N < 0) | (places_N >= size)].tolist()
+                wrong = [] if places_N is None else places_N[(places_N < 0) | (places_N >= size)][:1].tolist()
                 if wrong:
                     raise InvalidTensors(f"{found.name_of(key)}: found {wrong[0]}, expected 0 to {size - 1}")
 

@@ -91,6 +91,7 @@ class Tinylora(Method[TinyloraConfig]):
                 shape = (config.u, *core_RR.shape)
                 generator = torch.Generator().manual_seed(config.projection_seed + number)
                 drawn_URR = torch.normal(0.0, 1.0 / len(core_RR) ** 0.5, size=shape, generator=generator)
+                drawn_URR = drawn_URR.to(site.weight_OI.dtype)  # as PEFT keeps it
             for value, matrix_RR in zip(tensors[f"{VECTOR}{group}"], drawn_URR, strict=True):
                 core_RR += value.to(x_TI.dtype) * matrix_RR.to(x_TI.dtype)
             weight_OI = weight_OI + own[B] @ (core_RR @ own[A])
