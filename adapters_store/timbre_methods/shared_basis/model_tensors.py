@@ -7,19 +7,14 @@ from torch import Tensor
 
 from timbre_methods.contract import Tensors
 from timbre_methods.errors import InvalidTensors
-from timbre_methods.site_tensors import FLOATS
+from timbre_methods.site_tensors import FLOATS, check_tensor
 
 
 def model_tensor(
     tensors: Tensors, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...] = FLOATS
 ) -> Tensor:
     """The tensor of this full name. Raises `InvalidTensors` where it is missing or not as expected."""
-    tensor = tensors.get(name)
-    if tensor is None:
+    if name not in tensors:
         raise InvalidTensors(f"{name} is missing, expected one of shape {list(shape)}")
-    if tuple(tensor.shape) != shape:
-        raise InvalidTensors(f"{name}: found shape {list(tensor.shape)}, expected {list(shape)}")
-    if tensor.dtype not in dtypes:
-        found, *wanted = (str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, *dtypes))
-        raise InvalidTensors(f"{name}: found dtype {found}, expected one of {', '.join(wanted)}")
-    return tensor
+    check_tensor(name, tensors[name], shape, dtypes)
+    return tensors[name]
