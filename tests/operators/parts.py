@@ -49,10 +49,19 @@ def low_rank(draw: Draw) -> Part:
     return LowRank(draw.normal(rank, draw.in_features), draw.normal(draw.out_features, rank))
 
 
+TRANSFORMS: tuple[Literal["dft", "dct", "hartley", "dwt"], ...] = ("dft", "dct", "hartley", "dwt")
+DB2 = (0.48296291314453416, 0.8365163037378079, 0.2241438680420134, -0.12940952255126037)
+
+
 def spectral(draw: Draw) -> Part:
+    """One of the four transforms; equal places happen."""
     count = 4 * draw.count()
-    rows, columns = draw.integers(draw.out_features, count), draw.integers(draw.in_features, count)
-    return Spectral(draw.normal(count), Places("dft", draw.out_features, draw.in_features, rows, columns))
+    name = TRANSFORMS[draw.count() % 4]
+    low_pass = DB2 if name == "dwt" else ()
+    sizes = [n + 2 + n % 2 if name == "dwt" else n for n in (draw.out_features, draw.in_features)]
+    rows, columns = (draw.integers(size, count) for size in sizes)
+    places = Places(name, draw.out_features, draw.in_features, rows, columns, low_pass)
+    return Spectral(draw.normal(count) / 2, places)
 
 
 def sparse(draw: Draw) -> Part:
