@@ -10,7 +10,8 @@ parts of one adapter, and of several adapters in a mix, combine by weighted sums
 This module knows no file format, no method's name and no batch.
 
 Legend: I in features, O out features, R rank, N stored coefficients or blocks, P and Q the sizes of a
-basis, K places of a sparse core, F factors, S stored blocks, B their size.
+basis, K places of a sparse core, F factors, S stored blocks, B their size, M and N
+(in `Circulant`) pieces of an output and an input.
 """
 
 from __future__ import annotations
@@ -68,6 +69,16 @@ class Spectral:
 
     c_N: Tensor
     places: Places = field(metadata=SHARED)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Circulant:
+    """``y[m] += Σ_n irfft(g[:, m, n] · rfft(x[n]))``: blocks of b x b circulant matrices, x and y cut into
+    pieces of ``block_size`` b. ``spectrum_KMN2`` [b/2 + 1, O/b, I/b, 2] float32 holds the real and imaginary
+    parts of g, with every scale."""
+
+    spectrum_KMN2: Tensor
+    block_size: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -181,7 +192,7 @@ class Rotation:
     scale_O: Tensor | None = None
 
 
-Part = LowRank | Spectral | Sparse | Block | Dense | Kronecker | Projected | Diagonal | Rotation
+Part = LowRank | Spectral | Circulant | Sparse | Block | Dense | Kronecker | Projected | Diagonal | Rotation
 
 
 @dataclass(frozen=True, slots=True, eq=False)

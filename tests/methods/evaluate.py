@@ -20,6 +20,7 @@ from timbre_methods.contract import Site
 from timbre_methods.program import (
     AdapterProgram,
     Block,
+    Circulant,
     Dense,
     Diagonal,
     Kronecker,
@@ -50,6 +51,8 @@ def change(part: Part, x_TI: Tensor, y0_TO: Tensor) -> Tensor:
         return (x_TI @ part.a_RI.to(dtype).T) @ part.b_OR.to(dtype).T
     if isinstance(part, Spectral):
         return x_TI @ spectral_delta(part).T.to(dtype)
+    if isinstance(part, Circulant):
+        return x_TI @ circulant_delta(part).T.to(dtype)
     if isinstance(part, Sparse):
         rows = [
             x_TI[..., part.columns_N[start:end].long()] @ part.values_N[start:end].to(dtype)
@@ -89,6 +92,16 @@ def spectral_delta(part: Spectral) -> Tensor:
     core = torch.zeros(len(outer), len(inner), dtype=torch.complex128)
     core.index_put_((places.rows_N, places.columns_N), part.c_N.to(core.dtype), accumulate=True)
     return (outer.T @ core @ inner).real
+
+
+def circulant_delta(part: Circulant) -> Tensor:
+    """[O, I] in float64: block (m, n) has entry (i, j) from place i - j of the inverse transform."""
+    b = part.block_size
+    taps_MNb = torch.fft.irfft(torch.view_as_complex(part.spectrum_KMN2.double()), n=b, dim=0).permute(
+        1, 2, 0
+    )
+    turned = [taps_MNb.roll(j, dims=2) for j in range(b)]
+    return torch.stack(turned, dim=3).permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
 
 
 @lru_cache(maxsize=64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from torch import Tensor
 from timbre_methods.program import (
     Basis,
     Block,
+    Circulant,
     Dense,
     Diagonal,
     Kronecker,
@@ -62,6 +64,15 @@ def spectral(draw: Draw) -> Part:
     rows, columns = (draw.integers(size, count) for size in sizes)
     places = Places(name, draw.out_features, draw.in_features, rows, columns, low_pass)
     return Spectral(draw.normal(count) / 2, places)
+
+
+def circulant(draw: Draw) -> Part:
+    """In blocks of any size that fits."""
+    largest = math.gcd(draw.in_features, draw.out_features)
+    sizes = [b for b in range(1, largest + 1) if largest % b == 0]
+    b = sizes[draw.count() % len(sizes)]
+    shape = (b // 2 + 1, draw.out_features // b, draw.in_features // b, 2)
+    return Circulant(draw.normal(*shape) / 4, b)
 
 
 def sparse(draw: Draw) -> Part:
@@ -139,6 +150,7 @@ def rotation(draw: Draw) -> Part:
 MAKERS: dict[str, Callable[[Draw], Part]] = {
     "LowRankOperator": low_rank,
     "SpectralOperator": spectral,
+    "CirculantOperator": circulant,
     "SparseOperator": sparse,
     "BlockOperator": block,
     "DenseOperator": dense,

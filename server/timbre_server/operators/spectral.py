@@ -59,14 +59,9 @@ class SpectralOperator(Operator[Spectral]):
 
     def _bind_transform(self, uses: Uses[Spectral], table: RowTable) -> _BoundTransform:
         """``uses`` all have the same transform."""
-        segments = [s for s in table.segments if any(s.slot in parts for parts in uses)]
-        rows_U = table.rows_using({segment.slot for segment in segments})
-        position_T = torch.arange(table.num_rows, device=table.device)
-        if rows_U is not None:
-            position_T[rows_U] = torch.arange(len(rows_U), device=table.device)
-        placed = [_moved(segment, position_T) for segment in segments]
+        rows_U, segments = table.compact({slot for parts_by_slot in uses for slot in parts_by_slot})
         num_rows = table.num_rows if rows_U is None else len(rows_U)
-        members = [self._bind_member(parts, placed, num_rows) for parts in uses]
+        members = [self._bind_member(parts, segments, num_rows) for parts in uses]
         places = next(part.places for parts in uses for own in parts.values() for part in own)
         return _BoundTransform(rows_U, self._transform(places, places.in_features, table.device), members)
 
@@ -110,12 +105,6 @@ class SpectralOperator(Operator[Spectral]):
 
 def _name(places: Places) -> Name:
     return places.transform, places.low_pass
-
-
-def _moved(segment: Segment, position_T: Tensor) -> Segment:
-    """The segment in rows of which some were left out; what was consecutive stays so."""
-    first = None if segment.first is None else int(position_T[segment.first])
-    return Segment(segment.slot, position_T[segment.rows_N], segment.weights_N, first)
 
 
 @dataclass(slots=True, eq=False)
