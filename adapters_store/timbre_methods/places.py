@@ -16,6 +16,12 @@ from timbre_methods.bases import MAX_GRID
 from timbre_methods.errors import InvalidConfig
 from timbre_methods.program import Places
 
+DRAWN_FROM_THE_FRONT = (2**32 - 1) // 20
+"""Below this size `torch.randperm` settles one place after the other, from the first on."""
+
+CELLS_A_STEP = 16
+"""A step in Python takes about as long as torch needs for so many cells."""
+
 NUM_KEPT = 64
 """Places that are kept for the next adapter beside those that are in use."""
 
@@ -66,9 +72,28 @@ def drawn_cells(draw: Draw, device: torch.device) -> tuple[Tensor, Tensor]:
     if device.type == "meta":
         rows_N = torch.empty(draw.count, dtype=torch.int64, device="meta")
         return rows_N, torch.empty_like(rows_N)
-    generator = torch.Generator().manual_seed(draw.seed)
-    cells_N = torch.randperm(size, generator=generator)[: draw.count]
+    cells_N = first_of_permutation(draw.seed, size, draw.count)
     return cells_N // draw.in_features, cells_N % draw.in_features
+
+
+def first_of_permutation(seed: int, size: int, count: int) -> Tensor:
+    """``torch.randperm(size)[:count]`` of a seeded CPU generator, int64. Few of many cost time and memory for
+    ``count`` alone."""
+    generator = torch.Generator().manual_seed(seed)
+    if size >= DRAWN_FROM_THE_FRONT or count * CELLS_A_STEP > size:
+        return torch.randperm(size, generator=generator)[:count].clone()
+    # Step i of the shuffle swaps place i with place i + draw mod (size - i). Full 64-bit numbers hold two of
+    # the generator's draws each, the first in the upper half.
+    pairs = torch.empty((count + 1) // 2, dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    draws_N = torch.stack([pairs >> 32, pairs], dim=1).flatten()[:count] & 0xFFFFFFFF
+    steps_N = torch.arange(count)
+    partners = (steps_N + draws_N % (size - steps_N)).tolist()
+    moved: dict[int, int] = {}
+    cells = []
+    for i, j in enumerate(partners):
+        cells.append(moved.get(j, j))
+        moved[j] = moved.get(i, i)
+    return torch.tensor(cells)
 
 
 @lru_cache(maxsize=NUM_KEPT)

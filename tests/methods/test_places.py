@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
 from timbre_methods.bases import MAX_GRID
 from timbre_methods.errors import InvalidConfig
-from timbre_methods.places import fourier_places
+from timbre_methods.places import first_of_permutation, fourier_places
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -16,6 +18,22 @@ def test_the_default_seed_gives_the_places_that_peft_draws() -> None:
     assert (places.rows_N * 6 + places.columns_N).tolist() == cells.tolist()
     # Literals from torch 2.13; another draw would misread every FourierFT file.
     assert cells.tolist() == [23, 22, 33, 26, 47]
+
+
+@pytest.mark.parametrize("seed", [0, 777, 2**31 + 5, 2**63 - 1])
+@pytest.mark.parametrize(
+    ("size", "count"), [(1, 1), (2, 1), (48, 3), (4096, 255), (4096, 256), (100_003, 6250), (2_000_003, 999)]
+)
+def test_the_first_of_a_permutation_are_torchs_bit_for_bit(size: int, count: int, seed: int) -> None:
+    expected = torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:count]
+    assert torch.equal(first_of_permutation(seed, size, count), expected)
+
+
+def test_few_places_of_a_large_layer_cost_no_more_than_of_a_small_one() -> None:
+    started = time.process_time()
+    cells_N = first_of_permutation(5, 14_000 * 14_000, 1000)
+    assert time.process_time() - started < 0.5  # a whole permutation takes several seconds
+    assert len(cells_N.unique()) == 1000
 
 
 def test_equal_adapters_share_one_object_and_others_do_not() -> None:
