@@ -13,10 +13,10 @@ coordinate is one frequency::
     dct       w_k = exp(-πi k / 2n)     Re(w X)_k ∝ C_k,   Im(w X)_k ∝ -C_{n-k}     X of the even places of x
                                                                                     and the odd ones backwards
 
-(Makhoul, "A fast cosine transform in one and two dimensions", 1980). `dwt` is a convolution.
+(Makhoul, "A fast cosine transform in one and two dimensions", 1980). `dwt` is a banded product both ways.
 
 Legend: U rows, D features (n of them), F frequencies, C coordinates, K = n/2 + 1, N places, E coordinates of
-one place, L filter length.
+one place, L taps of a filter, V of S numbers of a row in one product, which gives W.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv1d, conv_transpose1d, pad
+from torch.nn.functional import pad
+
+WINDOWS = 16
+"""Windows of a wavelet's input that one product takes together: few are thin products, many mostly zeros."""
 
 
 class Entries(NamedTuple):
@@ -181,38 +184,59 @@ def _one_part(k_N: Tensor, is_imaginary_N: Tensor, factor_N: Tensor) -> Entries:
 
 
 class _Dwt(Transform):
-    """Low frequencies first, as `forward` leaves them: one coordinate is one frequency."""
+    """Coordinates 2k and 2k + 1 are the low and the high frequency k. Both ways, then, a window of L numbers
+    gives two and the next one begins two further on: windows of x give frequencies, windows of frequencies
+    the places that all of them reach. One product takes `WINDOWS` of them; zeros fill the last one up."""
 
     def __init__(self, length: int, low_pass: tuple[float, ...], device: torch.device) -> None:
         self._length = length
-        self._margin = len(low_pass) - 2
-        self.coordinates = length + self._margin + length % 2
+        self._taps = taps = len(low_pass)
+        self._half = (length + taps - 1) // 2
         low_L = torch.tensor(low_pass, dtype=torch.float64)
         high_L = low_L.flip(0)
         high_L[1::2] *= -1
-        self._filters_2L = torch.stack([low_L, high_L])
-        self._filters_21L = self._filters_2L.unsqueeze(1).to(device, torch.float32)
+        self._filters_L2 = torch.stack([low_L, high_L], dim=1)
+        # Frequency k reaches place 2k + j by tap j: later ones in a window by earlier pairs of taps.
+        back_L2 = self._filters_L2.view(-1, 2, 2).flip(0).transpose(1, 2).flatten(0, 1)
+        self._forward_VW, self._back_VW = (
+            _windows_at_once(filters_L2).to(device, torch.float32)
+            for filters_L2 in (self._filters_L2, back_L2)
+        )
+        places = WINDOWS * math.ceil(length / (2 * WINDOWS))
+        self.coordinates = 2 * WINDOWS * math.ceil((places + taps // 2 - 1) / WINDOWS)
+        self._margins = (taps - 2, self.coordinates - length)
 
     def matrix(self) -> Tensor:
-        half = self.coordinates // 2
-        matrix = torch.zeros(2, half, self._length + 2 * self._margin + 2, dtype=torch.float64)
-        for v in range(half):
-            matrix[:, v, 2 * v : 2 * v + self._margin + 2] = self._filters_2L
-        return matrix[:, :, self._margin : self._margin + self._length].flatten(0, 1)
+        margin = self._taps - 2
+        matrix = torch.zeros(2, self._half, self._length + 2 * margin + 2, dtype=torch.float64)
+        for v in range(self._half):
+            matrix[:, v, 2 * v : 2 * v + self._taps] = self._filters_L2.T
+        return matrix[:, :, margin : margin + self._length].flatten(0, 1)
 
     def forward(self, x_UD: Tensor) -> Tensor:
-        padded_U1P = pad(x_UD, (self._margin, self.coordinates - self._length)).unsqueeze(1)
-        return conv1d(padded_U1P, self._filters_21L, stride=2).flatten(1)
+        return self._product(pad(x_UD, self._margins), self._forward_VW)
 
     def back(self, h_UC: Tensor) -> Tensor:
-        whole_U1P = conv_transpose1d(h_UC.view(-1, 2, self.coordinates // 2), self._filters_21L, stride=2)
-        return whole_U1P[:, 0, self._margin : self._margin + self._length]
+        return self._product(h_UC, self._back_VW)[:, : self._length]
+
+    def _product(self, row_US: Tensor, windows_VW: Tensor) -> Tensor:
+        return (row_US.unfold(1, len(windows_VW), 2 * WINDOWS) @ windows_VW).flatten(1)
 
     def reads(self, v_N: Tensor) -> Entries:
-        return Entries(v_N.unsqueeze(1), torch.ones(len(v_N), 1, dtype=torch.float64))
+        index_N = torch.where(v_N < self._half, 2 * v_N, 2 * (v_N - self._half) + 1)
+        return Entries(index_N.unsqueeze(1), torch.ones(len(v_N), 1, dtype=torch.float64))
 
     def writes(self, u_N: Tensor) -> Entries:
         return self.reads(u_N)
+
+
+def _windows_at_once(filters_L2: Tensor) -> Tensor:
+    """[2 WINDOWS + L - 2, 2 WINDOWS]: the filters of a window, each time two numbers further on."""
+    taps = len(filters_L2)
+    product = filters_L2.new_zeros(2 * WINDOWS + taps - 2, WINDOWS, 2)
+    for window in range(WINDOWS):
+        product[2 * window : 2 * window + taps, window] = filters_L2
+    return product.flatten(1)
 
 
 def _angles(length: int) -> Tensor:
