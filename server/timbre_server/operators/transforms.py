@@ -163,10 +163,10 @@ class _Dct(_HalfSpectrum):
         return matrix_FD
 
     def forward(self, x_UD: Tensor) -> Tensor:
-        return super().forward(x_UD[:, self._order_D])
+        return super().forward(x_UD.index_select(1, self._order_D))
 
     def back(self, h_UC: Tensor) -> Tensor:
-        return super().back(h_UC)[:, self._place_D]
+        return super().back(h_UC).index_select(1, self._place_D)
 
     def reads(self, v_N: Tensor) -> Entries:
         k_N, is_mirrored_N, _ = self._folded(v_N)
