@@ -3,7 +3,7 @@
 A basis lives as long as an adapter that uses it, and equal ones are one object: operators tell by identity
 what they may compute once. A `Basis` is found by what its two matrices are made of (`Matrix.key`).
 
-Legend: N stored coefficients or blocks, O out features, I in features, P and Q the sizes of a basis.
+Legend: N blocks, O out features, I in features, P and Q the sizes of a basis.
 """
 
 from __future__ import annotations
@@ -11,22 +11,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from functools import lru_cache
 from threading import RLock
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor
 
-from timbre_methods.errors import InvalidConfig
-from timbre_methods.program import Basis, Places
+from timbre_methods.program import Basis
 
 MAX_GRID = 2**28
-"""The largest out x in whose places are drawn: the draw needs 8 bytes for each, 2 GiB at this size. Also the
-most cells of a matrix that is drawn."""
-
-NUM_KEPT = 64
-"""Places that are kept for the next adapter beside those that are in use."""
+"""The most cells of a matrix, or of a layer's [O, I], in which anything is drawn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,31 +101,3 @@ def content_key(values: Tensor) -> Hashable:
 
 def _by_content(values: Tensor) -> Matrix:
     return Matrix(content_key(values), lambda: values.to(torch.float32, copy=True))
-
-
-def fourier_places(
-    seed: int, out_features: int, in_features: int, count: int, device: torch.device
-) -> Places:
-    """The places of FourierFT: the first ``count`` of ``torch.randperm(out * in)`` from a CPU generator.
-
-    Always on the CPU; on the meta device nothing is drawn. Adapters of equal seed, shape and count get the
-    very same object while it is among the last `NUM_KEPT` that were asked for.
-    Raises `InvalidConfig` where out x in is above `MAX_GRID`.
-    """
-    if out_features * in_features > MAX_GRID:
-        raise InvalidConfig(
-            f"random places in a layer of {out_features} x {in_features} are not served: "
-            f"the draw is limited to {MAX_GRID} cells; leave this layer out"
-        )
-    if device.type == "meta":
-        rows_N = torch.empty(count, dtype=torch.int64, device="meta")
-        return Places("dft", out_features, in_features, rows_N, torch.empty_like(rows_N))
-    return _drawn_places(seed, out_features, in_features, count)
-
-
-@lru_cache(maxsize=NUM_KEPT)
-def _drawn_places(seed: int, out_features: int, in_features: int, count: int) -> Places:
-    generator = torch.Generator().manual_seed(seed)
-    # A copy, so that the cache does not keep the whole permutation alive.
-    cells_N = torch.randperm(out_features * in_features, generator=generator)[:count].clone()
-    return Places("dft", out_features, in_features, cells_N // in_features, cells_N % in_features)

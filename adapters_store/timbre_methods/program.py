@@ -10,7 +10,8 @@ parts of one adapter, and of several adapters in a mix, combine by weighted sums
 This module knows no file format, no method's name and no batch.
 
 Legend: I in features, O out features, R rank, N stored coefficients or blocks, P and Q the sizes of a
-basis, K places of a sparse core, F factors, S stored blocks, B their size.
+basis, K places of a sparse core, F factors, S stored blocks, B their size, M and N
+(in `Circulant`) pieces of an output and an input.
 """
 
 from __future__ import annotations
@@ -35,30 +36,49 @@ class LowRank:
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Places:
-    """Where the coefficients of a transform pair sit, shared by all adapters of equal seed and shape.
+    """Where the coefficients of a transform pair sit: coefficient k couples the input frequency
+    ``columns_N[k]`` with the output frequency ``rows_N[k]``, int64. Equal places add.
 
-    ``rows_N`` int64 in [0, O) and ``columns_N`` int64 in [0, I): coefficient k couples input frequency
-    ``columns_N[k]`` with output frequency ``rows_N[k]``. Equal places add. They stay on the CPU, wherever
-    the adapters are.
+    Places drawn from a seed are shared by all adapters of equal seed and shape. ``is_own``: they come from
+    one adapter's file, and their bytes are its own. They stay on the CPU, wherever the adapters are.
+    ``low_pass`` is the filter of ``dwt``, of even length, and empty for the others.
     """
 
-    transform: Literal["dft"]
+    transform: Literal["dft", "dct", "hartley", "dwt"]
     out_features: int
     in_features: int
     rows_N: Tensor
     columns_N: Tensor
+    low_pass: tuple[float, ...] = ()
+    is_own: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Spectral:
-    """``y += Q (S (P x))`` with ``S[rows[k], columns[k]] += c_N[k]`` in a named transform pair.
+    """``y += Re(T_Oᵀ (S (T_I x)))`` with ``S[rows[k], columns[k]] += c_N[k]``, in a transform T_n [F, n].
 
-    ``dft``: ``y += Re ifft_O(S · ifft_I(x))`` (both inverse transforms carry their 1/length, as
-    ``torch.fft.ifft`` does); every scale is already in ``c_N``, float32.
+    ``c_N`` float32 holds every scale. F = n and, for v in [0, F) and p in [0, n)::
+
+        dft      T[v, p] = exp(2πi v p / n) / n
+        dct      T[v, p] = cos(π v (2p + 1) / 2n) √(2 / n), divided by √2 for v = 0: orthonormal
+        hartley  T[v, p] = (cos + sin)(2π v p / n) / √n: orthonormal
+        dwt      T[v, p] = low[p + L - 2 - 2v], T[F/2 + v, p] = high[p + L - 2 - 2v], for v in [0, F/2):
+                 one level of a wavelet; low is ``low_pass`` of length L, high[j] = (-1)^j low[L - 1 - j],
+                 both zero elsewhere; F is n + L - 2, made even
     """
 
     c_N: Tensor
     places: Places = field(metadata=SHARED)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Circulant:
+    """``y[m] += Σ_n irfft(g[:, m, n] · rfft(x[n]))``: blocks of b x b circulant matrices, x and y cut into
+    pieces of ``block_size`` b. ``spectrum_KMN2`` [b/2 + 1, O/b, I/b, 2] float32 holds the real and imaginary
+    parts of g, with every scale."""
+
+    spectrum_KMN2: Tensor
+    block_size: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -172,7 +192,7 @@ class Rotation:
     scale_O: Tensor | None = None
 
 
-Part = LowRank | Spectral | Sparse | Block | Dense | Kronecker | Projected | Diagonal | Rotation
+Part = LowRank | Spectral | Circulant | Sparse | Block | Dense | Kronecker | Projected | Diagonal | Rotation
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -217,3 +237,5 @@ def owned_tensors(part: Part) -> Iterator[Tensor]:
         value = getattr(part, part_field.name)
         if isinstance(value, Tensor) and not part_field.metadata.get("shared"):
             yield value
+        elif isinstance(value, Places) and value.is_own:
+            yield from (value.rows_N, value.columns_N)

@@ -4,61 +4,13 @@ import gc
 import weakref
 from threading import Barrier, Thread
 
-import pytest
 import torch
 from torch import Tensor
 
-from timbre_methods.bases import MAX_GRID, Matrix, basis_on, fourier_places, interned_basis, shared_basis
-from timbre_methods.errors import InvalidConfig
+from timbre_methods.bases import Matrix, basis_on, interned_basis, shared_basis
 from timbre_methods.program import Basis
 
 CPU, META = torch.device("cpu"), torch.device("meta")
-
-
-def test_the_default_seed_gives_the_places_that_peft_draws() -> None:
-    places = fourier_places(777, 8, 6, 5, CPU)
-    cells = torch.randperm(48, generator=torch.Generator().manual_seed(777))[:5]
-    assert (places.rows_N * 6 + places.columns_N).tolist() == cells.tolist()
-    # Literals from torch 2.13; another draw would misread every FourierFT file.
-    assert cells.tolist() == [23, 22, 33, 26, 47]
-
-
-def test_equal_adapters_share_one_object_and_others_do_not() -> None:
-    places = fourier_places(1, 8, 6, 5, CPU)
-    assert fourier_places(1, 8, 6, 5, CPU) is places
-    assert fourier_places(2, 8, 6, 5, CPU) is not places
-    assert fourier_places(1, 6, 8, 5, CPU) is not places
-
-
-def test_fewer_places_are_the_beginning_of_more() -> None:
-    few, many = fourier_places(3, 20, 30, 7, CPU), fourier_places(3, 20, 30, 70, CPU)
-    assert torch.equal(many.rows_N[:7], few.rows_N)
-    assert torch.equal(many.columns_N[:7], few.columns_N)
-
-
-def test_places_keep_nothing_of_the_whole_draw() -> None:
-    places = fourier_places(4, 100, 100, 3, CPU)
-    assert places.rows_N.untyped_storage().nbytes() == 3 * 8
-    assert places.columns_N.untyped_storage().nbytes() == 3 * 8
-
-
-def test_drawing_leaves_the_global_generator_alone() -> None:
-    before = torch.get_rng_state()
-    fourier_places(5, 9, 9, 4, CPU)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_on_meta_nothing_is_drawn() -> None:
-    places = fourier_places(777, 2**14, 2**14, 1000, META)
-    assert places.rows_N.device.type == "meta"
-    assert places.rows_N.shape == places.columns_N.shape == (1000,)
-    assert places.rows_N.dtype == torch.int64
-
-
-@pytest.mark.parametrize("device", [CPU, META])
-def test_a_draw_beyond_the_bound_is_refused(device: torch.device) -> None:
-    with pytest.raises(InvalidConfig, match=str(MAX_GRID)):
-        fourier_places(777, 2**14 + 1, 2**14, 1000, device)
 
 
 def matrices() -> tuple[Tensor, Tensor]:

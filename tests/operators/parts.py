@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from torch import Tensor
 from timbre_methods.program import (
     Basis,
     Block,
+    Circulant,
     Dense,
     Diagonal,
     Kronecker,
@@ -49,10 +51,28 @@ def low_rank(draw: Draw) -> Part:
     return LowRank(draw.normal(rank, draw.in_features), draw.normal(draw.out_features, rank))
 
 
+TRANSFORMS: tuple[Literal["dft", "dct", "hartley", "dwt"], ...] = ("dft", "dct", "hartley", "dwt")
+DB2 = (0.48296291314453416, 0.8365163037378079, 0.2241438680420134, -0.12940952255126037)
+
+
 def spectral(draw: Draw) -> Part:
+    """One of the four transforms; equal places happen."""
     count = 4 * draw.count()
-    rows, columns = draw.integers(draw.out_features, count), draw.integers(draw.in_features, count)
-    return Spectral(draw.normal(count), Places("dft", draw.out_features, draw.in_features, rows, columns))
+    name = TRANSFORMS[draw.count() % 4]
+    low_pass = DB2 if name == "dwt" else ()
+    sizes = [n + 2 + n % 2 if name == "dwt" else n for n in (draw.out_features, draw.in_features)]
+    rows, columns = (draw.integers(size, count) for size in sizes)
+    places = Places(name, draw.out_features, draw.in_features, rows, columns, low_pass)
+    return Spectral(draw.normal(count) / 2, places)
+
+
+def circulant(draw: Draw) -> Part:
+    """In blocks of any size that fits."""
+    largest = math.gcd(draw.in_features, draw.out_features)
+    sizes = [b for b in range(1, largest + 1) if largest % b == 0]
+    b = sizes[draw.count() % len(sizes)]
+    shape = (b // 2 + 1, draw.out_features // b, draw.in_features // b, 2)
+    return Circulant(draw.normal(*shape) / 4, b)
 
 
 def sparse(draw: Draw) -> Part:
@@ -130,6 +150,7 @@ def rotation(draw: Draw) -> Part:
 MAKERS: dict[str, Callable[[Draw], Part]] = {
     "LowRankOperator": low_rank,
     "SpectralOperator": spectral,
+    "CirculantOperator": circulant,
     "SparseOperator": sparse,
     "BlockOperator": block,
     "DenseOperator": dense,

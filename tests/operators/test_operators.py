@@ -10,11 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from timbre_methods.program import Part, Places, Spectral
+from timbre_methods.program import Part
 from timbre_server.operators.catalogue import all_operators
 from timbre_server.operators.contract import Change, Operator, OwnProduct, Uses
 from timbre_server.operators.row_table import RowTable, Span
-from timbre_server.operators.spectral import SpectralOperator
 
 OPERATORS = {type(operator).__name__: operator for operator in all_operators()}
 
@@ -173,23 +172,3 @@ def test_binding_and_running_modify_neither_parts_nor_input(name: str, random_pa
     assert torch.equal(x_TI, x_before)
     for field, value in before.items():
         assert torch.equal(getattr(part, field), value)
-
-
-@pytest.mark.parametrize("shape", [(8, 8), (9, 8), (8, 9), (9, 15)], ids=str)
-def test_a_spectral_part_equals_the_dense_inverse_transform(shape: tuple[int, int]) -> None:
-    """FourierFT's own formula, ΔW = Re ifft2(S), built densely in double precision."""
-    out_features, in_features = shape
-    generator = torch.Generator().manual_seed(3)
-    flat = torch.randperm(out_features * in_features, generator=generator)[:30]
-    rows, columns = flat // in_features, flat % in_features
-    c_N = torch.randn(30, generator=generator)
-    dense = torch.zeros(out_features, in_features, dtype=torch.float64)
-    dense[rows, columns] = c_N.double()
-    delta_OI = torch.fft.ifft2(dense).real
-    x_TI = torch.randn(5, in_features, generator=generator)
-
-    part = Spectral(c_N, Places("dft", out_features, in_features, rows, columns))
-    bound = SpectralOperator().bind([{0: [part]}], RowTable([Span(5, ((0, 1.0),))]))
-
-    [[change]] = bound.sums(x_TI)
-    torch.testing.assert_close(change.values_NO.double(), x_TI.double() @ delta_OI.T, atol=1e-6, rtol=1e-5)

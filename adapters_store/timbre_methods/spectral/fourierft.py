@@ -10,17 +10,17 @@ Paper: arXiv 2405.03003 equations 2 to 4.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from timbre_methods.bases import fourier_places
 from timbre_methods.config import Count, Finite, PeftConfig, Seed, read_config
 from timbre_methods.contract import Method, Site, Sites, Tensors
 from timbre_methods.errors import InvalidTensors
 from timbre_methods.examples import chosen_sites, peft_file, random_tensor, whole_number
+from timbre_methods.places import fourier_places
 from timbre_methods.program import AdapterProgram, Spectral
 from timbre_methods.site_tensors import PREFIX, SiteTensors, tensors_by_site, tensors_of_site
 
@@ -37,6 +37,23 @@ class FourierftConfig(PeftConfig):
     n_frequency_pattern: dict[str, Count] | None = None
     scaling: Finite = 150.0
     random_loc_seed: Seed = 777
+
+
+def read_spectrum(found: SiteTensors, key: str, counts: Collection[int] | None) -> Tensor:
+    """The coefficients of one site, [N]: as many as the config says (None: any), and no more than places."""
+    spectrum_N = found.need(key, ("n",))
+    (count,) = spectrum_N.shape
+    if counts is not None and count not in counts:
+        raise InvalidTensors(
+            f"{found.name_of(key)}: found {count} coefficients, the config says {sorted(counts)}"
+        )
+    size = found.site.out_features * found.site.in_features
+    if count > size:
+        raise InvalidTensors(
+            f"{found.name_of(key)}: found {count} coefficients for {found.site.out_features} x "
+            f"{found.site.in_features} places, expected at most {size}"
+        )
+    return spectrum_N
 
 
 class Fourierft(Method[FourierftConfig]):
@@ -58,19 +75,16 @@ class Fourierft(Method[FourierftConfig]):
         )
 
     def _part(self, config: FourierftConfig, found: SiteTensors) -> Spectral:
-        spectrum_N = found.need(KEY, ("n",))
-        out_features, in_features = found.site.out_features, found.site.in_features
-        (count,) = spectrum_N.shape
         counts = {config.n_frequency, *(config.n_frequency_pattern or {}).values()}
-        if count not in counts:
-            raise InvalidTensors(
-                f"{found.name_of(KEY)}: found {count} coefficients, the config says {sorted(counts)}"
-            )
-        if count > out_features * in_features:
-            raise InvalidTensors(
-                f"{found.name_of(KEY)}: found {count} coefficients for {out_features} x {in_features} places"
-            )
-        places = fourier_places(config.random_loc_seed, out_features, in_features, count, spectrum_N.device)
+        spectrum_N = read_spectrum(found, KEY, counts)
+        site = found.site
+        places = fourier_places(
+            config.random_loc_seed,
+            site.out_features,
+            site.in_features,
+            spectrum_N.numel(),
+            spectrum_N.device,
+        )
         return Spectral(c_N=spectrum_N.to(torch.float32) * config.scaling, places=places)
 
     def reference(self, config: FourierftConfig, tensors: Tensors, site: Site, x_TI: Tensor) -> Tensor:

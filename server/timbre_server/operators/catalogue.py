@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from timbre_server.operators.block import BlockOperator
+from timbre_server.operators.circulant import CirculantOperator
 from timbre_server.operators.contract import Operator
 from timbre_server.operators.dense import DenseOperator
 from timbre_server.operators.diagonal import DiagonalOperator
@@ -21,6 +22,7 @@ def all_operators() -> tuple[Operator[Any], ...]:
     return (
         LowRankOperator(),
         SpectralOperator(),
+        CirculantOperator(),
         SparseOperator(),
         BlockOperator(),
         DenseOperator(),

@@ -42,6 +42,11 @@ class Segment:
         """What picks the rows: a view of consecutive ones, else a gather."""
         return self.rows_N if self.first is None else slice(self.first, self.first + len(self.rows_N))
 
+    def moved(self, position_T: Tensor) -> Segment:
+        """The same where row t is row ``position_T[t]`` of fewer; what was consecutive stays so."""
+        first = None if self.first is None else int(position_T[self.first])
+        return Segment(self.slot, position_T[self.rows_N], self.weights_N, first)
+
 
 class RowTable:
     """The pairs of every row of one step. Immutable; what is derived from it is derived once."""
@@ -70,6 +75,16 @@ class RowTable:
                 rows.extend(range(start, start + span.num_rows))
             start += span.num_rows
         return None if len(rows) == self.num_rows else torch.tensor(rows, device=self.device)
+
+    def compact(self, slots: Collection[int]) -> tuple[Tensor | None, list[Segment]]:
+        """`rows_using`, and the segments of these slots in rows counted among those."""
+        rows_U = self.rows_using(slots)
+        segments = [segment for segment in self.segments if segment.slot in slots]
+        if rows_U is None:
+            return None, segments
+        position_T = torch.zeros(self.num_rows, dtype=torch.int64, device=self.device)
+        position_T[rows_U] = torch.arange(len(rows_U), device=self.device)
+        return rows_U, [segment.moved(position_T) for segment in segments]
 
     @cached_property
     def segments(self) -> tuple[Segment, ...]:

@@ -1,19 +1,11 @@
-"""`Spectral`: ``y += Q (S (P x))`` in a transform pair that all adapters share.
+"""`Spectral`: ``y += Re(Tᵀ (S (T x)))`` in a transform T that adapters share.
 
-The input is transformed once for the whole batch and for every member of the group, the small cores run in
-the frequency domain (a mix adds there), and each member's sums are transformed back once.
+The input is transformed once for the whole batch and for every member of the group, whichever adapters use
+that transform; the small cores run among its coordinates (a mix adds there), and each member's sums are
+transformed back once. Only a core's values are an adapter's own; `transforms` says where they go.
 
-For ``dft`` the spectra of real rows are half redundant. A coefficient c at (u, v) acts on real input as
-its mirror image at (−u, −v) with the conjugate input, so each one is folded to ``v ≤ I/2``, ``u ≤ O/2``:
-
-    y = Re ifft_O(S · ifft_I(x))  =  irfft_O(H),   H[u'] += f · c · z*,   z = rfft_I(x)[v']
-
-with z* = z or its conjugate and f = 1/(2I), or 1/I where u' is its own mirror (0 and O/2, whose imaginary
-part the real inverse transform drops). Interleaving real and imaginary parts makes S a real sparse
-matrix with two entries for each coefficient. Only its values are an adapter's own.
-
-Legend: T rows of the batch, U rows that use any spectral part, P pooled (row, adapter) pairs, N coefficients,
-I in, O out, F = 2 (I/2 + 1) or 2 (O/2 + 1) reals of a half spectrum.
+Legend: T rows of the batch, U rows that use one transform, P pooled (row, adapter) pairs, N coefficients,
+E entries of one coefficient, I in, O out, C coordinates of a spectrum (of the input or of an output).
 """
 
 from __future__ import annotations
@@ -26,71 +18,98 @@ import torch
 from torch import Tensor
 
 from timbre_methods.program import Places, Spectral
-from timbre_server.operators.block_diagonal import BlockDiagonal, csr
+from timbre_server.operators.block_diagonal import BlockDiagonal, Csr, csr
 from timbre_server.operators.contract import Bound, Change, Meaning, Operator, Uses
 from timbre_server.operators.row_table import RowTable, Segment
+from timbre_server.operators.transforms import Transform, transform
 
 MIN_ROWS_ALONE = 8
+
+Name = tuple[str, tuple[float, ...]]
+"""A transform of any length: its name, and its filter."""
 
 
 class SpectralOperator(Operator[Spectral]):
     part = Spectral
 
     def __init__(self) -> None:
-        self._folded: WeakKeyDictionary[Places, _FoldedPlaces] = WeakKeyDictionary()
+        self._patterns: WeakKeyDictionary[Places, _Pattern] = WeakKeyDictionary()
+        self._transforms: dict[tuple[Name, int, torch.device], Transform] = {}
 
     def meaning(self, part: Spectral, x_TI: Tensor, y_TO: Tensor) -> Meaning:
-        places = part.places
-        z_TI = torch.fft.ifft(x_TI)
-        h_TO = torch.zeros(y_TO.shape, dtype=z_TI.dtype, device=x_TI.device)
-        h_TO.index_add_(1, places.rows_N, z_TI[:, places.columns_N] * part.c_N)
-        return Meaning(change_TO=torch.fft.ifft(h_TO).real)
+        places, device = part.places, x_TI.device
+        inner, outer = (
+            transform(places.transform, length, places.low_pass, device).matrix().to(device)
+            for length in (places.in_features, places.out_features)
+        )
+        z_TF = x_TI.to(inner.dtype) @ inner.T
+        h_TF = z_TF.new_zeros(len(x_TI), len(outer))
+        h_TF.index_add_(1, places.rows_N.to(device), z_TF[:, places.columns_N.to(device)] * part.c_N)
+        return Meaning(change_TO=torch.real(h_TF @ outer).to(x_TI.dtype))
 
     def bind(self, uses: Uses[Spectral], table: RowTable) -> Bound:
-        segments = [s for s in table.segments if any(s.slot in parts for parts in uses)]
-        rows_U = table.rows_using({segment.slot for segment in segments})
-        position_T = torch.arange(table.num_rows, device=table.device)
-        if rows_U is not None:
-            position_T[rows_U] = torch.arange(len(rows_U), device=table.device)
-        placed = [_moved(segment, position_T) for segment in segments]
+        by_name: dict[Name, list[dict[int, list[Spectral]]]] = {}
+        for member, parts_by_slot in enumerate(uses):
+            for slot in table.slots:
+                for part in parts_by_slot.get(slot, ()):
+                    own = by_name.setdefault(_name(part.places), [{} for _ in uses])
+                    own[member].setdefault(slot, []).append(part)
+        bounds = [self._bind_transform(own, table) for own in by_name.values()]
+        return bounds[0] if len(bounds) == 1 else _BoundTransforms(bounds)
+
+    def _bind_transform(self, uses: Uses[Spectral], table: RowTable) -> _BoundTransform:
+        """``uses`` all have the same transform."""
+        rows_U, segments = table.compact({slot for parts_by_slot in uses for slot in parts_by_slot})
         num_rows = table.num_rows if rows_U is None else len(rows_U)
-        return _BoundSpectral(rows_U, [self._bind_member(parts, placed, num_rows) for parts in uses])
+        members = [self._bind_member(parts, segments, num_rows) for parts in uses]
+        places = next(part.places for parts in uses for own in parts.values() for part in own)
+        return _BoundTransform(rows_U, self._transform(places, places.in_features, table.device), members)
 
     def _bind_member(
         self, parts_by_slot: Mapping[int, Sequence[Spectral]], segments: Sequence[Segment], num_rows: int
     ) -> _Member | None:
-        """``segments`` count rows among the ``num_rows`` that use a spectral part."""
+        """``segments`` count rows among the ``num_rows`` that use the transform."""
         cores: list[_Alone | _Pool] = []
-        pooled: dict[_FoldedPlaces, list[tuple[Segment, Tensor]]] = {}
-        out_features = 0
+        pooled: list[tuple[Segment, _Pattern, Tensor]] = []
+        outer: Transform | None = None
         for segment in segments:
             for part in parts_by_slot.get(segment.slot, ()):
-                folded = self._fold(part.places, part.c_N.device)
-                out_features = part.places.out_features
+                device = part.c_N.device
+                outer = outer or self._transform(part.places, part.places.out_features, device)
+                pattern = self._pattern(part.places, device)
                 if len(segment.rows_N) >= MIN_ROWS_ALONE:
-                    cores.append(_Alone.of(folded, segment, part.c_N))
+                    cores.append(_Alone.of(pattern, segment, part.c_N))
                 else:
-                    pooled.setdefault(folded, []).append((segment, part.c_N))
-        cores += (_Pool.of(folded, pairs, num_rows) for folded, pairs in pooled.items())
-        return _Member(out_features, cores) if cores else None
+                    pooled.append((segment, pattern, part.c_N))
+        if outer is None:
+            return None
+        if pooled:
+            cores.append(_Pool.of(pooled, num_rows))
+        return _Member(outer, cores)
 
-    def _fold(self, places: Places, device: torch.device) -> _FoldedPlaces:
-        """Folded once for each shared basis, and kept as long as it, on the device of those who use it."""
-        folded = self._folded.get(places)
-        if folded is None:
-            folded = self._folded[places] = _FoldedPlaces.of(places, device)
-        return folded
+    def _pattern(self, places: Places, device: torch.device) -> _Pattern:
+        """Made once for each object of places, and kept as long as it, on the device of those who use it."""
+        pattern = self._patterns.get(places)
+        if pattern is None:
+            inner = self._transform(places, places.in_features, device)
+            outer = self._transform(places, places.out_features, device)
+            pattern = self._patterns[places] = _Pattern.of(places, inner, outer, device)
+        return pattern
+
+    def _transform(self, places: Places, length: int, device: torch.device) -> Transform:
+        key = (_name(places), length, device)
+        if key not in self._transforms:
+            self._transforms[key] = transform(places.transform, length, places.low_pass, device)
+        return self._transforms[key]
 
 
-def _moved(segment: Segment, position_T: Tensor) -> Segment:
-    """The segment in rows of which some were left out; what was consecutive stays so."""
-    first = None if segment.first is None else int(position_T[segment.first])
-    return Segment(segment.slot, position_T[segment.rows_N], segment.weights_N, first)
+def _name(places: Places) -> Name:
+    return places.transform, places.low_pass
 
 
 @dataclass(slots=True, eq=False)
-class _FoldedPlaces:
-    """The pattern of S as a real matrix [F_out, F_in], and how its values follow from c."""
+class _Pattern:
+    """The pattern of S as a real matrix [C_out, C_in], and how its values follow from c."""
 
     row_ends: Tensor
     columns: Tensor
@@ -101,27 +120,19 @@ class _FoldedPlaces:
     """The pattern laid along a diagonal, so many times; fewer times is a prefix of it."""
 
     @staticmethod
-    def of(places: Places, device: torch.device) -> _FoldedPlaces:
-        out_features, in_features = places.out_features, places.in_features
-        u, v = places.rows_N, places.columns_N
-        mirrored = u > out_features // 2
-        # ifft_I(x)[v] is conj(rfft(x)[v]) / I, and for the upper half rfft(x)[I - v] / I.
-        conjugate = (v <= in_features // 2) ^ mirrored
-        u = torch.where(mirrored, out_features - u, u)
-        v = torch.where(v > in_features // 2, in_features - v, v)
-        own_mirror = (u == 0) | (2 * u == out_features)
-        factor = torch.where(own_mirror, 1.0, 0.5) / in_features
-        rows = torch.stack([2 * u, 2 * u + 1], 1).flatten()
-        columns = torch.stack([2 * v, 2 * v + 1], 1).flatten()
-        factors = torch.stack([factor, torch.where(conjugate, -factor, factor)], 1).flatten()
+    def of(places: Places, inner: Transform, outer: Transform, device: torch.device) -> _Pattern:
+        columns_NE, in_factor_NE = inner.reads(places.columns_N)
+        rows_NE, out_factor_NE = outer.writes(places.rows_N)
+        factor = (in_factor_NE * out_factor_NE).flatten()
+        rows, columns = rows_NE.flatten(), columns_NE.flatten()
         order = torch.argsort(rows, stable=True)
-        shape = (2 * (out_features // 2 + 1), 2 * (in_features // 2 + 1))
+        shape = (outer.coordinates, inner.coordinates)
         row_ends = torch.searchsorted(rows[order], torch.arange(shape[0] + 1, device=rows.device))
-        return _FoldedPlaces(
+        return _Pattern(
             row_ends.to(device, torch.int32),
             columns[order].to(device, torch.int32),
-            (order // 2).to(device),
-            factors[order].to(device, torch.float32),
+            (order // rows_NE.shape[1]).to(device),
+            factor[order].to(device, torch.float32),
             shape,
         )
 
@@ -146,14 +157,14 @@ class _Alone:
     matrix: Tensor
 
     @staticmethod
-    def of(folded: _FoldedPlaces, segment: Segment, c_N: Tensor) -> _Alone:
-        matrix = csr(folded.row_ends, folded.columns, folded.values(c_N), folded.shape)
+    def of(pattern: _Pattern, segment: Segment, c_N: Tensor) -> _Alone:
+        matrix = csr(pattern.row_ends, pattern.columns, pattern.values(c_N), pattern.shape)
         return _Alone(segment, matrix)
 
-    def add(self, z_UF: Tensor, h_UF: Tensor) -> None:
+    def add(self, z_UC: Tensor, h_UC: Tensor) -> None:
         index = self.segment.index
-        h_FN = self.matrix @ z_UF[index].T.contiguous()
-        h_UF[index] += h_FN.T * self.segment.weights_N.unsqueeze(1)
+        h_CN = self.matrix @ z_UC[index].T.contiguous()
+        h_UC[index] += h_CN.T * self.segment.weights_N.unsqueeze(1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -165,51 +176,75 @@ class _Pool:
     cores: BlockDiagonal
 
     @staticmethod
-    def of(folded: _FoldedPlaces, uses: Sequence[tuple[Segment, Tensor]], num_rows: int) -> _Pool:
-        rows_P = torch.cat([segment.rows_N for segment, _ in uses])
-        weights_P = torch.cat([segment.weights_N for segment, _ in uses])
-        repeats = torch.tensor([len(segment.rows_N) for segment, _ in uses], device=rows_P.device)
-        c_PN = torch.stack([c_N for _, c_N in uses]).repeat_interleave(repeats, 0) * weights_P.unsqueeze(1)
-        pairs = len(rows_P)
-        values = folded.values(c_PN).flatten()
-        cores = BlockDiagonal(*folded.repeated(pairs), values, pairs=pairs, shape=folded.shape)
+    def of(uses: Sequence[tuple[Segment, _Pattern, Tensor]], num_rows: int) -> _Pool:
+        rows_P = torch.cat([segment.rows_N for segment, _, _ in uses])
         is_every_row = torch.equal(rows_P, torch.arange(num_rows, device=rows_P.device))
-        return _Pool(rows_P, is_every_row, cores)
+        first = uses[0][1]
+        is_one_pattern = all(pattern is first for _, pattern, _ in uses)
+        return _Pool(rows_P, is_every_row, (_repeated if is_one_pattern else _stacked)(uses))
 
-    def add(self, z_UF: Tensor, h_UF: Tensor) -> None:
-        h_UF.index_add_(0, self.rows_P, self.cores(z_UF[self.rows_P]))
+    def add(self, z_UC: Tensor, h_UC: Tensor) -> None:
+        h_UC.index_add_(0, self.rows_P, self.cores(z_UC[self.rows_P]))
+
+
+def _repeated(uses: Sequence[tuple[Segment, _Pattern, Tensor]]) -> BlockDiagonal:
+    """One pattern for all: only values are made."""
+    pattern = uses[0][1]
+    weights_P = torch.cat([segment.weights_N for segment, _, _ in uses])
+    repeats = torch.tensor([len(segment.rows_N) for segment, _, _ in uses], device=weights_P.device)
+    c_PN = torch.stack([c_N for _, _, c_N in uses]).repeat_interleave(repeats, 0) * weights_P.unsqueeze(1)
+    values, pairs = pattern.values(c_PN).flatten(), len(weights_P)
+    return BlockDiagonal(*pattern.repeated(pairs), values, pairs=pairs, shape=pattern.shape)
+
+
+def _stacked(uses: Sequence[tuple[Segment, _Pattern, Tensor]]) -> BlockDiagonal:
+    """Patterns of their own."""
+    blocks = [
+        Csr(pattern.row_ends, pattern.columns, pattern.values(c_N) * weight)
+        for segment, pattern, c_N in uses
+        for weight in segment.weights_N
+    ]
+    return BlockDiagonal.stacked(blocks, uses[0][1].shape)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Member:
-    out_features: int
+    outer: Transform
     cores: Sequence[_Alone | _Pool]
 
-    def change(self, z_UF: Tensor) -> Tensor:
+    def change(self, z_UC: Tensor) -> Tensor:
         """[U, O]: back from the summed spectra."""
-        half = self.out_features // 2 + 1
-        spectrum = torch.view_as_complex(self._summed(z_UF, 2 * half).view(-1, half, 2))
-        y_UO: Tensor = torch.fft.irfft(spectrum, n=self.out_features)
-        return y_UO
+        return self.outer.back(self._summed(z_UC))
 
-    def _summed(self, z_UF: Tensor, size: int) -> Tensor:
+    def _summed(self, z_UC: Tensor) -> Tensor:
         only = self.cores[0] if len(self.cores) == 1 else None
         if isinstance(only, _Pool) and only.is_every_row:
-            return only.cores(z_UF)
-        h_UF = z_UF.new_zeros(z_UF.shape[0], size)
+            return only.cores(z_UC)
+        h_UC = z_UC.new_zeros(z_UC.shape[0], self.outer.coordinates)
         for core in self.cores:
-            core.add(z_UF, h_UF)
-        return h_UF
+            core.add(z_UC, h_UC)
+        return h_UC
 
 
-class _BoundSpectral(Bound):
-    def __init__(self, rows_U: Tensor | None, members: Sequence[_Member | None]) -> None:
+class _BoundTransform(Bound):
+    """All cores of one transform at a group."""
+
+    def __init__(self, rows_U: Tensor | None, inner: Transform, members: Sequence[_Member | None]) -> None:
         self._rows_U = rows_U
+        self._inner = inner
         self._members = members
 
     def sums(self, x_TI: Tensor) -> Sequence[Sequence[Change]]:
-        x_UI = x_TI if self._rows_U is None else x_TI[self._rows_U]
-        z_UF = torch.view_as_real(torch.fft.rfft(x_UI)).flatten(1)
+        z_UC = self._inner.forward(x_TI if self._rows_U is None else x_TI[self._rows_U])
         return [
-            () if member is None else (Change(member.change(z_UF), self._rows_U),) for member in self._members
+            () if member is None else (Change(member.change(z_UC), self._rows_U),) for member in self._members
         ]
+
+
+class _BoundTransforms(Bound):
+    def __init__(self, bounds: Sequence[Bound]) -> None:
+        self._bounds = bounds
+
+    def sums(self, x_TI: Tensor) -> Sequence[Sequence[Change]]:
+        each = [bound.sums(x_TI) for bound in self._bounds]
+        return [[change for changes in own for change in changes] for own in zip(*each, strict=True)]
