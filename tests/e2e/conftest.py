@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import socket
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import httpx2
 import pytest
@@ -79,6 +81,18 @@ def start_server(folder: Path, *flags: object) -> LiveServer:
         time.sleep(0.1)
     process.kill()
     pytest.fail(f"the server did not become ready; its log:\n{log.read_text()[-4000:]}")
+
+
+@pytest.fixture(scope="session")
+def catalogue() -> ModuleType:
+    """`peft_catalogue.py` beside this file."""
+    path = Path(__file__).with_name("peft_catalogue.py")
+    spec = importlib.util.spec_from_file_location("e2e_peft_catalogue", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ class Coefficients:
     columns: ArrayLike
 
 
-def write_sdctft(
+def sdctft(
     folder: str | Path,
     layers: Mapping[str, Coefficients],
     *,
@@ -52,7 +52,7 @@ class Located:
     locations: ArrayLike
 
 
-def write_loca(folder: str | Path, layers: Mapping[str, Located], *, scale: float) -> Path:
+def loca(folder: str | Path, layers: Mapping[str, Located], *, scale: float) -> Path:
     """``ΔW = scale · C_outᵀ S C_in`` for each layer. numpy has no bfloat16: such locations must be turned to
     whole numbers by who trained them, and written as sDCTFT's with ``transform="dct2-ortho"``."""
     arrays = {
@@ -62,7 +62,7 @@ def write_loca(folder: str | Path, layers: Mapping[str, Located], *, scale: floa
     return write_folder(folder, "LOCA", {"scale": scale}, arrays)
 
 
-def write_wara(
+def wara(
     folder: str | Path,
     layers: Mapping[str, tuple[ArrayLike, ArrayLike]],
     *,
