@@ -72,17 +72,24 @@ class _Normed:
         return y
 
 
+@torch.inference_mode()
 def is_norm_of(module: nn.Module, x: Tensor) -> bool:
-    """Whether a module does ``w ∘ x̂ + b`` (or with 1 + w) to x, and has no other parameters."""
+    """Whether a module does ``w ∘ x̂ + b`` (or with 1 + w) to x, and has no other parameters.
+
+    What cannot be run in float32 is no norm.
+    """
     own = _parameters(module)
     if "weight" not in own or own.keys() - {"weight", "bias"} or any(True for _ in module.children()):
         return False
     if any(v.shape != x.shape[-1:] or not v.is_floating_point() for v in own.values()):
         return False
     wide = {name: value.float() for name, value in own.items()}
-    found: Tensor = functional_call(module, wide, (x.float(),))
-    normed = _Normed(module)
-    expected = (wide["weight"] + normed.has_unit_offset) * normed(x) + wide.get("bias", 0.0)
+    try:
+        found: Tensor = functional_call(module, wide, (x.float(),))
+        normed = _Normed(module)
+        expected = (wide["weight"] + normed.has_unit_offset) * normed(x) + wide.get("bias", 0.0)
+    except RuntimeError:
+        return False
     if found.shape != expected.shape:
         return False
     return torch.allclose(found, expected, rtol=_TOLERANCE, atol=_TOLERANCE * float(expected.abs().max()))
