@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,10 @@ from transformers import PreTrainedModel
 
 from timbre_server.engine.assembly import assemble
 from timbre_server.engine.core import EngineCore
-from timbre_server.engine.messages import AdapterUse, SamplingParams, Submit
+from timbre_server.engine.messages import AdapterUse, DeriveTensors, SamplingParams, Submit
 from timbre_server.engine.options import EngineOptions
 from timbre_server.inspection import inspector, meta_sites
+from timbre_store.errors import InvalidAdapter
 from timbre_store.limits import StoreLimits
 from timbre_store.store import Store
 
@@ -88,6 +91,15 @@ def generated(model: PreTrainedModel) -> list[int]:
     return out[0, len(PROMPT) :].tolist()
 
 
+def derived(core: EngineCore, config: dict[str, Any], tensors_path: Path, derived_path: Path) -> None:
+    """As the server asks its engine for it."""
+    core.take(DeriveTensors(json.dumps(config).encode(), str(tensors_path), str(derived_path)))
+    while not (answers := core.step().derived):
+        time.sleep(0.01)
+    if answers[0].error_code is not None:
+        raise InvalidAdapter(answers[0].error_message)
+
+
 def registered(store: Store, name: str, config: dict[str, Any], tensors: Weights, base: str) -> str:
     contents = json.dumps(config).encode(), save({key: t.contiguous().clone() for key, t in tensors.items()})
     with store.begin_upload() as together:
@@ -132,13 +144,18 @@ def test_rows_with_other_embeddings_norms_and_heads_get_the_text_of_a_merged_mod
         kv_cache_bytes=1 << 20,
     )  # fmt: skip
     core, ready = assemble(options, lambda text: None, lambda: None)
-    inspect = inspector(meta_sites(ready.sites), budget_bytes=1 << 20)
+    derive = partial(derived, core)
+    inspect = inspector(meta_sites(ready.sites), budget_bytes=1 << 20, derive=derive)
     adapters = adapters_of(model)
     with Store(tmp_path / "store", inspect=inspect, limits=StoreLimits()) as store:
         digests = [
             registered(store, f"a{at}", config, tensors, ready.model_digest)
             for at, (config, tensors, _) in enumerate(adapters)
         ]
+        config, tensors, _ = adapters[0]
+        other = {name: t + 1e-3 if "base_layer" in name else t for name, t in tensors.items()}
+        with pytest.raises(InvalidAdapter, match="found other values than this base has"):
+            registered(store, "another", config, other, ready.model_digest)
     mixes: list[dict[int, float]] = [{}, {0: 1.0}, {1: 1.0}, {0: 0.5, 1: 0.75}]
     sampling = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0, prompt_logprobs=0)
     requests = [
