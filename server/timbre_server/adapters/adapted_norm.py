@@ -1,7 +1,7 @@
 """A norm of the base that applies, to each row, the adapters that the row table names.
 
 A norm is ``w ∘ x̂ + b``, or ``(1 + w) ∘ x̂`` in some families, of the normalised x̂. Adapters change w and b,
-so what they add needs x̂ alone. It is computed by the module itself, in float32, with a weight under which it
+so what they add needs x̂ alone. A copy of the module computes it, in float32, with a weight under which it
 gives x̂: no formula of any family is written here.
 
 Legend: T rows, D features.
@@ -9,9 +9,10 @@ Legend: T rows, D features.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from timbre_server.adapters.adapted_linear import AdaptedGroup, added, rows_of
 from timbre_server.operators.contract import Change
@@ -27,7 +28,8 @@ class AdaptedNorm(nn.Module):
         super().__init__()
         self.base = base
         self._group = group
-        self._normed = _Normed(base)
+        with torch.no_grad():
+            self._normed = _Normed(base)
 
     @property
     def weight(self) -> Tensor:
@@ -53,14 +55,15 @@ class AdaptedNorm(nn.Module):
 
 
 class _Normed:
-    """A norm's x̂, in float32: its own function with a weight that leaves x̂ as it is, and no bias."""
+    """A norm's x̂, in float32: a copy of the module with a weight that leaves x̂ as it is, and no bias."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._module = module
-        self._values = {
-            name: torch.zeros_like(value, dtype=torch.float32) for name, value in _parameters(module).items()
-        }
-        weight = self._values["weight"]
+        self._module = copy.deepcopy(module).float()
+        weight, bias = self._module.weight, getattr(self._module, "bias", None)
+        assert isinstance(weight, Tensor)
+        weight.zero_()
+        if bias is not None:
+            bias.zero_()
         x_1D = torch.arange(1, len(weight) + 1, dtype=torch.float32, device=weight.device).unsqueeze(0)
         self.has_unit_offset = bool(self(x_1D).any())
         """Whether it multiplies by 1 + w: with w = 0 it does not give zeros."""
@@ -68,7 +71,7 @@ class _Normed:
             weight.fill_(1.0)
 
     def __call__(self, x: Tensor) -> Tensor:
-        y: Tensor = functional_call(self._module, self._values, (x.float(),))
+        y: Tensor = self._module(x.float())
         return y
 
 
@@ -78,22 +81,18 @@ def is_norm_of(module: nn.Module, x: Tensor) -> bool:
 
     What cannot be run in float32 is no norm.
     """
-    own = _parameters(module)
+    own = dict(module.named_parameters(recurse=False))
     if "weight" not in own or own.keys() - {"weight", "bias"} or any(True for _ in module.children()):
         return False
     if any(v.shape != x.shape[-1:] or not v.is_floating_point() for v in own.values()):
         return False
-    wide = {name: value.float() for name, value in own.items()}
     try:
-        found: Tensor = functional_call(module, wide, (x.float(),))
+        found: Tensor = copy.deepcopy(module).float()(x.float())
         normed = _Normed(module)
-        expected = (wide["weight"] + normed.has_unit_offset) * normed(x) + wide.get("bias", 0.0)
+        bias_D = own["bias"].float() if "bias" in own else 0.0
+        expected = (own["weight"].float() + normed.has_unit_offset) * normed(x) + bias_D
     except RuntimeError:
         return False
     if found.shape != expected.shape:
         return False
     return torch.allclose(found, expected, rtol=_TOLERANCE, atol=_TOLERANCE * float(expected.abs().max()))
-
-
-def _parameters(module: nn.Module) -> dict[str, Tensor]:
-    return dict(module.named_parameters(recurse=False))
