@@ -15,7 +15,7 @@ from torch import Tensor
 
 from timbre_methods.contract import Site
 from timbre_methods.errors import InvalidTensors
-from timbre_methods.program import Dense, Diagonal, Part, Sparse, TokenRows
+from timbre_methods.program import Block, Dense, Diagonal, Part, Sparse, TokenRows
 from timbre_methods.site_tensors import SiteTensors
 
 
@@ -47,13 +47,7 @@ def replaced_tokens(site: Site, rows_KI: Tensor, tokens: Sequence[int]) -> Part:
     change_KI = rows_KI - _beside(table[tokens_K.to(table.device)], rows_KI)
     if site.kind == "embedding":
         return TokenRows(tokens_K, change_KI)
-    ends = torch.arange(site.out_features + 1, device=device)
-    return Sparse(
-        row_ends=torch.searchsorted(tokens_K, ends) * site.in_features,
-        columns_N=torch.arange(site.in_features, dtype=torch.int32, device=device).repeat(len(tokens)),
-        values_N=change_KI.flatten(),
-        in_features=site.in_features,
-    )
+    return Block(side="output", index_N=tokens_K, block=change_KI, out_features=site.out_features)
 
 
 def stored_shape(site: Site) -> tuple[int, ...]:

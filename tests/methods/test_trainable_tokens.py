@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from timbre_methods.contract import Site
 from timbre_methods.errors import InvalidConfig, InvalidTensors
-from timbre_methods.program import Sparse, TokenRows
+from timbre_methods.program import Block, TokenRows
 from timbre_methods.registry import compile_adapter, method_for
 
 TOKENS = [9, 3, 40, 17, 26, 8, 55, 1, 60]
@@ -72,15 +72,14 @@ def test_rows_come_in_the_order_of_the_list_and_are_kept_by_token() -> None:
     assert isinstance(embed, TokenRows)
     assert embed.tokens_K.tolist() == [2, 5]
     assert torch.equal(embed.rows_KO, rows_KO.flip(0) - TABLE[[2, 5]])
-    assert isinstance(head, Sparse)
-    assert head.row_ends.tolist() == [0, 0, 0, 4, 4, 4, 8, 8]
-    assert head.columns_N.tolist() == [0, 1, 2, 3] * 2
-    assert torch.equal(head.values_N.view(2, 4), embed.rows_KO)
+    assert isinstance(head, Block)
+    assert (head.side, head.index_N.tolist(), head.out_features) == ("output", [2, 5], 7)
+    assert torch.equal(head.block, embed.rows_KO)
 
 
 def test_rows_of_the_heads_own_come_before_those_of_its_embedding() -> None:
     parts = compiled({KEY.format("embed"): torch.zeros(2, 4), KEY.format("head"): torch.ones(2, 4)})
-    assert torch.equal(parts["head"][0].values_N.view(2, 4), 1 - TABLE[[2, 5]])
+    assert torch.equal(parts["head"][0].block, 1 - TABLE[[2, 5]])
     assert list(compiled({KEY.format("head"): torch.ones(2, 4)})) == ["head"]
 
 
