@@ -57,9 +57,10 @@ def upload(store: Store) -> Upload:
     def put(method: str) -> AdapterRecord:
         own_sites = sites_of(methods()[method], sites())
         config, tensors = methods()[method].example(own_sites, torch.Generator().manual_seed(2))
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         with store.begin_upload() as together:
             digests = []
-            for content in (json.dumps(config).encode(), save(tensors)):
+            for content in (json.dumps(config).encode(), save(contiguous)):
                 with together.begin_blob() as writer:
                     writer.write(content)
                     digests.append(writer.commit())
