@@ -36,14 +36,15 @@ INERT = frozenset(
 )
 """Keys of every PEFT config that change nothing at inference, whatever they hold."""
 
+BESIDE = frozenset({"ensure_weight_tying", "modules_to_save", "trainable_token_indices"})
+"""Options of any method that `timbre_methods.beside` reads; tied tensors are in the file under both names."""
+
 REASONS: Mapping[str, str] = {
     "auto_map": "an adapter never brings code",
     "trust_remote_code": "an adapter never brings code",
     "_attn_implementation_internal": "an adapter never chooses the attention code",
     "bias": 'it replaces biases of the base for everyone; train with bias="none"',
-    "modules_to_save": "whole replaced modules are not served; train without it",
     "layer_replication": "it lays the base model out anew",
-    "trainable_token_indices": "replaced embedding rows are not served; train without it",
     "target_parameters": "adapters on bare parameters are not served; target linear layers",
 }
 """What to add to the refusal of an option that several methods share."""
@@ -87,7 +88,7 @@ def read_config(model: type[C], raw_config: Mapping[str, Any]) -> C:
     for key, value in raw_config.items():
         if key in model.model_fields:
             read[key] = value
-        elif key not in INERT and key not in model.inert and is_on(value):
+        elif key not in INERT | BESIDE | model.inert and is_on(value):
             reason = model.reasons.get(key) or REASONS.get(key) or "switch it off or convert the adapter"
             raise UnsupportedMethod(
                 f"{raw_config.get('peft_type')}: the option {shown(key)} is on ({shown(value)}) "
@@ -96,7 +97,7 @@ def read_config(model: type[C], raw_config: Mapping[str, Any]) -> C:
     try:
         return model.model_validate(read)
     except ValidationError as error:
-        raise InvalidConfig(_first_problem(error)) from None
+        raise InvalidConfig(first_problem(error)) from None
 
 
 def shown(value: object) -> str:
@@ -105,7 +106,8 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _first_problem(error: ValidationError) -> str:
+def first_problem(error: ValidationError) -> str:
+    """What to say of a config that a model does not take: the place, the reason and what was found."""
     problem = error.errors(include_url=False, include_context=False)[0]
     place = ".".join(str(step)[:80] for step in problem["loc"])
     return f"adapter_config.json: {place}: {problem['msg']}, found {shown(problem['input'])}"

@@ -34,26 +34,36 @@ when only shapes are asked)."""
 DERIVED = "derived."
 """Derived tensors are named ``derived.<module path>.<key>``. No file may hold such a name."""
 
-SiteKind = Literal["linear"]
+SiteKind = Literal["linear", "embedding", "norm"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Site:
-    """One layer of the base that adapters may change; ``linear`` is ``y0 = W x + b``.
+    """One layer of the base that adapters may change, by its kind:
 
-    ``weight_OI`` [O, I] and ``bias_O`` [O] or None, in the base's dtype; a `Conv1D` is already transposed.
-    They are meta tensors where only shapes are known (at upload), real ones where the adapter is loaded.
-    Read-only: a method never writes to them.
+    * ``linear``: ``y0 = W x + b``. A `Conv1D` is already transposed.
+    * ``embedding``: a table of rows is the linear layer of one-hot tokens, so ``weight_OI`` is its transpose
+      [D, V]: in features are tokens. A base that scales the rows that it looks up scales what is added, too.
+    * ``norm``: ``y0 = w ∘ x + b`` of the normalised x; ``weight_OI`` is w [D], as stored (a base that uses
+      1 + w stores w).
+
+    ``weight_OI`` [O, I] and ``bias_O`` [O] or None, in the base's dtype. They are meta tensors where only
+    shapes are known (at upload), real ones where the adapter is loaded. Read-only: a method never writes to
+    them.
     """
 
     path: str
     weight_OI: Tensor
     bias_O: Tensor | None
     kind: SiteKind = "linear"
+    is_transposed: bool = False
+    """Whether the base, and so a file, stores [I, O]: a `Conv1D` or an embedding."""
+    tied_to: str | None = None
+    """The embedding whose very table this head multiplies by."""
 
     @property
     def in_features(self) -> int:
-        return self.weight_OI.shape[1]
+        return self.weight_OI.shape[-1]
 
     @property
     def out_features(self) -> int:
@@ -61,7 +71,8 @@ class Site:
 
 
 Sites = Mapping[str, Site]
-"""The base's linear layers by their module path (``model.layers.0.self_attn.q_proj``), in model order."""
+"""Layers of the base by their module path (``model.layers.0.self_attn.q_proj``), in model order. A method is
+given those of its own kinds."""
 
 Config = TypeVar("Config")
 
@@ -79,6 +90,8 @@ class Method(ABC, Generic[Config]):
     """What the file leaves out, and from what it is made again, e.g. ``places, from the seed``."""
     checked_against: ClassVar[str]
     """Where the numbers of its golden test come from: ``PEFT``, or ``the paper's formula``."""
+    kinds: ClassVar[frozenset[SiteKind]] = frozenset({"linear"})
+    """The kinds of layers that it adapts; it never sees a site of another."""
 
     @abstractmethod
     def claims(self, raw_config: Mapping[str, Any]) -> bool:
@@ -117,7 +130,7 @@ class Method(ABC, Generic[Config]):
     def reference(self, config: Config, tensors: Tensors, site: Site, x_TI: Tensor) -> Tensor:
         """The paper's formula at one site, densely, in x's dtype: the adapted layer's output y [T, O] with
         bias. Shares no arithmetic with `compile`. A site that the adapter does not touch gives
-        ``W x + b``."""
+        ``W x + b``. For an embedding x is one-hot rows (or any others), for a norm it is normalised."""
 
     @abstractmethod
     def example(self, sites: Sites, generator: torch.Generator) -> tuple[dict[str, Any], dict[str, Tensor]]:

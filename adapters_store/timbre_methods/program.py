@@ -1,7 +1,8 @@
 """The operators' vocabulary: what an adapter compiles to, as plain dataclasses of tensors.
 
-A *part* is the parameters of one operator at one site, owned by one adapter. A site is one linear
-layer of the base, ``y0 = W x + b``. Every part stands for a change that is **added** to the base, so
+A *part* is the parameters of one operator at one site, owned by one adapter. A site is one layer of the base
+that is linear in what it is given, ``y0 = W x + b``: a linear layer, an embedding (x is one-hot tokens) or a
+norm (x is normalised, W diagonal). Every part stands for a change that is **added** to the base, so
 parts of one adapter, and of several adapters in a mix, combine by weighted sums and in any order::
 
     x' = x + Σ w · input_change(x)          Diagonal and Rotation with side="input"
@@ -10,7 +11,7 @@ parts of one adapter, and of several adapters in a mix, combine by weighted sums
 This module knows no file format, no method's name and no batch.
 
 Legend: I in features, O out features, R rank, N stored coefficients or blocks, P and Q the sizes of a
-basis, K places of a sparse core, F factors, S stored blocks, B their size, M and N
+basis, K places of a sparse core or tokens, F factors, S stored blocks, B their size, M and N
 (in `Circulant`) pieces of an output and an input.
 """
 
@@ -192,7 +193,30 @@ class Rotation:
     scale_O: Tensor | None = None
 
 
-Part = LowRank | Spectral | Circulant | Sparse | Block | Dense | Kronecker | Projected | Diagonal | Rotation
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenRows:
+    """At an embedding alone: ``y += rows_KO[k]`` where the token is ``tokens_K[k]``.
+
+    ``tokens_K`` int64, increasing; ``rows_KO`` float32, [K, O]: changes of whole rows of the table.
+    """
+
+    tokens_K: Tensor
+    rows_KO: Tensor
+
+
+Part = (
+    LowRank
+    | Spectral
+    | Circulant
+    | Sparse
+    | Block
+    | Dense
+    | Kronecker
+    | Projected
+    | Diagonal
+    | Rotation
+    | TokenRows
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -10,7 +10,7 @@ import inspect
 import math
 import pkgutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from types import MappingProxyType
 from typing import Any
@@ -18,10 +18,13 @@ from typing import Any
 import torch
 
 import timbre_methods
+from timbre_methods.beside import Beside, check_copies, read_beside
 from timbre_methods.config import MAX_CONFIG_KEYS, is_on, shown
 from timbre_methods.contract import DERIVED, Method, Site, Sites, Tensors
-from timbre_methods.errors import InvalidConfig, InvalidTensors, UnsupportedMethod
+from timbre_methods.errors import AdapterMismatch, InvalidConfig, InvalidTensors, UnsupportedMethod
+from timbre_methods.program import AdapterProgram
 from timbre_methods.refusals import unknown_kind
+from timbre_methods.site_tensors import NOUNS, PREFIX, article
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {
@@ -49,7 +52,8 @@ class Inspection:
     parameters: int
     prepared_bytes: int
     derives: bool
-    """Whether registration adds tensors that only the base's values give (`derive`)."""
+    """Whether registration needs the base's values (`derive`): for tensors that only they give, or to compare
+    a copy of theirs in the file."""
 
 
 @cache
@@ -103,6 +107,11 @@ def _nobody_claims(raw_config: Mapping[str, Any]) -> str:
     return unknown_kind(peft_type, methods())
 
 
+def sites_of(method: Method[Any], sites: Sites) -> Sites:
+    """Those of the kinds that a method adapts: what it is given."""
+    return {path: site for path, site in sites.items() if site.kind in method.kinds}
+
+
 def inspect_adapter(
     raw_config: Mapping[str, Any], header: Mapping[str, tuple[str, Sequence[int]]], sites: Sites
 ) -> Inspection:
@@ -111,9 +120,7 @@ def inspect_adapter(
     Compiles on the meta device: nothing is read and nothing allocated. Raises what `Method.parse` and
     `Method.compile` raise.
     """
-    method = method_for(raw_config)
-    tensors = {name: _meta(name, dtype, shape) for name, (dtype, shape) in header.items()}
-    return _inspection(method, method.parse(raw_config), tensors, sites)
+    return _inspection(raw_config, {name: _meta(name, *entry) for name, entry in header.items()}, sites)
 
 
 def check_adapter(raw_config: Mapping[str, Any], tensors: Tensors, sites: Sites) -> Inspection:
@@ -121,50 +128,93 @@ def check_adapter(raw_config: Mapping[str, Any], tensors: Tensors, sites: Sites)
 
     The sites may be meta: they stand for their shapes alone. Raises what `Method.check_values` raises, too.
     """
+    inspection = _inspection(raw_config, {name: tensor.to("meta") for name, tensor in tensors.items()}, sites)
     method = method_for(raw_config)
-    config = method.parse(raw_config)
-    shapes = {name: tensor.to("meta") for name, tensor in tensors.items()}
-    inspection = _inspection(method, config, shapes, sites)
-    method.check_values(config, tensors, sites)
+    own = _divided(method, raw_config, tensors, sites).own
+    method.check_values(method.parse(raw_config), own, sites_of(method, sites))
     return inspection
 
 
 def derive(raw_config: Mapping[str, Any], tensors: Tensors, sites: Sites) -> dict[str, torch.Tensor]:
     """What the base's values give that the file leaves out (`Method.derive`); empty for most methods.
 
-    Raises `InvalidTensors` for a file that brings such tensors itself.
+    Raises `InvalidTensors` for a file that brings such tensors itself, and `AdapterMismatch` for one that
+    brings a weight of another base.
     """
     method = method_for(raw_config)
-    return _derived(method, method.parse(raw_config), tensors, sites)
+    beside = _divided(method, raw_config, tensors, sites)
+    check_copies(beside.copies, sites)
+    return _derived(method, method.parse(raw_config), beside.own, sites)
 
 
-def _derived(method: Method[Any], config: Any, tensors: Tensors, sites: Sites) -> dict[str, torch.Tensor]:
-    intruder = next((name for name in tensors if name.startswith(DERIVED)), None)
+def compile_adapter(raw_config: Mapping[str, Any], tensors: Tensors, sites: Sites) -> AdapterProgram:
+    """A whole adapter as operators: what its method compiles, and what stands beside that in the file.
+
+    ``tensors`` are the file's and what `derive` gave. Raises what `Method.parse` and `Method.compile` raise.
+    """
+    method = method_for(raw_config)
+    config = method.parse(raw_config)
+    return _compiled(method, config, _divided(method, raw_config, tensors, sites), sites)
+
+
+def _divided(method: Method[Any], raw_config: Mapping[str, Any], tensors: Tensors, sites: Sites) -> Beside:
+    """The file divided, its method's own tensors at layers of the method's own kinds."""
+    beside = read_beside(raw_config, tensors, sites)
+    for name in beside.own:
+        path = name.removeprefix(PREFIX)
+        while path and path not in sites:
+            path = path.rpartition(".")[0]
+        if path and sites[path].kind not in method.kinds:
+            kinds = " and ".join(f"{noun}s" for kind, noun in NOUNS.items() if kind in method.kinds)
+            raise AdapterMismatch(
+                f"{name[:200]}: {path!r} is {article(sites[path])}, and {method.name} adapts {kinds} alone; "
+                "leave it out of target_modules"
+            )
+    return beside
+
+
+def _compiled(method: Method[Any], config: Any, beside: Beside, sites: Sites) -> AdapterProgram:
+    program = method.compile(config, beside.own, sites_of(method, sites))
+    parts = beside.parts(sites)
+    both = next((path for path in parts if path in program.sites), None)
+    if both is not None:
+        raise InvalidTensors(f"the file replaces values of {both!r} and adapts it, too; expected one of them")
+    parts |= program.sites
+    return replace(program, sites={path: parts[path] for path in sites if path in parts})
+
+
+def _derived(method: Method[Any], config: Any, own: Tensors, sites: Sites) -> dict[str, torch.Tensor]:
+    intruder = next((name for name in own if name.startswith(DERIVED)), None)
     if intruder is not None:
         raise InvalidTensors(
             f"{intruder[:200]!r} is surplus: names that begin with {DERIVED!r} are the server's own"
         )
-    found = method.derive(config, tensors, sites)
+    found = method.derive(config, own, sites_of(method, sites))
     assert all(name.startswith(DERIVED) for name in found), f"{method.name} derives under other names"
     return found
 
 
-def _inspection(method: Method[Any], config: Any, tensors: Tensors, sites: Sites) -> Inspection:
+def _inspection(raw_config: Mapping[str, Any], tensors: Tensors, sites: Sites) -> Inspection:
     shapes = {path: _meta_site(site) for path, site in sites.items()}
-    derived = _derived(method, config, tensors, shapes)
-    program = method.compile(config, {**tensors, **derived}, shapes)
+    method = method_for(raw_config)
+    config = method.parse(raw_config)
+    beside = _divided(method, raw_config, tensors, shapes)
+    derived = _derived(method, config, beside.own, shapes)
+    beside.own |= derived
+    program = _compiled(method, config, beside, shapes)
+    learned = [tensor for name, tensor in tensors.items() if name not in beside.copies]
     return Inspection(
         method=method.name,
         sites=tuple(program.sites),
-        parameters=sum(tensor.numel() for tensor in tensors.values() if tensor.is_floating_point()),
+        parameters=sum(tensor.numel() for tensor in learned if tensor.is_floating_point()),
         prepared_bytes=program.prepared_bytes,
-        derives=bool(derived),
+        derives=bool(derived or beside.copies),
     )
 
 
 def _meta_site(site: Site) -> Site:
     bias_O = None if site.bias_O is None else site.bias_O.to("meta")
-    return Site(site.path, site.weight_OI.to("meta"), bias_O, site.kind)
+    return replace(site, weight_OI=site.weight_OI.to("meta"), bias_O=bias_O)
 
 
 def _meta(name: str, dtype: str, shape: Sequence[int]) -> torch.Tensor:

@@ -12,21 +12,22 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from timbre_methods.contract import DERIVED, Site, SiteKind, Sites, Tensors
+from timbre_methods.contract import DERIVED, Site, Sites, Tensors
 from timbre_methods.errors import AdapterMismatch, InvalidTensors
 
 PREFIX = "base_model.model."
-LINEAR: tuple[SiteKind, ...] = ("linear",)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
+NOUNS: Mapping[str, str] = {"linear": "linear layer", "embedding": "embedding", "norm": "norm"}
+"""What a site of each kind is called."""
+
+_ON_EMBEDDINGS = "this method has no adapters on embeddings; target linear layers only"
 _REFUSED_ENDINGS: Mapping[str, str] = {
-    "base_layer.weight": "it would replace a weight of the base; save with save_embedding_layers=False",
+    "base_layer.weight": "it would replace a weight of the base; list the layer in modules_to_save instead",
     "base_layer.bias": 'it would replace a bias of the base; train with bias="none"',
-    "embed_tokens.weight": "it would replace the base's embedding; save with save_embedding_layers=False",
-    "lm_head.weight": "it would replace the base's head; save with save_embedding_layers=False",
-    "lora_embedding_A": "adapters on embeddings are not served; target linear layers only",
-    "lora_embedding_B": "adapters on embeddings are not served; target linear layers only",
-    "oft_embedding_R.weight": "adapters on embeddings are not served; target linear layers only",
+    "lora_embedding_A": _ON_EMBEDDINGS,
+    "lora_embedding_B": _ON_EMBEDDINGS,
+    "oft_embedding_R.weight": _ON_EMBEDDINGS,
 }
 
 
@@ -91,29 +92,26 @@ def tensors_by_site(
     sites: Sites,
     keys: frozenset[str],
     *,
-    kinds: Collection[SiteKind] = LINEAR,
     beside: Collection[str] = (),
 ) -> Iterator[SiteTensors]:
     """The file's tensors, site by site in the base's order. ``keys`` are all keys that the method reads.
 
-    Only sites of ``kinds`` take tensors. ``beside`` are full names of tensors that no site owns and that the
-    method reads itself.
+    ``beside`` are full names of tensors that no site owns and that the method reads itself.
 
     Raises `InvalidTensors` for a tensor that no site takes and for an empty file, `AdapterMismatch` for a
     site that the base lacks.
     """
     found: dict[str, dict[str, Tensor]] = {}
-    taken = {path: site for path, site in sites.items() if site.kind in kinds}
     for name, tensor in tensors.items():
         if name in beside or name.startswith(DERIVED):
             continue
         path, key = _split(name, keys)
-        if path not in taken:
-            raise AdapterMismatch(f"{name[:200]}: {nearest_fact(path, taken)}")
+        if path not in sites:
+            raise AdapterMismatch(f"{name[:200]}: {nearest_fact(path, sites)}")
         found.setdefault(path, {})[key] = tensor
     if not found:
         raise InvalidTensors("the file holds no tensor, expected at least one adapted layer")
-    for path, site in taken.items():
+    for path, site in sites.items():
         if path in found:
             yield SiteTensors(site, found[path], derived_of_site(tensors, path))
 
@@ -140,7 +138,7 @@ def tensors_of_site(tensors: Tensors, site: Site, keys: frozenset[str]) -> dict[
 
 
 def nearest_fact(path: str, sites: Sites) -> str:
-    """What the base has where an adapter names a module that is not one of its linear layers."""
+    """What the base has where an adapter names a module that is none of these sites."""
     steps = path.split(".")
     for length in range(len(steps), -1, -1):
         parent = ".".join(steps[:length])
@@ -149,18 +147,25 @@ def nearest_fact(path: str, sites: Sites) -> str:
             break
     children = list(dict.fromkeys(site.removeprefix(parent).lstrip(".").split(".")[0] for site in below))
     shown = ", ".join(children[:8]) + (f", ... {children[-1]}" if len(children) > 8 else "")
-    place = f"below {parent!r} it has {shown}" if shown.strip() else f"{parent!r} is a linear layer itself"
-    return f"this base has no linear layer {path[:120]!r}; {place}"
+    nouns = " or ".join(dict.fromkeys(NOUNS[site.kind] for site in sites.values()))
+    is_site = f"{parent!r} is {article(sites[parent])} itself" if parent in sites else ""
+    return f"this base has no {nouns} {path[:120]!r}; {is_site or f'below {parent!r} it has {shown}'}"
+
+
+def article(site: Site) -> str:
+    """``a linear layer``, ``an embedding``."""
+    noun = NOUNS[site.kind]
+    return f"an {noun}" if noun.startswith("e") else f"a {noun}"
 
 
 def _split(name: str, keys: frozenset[str]) -> tuple[str, str]:
-    for ending, reason in _REFUSED_ENDINGS.items():
-        if name.endswith(ending):
-            raise InvalidTensors(f"{name[:200]} is not served: {reason}")
     if name.startswith(PREFIX):
         for key in keys:
             if name.endswith("." + key):
                 return name[len(PREFIX) : -len(key) - 1], key
+    for ending, reason in _REFUSED_ENDINGS.items():
+        if name.endswith(ending):
+            raise InvalidTensors(f"{name[:200]} is not served: {reason}")
     endings = ", ".join(sorted(keys))
     raise InvalidTensors(
         f"{name[:200]!r} is surplus: no layer takes it; "

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from timbre_methods.contract import Site, Sites
 from timbre_methods.errors import MethodError
 from timbre_methods.errors import UnsupportedMethod as MethodUnsupported
-from timbre_methods.registry import check_adapter, inspect_adapter, methods
+from timbre_methods.registry import check_adapter, inspect_adapter, methods, sites_of
 from timbre_server.engine.client import Engine
 from timbre_server.engine.messages import DeriveTensors, SiteShape
 from timbre_server.errors import AdapterLoadFailed
@@ -32,24 +32,35 @@ written to ``derived_path``. Any thread, may take long. Raises InvalidAdapter, S
 
 
 def meta_sites(shapes: Iterable[SiteShape]) -> Sites:
-    """The base's linear layers without their values."""
-    return {
-        shape.path: Site(
-            path=shape.path,
-            weight_OI=torch.empty(shape.out_features, shape.in_features, device="meta"),
-            bias_O=torch.empty(shape.out_features, device="meta") if shape.has_bias else None,
-        )
-        for shape in shapes
-    }
+    """The base's layers without their values."""
+    return {shape.path: _meta_site(shape) for shape in shapes}
+
+
+def _meta_site(shape: SiteShape) -> Site:
+    size = (shape.out_features,) if shape.kind == "norm" else (shape.out_features, shape.in_features)
+    return Site(
+        path=shape.path,
+        weight_OI=torch.empty(size, device="meta"),
+        bias_O=torch.empty(shape.out_features, device="meta") if shape.has_bias else None,
+        kind=shape.kind,
+        is_transposed=shape.is_transposed,
+        tied_to=shape.tied_to,
+    )
 
 
 def warm_up() -> None:
     """Finds the methods and checks one small LoRA: slow imports and first uses are not to be an upload's."""
     sites = meta_sites(
-        [SiteShape("layers.0.q_proj", 16, 16, False), SiteShape("layers.0.down_proj", 16, 16, False)]
+        [
+            SiteShape("embed_tokens", 16, 32, False, "embedding", is_transposed=True),
+            SiteShape("layers.0.q_proj", 16, 16, False),
+            SiteShape("layers.0.down_proj", 16, 16, False),
+            SiteShape("layers.0.norm", 16, 16, False, "norm"),
+        ]
     )
     generator = torch.Generator().manual_seed(0)
-    config, tensors = methods()["lora"].example(sites, generator)
+    method = methods()["lora"]
+    config, tensors = method.example(sites_of(method, sites), generator)
     check_adapter(config, tensors, sites)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from timbre_methods.contract import Site
 from timbre_methods.program import AdapterProgram, Projected, owned_tensors
-from timbre_methods.registry import methods
+from timbre_methods.registry import methods, sites_of
 from timbre_server.adapters.derivation import write_derived
 from timbre_server.adapters.loader import AdapterLoader
 from timbre_server.errors import AdapterLoadFailed
@@ -31,9 +31,15 @@ Upload = Callable[[str], AdapterRecord]
 
 def sites() -> dict[str, Site]:
     generator = torch.Generator().manual_seed(1)
-    return {
+    linear = {
         path: Site(path, torch.randn(shape, generator=generator), torch.randn(shape[0], generator=generator))
         for path, shape in SHAPES.items()
+    }
+    table = Site("embed", torch.randn(12, 20, generator=generator), None, "embedding", is_transposed=True)
+    return {
+        "embed": table,
+        **linear,
+        "norm": Site("norm", torch.randn(12, generator=generator), None, "norm"),
     }
 
 
@@ -49,10 +55,12 @@ def upload(store: Store) -> Upload:
     """Stores an example adapter of a method, checked as at any upload."""
 
     def put(method: str) -> AdapterRecord:
-        config, tensors = methods()[method].example(sites(), torch.Generator().manual_seed(2))
+        own_sites = sites_of(methods()[method], sites())
+        config, tensors = methods()[method].example(own_sites, torch.Generator().manual_seed(2))
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         with store.begin_upload() as together:
             digests = []
-            for content in (json.dumps(config).encode(), save(tensors)):
+            for content in (json.dumps(config).encode(), save(contiguous)):
                 with together.begin_blob() as writer:
                     writer.write(content)
                     digests.append(writer.commit())

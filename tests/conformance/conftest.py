@@ -19,9 +19,9 @@ from torch import Tensor
 
 from timbre_methods.contract import Method, Site, Sites
 from timbre_methods.program import AdapterProgram
-from timbre_methods.registry import check_adapter, derive, methods
+from timbre_methods.registry import check_adapter, compile_adapter, derive, methods, sites_of
 
-SHAPES = {
+LINEAR = {
     "model.layers.0.self_attn.q_proj": (12, 12, True),
     "model.layers.0.self_attn.k_proj": (6, 12, True),
     "model.layers.0.mlp.up_proj": (17, 12, False),
@@ -31,11 +31,15 @@ SHAPES = {
     "lm_head": (19, 12, False),
 }
 """Out features, in features and whether there is a bias, by path; the first two read the same input."""
+EMBEDDING = "model.embed_tokens"
+NORMS = {"model.layers.0.input_layernorm": True, "model.layers.1.input_layernorm": False, "model.norm": True}
+"""Whether there is a bias."""
 
 
 @pytest.fixture
-def tiny_sites() -> dict[str, Site]:
-    """Random float32 sites of a make-believe base, square, wide and tall, with and without a bias."""
+def all_sites() -> dict[str, Site]:
+    """Random float32 sites of a make-believe base, square, wide and tall, with and without a bias; its
+    embedding, to which the head is tied, and norms."""
     generator = torch.Generator().manual_seed(17)
 
     def site(path: str, out_features: int, in_features: int, has_bias: bool) -> Site:
@@ -43,7 +47,22 @@ def tiny_sites() -> dict[str, Site]:
         bias_O = torch.randn(out_features, generator=generator)
         return Site(path, weight_OI, bias_O if has_bias else None)
 
-    return {path: site(path, *shape) for path, shape in SHAPES.items()}
+    sites = {path: site(path, *shape) for path, shape in LINEAR.items()}
+    table = torch.randn(19, 12, generator=generator)
+    sites[EMBEDDING] = Site(EMBEDDING, table.T, None, "embedding", is_transposed=True)
+    sites["lm_head"] = Site("lm_head", table, None, tied_to=EMBEDDING)
+    for path, has_bias in NORMS.items():
+        weight, bias = torch.randn(2, 12, generator=generator)
+        sites[path] = Site(path, weight, bias if has_bias else None, "norm")
+    return sites
+
+
+@pytest.fixture
+def tiny_sites(all_sites: dict[str, Site], request: pytest.FixtureRequest) -> Sites:
+    """All sites; in a test of one method (by ``name``), those of the kinds that it adapts."""
+    parameters = getattr(request.node, "callspec", None)
+    name = parameters.params.get("name") if parameters else None
+    return all_sites if name is None else sites_of(methods()[name], all_sites)
 
 
 @dataclass(frozen=True)
@@ -68,9 +87,7 @@ class Example:
         raw_config = self.raw_config if raw_config is None else raw_config
         tensors = self.tensors if tensors is None else tensors
         check_adapter(raw_config, tensors, sites)
-        return self.method.compile(
-            self.method.parse(raw_config), {**tensors, **derive(raw_config, tensors, sites)}, sites
-        )
+        return compile_adapter(raw_config, {**tensors, **derive(raw_config, tensors, sites)}, sites)
 
     def completed(self, sites: Sites) -> dict[str, Tensor]:
         """The file's tensors and what registration derives from the base."""
@@ -83,7 +100,8 @@ def make_example() -> Callable[[str, Sites, int], Example]:
 
     def make(name: str, sites: Sites, seed: int) -> Example:
         method = methods()[name]
-        return Example(method, *method.example(sites, torch.Generator().manual_seed(seed)))
+        own = sites_of(method, sites)
+        return Example(method, *method.example(own, torch.Generator().manual_seed(seed)))
 
     return make
 

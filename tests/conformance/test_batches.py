@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from timbre_methods.contract import Site
-from timbre_methods.registry import methods
+from timbre_methods.registry import compile_adapter, methods
 from timbre_server.adapters.adapted_model import AdaptedModel
-from timbre_server.adapters.groups import LinearGroup
+from timbre_server.adapters.groups import LinearGroup, LoneLayer
 from timbre_server.operators.row_table import Pairs, RowTable, Span
 
 METHODS = sorted(methods())
@@ -31,13 +32,30 @@ def network(sites: Mapping[str, Site]) -> nn.Module:
             if not hasattr(parent, step):
                 parent.add_module(step, nn.Module())
             parent = parent.get_submodule(step)
-        linear = nn.Linear(site.in_features, site.out_features, bias=site.bias_O is not None)
-        with torch.no_grad():
-            linear.weight.copy_(site.weight_OI)
-            if site.bias_O is not None:
-                linear.bias.copy_(site.bias_O)
-        parent.add_module(name, linear)
+        parent.add_module(name, layer(site))
     return root
+
+
+def layer(site: Site) -> nn.Module:
+    made: nn.Module
+    if site.kind == "embedding":
+        made = nn.Embedding(site.in_features, site.out_features)
+    elif site.kind == "norm":
+        made = nn.LayerNorm(site.out_features, bias=site.bias_O is not None)
+    else:
+        made = nn.Linear(site.in_features, site.out_features, bias=site.bias_O is not None)
+    with torch.no_grad():
+        made.weight.copy_(site.weight_OI.T if site.is_transposed else site.weight_OI)
+        if site.bias_O is not None:
+            made.bias.copy_(site.bias_O)
+    return made
+
+
+def features(site: Site, x: Tensor) -> Tensor:
+    """What a layer is linear in, in float64: one-hot tokens, the normalised input, the input."""
+    if site.kind == "embedding":
+        return nn.functional.one_hot(x, site.in_features).double()
+    return nn.functional.layer_norm(x.double(), x.shape[-1:]) if site.kind == "norm" else x.double()
 
 
 class Crowd:
@@ -47,10 +65,12 @@ class Crowd:
         self.sites = sites
         self.examples = [make_example(name, sites, seed) for name in METHODS for seed in range(EXAMPLES_EACH)]
         self.net = network(sites).to(dtype)
-        alone = [LinearGroup((path,)) for path in sites if path not in QK]
-        self.model = AdaptedModel(self.net, [LinearGroup(QK), *alone])
+        alone = [LinearGroup((path,)) for path in sites if path not in QK and sites[path].kind == "linear"]
+        lone = [LoneLayer(path, site.kind) for path, site in sites.items() if site.kind != "linear"]
+        self.model = AdaptedModel(self.net, [LinearGroup(QK), *alone], lone=lone)
         for slot, example in enumerate(self.examples):
-            self.model.put(slot, example.method.compile(example.config, example.completed(sites), sites))
+            program = compile_adapter(example.raw_config, example.completed(sites), sites)
+            self.model.put(slot, program)
 
     def run(self, spans: list[Span], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Each site's output for its input [T, I]; q and k are given one and the same tensor."""
@@ -66,12 +86,15 @@ class Crowd:
         """W + Σ w (W_k − W), from the methods' reference formulas in float64."""
         site = self.sites[path]
         bias = None if site.bias_O is None else site.bias_O.double()
-        exact = Site(path, site.weight_OI.double(), bias)
-        x = x_TI.double()
-        base = nn.functional.linear(x, exact.weight_OI, exact.bias_O)
+        exact = replace(site, weight_OI=site.weight_OI.double(), bias_O=bias)
+        x = features(site, x_TI)
+        base = x @ exact.weight_OI.T if site.kind != "norm" else x * exact.weight_OI
+        base += 0.0 if bias is None else bias
         total = base.clone()
         for slot, weight in pairs:
             example = self.examples[slot]
+            if site.kind not in example.method.kinds:
+                continue
             tensors = {
                 name: t.double() if t.is_floating_point() else t
                 for name, t in example.completed(self.sites).items()
@@ -81,7 +104,9 @@ class Crowd:
 
     def random_inputs(self, rows: int, generator: torch.Generator) -> dict[str, Tensor]:
         return {
-            path: torch.randn(rows, site.in_features, generator=generator)
+            path: torch.randint(site.in_features, (rows,), generator=generator)
+            if site.kind == "embedding"
+            else torch.randn(rows, site.in_features, generator=generator)
             for path, site in self.sites.items()
         }
 
@@ -141,7 +166,8 @@ def test_base_rows_keep_every_bit_in_the_middle_of_a_crowd(
     generator = torch.Generator().manual_seed(10)
     spans = crowd.random_spans(generator)
     num_rows = sum(span.num_rows for span in spans)
-    inputs = {path: x.bfloat16() for path, x in crowd.random_inputs(num_rows, generator).items()}
+    inputs = crowd.random_inputs(num_rows, generator)
+    inputs = {path: x.bfloat16() if x.is_floating_point() else x for path, x in inputs.items()}
     with_adapters, without = crowd.run(spans, inputs), crowd.run([Span(num_rows)], inputs)
     base_rows = [
         row for row, span in enumerate(s for s in spans for _ in range(s.num_rows)) if not span.pairs

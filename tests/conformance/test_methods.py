@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from types import ModuleType
 from typing import Any
 
@@ -36,7 +36,11 @@ each_example = pytest.mark.parametrize("seed", SEEDS)
 
 def on_meta(sites: Mapping[str, Site]) -> dict[str, Site]:
     return {
-        path: Site(path, site.weight_OI.to("meta"), None if site.bias_O is None else site.bias_O.to("meta"))
+        path: replace(
+            site,
+            weight_OI=site.weight_OI.to("meta"),
+            bias_O=None if site.bias_O is None else site.bias_O.to("meta"),
+        )
         for path, site in sites.items()
     }
 

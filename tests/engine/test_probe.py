@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from timbre_server.adapters.groups import LinearGroup
+from timbre_server.adapters.groups import LinearGroup, LoneLayer
 from timbre_server.engine.attention import ATTENTION_NAME, install_attention
 from timbre_server.engine.deny_list import refuse_by_config
 from timbre_server.engine.linears import features, is_linear, weight_of
@@ -51,7 +51,8 @@ def test_llama_reads_qkv_and_gate_up_in_groups_and_ends_in_the_head(tiny_model: 
     assert result.groups[-1] == LinearGroup(("lm_head",), is_head=True)
     assert len(result.groups) == 13
     assert result.sites[0] == SiteShape("model.layers.0.self_attn.q_proj", 32, 32, False)
-    assert result.sites[-1] == SiteShape("lm_head", 131, 32, False)
+    linear = [site for site in result.sites if site.kind == "linear"]
+    assert linear[-1] == SiteShape("lm_head", 131, 32, False, tied_to="model.embed_tokens")
     assert [(s.num_kv_heads, s.key_dim, s.value_dim) for s in result.kv_shapes] == [(2, 8, 8)] * 3
 
 
@@ -63,8 +64,42 @@ def test_fused_models_have_groups_of_one(tiny_model: TinyModel) -> None:
         ("transformer.h.0.mlp.c_fc",),
         ("transformer.h.0.mlp.c_proj",),
     ]
-    assert gpt2.sites[0] == SiteShape("transformer.h.0.attn.c_attn", 96, 32, True)
+    assert gpt2.sites[0] == SiteShape("transformer.h.0.attn.c_attn", 96, 32, True, is_transposed=True)
     assert {len(group.paths) for group in probed(tiny_model("phi3")).groups} == {1}
+
+
+def test_embeddings_of_tokens_and_norms_are_found_by_what_they_do(tiny_model: TinyModel) -> None:
+    layers = [f"model.layers.{i}.{name}" for i in range(3) for name in ("input", "post_attention")]
+    paths = [f"{layer}_layernorm" for layer in layers]
+    llama = probed(tiny_model("llama"))
+    assert llama.lone == (
+        LoneLayer("model.embed_tokens", "embedding"),
+        *(LoneLayer(path, "norm") for path in [*paths, "model.norm"]),
+    )
+    shapes = {site.path: site for site in llama.sites}
+    assert shapes["model.embed_tokens"] == SiteShape(
+        "model.embed_tokens", 32, 131, False, "embedding", is_transposed=True
+    )
+    assert shapes["model.norm"] == SiteShape("model.norm", 32, 32, False, "norm")
+    gpt2 = probed(tiny_model("gpt2"))
+    assert gpt2.lone[:2] == (
+        LoneLayer("transformer.wte", "embedding"),
+        LoneLayer("transformer.h.0.ln_1", "norm"),
+    )
+    assert not any("wpe" in layer.path for layer in gpt2.lone), "positions are no tokens"
+    assert {site.has_bias for site in gpt2.sites if site.kind == "norm"} == {True}
+    assert [layer.kind for layer in probed(tiny_model("gemma2")).lone] == ["embedding"] + ["norm"] * 13
+
+
+def test_a_norm_of_each_head_sees_several_rows_for_a_token(tiny_model: TinyModel) -> None:
+    rows = {layer.path: layer.rows_per_token for layer in probed(tiny_model("qwen3")).lone}
+    assert rows["model.layers.0.self_attn.q_norm"] == 4
+    assert rows["model.layers.0.self_attn.k_norm"] == 2
+    assert rows["model.norm"] == 1
+
+
+def test_a_head_with_a_weight_of_its_own_is_not_tied(tiny_model: TinyModel) -> None:
+    assert [site.tied_to for site in probed(tiny_model("qwen2")).sites if site.path == "lm_head"] == [None]
 
 
 def test_windows_and_soft_caps_are_found_layer_by_layer(tiny_model: TinyModel) -> None:

@@ -20,7 +20,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from timbre_methods.contract import Site
 
@@ -44,6 +51,16 @@ def evaluate() -> ModuleType:
 @pytest.fixture(scope="session")
 def llama() -> LlamaForCausalLM:
     """Two layers, grouped-query attention, biases in the attention, sizes that are no powers of two."""
+    return _llama(is_tied=False)
+
+
+@pytest.fixture(scope="session")
+def tied_llama() -> LlamaForCausalLM:
+    """The same, but its head multiplies by the embedding's table."""
+    return _llama(is_tied=True)
+
+
+def _llama(is_tied: bool) -> LlamaForCausalLM:
     torch.manual_seed(11)
     config = LlamaConfig(
         vocab_size=61,
@@ -54,7 +71,7 @@ def llama() -> LlamaForCausalLM:
         num_key_value_heads=2,
         max_position_embeddings=64,
         attention_bias=True,
-        tie_word_embeddings=False,
+        tie_word_embeddings=is_tied,
         initializer_range=0.15,
     )
     return _with_random_biases(LlamaForCausalLM(config))
@@ -77,6 +94,29 @@ def gpt2() -> GPT2LMHeadModel:
     return _with_random_biases(GPT2LMHeadModel(config))
 
 
+@pytest.fixture(scope="session")
+def gemma2() -> Gemma2ForCausalLM:
+    """Scaled embeddings, tied; norms that multiply by 1 + w, with a w other than zero."""
+    torch.manual_seed(13)
+    config = Gemma2Config(
+        vocab_size=61,
+        hidden_size=48,
+        intermediate_size=70,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=12,
+        max_position_embeddings=64,
+        initializer_range=0.15,
+        attn_implementation="eager",
+    )
+    model = Gemma2ForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            nn.init.normal_(parameter.data, std=0.3)
+    return model.eval()
+
+
 def _with_random_biases(model: Any) -> Any:
     for name, parameter in model.named_parameters():
         if name.endswith(".bias"):
@@ -95,7 +135,15 @@ def warnings_of_others() -> Iterator[None]:
         warnings.filterwarnings("ignore", "Sparse invariant checks are implicitly disabled", UserWarning)
         warnings.filterwarnings("ignore", r"The following rank_pattern keys .*\.lora_E'", RuntimeWarning)
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        warnings.filterwarnings(
+            "ignore", "(?s).*(tie_word_embeddings|save_embedding_layers|ensure_weight_tying)", UserWarning
+        )
+        warnings.filterwarnings("ignore", "Unsupported layer type .*Norm", UserWarning)
         yield
+
+
+NEAR_THEIR_START = ("magnitude", "ia3", "modules_to_save", "ln_tuning", "trainable_tokens")
+"""Parameters that begin at what the base has or does, and that training does not carry far from it."""
 
 
 @dataclass(frozen=True)
@@ -138,8 +186,8 @@ def write_with_peft(tmp_path: Path, written: Callable[[Path], Written]) -> Calla
         for name, parameter in wrapped.named_parameters():
             if parameter.requires_grad:
                 noise = torch.randn(parameter.shape) * std
-                centre = parameter.data if "magnitude" in name or "ia3" in name else 0.0
-                parameter.data = (centre + noise).to(parameter.dtype)
+                centre = parameter.data if any(part in name for part in NEAR_THEIR_START) else 0.0
+                parameter.data.copy_(centre + noise)  # in place: tied parameters share their memory
         folder = tmp_path / f"adapter{len(os.listdir(tmp_path))}"
         with warnings_of_others():
             wrapped.save_pretrained(str(folder), **save)
@@ -164,15 +212,14 @@ def peft_logits() -> Callable[[nn.Module, Path, Tensor], Tensor]:
 @pytest.fixture
 def timbre_logits(evaluate: ModuleType) -> Callable[[nn.Module, Written, Tensor], Tensor]:
     """The logits of the base with our reading of the adapter's two files."""
-    from timbre_methods.registry import check_adapter, derive, method_for
+    from timbre_methods.registry import check_adapter, compile_adapter, derive
 
     @torch.no_grad()
     def logits(model: nn.Module, written: Written, token_ids: Tensor) -> Tensor:
-        sites = evaluate.linear_sites(model)
+        sites = evaluate.all_sites(model)
         check_adapter(written.config, written.tensors, sites)
-        method = method_for(written.config)
         tensors = {**written.tensors, **derive(written.config, written.tensors, sites)}
-        program = method.compile(method.parse(written.config), tensors, sites)
+        program = compile_adapter(written.config, tensors, sites)
         return evaluate.adapted_copy(model, program)(token_ids).logits
 
     return logits

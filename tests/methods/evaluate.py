@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -30,6 +31,7 @@ from timbre_methods.program import (
     Rotation,
     Sparse,
     Spectral,
+    TokenRows,
 )
 
 
@@ -38,10 +40,37 @@ def linear_sites(model: nn.Module) -> dict[str, Site]:
     sites = {}
     for path, module in model.named_modules():
         if isinstance(module, (nn.Linear, Conv1D)):
-            weight = module.weight.detach()
-            bias = None if module.bias is None else module.bias.detach()
+            weight, bias = module.weight.detach(), None if module.bias is None else module.bias.detach()
             sites[path] = Site(path, weight.T if isinstance(module, Conv1D) else weight, bias)
     return sites
+
+
+def all_sites(model: nn.Module) -> dict[str, Site]:
+    """The linear layers, the embedding of tokens and the norms."""
+    sites = linear_sites(model)
+    for path, module in model.named_modules():
+        if is_embedding(path):
+            sites[path] = Site(path, module.weight.detach().T, None, "embedding", is_transposed=True)
+        elif is_norm(module):
+            bias = getattr(module, "bias", None)
+            sites[path] = Site(path, module.weight.detach(), None if bias is None else bias.detach(), "norm")
+    table = model.get_input_embeddings()
+    for path, site in sites.items():
+        module = model.get_submodule(path)
+        if isinstance(module, nn.Linear) and module.weight is table.weight:
+            tied_to = next(other for other in sites if model.get_submodule(other) is table)
+            sites[path] = replace(site, tied_to=tied_to)
+        if isinstance(module, Conv1D):
+            sites[path] = replace(site, is_transposed=True)
+    return sites
+
+
+def is_embedding(path: str) -> bool:
+    return path.endswith(("embed_tokens", "wte"))
+
+
+def is_norm(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("Norm")
 
 
 def change(part: Part, x_TI: Tensor, y0_TO: Tensor) -> Tensor:
@@ -77,6 +106,8 @@ def change(part: Part, x_TI: Tensor, y0_TO: Tensor) -> Tensor:
         return projected(part, x_TI)
     if isinstance(part, Rotation):
         return y0_TO @ rotation_matrix(part, y0_TO).T - y0_TO
+    if isinstance(part, TokenRows):
+        return x_TI[..., part.tokens_K] @ part.rows_KO.to(dtype)
     assert part.side == "output"
     shift = torch.zeros_like(part.gain) if part.shift is None else part.shift
     return (part.gain.to(dtype) - 1) * y0_TO + shift.to(dtype)
@@ -198,8 +229,14 @@ def apply_parts(parts: tuple[Part, ...], x_TI: Tensor, product: Callable[[Tensor
 def run_parts(site: Site, parts: tuple[Part, ...], x_TI: Tensor) -> Tensor:
     """The adapted layer's output at one site, in x's dtype."""
     bias_O = None if site.bias_O is None else site.bias_O.to(x_TI.dtype)
-    weight_OI = site.weight_OI.to(x_TI.dtype)
-    return apply_parts(parts, x_TI, lambda v_TI: nn.functional.linear(v_TI, weight_OI, bias_O))
+    weight = site.weight_OI.to(x_TI.dtype)
+
+    def product(v_TI: Tensor) -> Tensor:
+        if site.kind == "norm":
+            return v_TI * weight + (0.0 if bias_O is None else bias_O)
+        return nn.functional.linear(v_TI, weight, bias_O)
+
+    return apply_parts(parts, x_TI, product)
 
 
 class AdaptedLinear(nn.Module):
@@ -215,11 +252,49 @@ class AdaptedLinear(nn.Module):
         return y.to(x.dtype)
 
 
+class AdaptedEmbedding(nn.Module):
+    """An embedding with an adapter's parts, which act on one-hot rows before the base's scale."""
+
+    def __init__(self, base: nn.Module, parts: tuple[Part, ...]) -> None:
+        super().__init__()
+        self.base = base
+        self.weight = base.weight
+        self.parts = parts
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        y0 = self.base(token_ids)
+        one_hot = nn.functional.one_hot(token_ids, len(self.weight)).float()
+        scale = float(getattr(self.base, "embed_scale", 1.0))
+        y = y0.float()
+        for part in self.parts:
+            y = y + scale * change(part, one_hot, y0.float() / scale)
+        return y.to(y0.dtype)
+
+
+class AdaptedNorm(nn.Module):
+    """A norm with an adapter's parts, which act on the normalised input."""
+
+    def __init__(self, base: nn.Module, parts: tuple[Part, ...]) -> None:
+        super().__init__()
+        self.base = base
+        self.parts = parts
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide, y = x.float(), self.base(x)
+        epsilon = getattr(self.base, "variance_epsilon", None) or self.base.eps
+        if isinstance(self.base, nn.LayerNorm):
+            wide = wide - wide.mean(-1, keepdim=True)
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
+        return (y.float() + sum(change(part, normed, y.float()) for part in self.parts)).to(y.dtype)
+
+
 def adapted_copy(model: nn.Module, program: AdapterProgram) -> nn.Module:
     """A copy of the model that computes what the program says; the model itself stays as it is."""
     adapted = copy.deepcopy(model)
     for path, parts in program.sites.items():
         parent, _, name = path.rpartition(".")
         holder = adapted.get_submodule(parent)
-        setattr(holder, name, AdaptedLinear(getattr(holder, name), parts))
+        base = getattr(holder, name)
+        wrapper = AdaptedEmbedding if is_embedding(path) else AdaptedNorm if is_norm(base) else AdaptedLinear
+        setattr(holder, name, wrapper(base, parts))
     return adapted

@@ -53,9 +53,7 @@ def test_an_unknown_layer_comes_with_the_nearest_fact(path: str, fact: str, site
 @pytest.mark.parametrize(
     ("name", "advice"),
     [
-        ("lm_head.base_layer.weight", "save_embedding_layers=False"),
-        ("model.embed_tokens.base_layer.weight", "save_embedding_layers=False"),
-        ("lm_head.weight", "save_embedding_layers=False"),
+        ("lm_head.base_layer.weight", "modules_to_save"),
         ("model.embed_tokens.lora_embedding_A", "target linear layers only"),
         ("model.embed_tokens.lora_embedding_B", "target linear layers only"),
         ("model.layers.0.attn.q.base_layer.bias", 'bias="none"'),

@@ -20,8 +20,11 @@ from timbre_methods.config import is_on
 from timbre_methods.contract import Method, Site, Sites, Tensors
 from timbre_methods.errors import UnsupportedMethod
 from timbre_methods.low_rank.lora import (
+    EMBEDDING_FACTORS,
+    FACTORS,
     VARIANTS,
     LoraConfig,
+    factor_keys,
     lora_example,
     read_factors,
     read_lora_config,
@@ -33,10 +36,12 @@ from timbre_methods.program import AdapterProgram, Diagonal, LowRank, Part
 from timbre_methods.site_tensors import SiteTensors, tensors_by_site, tensors_of_site
 
 MAGNITUDE = "lora_magnitude_vector"
-KEYS = frozenset({"lora_A.weight", "lora_B.weight", MAGNITUDE})
+KEYS = frozenset({*FACTORS, *EMBEDDING_FACTORS, MAGNITUDE})
 
 ROWS_AT_ONCE = 1024
-"""Rows of W that are widened together, so that a large head needs little memory beside it."""
+CELLS_AT_ONCE = 2**25
+"""Rows and values of W that are widened together, so that a large head or embedding needs little memory
+beside it. A row of an embedding is one of its dimensions, over the whole vocabulary."""
 
 
 class DoraConfig(LoraConfig):
@@ -51,6 +56,7 @@ class Dora(Method[DoraConfig]):
     stored = "A [r, in], B [out, r], magnitude [out]"
     regenerated = "the lengths of the adapted rows, from the base"
     checked_against = "PEFT"
+    kinds = frozenset({"linear", "embedding"})
 
     def claims(self, raw_config: Mapping[str, Any]) -> bool:
         switches = {switch for switch in VARIANTS if is_on(raw_config.get(switch))}
@@ -78,10 +84,9 @@ class Dora(Method[DoraConfig]):
         weight_OI = site.weight_OI.to(x_TI.dtype)
         own = {key: t.to(x_TI.dtype) for key, t in tensors_of_site(tensors, site, KEYS).items()}
         if own:
-            s = reference_scale(config, site, own["lora_A.weight"].shape[0])
-            direction_OI = weight_OI + s * torch.einsum(
-                "or,ri->oi", own["lora_B.weight"], own["lora_A.weight"]
-            )
+            a_RI, b_OR = (own[key] for key in factor_keys(site))
+            s = reference_scale(config, site, a_RI.shape[0])
+            direction_OI = weight_OI + s * torch.einsum("or,ri->oi", b_OR, a_RI)
             length_O = direction_OI.square().sum(dim=1).sqrt()
             weight_OI = torch.diag(own[MAGNITUDE] / length_O) @ direction_OI
         bias_O = None if site.bias_O is None else site.bias_O.to(x_TI.dtype)
@@ -91,9 +96,10 @@ class Dora(Method[DoraConfig]):
         raw_config, tensors = lora_example(sites, generator, with_bias=False)
         raw_config["use_dora"] = True
         for name, tensor in list(tensors.items()):
-            if name.endswith("lora_B.weight"):
-                lengths_O = 0.5 + 4 * torch.rand(tensor.shape[0], generator=generator)
-                tensors[name.removesuffix("lora_B.weight") + MAGNITUDE] = lengths_O
+            for key in (FACTORS[1], EMBEDDING_FACTORS[1]):
+                if name.endswith(key):
+                    lengths_O = 0.5 + 4 * torch.rand(tensor.shape[0], generator=generator)
+                    tensors[name.removesuffix(key) + MAGNITUDE] = lengths_O
         return raw_config, tensors
 
 
@@ -115,8 +121,9 @@ def _parts(config: DoraConfig, alphas: PathPatterns, found: SiteTensors) -> tupl
 def _row_lengths(weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor) -> Tensor:
     """``|W + B A|`` of each row, in float32."""
     pieces = []
-    for start in range(0, weight_OI.shape[0], ROWS_AT_ONCE):
-        rows = slice(start, start + ROWS_AT_ONCE)
+    step = max(1, min(ROWS_AT_ONCE, CELLS_AT_ONCE // weight_OI.shape[1]))
+    for start in range(0, weight_OI.shape[0], step):
+        rows = slice(start, start + step)
         w_CI = weight_OI[rows].to(a_RI.device, torch.float32)
         pieces.append(torch.linalg.vector_norm(w_CI + b_OR[rows] @ a_RI, dim=1))
     return torch.cat(pieces)

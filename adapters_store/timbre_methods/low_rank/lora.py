@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
 from pydantic import Field
@@ -29,7 +29,9 @@ from timbre_methods.patterns import PathPatterns
 from timbre_methods.program import AdapterProgram, Diagonal, LowRank, Part
 from timbre_methods.site_tensors import PREFIX, SiteTensors, tensors_by_site, tensors_of_site
 
-KEYS = frozenset({"lora_A.weight", "lora_B.weight", "lora_B.bias"})
+FACTORS = ("lora_A.weight", "lora_B.weight")
+EMBEDDING_FACTORS = ("lora_embedding_A", "lora_embedding_B")
+KEYS = frozenset({*FACTORS, *EMBEDDING_FACTORS, "lora_B.bias"})
 
 VARIANTS = frozenset(
     {
@@ -82,9 +84,6 @@ class LoraConfig(PeftConfig):
             "runtime_config",
         }
     )
-    reasons: ClassVar[Mapping[str, str]] = {
-        "ensure_weight_tying": "tied embedding adapters are not served; target linear layers only",
-    }
 
     r: Rank = 8
     lora_alpha: Finite = 8.0
@@ -125,12 +124,18 @@ def initialiser(raw_config: Mapping[str, Any]) -> str:
     return value.lower() if isinstance(value, str) else ""
 
 
+def factor_keys(site: Site) -> tuple[str, str]:
+    """The keys of A and B: on an embedding, whose in features are tokens, they have names of their own."""
+    return EMBEDDING_FACTORS if site.kind == "embedding" else FACTORS
+
+
 def read_factors(config: LoraConfig, found: SiteTensors) -> tuple[Tensor, Tensor]:
     """``A`` [R, I] and ``B`` [O, R] of one site, checked against each other, the site and the config."""
     site = found.site
-    a_RI = found.need("lora_A.weight", ("r", site.in_features))
+    key_a, key_b = factor_keys(site)
+    a_RI = found.need(key_a, ("r", site.in_features))
     rank = a_RI.shape[0]
-    b_OR = found.need("lora_B.weight", (site.out_features, rank))
+    b_OR = found.need(key_b, (site.out_features, rank))
     check_rank(config, found, rank)
     return a_RI, b_OR
 
@@ -140,7 +145,7 @@ def check_rank(config: LoraConfig, found: SiteTensors, rank: int) -> None:
     ranks = {config.r, *(config.rank_pattern or {}).values()}
     if rank not in ranks:
         raise InvalidTensors(
-            f"{found.name_of('lora_A.weight')}: found rank {rank}, the config says {sorted(ranks)}"
+            f"{found.name_of(factor_keys(found.site)[0])}: found rank {rank}, the config says {sorted(ranks)}"
         )
 
 
@@ -168,6 +173,7 @@ class Lora(Method[LoraConfig]):
     paper = "arXiv 2106.09685"
     stored = "A [r, in], B [out, r]; c [out] with lora_bias"
     checked_against = "PEFT"
+    kinds = frozenset({"linear", "embedding"})
 
     def claims(self, raw_config: Mapping[str, Any]) -> bool:
         if raw_config.get("peft_type") != "LORA" or initialiser(raw_config) in MOVING_INITIALISERS:
@@ -196,8 +202,9 @@ class Lora(Method[LoraConfig]):
         adapted_OI, shift_O = site.weight_OI.to(x_TI.dtype), torch.zeros(site.out_features, dtype=x_TI.dtype)
         own = {key: t.to(x_TI.dtype) for key, t in tensors_of_site(tensors, site, KEYS).items()}
         if own:
-            s = reference_scale(config, site, own["lora_A.weight"].shape[0])
-            delta_OI = torch.einsum("or,ri->oi", own["lora_B.weight"], own["lora_A.weight"])
+            a_RI, b_OR = (own[key] for key in factor_keys(site))
+            s = reference_scale(config, site, a_RI.shape[0])
+            delta_OI = torch.einsum("or,ri->oi", b_OR, a_RI)
             adapted_OI = adapted_OI + s * delta_OI
             shift_O = shift_O + s * own.get("lora_B.bias", shift_O)
         if site.bias_O is not None:
@@ -234,8 +241,9 @@ def lora_example(
         if rank != r:
             ranks[site.path] = rank
         stem = PREFIX + site.path
-        tensors[f"{stem}.lora_A.weight"] = random_tensor((rank, site.in_features), generator)
-        tensors[f"{stem}.lora_B.weight"] = random_tensor((site.out_features, rank), generator)
+        key_a, key_b = factor_keys(site)
+        tensors[f"{stem}.{key_a}"] = random_tensor((rank, site.in_features), generator)
+        tensors[f"{stem}.{key_b}"] = random_tensor((site.out_features, rank), generator)
         if with_bias:
             tensors[f"{stem}.lora_B.bias"] = random_tensor((site.out_features,), generator)
     options = {

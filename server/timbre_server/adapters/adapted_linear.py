@@ -108,7 +108,7 @@ class AdaptedGroup:
         """
         if self._input is not x or member not in self._unread:
             self._changes = [[] for _ in self._paths]
-            x_TI = _rows(x).float()
+            x_TI = rows_of(x).float()
             for bound in self.bound():
                 for changes, more in zip(self._changes, bound.sums(x_TI), strict=False):
                     changes.extend(more)
@@ -147,12 +147,12 @@ class AdaptedLinear(nn.Module):
         bounds = self._group.bound()
         if not bounds:
             return self._product(x)
-        inputs = [c for b in bounds if (c := b.input_change(self._member, _rows(x))) is not None]
-        y = self._product(_added(x, inputs) if inputs else x)
+        inputs = [c for b in bounds if (c := b.input_change(self._member, rows_of(x))) is not None]
+        y = self._product(added(x, inputs) if inputs else x)
         sums = list(self._group.changes(self._member, x))
         outputs = self._output_changes(bounds, x, y, changed_input=bool(inputs))
-        outputs += [self._produced(o, x) for b in bounds if (o := b.own_product(self._member, _rows(x)))]
-        return _added(y, sums + outputs) if sums or outputs else y
+        outputs += [self._produced(o, x) for b in bounds if (o := b.own_product(self._member, rows_of(x)))]
+        return added(y, sums + outputs) if sums or outputs else y
 
     def _output_changes(
         self, bounds: Sequence[Bound], x: Tensor, y: Tensor, *, changed_input: bool
@@ -160,11 +160,11 @@ class AdaptedLinear(nn.Module):
         y0 = y
         found: list[Change] = []
         for bound in bounds:
-            change = bound.output_change(self._member, _rows(y0))
+            change = bound.output_change(self._member, rows_of(y0))
             if change is not None and changed_input and y0 is y:
                 # A gain acts on the base's own output, which an input change of this step has hidden.
                 y0 = self._product(x)
-                change = bound.output_change(self._member, _rows(y0))
+                change = bound.output_change(self._member, rows_of(y0))
             if change is not None:
                 found.append(change)
         return found
@@ -176,17 +176,17 @@ class AdaptedLinear(nn.Module):
         return Change(own.gain_NO * product_NO, own.rows_N)
 
 
-def _rows(v: Tensor) -> Tensor:
+def rows_of(v: Tensor) -> Tensor:
     """All leading dimensions flattened to the rows of the batch."""
     return v.reshape(-1, v.shape[-1])
 
 
-def _added(v: Tensor, changes: Sequence[Change]) -> Tensor:
+def added(v: Tensor, changes: Sequence[Change]) -> Tensor:
     """``v`` plus changes to some of its rows, summed in float32 and rounded once; v is not modified.
 
     Rows that no change names keep their bits: float32 holds every half-precision value exactly.
     """
-    sum_TD = _rows(v).to(torch.float32, copy=True)
+    sum_TD = rows_of(v).to(torch.float32, copy=True)
     for change in changes:
         if isinstance(change.rows_N, Tensor):
             sum_TD.index_add_(0, change.rows_N, change.values_NO)

@@ -1,4 +1,4 @@
-"""A base model whose linear layers apply adapters: what the runner sees of them.
+"""A base model whose layers apply adapters: what the runner sees of them.
 
 Knows neither digests nor files nor requests: programs live in numbered slots, and a row table says which
 rows use which slots.
@@ -11,9 +11,11 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 from timbre_methods.program import AdapterProgram
+from timbre_server.adapters.adapted_embedding import AdaptedEmbedding
 from timbre_server.adapters.adapted_linear import ActiveRows, AdaptedGroup, AdaptedLinear
-from timbre_server.adapters.groups import LinearGroup
-from timbre_server.operators.catalogue import all_operators
+from timbre_server.adapters.adapted_norm import AdaptedNorm
+from timbre_server.adapters.groups import LinearGroup, LoneLayer
+from timbre_server.operators.catalogue import all_operators, embedding_operators
 from timbre_server.operators.row_table import RowTable
 
 
@@ -25,31 +27,42 @@ class AdaptedModel:
         model: nn.Module,
         groups: Sequence[LinearGroup],
         product_of: Callable[[nn.Module], Callable[[Tensor], Tensor]] = lambda module: module,
+        lone: Sequence[LoneLayer] = (),
     ) -> None:
-        """Replace the layers of ``groups`` in place. ``product_of`` gives the fastest ``W x + b`` of one."""
+        """Replace the layers of ``groups`` and the ``lone`` ones in place. ``product_of`` gives the fastest
+        ``W x + b`` of a linear layer."""
         self._programs: dict[int, AdapterProgram] = {}
-        self._body_rows = ActiveRows()
+        self._body_rows = {layer.rows_per_token: ActiveRows() for layer in (LoneLayer("", "norm"), *lone)}
         self._head_rows = ActiveRows()
         self._groups: list[AdaptedGroup] = []
         operators = {operator.part: operator for operator in all_operators()}
         for group in groups:
-            rows = self._head_rows if group.is_head else self._body_rows
+            rows = self._head_rows if group.is_head else self._body_rows[1]
             adapted = AdaptedGroup(group.paths, rows, self._programs, operators)
             self._groups.append(adapted)
             for member, path in enumerate(group.paths):
                 base = model.get_submodule(path)
-                parent, _, name = path.rpartition(".")
-                layer = AdaptedLinear(base, product_of(base), adapted, member)
-                setattr(model.get_submodule(parent), name, layer)
+                _put_in_place(model, path, AdaptedLinear(base, product_of(base), adapted, member))
+        lookups = {operator.part: operator for operator in embedding_operators()}
+        for layer in lone:
+            is_embedding = layer.kind == "embedding"
+            rows, known = self._body_rows[layer.rows_per_token], lookups if is_embedding else operators
+            adapted = AdaptedGroup((layer.path,), rows, self._programs, known)
+            self._groups.append(adapted)
+            base = model.get_submodule(layer.path)
+            wrapped = AdaptedEmbedding(base, adapted) if is_embedding else AdaptedNorm(base, adapted)
+            _put_in_place(model, layer.path, wrapped)
 
     def set_rows(self, table: RowTable, head_table: RowTable) -> None:
         """The rows of the next forward, and those of them whose logits are kept."""
-        self._body_rows.begin(table)
+        for rows_per_token, rows in self._body_rows.items():
+            rows.begin(table.times(rows_per_token))
         self._head_rows.begin(head_table)
 
     def clear_rows(self) -> None:
         """The forward has ended, well or not: base rows until told otherwise, nothing kept of its inputs."""
-        self._body_rows.end()
+        for rows in self._body_rows.values():
+            rows.end()
         self._head_rows.end()
         for group in self._groups:
             group.end_step()
@@ -63,3 +76,8 @@ class AdaptedModel:
         del self._programs[slot]
         for group in self._groups:
             group.forget()
+
+
+def _put_in_place(model: nn.Module, path: str, layer: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, layer)

@@ -1,14 +1,31 @@
-"""The base model's linear layers as methods see them when an adapter is loaded: with their values."""
+"""The base model's layers as methods see them when an adapter is loaded: with their values."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Protocol
 
 from torch import Tensor
 
-from timbre_methods.contract import Site, Sites
+from timbre_methods.contract import Site, SiteKind, Sites
 
 
-def base_sites(layers: Iterable[tuple[str, Tensor, Tensor | None]]) -> Sites:
-    """From each layer's path, weight [O, I] and bias [O]; the tensors are the model's own, never copies."""
-    return {path: Site(path, weight_OI, bias_O) for path, weight_OI, bias_O in layers}
+class LayerFacts(Protocol):
+    """What is known of a layer beside its values; see `Site`."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def kind(self) -> SiteKind: ...
+    @property
+    def is_transposed(self) -> bool: ...
+    @property
+    def tied_to(self) -> str | None: ...
+
+
+def base_sites(layers: Iterable[tuple[LayerFacts, Tensor, Tensor | None]]) -> Sites:
+    """From each layer's weight [O, I] (of a norm [D]) and bias [O]; the model's own tensors, never copies."""
+    return {
+        facts.path: Site(facts.path, weight, bias_O, facts.kind, facts.is_transposed, facts.tied_to)
+        for facts, weight, bias_O in layers
+    }

@@ -76,7 +76,8 @@ def _ended(path: str, error: BaseException | None) -> Derivation:
 
 
 def write_derived(config: dict[str, Any], tensors_path: Path, derived_path: Path, sites: Sites) -> None:
-    """Compute and write. Raises MethodError, SafetensorError, OSError."""
+    """Compute and write; nothing to keep writes no file. Raises MethodError, SafetensorError, OSError."""
     with torch.inference_mode():
         derived = derive(config, load_file(tensors_path), sites)
-        save_file({name: tensor.contiguous().clone() for name, tensor in derived.items()}, derived_path)
+        if derived:
+            save_file({name: tensor.contiguous().clone() for name, tensor in derived.items()}, derived_path)

@@ -1,8 +1,9 @@
-"""Which linear layers read the very same tensor, as plain data."""
+"""Which layers adapters may change, as plain data: linear layers by the tensor that they read, and others."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,3 +16,15 @@ class LinearGroup:
 
     paths: tuple[str, ...]
     is_head: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LoneLayer:
+    """An embedding that reads the token ids, or a norm. Found by the probe by what it does, never by name.
+
+    ``rows_per_token`` is above one for a norm of each head: it sees so many consecutive rows for each token.
+    """
+
+    path: str
+    kind: Literal["embedding", "norm"]
+    rows_per_token: int = 1

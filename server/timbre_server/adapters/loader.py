@@ -22,7 +22,7 @@ from timbre_methods.bases import basis_on
 from timbre_methods.contract import Sites
 from timbre_methods.errors import MethodError
 from timbre_methods.program import AdapterProgram, Part, Projected, owned_tensors
-from timbre_methods.registry import method_for
+from timbre_methods.registry import compile_adapter, method_for
 from timbre_server.errors import AdapterLoadFailed
 from timbre_store.errors import StoreError
 from timbre_store.reader import open_adapter, verify_blob
@@ -67,14 +67,12 @@ class AdapterLoader:
                     verify_blob(files.derived_path, files.manifest.derived_digest or "")
                     tensors |= load_file(files.derived_path)
             with _timed(seconds, "compile"), torch.inference_mode():
-                method = method_for(files.config)
-                config = method.parse(files.config)
-                program = method.compile(config, tensors, self._sites)
+                program = compile_adapter(files.config, tensors, self._sites)
             with _timed(seconds, "place"), torch.inference_mode():
                 program = _placed(program, self._device)
         except (StoreError, MethodError, SafetensorError, OSError) as error:
             raise AdapterLoadFailed(f"adapter {digest} could not be loaded: {error}") from error
-        return LoadedAdapter(digest, method.name, program, seconds)
+        return LoadedAdapter(digest, method_for(files.config).name, program, seconds)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from timbre_server.adapters.runtime import AdapterRuntime
 from timbre_server.engine.core import EngineCore
 from timbre_server.engine.kv_blocks import BlockPool
 from timbre_server.engine.linears import bias_of, weight_of
+from timbre_server.engine.lone_layers import lone_weight_of
 from timbre_server.engine.messages import Ready, SiteShape
 from timbre_server.engine.model_loader import prepare_model
 from timbre_server.engine.options import EngineOptions
@@ -41,10 +42,10 @@ def assemble(
         on_progress=on_progress,
     )
     model, probed = prepared.loaded.model, prepared.probed
-    on_progress("Preparing the linear layers for adapters")
+    on_progress("Preparing the layers for adapters")
     sites = base_sites(_layers(model, probed.sites))
     packer = LinearPacker(model.dtype, model.device)
-    adapted = AdaptedModel(model, probed.groups, packer.product_of)
+    adapted = AdaptedModel(model, probed.groups, packer.product_of, probed.lone)
     runner = Runner(
         prepared,
         adapted,
@@ -78,7 +79,8 @@ def _usable_threads() -> int:
 
 def _layers(
     model: nn.Module, shapes: Iterable[SiteShape]
-) -> Iterable[tuple[str, torch.Tensor, torch.Tensor | None]]:
+) -> Iterable[tuple[SiteShape, torch.Tensor, torch.Tensor | None]]:
     for shape in shapes:
         module = model.get_submodule(shape.path)
-        yield shape.path, weight_of(module), bias_of(module)
+        weight = weight_of(module) if shape.kind == "linear" else lone_weight_of(module)
+        yield shape, weight, bias_of(module)

@@ -23,6 +23,11 @@ def features(module: nn.Module) -> tuple[int, int]:
     return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
 
 
+def stores_transposed(module: nn.Module) -> bool:
+    """Whether the module's own weight lies as [in, out]."""
+    return isinstance(module, Conv1D)
+
+
 def bias_of(module: nn.Module) -> Tensor | None:
     bias = getattr(module, "bias", None)
     return bias if isinstance(bias, Tensor) else None

@@ -103,12 +103,17 @@ ToEngine = Submit | Abort | LoadAdapter | UnloadAdapter | DeriveTensors | Shutdo
 
 
 class SiteShape(msgspec.Struct, frozen=True):
-    """One linear layer of the base, as adapters see it."""
+    """One layer of the base, as adapters see it (`timbre_methods.contract.Site`)."""
 
     path: str
     out_features: int
     in_features: int
     has_bias: bool
+    kind: Literal["linear", "embedding", "norm"] = "linear"
+    is_transposed: bool = False
+    """Whether the base stores the weight [in, out]."""
+    tied_to: str | None = None
+    """The embedding whose very table this head multiplies by."""
 
 
 class Ready(Message, frozen=True):

@@ -1,7 +1,8 @@
 """What a loaded model is made of, found by one forward pass instead of by reading its configuration.
 
 With our attention installed, a recording context answers the layers (densely, without a cache) and notes
-each layer's heads, sizes, window, soft cap and sinks; hooks note which tensor every linear layer reads.
+each layer's heads, sizes, window, soft cap and sinks; hooks note which tensor every linear layer, norm and
+embedding reads.
 A model that this cannot serve is refused here, by name: most would otherwise be silently wrong.
 
 Legend: T rows, H query heads, G KV heads, M query heads of one KV head, D key dim, E value dim, N kept rows.
@@ -10,7 +11,7 @@ Legend: T rows, H query heads, G KV heads, M query heads of one KV head, D key d
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -18,12 +19,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from timbre_server.adapters.groups import LinearGroup
+from timbre_server.adapters.groups import LinearGroup, LoneLayer
 from timbre_server.engine.batch import run_model
 from timbre_server.engine.context import AttentionCall
 from timbre_server.engine.deny_list import family_name
 from timbre_server.engine.kv_cache import LayerShape
-from timbre_server.engine.linears import bias_of, features, is_linear
+from timbre_server.engine.linears import bias_of, features, is_linear, stores_transposed
+from timbre_server.engine.lone_layers import lone_layer, lone_shape, may_be_lone
 from timbre_server.engine.messages import SiteShape
 from timbre_server.engine.paged_attention import exact_attention
 from timbre_server.errors import UnsupportedModel
@@ -51,8 +53,10 @@ class ProbeResult:
     """In layer order."""
     groups: tuple[LinearGroup, ...]
     """In call order; only linears that see every row exactly once, and the head, which sees the kept ones."""
+    lone: tuple[LoneLayer, ...]
+    """Embeddings of the tokens, and norms, in call order."""
     sites: tuple[SiteShape, ...]
-    """The members of all groups, in their order."""
+    """The members of all groups, in their order, and the lone layers."""
 
     @property
     def kv_shapes(self) -> tuple[LayerShape, ...]:
@@ -79,13 +83,22 @@ class Recording:
 
 @dataclass(slots=True)
 class _Reads:
-    """Which tensor each linear read, in call order. Keeps the tensors: only the living have unique ids."""
+    """Which tensor each layer read, in call order. Keeps the tensors: only the living have unique ids."""
 
     entries: list[tuple[str, Tensor]] = field(default_factory=list)
+    """Of linear layers."""
+    lone: list[tuple[str, Tensor]] = field(default_factory=list)
+    """Of layers that may be embeddings or norms and were given one tensor."""
 
     def note(self, path: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         if args:
             self.entries.append((path, args[0]))
+
+    def note_lone(
+        self, path: str, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, object]
+    ) -> None:
+        if len(args) == 1 and not kwargs:
+            self.lone.append((path, args[0]))
 
 
 def probe(model: PreTrainedModel) -> ProbeResult:
@@ -102,6 +115,11 @@ def probe(model: PreTrainedModel) -> ProbeResult:
         for path, module in model.named_modules()
         if is_linear(module)
     ]
+    hooks += [
+        module.register_forward_pre_hook(partial(reads.note_lone, path), with_kwargs=True)
+        for path, module in model.named_modules()
+        if may_be_lone(module)
+    ]
     try:
         with torch.inference_mode():
             run_model(model, recording, _TOKEN_IDS, range(_NUM_ROWS), _KEPT_ROWS)
@@ -110,9 +128,12 @@ def probe(model: PreTrainedModel) -> ProbeResult:
     finally:
         for hook in hooks:
             hook.remove()
-    groups = _groups(model, reads.entries)
-    sites = tuple(_site(path, model.get_submodule(path)) for group in groups for path in group.paths)
-    return ProbeResult(_layers(model, family, recording.calls), groups, sites)
+    groups, lone = _groups(model, reads.entries), _lone(model, reads.lone)
+    embeddings = [layer.path for layer in lone if layer.kind == "embedding"]
+    tables = {id(model.get_submodule(path).weight): path for path in embeddings}
+    sites = [_site(path, model.get_submodule(path), tables) for group in groups for path in group.paths]
+    sites += [lone_shape(layer, model.get_submodule(layer.path)) for layer in lone]
+    return ProbeResult(_layers(model, family, recording.calls), groups, lone, tuple(sites))
 
 
 def _refuse_by_signature(model: PreTrainedModel, family: str) -> None:
@@ -154,9 +175,29 @@ def _layer(call: AttentionCall) -> LayerAttention:
     )
 
 
-def _site(path: str, module: nn.Module) -> SiteShape:
+def _site(path: str, module: nn.Module, tables: Mapping[int, str]) -> SiteShape:
+    """``tables``: the path of each embedding by the identity of its weight."""
     in_features, out_features = features(module)
-    return SiteShape(path, out_features, in_features, bias_of(module) is not None)
+    return SiteShape(
+        path,
+        out_features,
+        in_features,
+        bias_of(module) is not None,
+        is_transposed=stores_transposed(module),
+        tied_to=tables.get(id(getattr(module, "weight", None))),
+    )
+
+
+def _lone(model: PreTrainedModel, reads: Sequence[tuple[str, Tensor]]) -> tuple[LoneLayer, ...]:
+    ids_T = torch.tensor(_TOKEN_IDS, device=model.device)
+    times = [path for path, _ in reads]
+    with torch.inference_mode():
+        found = [
+            lone_layer(path, model.get_submodule(path), x, ids_T)
+            for path, x in reads
+            if times.count(path) == 1
+        ]
+    return tuple(layer for layer in found if layer is not None)
 
 
 def _groups(model: PreTrainedModel, entries: Sequence[tuple[str, Tensor]]) -> tuple[LinearGroup, ...]:

@@ -1,4 +1,4 @@
-"""The list of operators. A new kind of part needs its operator here, and nowhere else."""
+"""The lists of operators. A new kind of part needs its operator here, and nowhere else."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from timbre_server.operators.contract import Operator
 from timbre_server.operators.dense import DenseOperator
 from timbre_server.operators.diagonal import DiagonalOperator
 from timbre_server.operators.kronecker import KroneckerOperator
+from timbre_server.operators.lookup import LookupLowRank, LookupTokenRows
 from timbre_server.operators.low_rank import LowRankOperator
 from timbre_server.operators.projected import ProjectedOperator
 from timbre_server.operators.rotation import RotationOperator
@@ -31,3 +32,8 @@ def all_operators() -> tuple[Operator[Any], ...]:
         DiagonalOperator(),
         RotationOperator(),
     )
+
+
+def embedding_operators() -> tuple[Operator[Any], ...]:
+    """The same for layers whose input is token ids, of the parts that methods have there."""
+    return (LookupLowRank(), LookupTokenRows(), DiagonalOperator())

@@ -66,6 +66,12 @@ class RowTable:
         """The distinct adapter slots in use, in order of first appearance."""
         return tuple(dict.fromkeys(slot for span in self.spans for slot, _ in span.pairs))
 
+    def times(self, count: int) -> RowTable:
+        """The table of a layer that sees each row as ``count`` consecutive ones."""
+        if count == 1:
+            return self
+        return RowTable([Span(span.num_rows * count, span.pairs) for span in self.spans], self.device)
+
     def rows_using(self, slots: Collection[int]) -> Tensor | None:
         """The rows, int64 increasing, that use any of these slots; None if all rows do."""
         rows: list[int] = []

@@ -1,0 +1,191 @@
+"""What PEFT writes into a file beside a method's own tensors, read for all methods in this one place.
+
+* ``modules_to_save``: whole layers, under their plain names (``<path>.weight``, ``<path>.bias``). The names
+  tell which: the option matches by endings, so ``norm`` takes ``input_layernorm``, too.
+* ``trainable_token_indices``: rows of an embedding for some tokens, ``<path>.token_adapter.
+  trainable_tokens_delta``; new values in spite of the name. A head that multiplies by the very table changes
+  with it, unless the file has rows of its own for the head.
+* ``<path>.base_layer.weight`` beside an adapter on an embedding or a head: the base's own weight. It must be.
+
+This module knows no method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from timbre_methods.config import first_problem, is_on
+from timbre_methods.contract import Site, Sites, Tensors
+from timbre_methods.errors import AdapterMismatch, InvalidConfig, InvalidTensors
+from timbre_methods.program import Part
+from timbre_methods.replaced import replaced_tokens, replacement, stored_shape
+from timbre_methods.site_tensors import PREFIX, SiteTensors
+
+TOKENS = "token_adapter.trainable_tokens_delta"
+COPY = "base_layer.weight"
+CELLS_AT_ONCE = 2**22
+"""Values of a copied weight that are compared together."""
+
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(min_length=1, max_length=2**20)]
+"""Ids of tokens; what they must be for a layer is checked with its tensor."""
+
+
+@dataclass(slots=True)
+class Beside:
+    """One file divided: what is the method's ``own``, and the rest."""
+
+    own: dict[str, Tensor] = field(default_factory=dict)
+    copies: dict[str, Tensor] = field(default_factory=dict)
+    """Weights that must be the base's own, by full names."""
+    layers: dict[str, SiteTensors] = field(default_factory=dict)
+    """Replaced layers by path."""
+    rows: dict[str, SiteTensors] = field(default_factory=dict)
+    """Layers with rows for some tokens by path."""
+    tokens: dict[str, list[int]] = field(default_factory=dict)
+    """The tokens of these rows."""
+
+    def parts(self, sites: Sites) -> dict[str, tuple[Part, ...]]:
+        """What replaces layers and rows, by path. Raises `InvalidTensors` for what does not fit them."""
+        parts = {path: replacement(found) for path, found in self.layers.items()}
+        for path, part in token_parts(self.rows, TOKENS, self.tokens, sites).items():
+            parts[path] = (*parts.get(path, ()), part)
+        return parts
+
+
+class _Options(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
+
+    modules_to_save: Annotated[list[str], Field(max_length=1024)] | None = None
+    trainable_token_indices: TokenIds | dict[str, TokenIds] | None = None
+
+
+def read_beside(raw_config: Mapping[str, Any], tensors: Tensors, sites: Sites) -> Beside:
+    """Divide a file. Reads no values.
+
+    Raises `InvalidConfig` for an option of the wrong type, and `InvalidTensors` for a missing tensor and for
+    a misshapen copy of the base's.
+    """
+    options = _options(raw_config)
+    beside = Beside()
+    for name, tensor in tensors.items():
+        path, key = _split(name, sites)
+        if key == COPY:
+            SiteTensors(sites[path], {COPY: tensor}).need(COPY, stored_shape(sites[path]))
+            beside.copies[name] = tensor
+        elif key == TOKENS:
+            if not options.trainable_token_indices:
+                raise InvalidTensors(f"{name} is surplus: the config lists no trainable_token_indices")
+            beside.rows[path] = SiteTensors(sites[path], {TOKENS: tensor})
+            beside.tokens[path] = _tokens_of(path, options.trainable_token_indices)
+        elif key in ("weight", "bias"):
+            others = beside.layers[path].tensors if path in beside.layers else {}
+            beside.layers[path] = SiteTensors(sites[path], {**others, key: tensor})
+        else:
+            beside.own[name] = tensor
+    missing = next((name for name in _saved_names(options, sites) if name not in tensors), None)
+    if missing is not None:
+        raise InvalidTensors(f"{missing} is missing, while modules_to_save names its layer")
+    if options.trainable_token_indices and not beside.rows:
+        raise InvalidTensors(f"...{TOKENS} is missing, while trainable_token_indices lists tokens")
+    return beside
+
+
+def check_copies(copies: Tensors, sites: Sites) -> None:
+    """Raise `AdapterMismatch` for a copied weight that is not this base's, to the rounding of its dtype."""
+    for name, copy in copies.items():
+        base = sites[name[len(PREFIX) : -len(COPY) - 1]]
+        weight = base.weight_OI.T if base.is_transposed else base.weight_OI
+        step = max(1, CELLS_AT_ONCE // copy[0].numel())
+        for start in range(0, len(copy), step):
+            if not _equal(copy[start : start + step], weight[start : start + step]):
+                raise AdapterMismatch(
+                    f"{name[:200]}: found other values than this base has there: the adapter was trained on "
+                    "another base, or its file brings a trained layer; for the first use that base, for the "
+                    "second list the layer in modules_to_save"
+                )
+
+
+def token_parts(
+    found: Mapping[str, SiteTensors], key: str, tokens: Mapping[str, Sequence[int]], sites: Sites
+) -> dict[str, Part]:
+    """The parts of trained token rows, by path: at each site in ``found``, and at the heads tied to them.
+
+    Raises `InvalidTensors` for a token that is listed twice or that the base lacks, and for misshapen rows.
+    """
+    parts = {}
+    for path, each in found.items():
+        rows_KI = _checked_rows(each, key, tokens[path])
+        parts[path] = replaced_tokens(each.site, rows_KI, tokens[path])
+        for head in _tied_heads(path, sites):
+            if head.path not in found:
+                parts[head.path] = replaced_tokens(head, rows_KI, tokens[path])
+    return parts
+
+
+def _checked_rows(found: SiteTensors, key: str, tokens: Sequence[int]) -> Tensor:
+    """The rows under a key, one for each token of a list."""
+    if found.site.kind == "norm" or (found.site.kind == "linear" and found.site.is_transposed):
+        raise InvalidTensors(f"{found.name_of(key)} is surplus: this layer has no row for each token")
+    vocabulary, width = stored_shape(found.site)
+    if len(set(tokens)) < len(tokens):
+        raise InvalidTensors(f"{found.name_of(key)}: a token is listed twice, expected each token once")
+    if max(tokens) >= vocabulary:
+        raise InvalidTensors(
+            f"{found.name_of(key)}: found the token {max(tokens)}, expected 0 to {vocabulary - 1}"
+        )
+    return found.need(key, (len(tokens), width))
+
+
+def _tied_heads(path: str, sites: Sites) -> list[Site]:
+    return [site for site in sites.values() if site.tied_to == path]
+
+
+def _tokens_of(path: str, listed: list[int] | dict[str, list[int]]) -> list[int]:
+    if isinstance(listed, list):
+        return listed
+    meant = [tokens for ending, tokens in listed.items() if path.endswith(ending)]
+    if not meant or any(tokens != meant[0] for tokens in meant):
+        raise InvalidConfig(
+            f"adapter_config.json: trainable_token_indices: found {len(meant)} lists for {path!r}, expected 1"
+        )
+    return meant[0]
+
+
+def _split(name: str, sites: Sites) -> tuple[str, str]:
+    """The site and the key of a tensor that is read here; the key is empty for any other."""
+    if name.startswith(PREFIX):
+        for key in (COPY, TOKENS, "weight", "bias"):
+            path = name[len(PREFIX) : -len(key) - 1]
+            if name.endswith("." + key) and path in sites:
+                return path, key
+    return "", ""
+
+
+def _saved_names(options: _Options, sites: Sites) -> list[str]:
+    """The tensors that modules_to_save promises."""
+    endings = tuple(options.modules_to_save or ())
+    saved = [site for path, site in sites.items() if endings and path.endswith(endings)]
+    weights = [f"{PREFIX}{site.path}.weight" for site in saved]
+    return weights + [f"{PREFIX}{site.path}.bias" for site in saved if site.bias_O is not None]
+
+
+def _equal(copy: Tensor, weight: Tensor) -> bool:
+    dtypes = {copy.dtype, weight.dtype}
+    wide, base = copy.to(torch.float32), weight.to(copy.device, torch.float32)
+    if len(dtypes) == 1:
+        return torch.equal(wide, base)
+    return torch.allclose(wide, base, rtol=max(torch.finfo(dtype).eps for dtype in dtypes), atol=1e-7)
+
+
+def _options(raw_config: Mapping[str, Any]) -> _Options:
+    given = {key: raw_config[key] for key in _Options.model_fields if is_on(raw_config.get(key))}
+    try:
+        return _Options.model_validate(given)
+    except ValidationError as error:
+        raise InvalidConfig(first_problem(error)) from None
