@@ -5,6 +5,8 @@
 * ``trainable_token_indices``: rows of an embedding for some tokens, ``<path>.token_adapter.
   trainable_tokens_delta``; new values in spite of the name. A head that multiplies by the very table changes
   with it, unless the file has rows of its own for the head.
+* ``bias``: trained biases of adapted layers, ``<path>.base_layer.bias``, and with ``all`` of others, too,
+  under their plain names. They take the place of the base's, for this adapter's rows alone.
 * ``<path>.base_layer.weight`` beside an adapter on an embedding or a head: the base's own weight. It must be.
 
 This module knows no method.
@@ -29,6 +31,7 @@ from timbre_methods.site_tensors import PREFIX, SiteTensors
 
 TOKENS = "token_adapter.trainable_tokens_delta"
 COPY = "base_layer.weight"
+BIAS = "base_layer.bias"
 CELLS_AT_ONCE = 2**22
 """Values of a copied weight that are compared together."""
 
@@ -45,6 +48,8 @@ class Beside:
     """Weights that must be the base's own, by full names."""
     layers: dict[str, SiteTensors] = field(default_factory=dict)
     """Replaced layers by path."""
+    biases: dict[str, SiteTensors] = field(default_factory=dict)
+    """Adapted layers with a bias of their own by path."""
     rows: dict[str, SiteTensors] = field(default_factory=dict)
     """Layers with rows for some tokens by path."""
     tokens: dict[str, list[int]] = field(default_factory=dict)
@@ -61,6 +66,7 @@ class Beside:
 class _Options(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
 
+    bias: Annotated[str, Field(pattern=r"^(none|all|[a-z0-9]{1,32}_only)$")] | None = None
     modules_to_save: Annotated[list[str], Field(max_length=1024)] | None = None
     trainable_token_indices: TokenIds | dict[str, TokenIds] | None = None
 
@@ -83,6 +89,8 @@ def read_beside(raw_config: Mapping[str, Any], tensors: Tensors, sites: Sites) -
                 raise InvalidTensors(f"{name} is surplus: the config lists no trainable_token_indices")
             beside.rows[path] = SiteTensors(sites[path], {TOKENS: tensor})
             beside.tokens[path] = _tokens_of(path, options.trainable_token_indices)
+        elif key == BIAS and options.bias is not None:
+            beside.biases[path] = SiteTensors(sites[path], {BIAS: tensor})
         elif key in ("weight", "bias"):
             others = beside.layers[path].tensors if path in beside.layers else {}
             beside.layers[path] = SiteTensors(sites[path], {**others, key: tensor})
@@ -160,7 +168,7 @@ def _tokens_of(path: str, listed: list[int] | dict[str, list[int]]) -> list[int]
 def _split(name: str, sites: Sites) -> tuple[str, str]:
     """The site and the key of a tensor that is read here; the key is empty for any other."""
     if name.startswith(PREFIX):
-        for key in (COPY, TOKENS, "weight", "bias"):
+        for key in (COPY, BIAS, TOKENS, "weight", "bias"):
             path = name[len(PREFIX) : -len(key) - 1]
             if name.endswith("." + key) and path in sites:
                 return path, key

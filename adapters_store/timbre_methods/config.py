@@ -36,14 +36,13 @@ INERT = frozenset(
 )
 """Keys of every PEFT config that change nothing at inference, whatever they hold."""
 
-BESIDE = frozenset({"ensure_weight_tying", "modules_to_save", "trainable_token_indices"})
+BESIDE = frozenset({"bias", "ensure_weight_tying", "modules_to_save", "trainable_token_indices"})
 """Options of any method that `timbre_methods.beside` reads; tied tensors are in the file under both names."""
 
 REASONS: Mapping[str, str] = {
     "auto_map": "an adapter never brings code",
     "trust_remote_code": "an adapter never brings code",
     "_attn_implementation_internal": "an adapter never chooses the attention code",
-    "bias": 'it replaces biases of the base for everyone; train with bias="none"',
     "layer_replication": "it lays the base model out anew",
     "target_parameters": "adapters on bare parameters are not served; target linear layers",
 }

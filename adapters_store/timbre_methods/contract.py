@@ -90,6 +90,8 @@ class Method(ABC, Generic[Config]):
     """What the file leaves out, and from what it is made again, e.g. ``places, from the seed``."""
     checked_against: ClassVar[str]
     """Where the numbers of its golden test come from: ``PEFT``, or ``the paper's formula``."""
+    scales_bias: ClassVar[bool] = False
+    """Whether it changes what the base's bias adds, so that no other bias can take its place."""
     kinds: ClassVar[frozenset[SiteKind]] = frozenset({"linear"})
     """The kinds of layers that it adapts; it never sees a site of another."""
 

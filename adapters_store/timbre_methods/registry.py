@@ -18,12 +18,13 @@ from typing import Any
 import torch
 
 import timbre_methods
-from timbre_methods.beside import Beside, check_copies, read_beside
+from timbre_methods.beside import BIAS, Beside, check_copies, read_beside
 from timbre_methods.config import MAX_CONFIG_KEYS, is_on, shown
 from timbre_methods.contract import DERIVED, Method, Site, Sites, Tensors
 from timbre_methods.errors import AdapterMismatch, InvalidConfig, InvalidTensors, UnsupportedMethod
 from timbre_methods.program import AdapterProgram
 from timbre_methods.refusals import unknown_kind
+from timbre_methods.replaced import replacement
 from timbre_methods.site_tensors import NOUNS, PREFIX, article
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
@@ -180,6 +181,13 @@ def _compiled(method: Method[Any], config: Any, beside: Beside, sites: Sites) ->
     if both is not None:
         raise InvalidTensors(f"the file replaces values of {both!r} and adapts it, too; expected one of them")
     parts |= program.sites
+    for path, found in beside.biases.items():
+        if method.scales_bias:
+            raise InvalidTensors(
+                f"{found.name_of(BIAS)} is not served: {method.name} changes what the base's own bias adds; "
+                'train with bias="none"'
+            )
+        parts[path] = (*parts.get(path, ()), *replacement(found, "base_layer."))
     return replace(program, sites={path: parts[path] for path in sites if path in parts})
 
 

@@ -114,7 +114,6 @@ UNSERVED = {
     "auto_map": {"AutoModel": "evil.Model"},
     "trust_remote_code": True,
     "_attn_implementation_internal": "someone/kernel",
-    "bias": "all",
     "layer_replication": [[0, 1]],
     "target_parameters": ["experts.down_proj"],
     "megatron_config": {"tensor_model_parallel_size": 2},

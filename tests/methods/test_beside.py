@@ -186,3 +186,43 @@ def test_a_method_says_by_name_which_layers_it_adapts(
 ) -> None:
     with pytest.raises(AdapterMismatch, match=message):
         check_adapter(raw, tensors, SITES)
+
+
+@pytest.mark.parametrize(
+    ("base", "config"),
+    [
+        ("llama", peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], bias="lora_only")),
+        ("llama", peft.LoraConfig(r=2, target_modules=["q_proj"], bias="all", use_dora=True)),
+        ("gpt2", peft.LoraConfig(r=2, target_modules=["c_attn"], bias="all", fan_in_fan_out=True)),
+        ("llama", peft.HRAConfig(r=2, target_modules=["q_proj"], bias="hra_only")),
+        ("llama", peft.FourierFTConfig(n_frequency=9, target_modules=["k_proj"], bias="all")),
+    ],
+    ids=["adapted layers", "dora", "norms too", "hra", "fourierft"],
+)
+def test_trained_biases_give_the_logits_of_peft(
+    base: str, config: peft.PeftConfig, request: pytest.FixtureRequest, agrees_with_peft: Callable[..., None]
+) -> None:
+    agrees_with_peft(request.getfixturevalue(base), config)
+
+
+def test_a_bias_needs_its_option_and_a_layer_that_has_one() -> None:
+    given = {
+        "base_model.model.q.lora_A.weight": torch.ones(1, 4),
+        "base_model.model.q.lora_B.weight": torch.ones(4, 1),
+        "base_model.model.q.base_layer.bias": torch.ones(4),
+    }
+    program = compile_adapter({**LORA, "bias": "lora_only"}, given, SITES)
+    assert torch.equal(program.sites["q"][-1].shift, torch.ones(4))
+    with pytest.raises(InvalidTensors, match='train with bias="none"'):
+        compile_adapter(LORA, given, SITES)
+    with pytest.raises(InvalidConfig, match="bias"):
+        compile_adapter({**LORA, "bias": "some"}, given, SITES)
+    bare = {**SITES, "q": Site("q", torch.eye(4), None)}
+    with pytest.raises(InvalidTensors, match="this layer of the base has no bias"):
+        compile_adapter({**LORA, "bias": "all"}, given, bare)
+
+
+def test_a_bias_beside_a_method_that_scales_it_is_refused() -> None:
+    given = {**GAIN, "base_model.model.q.base_layer.bias": torch.ones(4)}
+    with pytest.raises(InvalidTensors, match="ia3 changes what the base's own bias adds"):
+        compile_adapter({**RAW, "bias": "all"}, given, SITES)

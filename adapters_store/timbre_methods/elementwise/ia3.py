@@ -37,6 +37,7 @@ class Ia3(Method[Ia3Config]):
     name = "ia3"
     paper = "arXiv 2205.05638"
     stored = "gain [in] or [out]"
+    scales_bias = True
     checked_against = "PEFT"
 
     def claims(self, raw_config: Mapping[str, Any]) -> bool:

@@ -37,6 +37,7 @@ class Propulsion(Method[PropulsionConfig]):
     name = "propulsion"
     paper = "arXiv 2409.10927"
     stored = "p [out]"
+    scales_bias = True
     checked_against = "the paper's formula"
 
     def claims(self, raw_config: Mapping[str, Any]) -> bool:

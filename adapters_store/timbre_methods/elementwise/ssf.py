@@ -34,6 +34,7 @@ class Ssf(Method[SsfConfig]):
     name = "ssf"
     paper = "arXiv 2210.08823"
     stored = "scale [out], shift [out]"
+    scales_bias = True
     checked_against = "the paper's formula"
 
     def claims(self, raw_config: Mapping[str, Any]) -> bool:

@@ -68,6 +68,7 @@ class Glora(Method[GloraConfig]):
     name = "glora"
     paper = "arXiv 2306.07967"
     stored = "A to E, each as factors, a vector, a number or zeros"
+    scales_bias = True
     checked_against = "PEFT"
 
     def claims(self, raw_config: Mapping[str, Any]) -> bool:

@@ -43,6 +43,7 @@ class Hydra(Method[HydraConfig]):
     paper = "arXiv 2309.06922"
     stored = "A_p [p, in], B_p [out, p], A_s [s, out], B_s [out, s]; four biases with branch_biases"
     regenerated = "A_s W, from the base"
+    scales_bias = True
     checked_against = "the paper's formula"
 
     def claims(self, raw_config: Mapping[str, Any]) -> bool:

@@ -50,6 +50,7 @@ class Road(Method[RoadConfig]):
     name = "road"
     paper = "arXiv 2409.00119"
     stored = "angles and lengths, each [out / 2], [out] or [2 out]"
+    scales_bias = True
     checked_against = "PEFT"
 
     def claims(self, raw_config: Mapping[str, Any]) -> bool:
