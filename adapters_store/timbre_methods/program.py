@@ -11,7 +11,7 @@ This module knows no file format, no method's name and no batch.
 
 Legend: I in features, O out features, R rank, N stored coefficients or blocks, P and Q the sizes of a
 basis, K places of a sparse core, F factors, S stored blocks, B their size, M and N
-(in `Circulant`) pieces of an output and an input.
+(in `Circulant`) pieces of an output and an input. Prompts: V virtual tokens, D hidden size.
 """
 
 from __future__ import annotations
@@ -196,18 +196,44 @@ Part = LowRank | Spectral | Circulant | Sparse | Block | Dense | Kronecker | Pro
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class PromptEmbeddings:
+    """Virtual tokens by their embeddings: ``rows_VD`` [V, D] float32, in place of what the base's own
+    embedding layer puts out."""
+
+    rows_VD: Tensor
+
+
+Prompt = PromptEmbeddings
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class AdapterProgram:
-    """One adapter, ready to run: for each adapted site (its path in the base) the parts that act there."""
+    """One adapter, ready to run: for each adapted site (its path in the base) the parts that act there.
+
+    With a ``prompt`` it puts virtual tokens at positions 0 to V - 1, before a request's own. Prompts have no
+    weighted sum: such an adapter runs alone and with weight 1.
+    """
 
     sites: Mapping[str, tuple[Part, ...]]
+    prompt: Prompt | None = None
+
+    @property
+    def virtual_tokens(self) -> int:
+        """V: positions of each request that are the adapter's."""
+        return 0 if self.prompt is None else self.prompt.rows_VD.shape[0]
+
+    def placed_parts(self) -> Iterator[tuple[str, Part | Prompt]]:
+        """Everything that the adapter consists of, with the place where it acts."""
+        yield from ((path, part) for path, parts in self.sites.items() for part in parts)
+        if self.prompt is not None:
+            yield "prompt", self.prompt
 
     @property
     def prepared_bytes(self) -> int:
         """Bytes that this adapter alone needs in memory; exact on the meta device too."""
         return sum(
             tensor.numel() * tensor.element_size()
-            for parts in self.sites.values()
-            for part in parts
+            for _, part in self.placed_parts()
             for tensor in owned_tensors(part)
         )
 
@@ -231,7 +257,7 @@ def shared_tensors(part: Part) -> Iterator[Tensor]:
             yield from (value for value in values if isinstance(value, Tensor))
 
 
-def owned_tensors(part: Part) -> Iterator[Tensor]:
+def owned_tensors(part: Part | Prompt) -> Iterator[Tensor]:
     """The tensors of a part that belong to its adapter, without the shared basis."""
     for part_field in fields(part):
         value = getattr(part, part_field.name)

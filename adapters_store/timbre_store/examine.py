@@ -56,6 +56,7 @@ def examine(files: UploadedFiles, base_model: str | None, inspect: Inspect, limi
         prepared_bytes=inspection.prepared_bytes,
         config_digest=files.config_digest,
         tensors_digest=files.tensors_digest,
+        virtual_tokens=inspection.virtual_tokens,
     )
 
 

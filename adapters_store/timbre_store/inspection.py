@@ -19,6 +19,7 @@ class Inspection:
     sites: tuple[str, ...]
     parameters: int
     prepared_bytes: int
+    virtual_tokens: int = 0
 
 
 Inspect = Callable[[dict[str, Any], TensorHeader, Path, Path], Inspection]

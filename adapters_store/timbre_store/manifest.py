@@ -7,11 +7,14 @@ Laws, held by tests:
 
     Manifest.from_bytes(m.to_bytes()) == m              for every manifest
     Manifest.from_bytes(b).to_bytes() == b              for all bytes that from_bytes accepts
+
+`OPTIONAL` fields came later and are left out where they say nothing: older manifests keep their digests.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -20,8 +23,8 @@ from timbre_store.errors import UnsafeFile
 from timbre_store.strict_json import read_object
 
 FORMAT = 1
-OPTIONAL = frozenset({"derived_digest"})
-"""Fields that are left out where they have no value."""
+OPTIONAL: Mapping[str, object] = {"derived_digest": None, "virtual_tokens": 0}
+"""Fields that are left out where they say nothing, and what they hold then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +46,13 @@ class Manifest:
     tensors_digest: str
     derived_digest: str | None = None
     """What registration added to the tensors, from the base's weights; left out of the bytes where None."""
+    virtual_tokens: int = 0
+    """Positions of every request, before its own tokens, that are the adapter's."""
     format: int = FORMAT
 
     def to_bytes(self) -> bytes:
-        """Canonical JSON: keys sorted, no spaces, ASCII, no `OPTIONAL` field without a value."""
-        raw = {key: value for key, value in asdict(self).items() if value is not None or key not in OPTIONAL}
+        """Canonical JSON: keys sorted, no spaces, ASCII, no `OPTIONAL` field that says nothing."""
+        raw = {key: value for key, value in asdict(self).items() if value != OPTIONAL.get(key, ...)}
         return json.dumps(raw, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode("ascii")
 
     @property
@@ -71,10 +76,16 @@ class Manifest:
 
 def _check_fields(raw: dict[str, Any]) -> None:
     expected = {field.name for field in fields(Manifest)}
-    if raw.keys() | OPTIONAL != expected:
-        odd = sorted((raw.keys() ^ expected) - OPTIONAL)[0]
+    if raw.keys() | OPTIONAL.keys() != expected:
+        odd = sorted((raw.keys() ^ expected) - OPTIONAL.keys())[0]
         raise UnsafeFile(f"the manifest's field {odd!r} is {'unknown' if odd in raw else 'missing'}")
-    for name in ("format", "parameters", "stored_bytes", "prepared_bytes"):
+    for name in (
+        "format",
+        "parameters",
+        "stored_bytes",
+        "prepared_bytes",
+        *(raw.keys() & {"virtual_tokens"}),
+    ):
         if type(raw[name]) is not int or raw[name] < 0:
             raise UnsafeFile(f"the manifest's {name} is {raw[name]!r}; expected a whole number, 0 or more")
     for name in ("peft_type", "base_model_digest"):

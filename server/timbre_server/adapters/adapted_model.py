@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from timbre_methods.program import AdapterProgram
 from timbre_server.adapters.adapted_linear import ActiveRows, AdaptedGroup, AdaptedLinear
 from timbre_server.adapters.groups import LinearGroup
+from timbre_server.adapters.prompts import StepPrompts
 from timbre_server.operators.catalogue import all_operators
 from timbre_server.operators.row_table import RowTable
 
@@ -25,9 +26,12 @@ class AdaptedModel:
         model: nn.Module,
         groups: Sequence[LinearGroup],
         product_of: Callable[[nn.Module], Callable[[Tensor], Tensor]] = lambda module: module,
+        embedding: nn.Module | None = None,
     ) -> None:
-        """Replace the layers of ``groups`` in place. ``product_of`` gives the fastest ``W x + b`` of one."""
+        """Replace the layers of ``groups`` in place. ``product_of`` gives the fastest ``W x + b`` of one;
+        without ``embedding``, the base's layer of token embeddings, no adapter may bring virtual tokens."""
         self._programs: dict[int, AdapterProgram] = {}
+        self._prompts = StepPrompts(self._programs, embedding)
         self._body_rows = ActiveRows()
         self._head_rows = ActiveRows()
         self._groups: list[AdaptedGroup] = []
@@ -46,11 +50,13 @@ class AdaptedModel:
         """The rows of the next forward, and those of them whose logits are kept."""
         self._body_rows.begin(table)
         self._head_rows.begin(head_table)
+        self._prompts.begin(table)
 
     def clear_rows(self) -> None:
         """The forward has ended, well or not: base rows until told otherwise, nothing kept of its inputs."""
         self._body_rows.end()
         self._head_rows.end()
+        self._prompts.end()
         for group in self._groups:
             group.end_step()
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -21,11 +21,14 @@ from torch import Tensor
 from timbre_methods.bases import basis_on
 from timbre_methods.contract import Sites
 from timbre_methods.errors import MethodError
-from timbre_methods.program import AdapterProgram, Part, Projected, owned_tensors
-from timbre_methods.registry import method_for
+from timbre_methods.program import AdapterProgram, Part, Projected, Prompt, owned_tensors
+from timbre_methods.prompt_contract import NO_FRAME, Frame
+from timbre_methods.registry import compiled, method_for
 from timbre_server.errors import AdapterLoadFailed
 from timbre_store.errors import StoreError
 from timbre_store.reader import open_adapter, verify_blob
+
+AnyPart = TypeVar("AnyPart", bound=Part | Prompt)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +45,17 @@ class AdapterLoader:
     """Loads adapters for one base model. Stateless between loads; safe to call from any thread."""
 
     def __init__(
-        self, store_root: Path, base_model_digest: str, sites: Sites, device: torch.device | str = "cpu"
+        self,
+        store_root: Path,
+        base_model_digest: str,
+        sites: Sites,
+        device: torch.device | str = "cpu",
+        frame: Frame = NO_FRAME,
     ) -> None:
         self._store_root = store_root
         self._base_model_digest = base_model_digest
         self._sites = sites
+        self._frame = frame
         self._device = torch.device(device)
 
     def load(self, digest: str) -> LoadedAdapter:
@@ -69,7 +78,7 @@ class AdapterLoader:
             with _timed(seconds, "compile"), torch.inference_mode():
                 method = method_for(files.config)
                 config = method.parse(files.config)
-                program = method.compile(config, tensors, self._sites)
+                program = compiled(method, config, tensors, self._sites, self._frame)
             with _timed(seconds, "place"), torch.inference_mode():
                 program = _placed(program, self._device)
         except (StoreError, MethodError, SafetensorError, OSError) as error:
@@ -92,7 +101,7 @@ def _placed(program: AdapterProgram, device: torch.device) -> AdapterProgram:
     def own(tensor: Tensor) -> Tensor:
         return tensor.to(device, copy=True, memory_format=torch.contiguous_format)
 
-    def placed(part: Part) -> Part:
+    def placed(part: AnyPart) -> AnyPart:
         owned = {id(tensor) for tensor in owned_tensors(part)}
         changes: dict[str, Any] = {
             part_field.name: own(value)
@@ -103,4 +112,8 @@ def _placed(program: AdapterProgram, device: torch.device) -> AdapterProgram:
             changes["basis"] = basis_on(part.basis, device)
         return replace(part, **changes)
 
-    return AdapterProgram({path: tuple(map(placed, parts)) for path, parts in program.sites.items()})
+    return replace(
+        program,
+        sites={path: tuple(map(placed, parts)) for path, parts in program.sites.items()},
+        prompt=None if program.prompt is None else placed(program.prompt),
+    )

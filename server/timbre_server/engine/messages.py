@@ -54,6 +54,8 @@ class AdapterUse(msgspec.Struct, frozen=True):
 
     digest: str
     weight: float = 1.0
+    virtual_tokens: int = 0
+    """As its manifest says: so many positions come before the prompt's. Such an adapter must be alone."""
 
 
 class Submit(Message, frozen=True):
@@ -111,6 +113,16 @@ class SiteShape(msgspec.Struct, frozen=True):
     has_bias: bool
 
 
+class AttentionShape(msgspec.Struct, frozen=True):
+    """One attention layer of the base, as prompts see it."""
+
+    path: str
+    num_heads: int
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+
+
 class Ready(Message, frozen=True):
     """The model is loaded, probed and checked. The first message of an engine that started well."""
 
@@ -129,6 +141,9 @@ class Ready(Message, frozen=True):
     kv_cache_bytes: int
     model_bytes: int
     adapter_budget_bytes: int
+    hidden_size: int = 0
+    attention: tuple[AttentionShape, ...] = ()
+    """In layer order."""
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True):

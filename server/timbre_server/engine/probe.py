@@ -24,7 +24,7 @@ from timbre_server.engine.context import AttentionCall
 from timbre_server.engine.deny_list import family_name
 from timbre_server.engine.kv_cache import LayerShape
 from timbre_server.engine.linears import bias_of, features, is_linear
-from timbre_server.engine.messages import SiteShape
+from timbre_server.engine.messages import AttentionShape, SiteShape
 from timbre_server.engine.paged_attention import exact_attention
 from timbre_server.errors import UnsupportedModel
 
@@ -38,11 +38,18 @@ class LayerAttention:
     """One attention layer as it was called."""
 
     shape: LayerShape
+    path: str
+    """Of its module."""
     num_heads: int
     scale: float
     window: int | None
     softcap: float | None
     has_sinks: bool
+
+    @property
+    def attention(self) -> AttentionShape:
+        shape = self.shape
+        return AttentionShape(self.path, self.num_heads, shape.num_kv_heads, shape.key_dim, shape.value_dim)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +60,8 @@ class ProbeResult:
     """In call order; only linears that see every row exactly once, and the head, which sees the kept ones."""
     sites: tuple[SiteShape, ...]
     """The members of all groups, in their order."""
+    hidden_size: int
+    """Of what the embedding layer puts out."""
 
     @property
     def kv_shapes(self) -> tuple[LayerShape, ...]:
@@ -64,9 +73,17 @@ class Recording:
 
     def __init__(self) -> None:
         self.calls: list[AttentionCall] = []
+        self.paths: dict[int, str] = {}
+        """Of each layer that has called, the module that was entered last."""
+        self._entered = ""
+
+    def enter(self, path: str, module: nn.Module, args: tuple[object, ...]) -> None:
+        """A module that knows its layer begins."""
+        self._entered = path
 
     def attend(self, call: AttentionCall) -> Tensor:
         self.calls.append(call)
+        self.paths[call.layer] = self._entered
         num_rows, num_kv_heads = call.q_HTD.shape[1], call.k_GTD.shape[0]
         q_GMTD = call.q_HTD.reshape(num_kv_heads, -1, *call.q_HTD.shape[1:])
         hidden_TT = torch.ones(num_rows, num_rows, device=call.q_HTD.device).triu(1).bool()
@@ -102,6 +119,11 @@ def probe(model: PreTrainedModel) -> ProbeResult:
         for path, module in model.named_modules()
         if is_linear(module)
     ]
+    hooks += [
+        module.register_forward_pre_hook(partial(recording.enter, path))
+        for path, module in model.named_modules()
+        if hasattr(module, "layer_idx")
+    ]
     try:
         with torch.inference_mode():
             run_model(model, recording, _TOKEN_IDS, range(_NUM_ROWS), _KEPT_ROWS)
@@ -112,7 +134,9 @@ def probe(model: PreTrainedModel) -> ProbeResult:
             hook.remove()
     groups = _groups(model, reads.entries)
     sites = tuple(_site(path, model.get_submodule(path)) for group in groups for path in group.paths)
-    return ProbeResult(_layers(model, family, recording.calls), groups, sites)
+    embedding = model.get_input_embeddings().weight
+    assert isinstance(embedding, Tensor), "an embedding layer has a weight"
+    return ProbeResult(_layers(model, family, recording), groups, sites, embedding.shape[1])
 
 
 def _refuse_by_signature(model: PreTrainedModel, family: str) -> None:
@@ -125,9 +149,8 @@ def _refuse_by_signature(model: PreTrainedModel, family: str) -> None:
         )
 
 
-def _layers(
-    model: PreTrainedModel, family: str, calls: Sequence[AttentionCall]
-) -> tuple[LayerAttention, ...]:
+def _layers(model: PreTrainedModel, family: str, recording: Recording) -> tuple[LayerAttention, ...]:
+    calls = recording.calls
     text = model.config.get_text_config()
     expected = int(text.num_hidden_layers)
     called = sorted(call.layer for call in calls)
@@ -137,7 +160,8 @@ def _layers(
             f"({len(calls)} calls in all, expected one a layer). The others compute attention in "
             "code of their own or keep recurrent state, and cannot be served from a paged cache."
         )
-    layers = tuple(_layer(call) for call in sorted(calls, key=lambda call: call.layer))
+    by_layer = sorted(calls, key=lambda call: call.layer)
+    layers = tuple(_layer(call, recording.paths[call.layer]) for call in by_layer)
     for kind, layer in zip(getattr(text, "layer_types", None) or (), layers, strict=False):
         if (kind == "sliding_attention") != (layer.window is not None):
             raise UnsupportedModel(
@@ -147,10 +171,16 @@ def _layers(
     return layers
 
 
-def _layer(call: AttentionCall) -> LayerAttention:
+def _layer(call: AttentionCall, path: str) -> LayerAttention:
     shape = LayerShape(call.layer, call.k_GTD.shape[0], call.k_GTD.shape[2], call.v_GTE.shape[2])
     return LayerAttention(
-        shape, call.q_HTD.shape[0], call.scale, call.window, call.softcap, call.sinks_H is not None
+        shape=shape,
+        path=path,
+        num_heads=call.q_HTD.shape[0],
+        scale=call.scale,
+        window=call.window,
+        softcap=call.softcap,
+        has_sinks=call.sinks_H is not None,
     )
 
 

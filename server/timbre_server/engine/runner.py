@@ -82,6 +82,8 @@ class Runner:
         self._adapters = adapters
         self._options = options
         self._sites = prepared.probed.sites
+        self._hidden_size = prepared.probed.hidden_size
+        self._attention = tuple(layer.attention for layer in prepared.probed.layers)
         size = _kv_size(prepared, options)
         self.max_model_len = size.max_model_len
         self.cache = KVCache(
@@ -115,6 +117,8 @@ class Runner:
             kv_cache_bytes=self.cache.num_bytes,
             model_bytes=self._loaded.num_bytes,
             adapter_budget_bytes=self._options.adapter_memory_bytes,
+            hidden_size=self._hidden_size,
+            attention=self._attention,
         )
 
     def execute(self, plan: StepPlan) -> StepResult:
@@ -127,9 +131,7 @@ class Runner:
         """
         kept = [_kept_of(chunk) for chunk in plan.chunks]
         batch = _batch_of(plan, kept)
-        table = RowTable(
-            [Span(c.num_tokens, c.sequence.adapter_slots) for c in plan.chunks], self.cache.device
-        )
+        table = RowTable([span for chunk in plan.chunks for span in _spans(chunk)], self.cache.device)
         kept_spans = [
             Span(keep.num_rows, chunk.sequence.adapter_slots)
             for chunk, keep in zip(plan.chunks, kept, strict=True)
@@ -144,12 +146,21 @@ class Runner:
             return StepResult(_results(plan, kept, logits_NV))
 
 
+def _spans(chunk: ScheduledChunk) -> list[Span]:
+    """A chunk's rows by what adapters do there."""
+    slots, num_virtual = chunk.sequence.adapter_slots, chunk.num_virtual
+    virtual = [Span(num_virtual, slots, virtual_from=chunk.start)] if num_virtual else []
+    own = [Span(chunk.num_tokens - num_virtual, slots)] if num_virtual < chunk.num_tokens else []
+    return virtual + own
+
+
 def _kept_of(chunk: ScheduledChunk) -> _Kept:
     """Row r of a sequence predicts token r + 1; prompt tokens are scored until the first token is drawn."""
     sequence = chunk.sequence
     scored = 0
     if sequence.request.sampling.prompt_logprobs is not None and sequence.num_output_tokens == 0:
-        scored = max(0, min(chunk.end, sequence.num_prompt_tokens - 1) - chunk.start)
+        first = chunk.start + chunk.num_virtual
+        scored = max(0, min(chunk.end, sequence.num_prompt_tokens - 1) - first)
     return _Kept(scored, chunk.draws_token)
 
 
@@ -162,7 +173,8 @@ def _batch_of(plan: StepPlan, kept: Sequence[_Kept]) -> Batch:
         sequence = chunk.sequence
         sequences.append(SequenceRows(first, chunk.num_tokens, chunk.start, tuple(sequence.block_table)))
         token_ids += sequence.token_ids[chunk.start : chunk.end]
-        kept_rows += range(first, first + keep.num_prompt_rows)
+        first_own = first + chunk.num_virtual
+        kept_rows += range(first_own, first_own + keep.num_prompt_rows)
         if keep.draws_token:
             kept_rows.append(len(token_ids) - 1)
     return Batch(token_ids, sequences, kept_rows)
@@ -199,7 +211,7 @@ def _score_prompt(chunk: ScheduledChunk, logits_NV: Tensor, result: ChunkResult)
     if not bool(torch.isfinite(logits_NV.amax(dim=1)).all()):
         result.error_message = "The model gave logits that are not finite numbers for a prompt token."
         return
-    first = chunk.start + 1
+    first = chunk.start + chunk.num_virtual + 1
     following = chunk.sequence.token_ids[first : first + logits_NV.shape[0]]
     result.prompt_logprobs = tuple(prompt_logprobs(logits_NV, following, num_top))
 

@@ -135,17 +135,20 @@ def check_logprobs(wanted: int | None, limits: ServingLimits, param: str) -> Non
     )
 
 
-def room_for_output(info: Ready, prompts: Sequence[EncodedPrompt], wanted: int | None, default: int) -> int:
+def room_for_output(
+    info: Ready, prompts: Sequence[EncodedPrompt], virtual_tokens: int, wanted: int | None, default: int
+) -> int:
     """How many tokens each choice may have: what the request says, else the default or the room that is left.
 
     Raises: ContextLengthExceeded where prompt and wanted output together do not fit.
     """
     longest = max(len(prompt.token_ids) for prompt in prompts)
-    room = info.max_model_len - longest
+    room = info.max_model_len - virtual_tokens - longest
     if room < (1 if wanted is None else wanted):
         asked = f" and {wanted} tokens of output were asked for" if wanted is not None else ""
+        taken = f", the adapter takes {virtual_tokens} of them" if virtual_tokens else ""
         raise ContextLengthExceeded(
-            f"this model's maximum context length is {info.max_model_len} tokens, but the prompt has "
+            f"this model's maximum context length is {info.max_model_len} tokens{taken}, but the prompt has "
             f"{longest} tokens{asked}; shorten the prompt or the output",
             param="prompt",
         )

@@ -28,7 +28,14 @@ class Voice:
 
     @property
     def uses(self) -> tuple[AdapterUse, ...]:
-        return (AdapterUse(self.adapter.digest),) if self.adapter is not None else ()
+        if self.adapter is None:
+            return ()
+        return (AdapterUse(self.adapter.digest, virtual_tokens=self.virtual_tokens),)
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Positions of each request that are the adapter's, of which no answer tells."""
+        return 0 if self.adapter is None else self.adapter.manifest.virtual_tokens
 
     @property
     def label(self) -> str | None:
