@@ -212,10 +212,14 @@ class AdapterProgram:
 
     With a ``prompt`` it puts virtual tokens at positions 0 to V - 1, before a request's own. Prompts have no
     weighted sum: such an adapter runs alone and with weight 1.
+
+    With ``invocation_tokens`` it acts only from the first token of their last occurrence in a request's
+    prompt on, and on all that follows; a request without them is not the adapter's.
     """
 
     sites: Mapping[str, tuple[Part, ...]]
     prompt: Prompt | None = None
+    invocation_tokens: tuple[int, ...] = ()
 
     @property
     def virtual_tokens(self) -> int:

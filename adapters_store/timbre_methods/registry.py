@@ -53,6 +53,7 @@ class Inspection:
     derives: bool
     """Whether registration adds tensors that only the base's values give (`derive`)."""
     virtual_tokens: int
+    invocation_tokens: tuple[int, ...]
 
 
 AnyMethod = Method[Any] | PromptMethod[Any]
@@ -194,6 +195,7 @@ def _inspection(method: AnyMethod, config: Any, tensors: Tensors, sites: Sites, 
         prepared_bytes=program.prepared_bytes,
         derives=bool(derived),
         virtual_tokens=program.virtual_tokens,
+        invocation_tokens=program.invocation_tokens,
     )
 
 

@@ -20,6 +20,7 @@ class Inspection:
     parameters: int
     prepared_bytes: int
     virtual_tokens: int = 0
+    invocation_tokens: tuple[int, ...] = ()
 
 
 Inspect = Callable[[dict[str, Any], TensorHeader, Path, Path], Inspection]

@@ -23,7 +23,7 @@ from timbre_store.errors import UnsafeFile
 from timbre_store.strict_json import read_object
 
 FORMAT = 1
-OPTIONAL: Mapping[str, object] = {"derived_digest": None, "virtual_tokens": 0}
+OPTIONAL: Mapping[str, object] = {"derived_digest": None, "virtual_tokens": 0, "invocation_tokens": ()}
 """Fields that are left out where they say nothing, and what they hold then."""
 
 
@@ -48,6 +48,8 @@ class Manifest:
     """What registration added to the tensors, from the base's weights; left out of the bytes where None."""
     virtual_tokens: int = 0
     """Positions of every request, before its own tokens, that are the adapter's."""
+    invocation_tokens: tuple[int, ...] = ()
+    """It acts only from their last occurrence in a prompt on."""
     format: int = FORMAT
 
     def to_bytes(self) -> bytes:
@@ -68,7 +70,8 @@ class Manifest:
                 f"the manifest has format {raw.get('format')!r}; this version reads format {FORMAT}"
             )
         _check_fields(raw)
-        manifest = Manifest(**{**raw, "sites": tuple(raw["sites"])})
+        lists = {name: tuple(raw[name]) for name in raw.keys() & {"sites", "invocation_tokens"}}
+        manifest = Manifest(**{**raw, **lists})
         if manifest.to_bytes() != content:
             raise UnsafeFile("the manifest is not in canonical form: keys sorted, no spaces, ASCII")
         return manifest
@@ -95,6 +98,9 @@ def _check_fields(raw: dict[str, Any]) -> None:
         raise UnsafeFile(f"the manifest's method is {raw['method']!r}; expected a string")
     if not (isinstance(raw["sites"], list) and all(isinstance(site, str) for site in raw["sites"])):
         raise UnsafeFile("the manifest's sites are not a list of strings")
+    tokens = raw.get("invocation_tokens", [])
+    if not (isinstance(tokens, list) and all(type(token) is int and token >= 0 for token in tokens)):
+        raise UnsafeFile("the manifest's invocation_tokens are not a list of token ids")
     for name in ("config_digest", "tensors_digest", *(raw.keys() & {"derived_digest"})):
         if not (isinstance(raw[name], str) and is_digest(raw[name])):
             raise UnsafeFile(f"the manifest's {name} is {raw[name]!r}; expected sha256:<64 hex>")

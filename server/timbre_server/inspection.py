@@ -120,6 +120,7 @@ def inspector(
             parameters=found.parameters,
             prepared_bytes=found.prepared_bytes,
             virtual_tokens=found.virtual_tokens,
+            invocation_tokens=found.invocation_tokens,
         )
 
     return inspect

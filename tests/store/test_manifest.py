@@ -31,6 +31,7 @@ MANIFESTS = st.builds(
     config_digest=DIGESTS,
     tensors_digest=DIGESTS,
     virtual_tokens=st.just(0) | COUNTS,
+    invocation_tokens=st.lists(COUNTS, max_size=3).map(tuple),
 )
 
 
@@ -46,6 +47,8 @@ def test_a_later_field_is_left_out_where_it_says_nothing() -> None:
     assert Manifest.from_bytes(said).virtual_tokens == 7
     with pytest.raises(UnsafeFile, match="canonical"):
         Manifest.from_bytes(WRITTEN[:-1] + b',"virtual_tokens":0}')
+    with pytest.raises(UnsafeFile, match="canonical"):
+        Manifest.from_bytes(WRITTEN.replace(b'"method"', b'"invocation_tokens":[],"method"'))
 
 
 @given(MANIFESTS)
@@ -85,6 +88,9 @@ def test_changed_bytes_are_refused_or_are_another_manifest_in_canonical_form(pla
         ("config_digest", "0a" * 32),
         ("tensors_digest", None),
         ("surplus", 1),
+        ("invocation_tokens", 5),
+        ("invocation_tokens", [True]),
+        ("invocation_tokens", [-1]),
         ("virtual_tokens", -1),
         ("virtual_tokens", True),
         ("virtual_tokens", None),

@@ -56,6 +56,8 @@ class AdapterUse(msgspec.Struct, frozen=True):
     weight: float = 1.0
     virtual_tokens: int = 0
     """As its manifest says: so many positions come before the prompt's. Such an adapter must be alone."""
+    from_position: int = 0
+    """It acts on this position and all that follow; one place for each digest."""
 
 
 class Submit(Message, frozen=True):

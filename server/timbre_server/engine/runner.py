@@ -9,9 +9,9 @@ Legend: N kept rows, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, compress, pairwise
 from pathlib import Path
 from typing import Protocol
 
@@ -58,7 +58,7 @@ class RunnerOptions:
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    """The rows of one chunk whose logits are kept: first those that predict prompt tokens, then the last."""
+    """The last rows of one chunk, whose logits are kept: those that predict prompt tokens, then the last."""
 
     num_prompt_rows: int
     draws_token: bool
@@ -131,27 +131,34 @@ class Runner:
         """
         kept = [_kept_of(chunk) for chunk in plan.chunks]
         batch = _batch_of(plan, kept)
-        table = RowTable([span for chunk in plan.chunks for span in _spans(chunk)], self.cache.device)
-        kept_spans = [
-            Span(keep.num_rows, chunk.sequence.adapter_slots)
-            for chunk, keep in zip(plan.chunks, kept, strict=True)
-            if keep.num_rows
-        ]
+        table = self._table((chunk, chunk.num_tokens) for chunk in plan.chunks)
+        head_table = self._table((c, keep.num_rows) for c, keep in zip(plan.chunks, kept, strict=True))
         with torch.inference_mode():
             try:
-                self._adapters.set_rows(table, RowTable(kept_spans, self.cache.device))
+                self._adapters.set_rows(table, head_table)
                 logits_NV = forward(self._model, self.cache, batch)
             finally:
                 self._adapters.clear_rows()
             return StepResult(_results(plan, kept, logits_NV))
 
+    def _table(self, last_rows: Iterable[tuple[ScheduledChunk, int]]) -> RowTable:
+        """Of each chunk, its last so many rows."""
+        spans = [span for chunk, count in last_rows for span in _spans(chunk, chunk.end - count)]
+        return RowTable(spans, self.cache.device)
 
-def _spans(chunk: ScheduledChunk) -> list[Span]:
-    """A chunk's rows by what adapters do there."""
-    slots, num_virtual = chunk.sequence.adapter_slots, chunk.num_virtual
-    virtual = [Span(num_virtual, slots, virtual_from=chunk.start)] if num_virtual else []
-    own = [Span(chunk.num_tokens - num_virtual, slots)] if num_virtual < chunk.num_tokens else []
-    return virtual + own
+
+def _spans(chunk: ScheduledChunk, first: int) -> list[Span]:
+    """A chunk's rows from position ``first`` on, cut where adapters begin to act or virtual tokens end."""
+    sequence, num_virtual = chunk.sequence, chunk.sequence.num_virtual_tokens
+    inner = {cut for cut in (num_virtual, *sequence.turns) if first < cut < chunk.end}
+    return [
+        Span(
+            end - start,
+            tuple(compress(sequence.adapter_slots, sequence.acting(start))),
+            virtual_from=start if start < num_virtual else None,
+        )
+        for start, end in pairwise(sorted({first, *inner, chunk.end}))
+    ]
 
 
 def _kept_of(chunk: ScheduledChunk) -> _Kept:
@@ -173,10 +180,7 @@ def _batch_of(plan: StepPlan, kept: Sequence[_Kept]) -> Batch:
         sequence = chunk.sequence
         sequences.append(SequenceRows(first, chunk.num_tokens, chunk.start, tuple(sequence.block_table)))
         token_ids += sequence.token_ids[chunk.start : chunk.end]
-        first_own = first + chunk.num_virtual
-        kept_rows += range(first_own, first_own + keep.num_prompt_rows)
-        if keep.draws_token:
-            kept_rows.append(len(token_ids) - 1)
+        kept_rows += range(len(token_ids) - keep.num_rows, len(token_ids))
     return Batch(token_ids, sequences, kept_rows)
 
 

@@ -50,6 +50,16 @@ class Sequence:
         return self.request.request_id
 
     @property
+    def turns(self) -> tuple[int, ...]:
+        """Positions, beside the first, from which on other adapters act than before; increasing."""
+        return tuple(sorted({use.from_position for use in self.request.adapters} - {0}))
+
+    def acting(self, position: int) -> tuple[bool, ...]:
+        """Which adapters of ``mix`` act on a position."""
+        starts = {use.digest: use.from_position for use in self.request.adapters}
+        return tuple(starts[digest] <= position for digest, _ in self.mix)
+
+    @property
     def num_virtual_tokens(self) -> int:
         """Leading positions that the request's adapter fills, and no answer shows."""
         return num_virtual_tokens(self.request)

@@ -7,7 +7,7 @@ transport and no answer formats.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -200,12 +200,14 @@ def plan_choices(
     sampling: SamplingParams,
     *,
     request_id: str,
-    uses: tuple[AdapterUse, ...],
+    uses: Callable[[list[int]], tuple[AdapterUse, ...]],
     max_choices: int,
 ) -> list[Choice]:
     """``n`` sequences for each prompt, in order. With a seed the i-th of each has seed + i.
 
-    Raises: InvalidRequest for too many.
+    ``uses`` gives the adapters of a prompt.
+
+    Raises: InvalidRequest for too many, and as ``uses``.
     """
     if len(prompts) * request.n > max_choices:
         raise InvalidRequest(
@@ -215,6 +217,7 @@ def plan_choices(
         )
     choices = []
     for prompt_index, prompt in enumerate(prompts):
+        adapters = uses(prompt.token_ids)
         for copy in range(request.n):
             index = prompt_index * request.n + copy
             seed = secrets.randbelow(SEED_RANGE) if request.seed is None else request.seed + copy
@@ -222,7 +225,7 @@ def plan_choices(
                 request_id=f"{request_id}-{index}",
                 prompt_token_ids=prompt.token_ids,
                 sampling=msgspec.structs.replace(sampling, seed=seed % SEED_RANGE),
-                adapters=uses,
+                adapters=adapters,
                 cache_salt=request.cache_salt or "",
             )
             choices.append(Choice(index, prompt_index, submit))
