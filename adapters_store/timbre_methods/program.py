@@ -11,7 +11,8 @@ This module knows no file format, no method's name and no batch.
 
 Legend: I in features, O out features, R rank, N stored coefficients or blocks, P and Q the sizes of a
 basis, K places of a sparse core, F factors, S stored blocks, B their size, M and N
-(in `Circulant`) pieces of an output and an input. Prompts: V virtual tokens, D hidden size.
+(in `Circulant`) pieces of an output and an input. Prompts: V virtual tokens, D hidden size,
+A attention layers, G KV heads, E size of a head.
 """
 
 from __future__ import annotations
@@ -202,8 +203,25 @@ class PromptEmbeddings:
 
     rows_VD: Tensor
 
+    @property
+    def virtual_tokens(self) -> int:
+        return self.rows_VD.shape[0]
 
-Prompt = PromptEmbeddings
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PromptEntries:
+    """Virtual tokens by their KV entries in every attention layer, as the cache takes them: no position is
+    turned into the keys. ``keys_AVGE`` and ``values_AVGE`` [A, V, G, E], float32."""
+
+    keys_AVGE: Tensor
+    values_AVGE: Tensor
+
+    @property
+    def virtual_tokens(self) -> int:
+        return self.keys_AVGE.shape[1]
+
+
+Prompt = PromptEmbeddings | PromptEntries
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -224,7 +242,7 @@ class AdapterProgram:
     @property
     def virtual_tokens(self) -> int:
         """V: positions of each request that are the adapter's."""
-        return 0 if self.prompt is None else self.prompt.rows_VD.shape[0]
+        return 0 if self.prompt is None else self.prompt.virtual_tokens
 
     def placed_parts(self) -> Iterator[tuple[str, Part | Prompt]]:
         """Everything that the adapter consists of, with the place where it acts."""

@@ -18,12 +18,12 @@ from timbre_methods.config import read_config
 from timbre_methods.contract import Sites, Tensors
 from timbre_methods.program import AdapterProgram
 from timbre_methods.prompt.prompt_tuning import embeddings_example, embeddings_program
-from timbre_methods.prompt.virtual_tokens import VirtualTokensConfig
+from timbre_methods.prompt.virtual_tokens import EmbeddingsConfig
 from timbre_methods.prompt_contract import Frame, PromptMethod
 
 
-class CptConfig(VirtualTokensConfig):
-    inert = VirtualTokensConfig.inert | {
+class CptConfig(EmbeddingsConfig):
+    inert = EmbeddingsConfig.inert | {
         "cpt_mask",
         "cpt_token_ids",
         "cpt_tokens_type_mask",

@@ -21,12 +21,12 @@ from timbre_methods.config import read_config
 from timbre_methods.contract import Sites, Tensors
 from timbre_methods.examples import random_tensor, whole_number
 from timbre_methods.program import AdapterProgram, PromptEmbeddings
-from timbre_methods.prompt.virtual_tokens import EMBEDDINGS, VirtualTokensConfig, prompt_file, take_all
+from timbre_methods.prompt.virtual_tokens import EMBEDDINGS, EmbeddingsConfig, prompt_file, take_all
 from timbre_methods.prompt_contract import Frame, PromptMethod
 
 
-class PromptTuningConfig(VirtualTokensConfig):
-    inert = VirtualTokensConfig.inert | {
+class PromptTuningConfig(EmbeddingsConfig):
+    inert = EmbeddingsConfig.inert | {
         "prompt_tuning_init",
         "prompt_tuning_init_text",
         "tokenizer_kwargs",
@@ -34,7 +34,7 @@ class PromptTuningConfig(VirtualTokensConfig):
     }
 
 
-def embeddings_program(config: VirtualTokensConfig, tensors: Tensors, frame: Frame) -> AdapterProgram:
+def embeddings_program(config: EmbeddingsConfig, tensors: Tensors, frame: Frame) -> AdapterProgram:
     """The program of an adapter whose file holds its virtual tokens' embeddings and nothing else."""
     shapes = {EMBEDDINGS: (config.num_virtual_tokens, frame.hidden_size)}
     rows_VD = take_all(tensors, shapes)[EMBEDDINGS].to(torch.float32, copy=True)

@@ -22,11 +22,15 @@ EMBEDDINGS = "prompt_embeddings"
 class VirtualTokensConfig(PeftConfig):
     """The fields that matter at inference; an encoder that made the embeddings is not in the file."""
 
-    inert = frozenset({"num_attention_heads", "num_layers", "token_dim"})
-
     num_virtual_tokens: Count
     num_transformer_submodules: Literal[1] | None = None
     """2: an encoder and a decoder, each with its own prompt."""
+
+
+class EmbeddingsConfig(VirtualTokensConfig):
+    """The same, where the tensors are embeddings: attention's sizes do not matter."""
+
+    inert = frozenset({"num_attention_heads", "num_layers", "token_dim"})
 
 
 def take_all(tensors: Tensors, shapes: Mapping[str, tuple[int | str, ...]]) -> dict[str, Tensor]:

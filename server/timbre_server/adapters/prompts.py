@@ -1,9 +1,10 @@
-"""What prompt adapters put into a step: the embeddings of its virtual rows.
+"""What prompt adapters put into a step: the embeddings of its virtual rows, or their keys and values.
 
-Virtual rows hold a placeholder token; a hook on the base's embedding layer overwrites what it puts out for
-them. Knows no attention and no cache.
+Virtual rows hold a placeholder token. A hook on the base's embedding layer overwrites what it puts out for
+them; or attention is given the adapter's keys and values in place of theirs, before they go into the cache,
+and whatever else was computed for them is read by nobody.
 
-Legend: T rows of the step, V virtual tokens, N some of them, D hidden size.
+Legend: T rows of the step, V virtual tokens, D hidden size, A attention layers, G KV heads, E size of a head.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from timbre_methods.program import AdapterProgram, Prompt
+from timbre_methods.program import AdapterProgram, Prompt, PromptEmbeddings, PromptEntries
 from timbre_server.operators.row_table import RowTable
 
 
@@ -42,14 +43,22 @@ class StepPrompts:
     def end(self) -> None:
         self._virtual = ()
 
+    def entries(self, layer: int, k_GTE: Tensor, v_GTE: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer, those of virtual rows as their adapters have them; all in copies."""
+        for each in self._virtual:
+            if isinstance(each.prompt, PromptEntries):
+                k_GTE = _replaced(k_GTE, each.rows, each.prompt.keys_AVGE[layer, each.tokens])
+                v_GTE = _replaced(v_GTE, each.rows, each.prompt.values_AVGE[layer, each.tokens])
+        return k_GTE, v_GTE
+
     def _embedded(self, module: nn.Module, args: Any, out_1TD: Tensor) -> Tensor | None:
         """The embedding layer's output with the virtual rows' own; None: as it is."""
-        if not self._virtual:
-            return None
-        replaced_1TD = out_1TD.clone()
+        replaced_1TD = out_1TD
         for each in self._virtual:
-            replaced_1TD[0, each.rows] = each.prompt.rows_VD[each.tokens].to(out_1TD.dtype)
-        return replaced_1TD
+            if isinstance(each.prompt, PromptEmbeddings):
+                rows_V1D = each.prompt.rows_VD[each.tokens].unsqueeze(1)
+                replaced_1TD = _replaced(replaced_1TD, each.rows, rows_V1D)
+        return None if replaced_1TD is out_1TD else replaced_1TD
 
 
 def _virtual_rows(table: RowTable, programs: Mapping[int, AdapterProgram]) -> list[VirtualRows]:
@@ -63,3 +72,10 @@ def _virtual_rows(table: RowTable, programs: Mapping[int, AdapterProgram]) -> li
             found.append(VirtualRows(slice(row, row + span.num_rows), slice(first, last), prompt))
         row += span.num_rows
     return found
+
+
+def _replaced(x_GTE: Tensor, rows: slice, values_VGE: Tensor) -> Tensor:
+    """A copy with other values in some rows, rounded to x's dtype."""
+    copied_GTE = x_GTE.clone()
+    copied_GTE[:, rows] = values_VGE.transpose(0, 1).to(x_GTE.dtype)
+    return copied_GTE

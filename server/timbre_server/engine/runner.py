@@ -30,6 +30,7 @@ from timbre_server.engine.kv_sizing import (
 from timbre_server.engine.messages import Ready
 from timbre_server.engine.model_loader import PreparedModel, end_token_ids, longest_sequence
 from timbre_server.engine.paged_attention import SequenceRows
+from timbre_server.engine.prompted_attention import AttentionPrompts
 from timbre_server.engine.sampler import SamplingRow, prompt_logprobs, sample
 from timbre_server.engine.sequence import ChunkResult, ScheduledChunk, StepPlan, StepResult
 from timbre_server.operators.row_table import RowTable, Span
@@ -39,6 +40,9 @@ _UNKNOWN_MEMORY_BYTES = 5 << 30
 
 class RowAdapters(Protocol):
     """What the runner needs of the adapted model."""
+
+    @property
+    def prompts(self) -> AttentionPrompts: ...
 
     def set_rows(self, table: RowTable, head_table: RowTable) -> None: ...
 
@@ -136,7 +140,7 @@ class Runner:
         with torch.inference_mode():
             try:
                 self._adapters.set_rows(table, head_table)
-                logits_NV = forward(self._model, self.cache, batch)
+                logits_NV = forward(self._model, self.cache, batch, self._adapters.prompts)
             finally:
                 self._adapters.clear_rows()
             return StepResult(_results(plan, kept, logits_NV))
