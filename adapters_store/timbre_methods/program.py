@@ -12,7 +12,7 @@ This module knows no file format, no method's name and no batch.
 Legend: I in features, O out features, R rank, N stored coefficients or blocks, P and Q the sizes of a
 basis, K places of a sparse core, F factors, S stored blocks, B their size, M and N
 (in `Circulant`) pieces of an output and an input. Prompts: V virtual tokens, D hidden size,
-A attention layers, G KV heads, E size of a head.
+A attention layers, G KV heads, E size of a head (D of its keys), L keys of one layer.
 """
 
 from __future__ import annotations
@@ -225,11 +225,24 @@ Prompt = PromptEmbeddings | PromptEntries
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class AttentionPrompt:
+    """One attention layer's output, before its output projection, ``+= softmax(q K^T / sqrt(D)) V`` for each
+    head, with q as that layer's attention takes it (rotated, where it is). The softmax is over these keys
+    alone; a gate is in the values already. ``keys_GLD`` [G, L, D], ``values_GLE`` [G, L, E], float32."""
+
+    keys_GLD: Tensor
+    values_GLE: Tensor
+
+
+AnyPart = Part | Prompt | AttentionPrompt
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class AdapterProgram:
     """One adapter, ready to run: for each adapted site (its path in the base) the parts that act there.
 
     With a ``prompt`` it puts virtual tokens at positions 0 to V - 1, before a request's own. Prompts have no
-    weighted sum: such an adapter runs alone and with weight 1.
+    weighted sum: such an adapter runs alone and with weight 1. What it does in ``attention`` is by layer.
 
     With ``invocation_tokens`` it acts only from the first token of their last occurrence in a request's
     prompt on, and on all that follows; a request without them is not the adapter's.
@@ -237,6 +250,7 @@ class AdapterProgram:
 
     sites: Mapping[str, tuple[Part, ...]]
     prompt: Prompt | None = None
+    attention: Mapping[int, AttentionPrompt] = field(default_factory=dict)
     invocation_tokens: tuple[int, ...] = ()
 
     @property
@@ -244,11 +258,12 @@ class AdapterProgram:
         """V: positions of each request that are the adapter's."""
         return 0 if self.prompt is None else self.prompt.virtual_tokens
 
-    def placed_parts(self) -> Iterator[tuple[str, Part | Prompt]]:
+    def placed_parts(self) -> Iterator[tuple[str, AnyPart]]:
         """Everything that the adapter consists of, with the place where it acts."""
         yield from ((path, part) for path, parts in self.sites.items() for part in parts)
         if self.prompt is not None:
             yield "prompt", self.prompt
+        yield from ((f"attention of layer {layer}", part) for layer, part in self.attention.items())
 
     @property
     def prepared_bytes(self) -> int:
@@ -279,7 +294,7 @@ def shared_tensors(part: Part) -> Iterator[Tensor]:
             yield from (value for value in values if isinstance(value, Tensor))
 
 
-def owned_tensors(part: Part | Prompt) -> Iterator[Tensor]:
+def owned_tensors(part: AnyPart) -> Iterator[Tensor]:
     """The tensors of a part that belong to its adapter, without the shared basis."""
     for part_field in fields(part):
         value = getattr(part, part_field.name)

@@ -31,6 +31,9 @@ class NoPrompts:
     def entries(self, layer: int, k_GTD: Tensor, v_GTE: Tensor) -> tuple[Tensor, Tensor]:
         return k_GTD, v_GTE
 
+    def attended(self, layer: int, q_HTD: Tensor, out_THE: Tensor) -> Tensor:
+        return out_THE
+
 
 @dataclass
 class RecordedRows:

@@ -5,7 +5,8 @@ This module knows no method.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import islice
 from typing import Any, Literal
 
 from torch import Tensor
@@ -37,15 +38,18 @@ def take_all(tensors: Tensors, shapes: Mapping[str, tuple[int | str, ...]]) -> d
     """Exactly these tensors. Raises `InvalidTensors` for a missing, surplus or misshapen one."""
     surplus = next((name for name in tensors if name not in shapes), None)
     if surplus is not None:
-        raise InvalidTensors(f"{surplus[:200]!r} is surplus: expected only {', '.join(shapes)}")
+        raise InvalidTensors(f"{surplus[:200]!r} is surplus: expected only {_few(shapes)}")
     missing = next((name for name in shapes if name not in tensors), None)
     if missing is not None:
-        raise InvalidTensors(
-            f"{missing} is missing, while the file holds {', '.join(tensors) or 'no tensor'}"
-        )
+        raise InvalidTensors(f"{missing} is missing, while the file holds {_few(tensors) or 'no tensor'}")
     for name, shape in shapes.items():
         check_tensor(name, tensors[name], shape, FLOATS)
     return {name: tensors[name] for name in shapes}
+
+
+def _few(names: Iterable[str]) -> str:
+    shown = [name[:100] for name in islice(names, 3)]
+    return ", ".join(shown) + (", ..." if len(shown) == 3 else "")
 
 
 def prompt_file(peft_type: str, options: Mapping[str, Any]) -> dict[str, Any]:

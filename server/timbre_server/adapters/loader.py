@@ -21,14 +21,14 @@ from torch import Tensor
 from timbre_methods.bases import basis_on
 from timbre_methods.contract import Sites
 from timbre_methods.errors import MethodError
-from timbre_methods.program import AdapterProgram, Part, Projected, Prompt, owned_tensors
+from timbre_methods.program import AdapterProgram, AnyPart, Projected, owned_tensors
 from timbre_methods.prompt_contract import NO_FRAME, Frame
 from timbre_methods.registry import compiled, method_for
 from timbre_server.errors import AdapterLoadFailed
 from timbre_store.errors import StoreError
 from timbre_store.reader import open_adapter, verify_blob
 
-AnyPart = TypeVar("AnyPart", bound=Part | Prompt)
+PartT = TypeVar("PartT", bound=AnyPart)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ def _placed(program: AdapterProgram, device: torch.device) -> AdapterProgram:
     def own(tensor: Tensor) -> Tensor:
         return tensor.to(device, copy=True, memory_format=torch.contiguous_format)
 
-    def placed(part: AnyPart) -> AnyPart:
+    def placed(part: PartT) -> PartT:
         owned = {id(tensor) for tensor in owned_tensors(part)}
         changes: dict[str, Any] = {
             part_field.name: own(value)
@@ -116,4 +116,5 @@ def _placed(program: AdapterProgram, device: torch.device) -> AdapterProgram:
         program,
         sites={path: tuple(map(placed, parts)) for path, parts in program.sites.items()},
         prompt=None if program.prompt is None else placed(program.prompt),
+        attention={layer: placed(part) for layer, part in program.attention.items()},
     )

@@ -22,6 +22,10 @@ class AttentionPrompts(Protocol):
         """The keys and values to attend to and to keep."""
         ...
 
+    def attended(self, layer: int, q_HTD: Tensor, out_THE: Tensor, /) -> Tensor:
+        """The output with what adapters add to it; ``out_THE`` may be changed."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class PromptedAttention:
@@ -30,4 +34,5 @@ class PromptedAttention:
 
     def attend(self, call: AttentionCall) -> Tensor:
         k_GTD, v_GTE = self.prompts.entries(call.layer, call.k_GTD, call.v_GTE)
-        return self.inner.attend(replace(call, k_GTD=k_GTD, v_GTE=v_GTE))
+        out_THE = self.inner.attend(replace(call, k_GTD=k_GTD, v_GTE=v_GTE))
+        return self.prompts.attended(call.layer, call.q_HTD, out_THE)
