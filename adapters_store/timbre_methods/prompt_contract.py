@@ -34,6 +34,8 @@ class AttentionLayer:
     key_dim: int
     """Of one head, of queries too."""
     value_dim: int
+    shares_with: int | None = None
+    """The earlier layer whose keys and values this one attends to, where it has none of its own."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from msgspec.structs import astuple
 from safetensors.torch import load_file
 
 from timbre_methods.contract import Site, Sites
@@ -46,13 +47,7 @@ def meta_sites(shapes: Iterable[SiteShape]) -> Sites:
 
 def frame_of(info: Ready) -> Frame:
     """What prompts meet of the base."""
-    return Frame(
-        info.hidden_size,
-        tuple(
-            AttentionLayer(each.path, each.num_heads, each.num_kv_heads, each.key_dim, each.value_dim)
-            for each in info.attention
-        ),
-    )
+    return Frame(info.hidden_size, tuple(AttentionLayer(*astuple(layer)) for layer in info.attention))
 
 
 def warm_up() -> None:

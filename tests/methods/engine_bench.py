@@ -10,15 +10,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
 from timbre_methods.contract import Sites
 from timbre_methods.program import AdapterProgram
-from timbre_methods.prompt_contract import AttentionLayer, Frame
 from timbre_methods.registry import check_adapter, compiled, derive, method_for
 from timbre_server.adapters.adapted_model import AdaptedModel
-from timbre_server.adapters.base_sites import base_sites
+from timbre_server.adapters.base_sites import base_frame, base_sites
 from timbre_server.engine.attention import install_attention
 from timbre_server.engine.kv_blocks import BlockPool
 from timbre_server.engine.kv_cache import bytes_per_block
@@ -71,13 +71,7 @@ class EngineBench:
         shapes = [(shape.path, self.model.get_submodule(shape.path)) for shape in probed.sites]
         self.sites: Sites = base_sites((path, weight_of(layer), bias_of(layer)) for path, layer in shapes)
         layers = (layer.attention for layer in probed.layers)
-        self.frame = Frame(
-            probed.hidden_size,
-            tuple(
-                AttentionLayer(each.path, each.num_heads, each.num_kv_heads, each.key_dim, each.value_dim)
-                for each in layers
-            ),
-        )
+        self.frame = base_frame(probed.hidden_size, map(msgspec.structs.astuple, layers))
         self.shelf = Shelf()
         self.uses: dict[str, AdapterUse] = {}
         self.adapted = AdaptedModel(self.model, probed.groups, embedding=self.model.get_input_embeddings())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig
 from torch import nn
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import Gemma3nForCausalLM, Gemma3nTextConfig, MistralConfig, MistralForCausalLM
 
 from timbre_methods.errors import AdapterMismatch, InvalidConfig, InvalidTensors
 
@@ -89,6 +90,43 @@ def test_a_window_slides_off_the_prefix_as_peft_s_does(
         answer = bench.answer(prompt, "x")
         assert answer.token_ids == tokens
         assert answer.logprobs == pytest.approx(logprobs, abs=1e-4)
+
+
+def test_layers_without_keys_of_their_own_see_the_prefix_of_those_they_share(
+    engine_bench: ModuleType, write_with_peft: Callable[..., Any], peft_greedy: Callable[..., Any]
+) -> None:
+    torch.manual_seed(15)
+    config = Gemma3nTextConfig(
+        vocab_size=61,
+        vocab_size_per_layer_input=61,
+        hidden_size=32,
+        hidden_size_per_layer_input=8,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_kv_shared_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        max_position_embeddings=64,
+        laurel_rank=4,
+        altup_num_inputs=2,
+        activation_sparsity_pattern=[0.0] * 4,
+        initializer_range=0.2,
+        pad_token_id=0,
+    )
+    model = Gemma3nForCausalLM(config).eval()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Prefix tuning injected into layers")
+        written = write_with_peft(model, prefix_config(), std=1.0)
+        tokens, logprobs = peft_greedy(model, written.folder, PROMPTS[1], 4)
+    bench = engine_bench.EngineBench(model, budget=4)
+    assert [layer.shares_with for layer in bench.frame.attention] == [None, None, 0, 1]
+    bench.put("x", written.config, written.tensors)
+    answer = bench.answer(PROMPTS[1], "x", num_tokens=4)
+    assert answer.token_ids == tokens
+    assert answer.logprobs == pytest.approx(logprobs, abs=1e-4)
 
 
 def test_requests_of_one_prefix_share_its_blocks(

@@ -2,7 +2,9 @@
 
     attention over [k_0 … k_(v−1), rope(W_k x_0, v), …]      a request's own tokens are at v, v + 1, …
 
-The keys are as the cache takes them: no rotary embedding is applied to them. A projection that made them in
+The keys are as the cache takes them: no rotary embedding is applied to them. Where a layer attends to an
+earlier one's keys and values, it does so for the prefix too, and its own part of the file is read by nobody.
+A projection that made them in
 training is not in the file; PEFT saves what it gave.
 
 Legend: V virtual tokens, A attention layers, G KV heads, E size of a head.
@@ -54,7 +56,10 @@ def entries_program(config: EntriesConfig, tensors: Tensors, frame: Frame) -> Ad
     count, layers = config.num_virtual_tokens, config.num_layers
     stored = take_all(tensors, {EMBEDDINGS: (count, layers * 2 * heads * size)})[EMBEDDINGS]
     entries_VA2GE = stored.to(torch.float32).view(count, layers, 2, heads, size)
-    keys_AVGE, values_AVGE = (entries_VA2GE[:, :, at].transpose(0, 1).clone() for at in (0, 1))
+    sources = [
+        at if each.shares_with is None else each.shares_with for at, each in enumerate(frame.attention)
+    ]
+    keys_AVGE, values_AVGE = (entries_VA2GE[:, sources, at].transpose(0, 1).contiguous() for at in (0, 1))
     return AdapterProgram({}, prompt=PromptEntries(keys_AVGE, values_AVGE))
 
 

@@ -15,6 +15,6 @@ def base_sites(layers: Iterable[tuple[str, Tensor, Tensor | None]]) -> Sites:
     return {path: Site(path, weight_OI, bias_O) for path, weight_OI, bias_O in layers}
 
 
-def base_frame(hidden_size: int, attention: Iterable[tuple[str, int, int, int, int]]) -> Frame:
+def base_frame(hidden_size: int, attention: Iterable[tuple[str, int, int, int, int, int | None]]) -> Frame:
     """From the fields of each `AttentionLayer`, in layer order."""
     return Frame(hidden_size, tuple(AttentionLayer(*layer) for layer in attention))

@@ -123,6 +123,8 @@ class AttentionShape(msgspec.Struct, frozen=True):
     num_kv_heads: int
     key_dim: int
     value_dim: int
+    shares_with: int | None = None
+    """The earlier layer whose keys and values this one attends to, where it has none of its own."""
 
 
 class Ready(Message, frozen=True):

@@ -45,11 +45,14 @@ class LayerAttention:
     window: int | None
     softcap: float | None
     has_sinks: bool
+    shares_with: int | None
+    """The earlier layer whose keys and values it was called with."""
 
     @property
     def attention(self) -> AttentionShape:
-        shape = self.shape
-        return AttentionShape(self.path, self.num_heads, shape.num_kv_heads, shape.key_dim, shape.value_dim)
+        shape, shared = self.shape, self.shares_with
+        sizes = (self.num_heads, shape.num_kv_heads, shape.key_dim, shape.value_dim)
+        return AttentionShape(self.path, *sizes, shares_with=shared)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +164,7 @@ def _layers(model: PreTrainedModel, family: str, recording: Recording) -> tuple[
             "code of their own or keep recurrent state, and cannot be served from a paged cache."
         )
     by_layer = sorted(calls, key=lambda call: call.layer)
-    layers = tuple(_layer(call, recording.paths[call.layer]) for call in by_layer)
+    layers = tuple(_layer(call, by_layer, recording.paths[call.layer]) for call in by_layer)
     for kind, layer in zip(getattr(text, "layer_types", None) or (), layers, strict=False):
         if (kind == "sliding_attention") != (layer.window is not None):
             raise UnsupportedModel(
@@ -171,7 +174,8 @@ def _layers(model: PreTrainedModel, family: str, recording: Recording) -> tuple[
     return layers
 
 
-def _layer(call: AttentionCall, path: str) -> LayerAttention:
+def _layer(call: AttentionCall, by_layer: Sequence[AttentionCall], path: str) -> LayerAttention:
+    earlier = by_layer[: call.layer]
     shape = LayerShape(call.layer, call.k_GTD.shape[0], call.k_GTD.shape[2], call.v_GTE.shape[2])
     return LayerAttention(
         shape=shape,
@@ -181,6 +185,7 @@ def _layer(call: AttentionCall, path: str) -> LayerAttention:
         window=call.window,
         softcap=call.softcap,
         has_sinks=call.sinks_H is not None,
+        shares_with=next((e.layer for e in earlier if e.k_GTD.data_ptr() == call.k_GTD.data_ptr()), None),
     )
 
 
