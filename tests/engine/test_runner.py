@@ -27,19 +27,11 @@ BLOCK_SIZE = 4
 GREEDY = SamplingParams(temperature=0.0)
 
 
-class NoPrompts:
-    def entries(self, layer: int, k_GTD: Tensor, v_GTE: Tensor) -> tuple[Tensor, Tensor]:
-        return k_GTD, v_GTE
-
-    def attended(self, layer: int, q_HTD: Tensor, out_THE: Tensor) -> Tensor:
-        return out_THE
-
-
 @dataclass
 class RecordedRows:
     """Notes what the runner says of rows; applies nothing."""
 
-    prompts: NoPrompts = field(default_factory=NoPrompts)
+    attention_prompts: None = None
     told: list[tuple[RowTable, RowTable]] = field(default_factory=list)
     is_set: bool = False
 

@@ -9,7 +9,7 @@ PEFT one for the base; here it is refused, since an answer in an adapter's name 
 
 Legend: T tokens.
 
-Paper: arXiv 2504.12397 section 3.
+Paper: arXiv 2504.12397.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 They are served as a prefix (`prefix_tuning`): the same layout, the same places. Which of the entries training
 held fixed is inert.
 
-Paper: arXiv 2506.06266 section 3.
+Paper: arXiv 2506.06266.
 """
 
 from __future__ import annotations

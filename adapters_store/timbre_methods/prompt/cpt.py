@@ -3,7 +3,7 @@
 PEFT adds the learned and projected move to the context tokens' embeddings before it saves, so the file holds
 the sum, and this is prompt tuning from here on. Token ids, masks and the loss are inert.
 
-Paper: arXiv 2410.17222 section 4.
+Paper: arXiv 2410.17222.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ A request cannot say which task it is of, so only files of one task are served, 
 
 Legend: V virtual tokens, D hidden size, R rank, S tasks.
 
-Paper: arXiv 2303.02861 equation 1.
+Paper: arXiv 2303.02861.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 PEFT runs the encoder before it saves, so the file holds its result, and this is prompt tuning from here on;
 the encoder's sizes in the config are inert.
 
-Paper: arXiv 2103.10385 section 2.
+Paper: arXiv 2103.10385.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ class AdaptedModel:
         """Replace the layers of ``groups`` in place. ``product_of`` gives the fastest ``W x + b`` of one;
         without ``embedding``, the base's layer of token embeddings, no adapter may bring virtual tokens."""
         self._programs: dict[int, AdapterProgram] = {}
-        self.prompts = StepPrompts(self._programs, embedding)
+        self._prompts = StepPrompts(self._programs, embedding)
         self._body_rows = ActiveRows()
         self._head_rows = ActiveRows()
         self._groups: list[AdaptedGroup] = []
@@ -46,17 +46,22 @@ class AdaptedModel:
                 layer = AdaptedLinear(base, product_of(base), adapted, member)
                 setattr(model.get_submodule(parent), name, layer)
 
+    @property
+    def attention_prompts(self) -> StepPrompts | None:
+        """What adapters do in the attention of the rows that are set; None: nothing."""
+        return self._prompts if self._prompts.act_in_attention else None
+
     def set_rows(self, table: RowTable, head_table: RowTable) -> None:
         """The rows of the next forward, and those of them whose logits are kept."""
         self._body_rows.begin(table)
         self._head_rows.begin(head_table)
-        self.prompts.begin(table)
+        self._prompts.begin(table)
 
     def clear_rows(self) -> None:
         """The forward has ended, well or not: base rows until told otherwise, nothing kept of its inputs."""
         self._body_rows.end()
         self._head_rows.end()
-        self.prompts.end()
+        self._prompts.end()
         for group in self._groups:
             group.end_step()
 

@@ -26,6 +26,7 @@ from timbre_methods.prompt_contract import NO_FRAME, Frame
 from timbre_methods.registry import compiled, method_for
 from timbre_server.errors import AdapterLoadFailed
 from timbre_store.errors import StoreError
+from timbre_store.manifest import Manifest
 from timbre_store.reader import open_adapter, verify_blob
 
 PartT = TypeVar("PartT", bound=AnyPart)
@@ -79,6 +80,7 @@ class AdapterLoader:
                 method = method_for(files.config)
                 config = method.parse(files.config)
                 program = compiled(method, config, tensors, self._sites, self._frame)
+                _check_promises(files.manifest, program)
             with _timed(seconds, "place"), torch.inference_mode():
                 program = _placed(program, self._device)
         except (StoreError, MethodError, SafetensorError, OSError) as error:
@@ -91,6 +93,17 @@ def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     seconds[phase] = time.perf_counter() - start
+
+
+def _check_promises(manifest: Manifest, program: AdapterProgram) -> None:
+    """Requests were laid out by what the manifest says: rows that are the adapter's must be so here, too."""
+    said = (manifest.virtual_tokens, manifest.invocation_tokens)
+    if said != (program.virtual_tokens, program.invocation_tokens):
+        raise AdapterLoadFailed(
+            f"adapter {manifest.digest}: its manifest says {said[0]} virtual tokens and invocation tokens "
+            f"{said[1][:32]}, its files {program.virtual_tokens} and {program.invocation_tokens[:32]}: "
+            "upload it again"
+        )
 
 
 def _placed(program: AdapterProgram, device: torch.device) -> AdapterProgram:

@@ -59,6 +59,11 @@ class StepPrompts:
         self._virtual = ()
         self._attending = {}
 
+    @property
+    def act_in_attention(self) -> bool:
+        """Whether `entries` or `attended` would change anything."""
+        return bool(self._attending) or any(isinstance(v.prompt, PromptEntries) for v in self._virtual)
+
     def entries(self, layer: int, k_GTE: Tensor, v_GTE: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer, those of virtual rows as their adapters have them; all in copies."""
         for each in self._virtual:

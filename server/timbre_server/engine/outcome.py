@@ -17,7 +17,8 @@ def refusal(request: Submit, max_len: int, vocab_size: int | None) -> TokenEvent
     if not prompt:
         return _refused(request, "invalid_request", "the prompt has no tokens; expected at least one")
     if num_virtual and (len(request.adapters) > 1 or request.adapters[0].weight != 1):
-        text = "an adapter with virtual tokens must be a request's only one, of weight 1: prompts have no sum"
+        culprit = next(use.digest for use in request.adapters if use.virtual_tokens)
+        text = f"adapter {culprit} must be a request's only one, of weight 1: virtual tokens have no sum"
         return _refused(request, "invalid_request", text)
     if num_virtual + len(prompt) + min(answer, 1) > max_len:
         beside = f" beside {num_virtual} virtual ones of its adapter" if num_virtual else ""

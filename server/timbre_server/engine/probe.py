@@ -79,6 +79,10 @@ class Recording:
         self.paths: dict[int, str] = {}
         """Of each layer that has called, the module that was entered last."""
         self._entered = ""
+        self.hidden_size = 0
+
+    def note_embedding(self, module: nn.Module, args: tuple[object, ...], out_1TD: Tensor) -> None:
+        self.hidden_size = out_1TD.shape[-1]
 
     def enter(self, path: str, module: nn.Module, args: tuple[object, ...]) -> None:
         """A module that knows its layer begins."""
@@ -127,6 +131,7 @@ def probe(model: PreTrainedModel) -> ProbeResult:
         for path, module in model.named_modules()
         if hasattr(module, "layer_idx")
     ]
+    hooks.append(model.get_input_embeddings().register_forward_hook(recording.note_embedding))
     try:
         with torch.inference_mode():
             run_model(model, recording, _TOKEN_IDS, range(_NUM_ROWS), _KEPT_ROWS)
@@ -137,9 +142,7 @@ def probe(model: PreTrainedModel) -> ProbeResult:
             hook.remove()
     groups = _groups(model, reads.entries)
     sites = tuple(_site(path, model.get_submodule(path)) for group in groups for path in group.paths)
-    embedding = model.get_input_embeddings().weight
-    assert isinstance(embedding, Tensor), "an embedding layer has a weight"
-    return ProbeResult(_layers(model, family, recording), groups, sites, embedding.shape[1])
+    return ProbeResult(_layers(model, family, recording), groups, sites, recording.hidden_size)
 
 
 def _refuse_by_signature(model: PreTrainedModel, family: str) -> None:

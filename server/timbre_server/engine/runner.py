@@ -42,7 +42,9 @@ class RowAdapters(Protocol):
     """What the runner needs of the adapted model."""
 
     @property
-    def prompts(self) -> AttentionPrompts: ...
+    def attention_prompts(self) -> AttentionPrompts | None:
+        """Of the rows that are set; None where adapters leave attention alone."""
+        ...
 
     def set_rows(self, table: RowTable, head_table: RowTable) -> None: ...
 
@@ -140,7 +142,7 @@ class Runner:
         with torch.inference_mode():
             try:
                 self._adapters.set_rows(table, head_table)
-                logits_NV = forward(self._model, self.cache, batch, self._adapters.prompts)
+                logits_NV = forward(self._model, self.cache, batch, self._adapters.attention_prompts)
             finally:
                 self._adapters.clear_rows()
             return StepResult(_results(plan, kept, logits_NV))

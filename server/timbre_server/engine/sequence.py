@@ -45,24 +45,18 @@ class Sequence:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     """For the request's prompt tokens 1, 2, ... as far as they are computed; only where asked."""
 
+    num_virtual_tokens: int = field(init=False)
+    """Leading positions that the request's adapter fills, and no answer shows."""
+    turns: tuple[int, ...] = field(init=False)
+    """Positions, beside the first, from which on other adapters act than before; increasing."""
+
+    def __post_init__(self) -> None:
+        self.num_virtual_tokens = num_virtual_tokens(self.request)
+        self.turns = tuple(sorted({use.from_position for use in self.request.adapters} - {0}))
+
     @property
     def request_id(self) -> str:
         return self.request.request_id
-
-    @property
-    def turns(self) -> tuple[int, ...]:
-        """Positions, beside the first, from which on other adapters act than before; increasing."""
-        return tuple(sorted({use.from_position for use in self.request.adapters} - {0}))
-
-    def acting(self, position: int) -> tuple[bool, ...]:
-        """Which adapters of ``mix`` act on a position."""
-        starts = {use.digest: use.from_position for use in self.request.adapters}
-        return tuple(starts[digest] <= position for digest, _ in self.mix)
-
-    @property
-    def num_virtual_tokens(self) -> int:
-        """Leading positions that the request's adapter fills, and no answer shows."""
-        return num_virtual_tokens(self.request)
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -72,6 +66,13 @@ class Sequence:
     @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
+
+    def acting(self, position: int) -> tuple[bool, ...]:
+        """Which adapters of ``mix`` act on a position."""
+        if not self.turns:
+            return (True,) * len(self.mix)
+        starts = {use.digest: use.from_position for use in self.request.adapters}
+        return tuple(starts[digest] <= position for digest, _ in self.mix)
 
 
 def num_virtual_tokens(request: Submit) -> int:
