@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from timbre_methods.config import INERT
 from timbre_methods.contract import Site
 from timbre_methods.errors import InvalidConfig, InvalidTensors, MethodError, UnsupportedMethod
 from timbre_methods.program import AdapterProgram, owned_tensors
@@ -210,6 +211,25 @@ def test_an_option_is_refused_by_name_when_on_and_accepted_when_off(name: str, o
         method.parse({**made.config, option: UNSERVED[option]})
     for off in (None, False, "", "none", [], {}):
         assert method.parse({**made.config, option: off}) == method.parse(made.config)
+
+
+@each_method
+@each_example
+def test_every_option_is_honoured_refused_or_declared_inert(name: str, seed: int) -> None:
+    made = example(name, seed)
+    before = tensors_of(made.program())
+    inert = INERT | get_type_hints(prompt_methods()[name].parse)["return"].inert
+    for key in made.config.keys() - inert:
+        for other in (1, 2, 7, "another", [1], {"a": 1}, True):
+            if other == made.config[key]:
+                continue
+            try:
+                after = tensors_of(made.program(config={**made.config, key: other}))
+            except MethodError:
+                continue
+            assert after.keys() != before.keys() or any(
+                not torch.equal(after[place], tensor) for place, tensor in before.items()
+            ), (key, other)
 
 
 JSON = st.recursive(
