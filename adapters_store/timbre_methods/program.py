@@ -203,10 +203,6 @@ class PromptEmbeddings:
 
     rows_VD: Tensor
 
-    @property
-    def virtual_tokens(self) -> int:
-        return self.rows_VD.shape[0]
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PromptEntries:
@@ -215,10 +211,6 @@ class PromptEntries:
 
     keys_AVGE: Tensor
     values_AVGE: Tensor
-
-    @property
-    def virtual_tokens(self) -> int:
-        return self.keys_AVGE.shape[1]
 
 
 Prompt = PromptEmbeddings | PromptEntries
@@ -256,7 +248,9 @@ class AdapterProgram:
     @property
     def virtual_tokens(self) -> int:
         """V: positions of each request that are the adapter's."""
-        return 0 if self.prompt is None else self.prompt.virtual_tokens
+        if isinstance(self.prompt, PromptEntries):
+            return self.prompt.keys_AVGE.shape[1]
+        return 0 if self.prompt is None else self.prompt.rows_VD.shape[0]
 
     def placed_parts(self) -> Iterator[tuple[str, AnyPart]]:
         """Everything that the adapter consists of, with the place where it acts."""
@@ -277,15 +271,11 @@ class AdapterProgram:
     @property
     def shared_bytes(self) -> dict[int, int]:
         """Bytes of each tensor that it shares with others, by the tensor's identity in this process."""
-        return {
-            id(tensor): tensor.nbytes
-            for parts in self.sites.values()
-            for part in parts
-            for tensor in shared_tensors(part)
-        }
+        parts = (part for _, part in self.placed_parts())
+        return {id(tensor): tensor.nbytes for part in parts for tensor in shared_tensors(part)}
 
 
-def shared_tensors(part: Part) -> Iterator[Tensor]:
+def shared_tensors(part: AnyPart) -> Iterator[Tensor]:
     """The tensors of a part's shared basis."""
     for part_field in fields(part):
         if part_field.metadata.get("shared"):
