@@ -77,8 +77,8 @@ given those of its own kinds."""
 Config = TypeVar("Config")
 
 
-class Method(ABC, Generic[Config]):
-    """How one kind of adapter is read. Stateless; one instance serves all adapters of the kind."""
+class Reader(ABC, Generic[Config]):
+    """How one kind of adapter is recognised. Stateless; one instance serves all adapters of the kind."""
 
     name: ClassVar[str]
     """The method's name in manifests, metrics and tables, e.g. ``lora``."""
@@ -103,6 +103,10 @@ class Method(ABC, Generic[Config]):
     def parse(self, raw_config: Mapping[str, Any]) -> Config:
         """The typed config. Raises `UnsupportedMethod` for an option that is on and not served, by name,
         and `InvalidConfig` for a value out of its bounds. Options that are off are accepted."""
+
+
+class Method(Reader[Config]):
+    """A kind of adapter that changes linear layers (`prompt_contract` has the others)."""
 
     def derive(self, config: Config, tensors: Tensors, sites: Sites) -> dict[str, Tensor]:
         """What the file leaves out and the base's values give, by full names that begin with `DERIVED`.

@@ -12,7 +12,8 @@ This module knows no file format, no method's name and no batch.
 
 Legend: I in features, O out features, R rank, N stored coefficients or blocks, P and Q the sizes of a
 basis, K places of a sparse core or tokens, F factors, S stored blocks, B their size, M and N
-(in `Circulant`) pieces of an output and an input.
+(in `Circulant`) pieces of an output and an input. Prompts: V virtual tokens, D hidden size,
+A attention layers, G KV heads, E size of a head (D of its keys), L keys of one layer.
 """
 
 from __future__ import annotations
@@ -204,62 +205,96 @@ class TokenRows:
     rows_KO: Tensor
 
 
-Part = (
-    LowRank
-    | Spectral
-    | Circulant
-    | Sparse
-    | Block
-    | Dense
-    | Kronecker
-    | Projected
-    | Diagonal
-    | Rotation
-    | TokenRows
-)
+FromInput = LowRank | Spectral | Circulant | Sparse | Block | Dense | Kronecker | Projected | TokenRows
+Part = FromInput | Diagonal | Rotation
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PromptEmbeddings:
+    """Virtual tokens by their embeddings: ``rows_VD`` [V, D] float32, in place of what the base's own
+    embedding layer puts out."""
+
+    rows_VD: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PromptEntries:
+    """Virtual tokens by their KV entries in every attention layer, as the cache takes them: no position is
+    turned into the keys. ``keys_AVGE`` and ``values_AVGE`` [A, V, G, E], float32."""
+
+    keys_AVGE: Tensor
+    values_AVGE: Tensor
+
+
+Prompt = PromptEmbeddings | PromptEntries
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionPrompt:
+    """One attention layer's output, before its output projection, ``+= softmax(q K^T / sqrt(D)) V`` for each
+    head, with q as that layer's attention takes it (rotated, where it is). The softmax is over these keys
+    alone; a gate is in the values already. ``keys_GLD`` [G, L, D], ``values_GLE`` [G, L, E], float32."""
+
+    keys_GLD: Tensor
+    values_GLE: Tensor
+
+
+AnyPart = Part | Prompt | AttentionPrompt
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AdapterProgram:
-    """One adapter, ready to run: for each adapted site (its path in the base) the parts that act there."""
+    """One adapter, ready to run: for each adapted site (its path in the base) the parts that act there.
+
+    With a ``prompt`` it puts virtual tokens at positions 0 to V - 1, before a request's own. Prompts have no
+    weighted sum: such an adapter runs alone and with weight 1. What it does in ``attention`` is by layer.
+
+    With ``invocation_tokens`` it acts only from the first token of their last occurrence in a request's
+    prompt on, and on all that follows; a request without them is not the adapter's.
+    """
 
     sites: Mapping[str, tuple[Part, ...]]
+    prompt: Prompt | None = None
+    attention: Mapping[int, AttentionPrompt] = field(default_factory=dict)
+    invocation_tokens: tuple[int, ...] = ()
+
+    @property
+    def virtual_tokens(self) -> int:
+        """V: positions of each request that are the adapter's."""
+        if isinstance(self.prompt, PromptEntries):
+            return self.prompt.keys_AVGE.shape[1]
+        return 0 if self.prompt is None else self.prompt.rows_VD.shape[0]
+
+    def placed_parts(self) -> Iterator[tuple[str, AnyPart]]:
+        """Everything that the adapter consists of, with the place where it acts."""
+        yield from ((path, part) for path, parts in self.sites.items() for part in parts)
+        if self.prompt is not None:
+            yield "prompt", self.prompt
+        yield from ((f"attention of layer {layer}", part) for layer, part in self.attention.items())
 
     @property
     def prepared_bytes(self) -> int:
         """Bytes that this adapter alone needs in memory; exact on the meta device too."""
-        return sum(
-            tensor.numel() * tensor.element_size()
-            for parts in self.sites.values()
-            for part in parts
-            for tensor in owned_tensors(part)
-        )
+        return sum(tensor.nbytes for _, part in self.placed_parts() for tensor in owned_tensors(part))
 
     @property
     def shared_bytes(self) -> dict[int, int]:
         """Bytes of each tensor that it shares with others, by the tensor's identity in this process."""
-        return {
-            id(tensor): tensor.nbytes
-            for parts in self.sites.values()
-            for part in parts
-            for tensor in shared_tensors(part)
-        }
+        parts = (part for _, part in self.placed_parts())
+        return {id(tensor): tensor.nbytes for part in parts for tensor in shared_tensors(part)}
 
 
-def shared_tensors(part: Part) -> Iterator[Tensor]:
-    """The tensors of a part's shared basis."""
-    for part_field in fields(part):
-        if part_field.metadata.get("shared"):
-            basis = getattr(part, part_field.name)
-            values = (getattr(basis, basis_field.name) for basis_field in fields(basis))
-            yield from (value for value in values if isinstance(value, Tensor))
+def shared_tensors(part: AnyPart) -> Iterator[Tensor]:
+    """The tensors of a part's basis, where others may use it, too."""
+    for basis in (getattr(part, each.name) for each in fields(part) if each.metadata.get("shared")):
+        if not (isinstance(basis, Places) and basis.is_own):
+            yield from (v for each in fields(basis) if isinstance(v := getattr(basis, each.name), Tensor))
 
 
-def owned_tensors(part: Part) -> Iterator[Tensor]:
+def owned_tensors(part: AnyPart) -> Iterator[Tensor]:
     """The tensors of a part that belong to its adapter, without the shared basis."""
-    for part_field in fields(part):
-        value = getattr(part, part_field.name)
-        if isinstance(value, Tensor) and not part_field.metadata.get("shared"):
+    for value in (getattr(part, each.name) for each in fields(part)):
+        if isinstance(value, Tensor):
             yield value
         elif isinstance(value, Places) and value.is_own:
             yield from (value.rows_N, value.columns_N)

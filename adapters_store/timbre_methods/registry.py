@@ -20,9 +20,10 @@ import torch
 import timbre_methods
 from timbre_methods.beside import BIAS, Beside, check_copies, read_beside
 from timbre_methods.config import MAX_CONFIG_KEYS, is_on, shown
-from timbre_methods.contract import DERIVED, Method, Site, Sites, Tensors
+from timbre_methods.contract import DERIVED, Method, Reader, Site, Sites, Tensors
 from timbre_methods.errors import AdapterMismatch, InvalidConfig, InvalidTensors, UnsupportedMethod
 from timbre_methods.program import AdapterProgram
+from timbre_methods.prompt_contract import NO_FRAME, Frame, PromptMethod
 from timbre_methods.refusals import unknown_kind
 from timbre_methods.replaced import replacement
 from timbre_methods.site_tensors import NOUNS, PREFIX, article
@@ -55,12 +56,29 @@ class Inspection:
     derives: bool
     """Whether registration needs the base's values (`derive`): for tensors that only they give, or to compare
     a copy of theirs in the file."""
+    virtual_tokens: int
+    invocation_tokens: tuple[int, ...]
+
+
+AnyMethod = Method[Any] | PromptMethod[Any]
 
 
 @cache
 def methods() -> Mapping[str, Method[Any]]:
-    """All methods by name, in alphabetical order."""
-    found: dict[str, Method[Any]] = {}
+    """All methods that change linear layers, by name, in alphabetical order."""
+    return MappingProxyType({name: each for name, each in _readers().items() if isinstance(each, Method)})
+
+
+@cache
+def prompt_methods() -> Mapping[str, PromptMethod[Any]]:
+    """All methods of prompts and attention, by name, in alphabetical order."""
+    readers = _readers().items()
+    return MappingProxyType({name: each for name, each in readers if isinstance(each, PromptMethod)})
+
+
+@cache
+def _readers() -> Mapping[str, AnyMethod]:
+    found: dict[str, AnyMethod] = {}
     for module_info in pkgutil.walk_packages(timbre_methods.__path__, timbre_methods.__name__ + "."):
         module = importlib.import_module(module_info.name)
         for member in vars(module).values():
@@ -72,10 +90,10 @@ def methods() -> Mapping[str, Method[Any]]:
 
 
 def _is_method(member: object) -> bool:
-    return inspect.isclass(member) and issubclass(member, Method) and not inspect.isabstract(member)
+    return inspect.isclass(member) and issubclass(member, Reader) and not inspect.isabstract(member)
 
 
-def method_for(raw_config: Mapping[str, Any]) -> Method[Any]:
+def method_for(raw_config: Mapping[str, Any]) -> AnyMethod:
     """The one method that reads adapters with this config.
 
     Raises `UnsupportedMethod` where there is none, with what exists, and `InvalidConfig` without a peft_type.
@@ -86,7 +104,7 @@ def method_for(raw_config: Mapping[str, Any]) -> Method[Any]:
         raise InvalidConfig(
             f"adapter_config.json: peft_type: expected a string, found {shown(raw_config.get('peft_type'))}"
         )
-    claimants = [method for method in methods().values() if method.claims(raw_config)]
+    claimants = [method for method in _readers().values() if method.claims(raw_config)]
     if len(claimants) > 1:
         names = ", ".join(method.name for method in claimants)
         raise RuntimeError(f"the methods {names} claim the same adapter")
@@ -99,13 +117,13 @@ def _nobody_claims(raw_config: Mapping[str, Any]) -> str:
     peft_type = raw_config["peft_type"]
     for key, value in raw_config.items():
         rest = {name: other for name, other in raw_config.items() if name != key}
-        nearest = next((method.name for method in methods().values() if method.claims(rest)), None)
+        nearest = next((method.name for method in _readers().values() if method.claims(rest)), None)
         if nearest is not None and is_on(value):
             return (
                 f"no method here reads peft_type {shown(peft_type)} with {shown(key)} on ({shown(value)}); "
                 f"without it {nearest} would"
             )
-    return unknown_kind(peft_type, methods())
+    return unknown_kind(peft_type, _readers())
 
 
 def sites_of(method: Method[Any], sites: Sites) -> Sites:
@@ -114,25 +132,33 @@ def sites_of(method: Method[Any], sites: Sites) -> Sites:
 
 
 def inspect_adapter(
-    raw_config: Mapping[str, Any], header: Mapping[str, tuple[str, Sequence[int]]], sites: Sites
+    raw_config: Mapping[str, Any],
+    header: Mapping[str, tuple[str, Sequence[int]]],
+    sites: Sites,
+    frame: Frame = NO_FRAME,
 ) -> Inspection:
     """What an adapter is, from its config and its file's header: dtype name and shape by tensor name.
 
     Compiles on the meta device: nothing is read and nothing allocated. Raises what `Method.parse` and
     `Method.compile` raise.
     """
-    return _inspection(raw_config, {name: _meta(name, *entry) for name, entry in header.items()}, sites)
+    shapes = {name: _meta(name, *entry) for name, entry in header.items()}
+    return _inspection(raw_config, shapes, sites, frame)
 
 
-def check_adapter(raw_config: Mapping[str, Any], tensors: Tensors, sites: Sites) -> Inspection:
+def check_adapter(
+    raw_config: Mapping[str, Any], tensors: Tensors, sites: Sites, frame: Frame = NO_FRAME
+) -> Inspection:
     """As `inspect_adapter`, with real tensors, whose values are checked too.
 
     The sites may be meta: they stand for their shapes alone. Raises what `Method.check_values` raises, too.
     """
-    inspection = _inspection(raw_config, {name: tensor.to("meta") for name, tensor in tensors.items()}, sites)
+    shapes = {name: tensor.to("meta") for name, tensor in tensors.items()}
+    inspection = _inspection(raw_config, shapes, sites, frame)
     method = method_for(raw_config)
-    own = _divided(method, raw_config, tensors, sites).own
-    method.check_values(method.parse(raw_config), own, sites_of(method, sites))
+    if isinstance(method, Method):
+        own = _divided(method, raw_config, tensors, sites).own
+        method.check_values(method.parse(raw_config), own, sites_of(method, sites))
     return inspection
 
 
@@ -148,18 +174,22 @@ def derive(raw_config: Mapping[str, Any], tensors: Tensors, sites: Sites) -> dic
     return _derived(method, method.parse(raw_config), beside.own, sites)
 
 
-def compile_adapter(raw_config: Mapping[str, Any], tensors: Tensors, sites: Sites) -> AdapterProgram:
+def compile_adapter(
+    raw_config: Mapping[str, Any], tensors: Tensors, sites: Sites, frame: Frame = NO_FRAME
+) -> AdapterProgram:
     """A whole adapter as operators: what its method compiles, and what stands beside that in the file.
 
     ``tensors`` are the file's and what `derive` gave. Raises what `Method.parse` and `Method.compile` raise.
     """
     method = method_for(raw_config)
     config = method.parse(raw_config)
-    return _compiled(method, config, _divided(method, raw_config, tensors, sites), sites)
+    return _compiled(method, config, _divided(method, raw_config, tensors, sites), sites, frame)
 
 
-def _divided(method: Method[Any], raw_config: Mapping[str, Any], tensors: Tensors, sites: Sites) -> Beside:
+def _divided(method: AnyMethod, raw_config: Mapping[str, Any], tensors: Tensors, sites: Sites) -> Beside:
     """The file divided, its method's own tensors at layers of the method's own kinds."""
+    if isinstance(method, PromptMethod):
+        return Beside(own=dict(tensors))
     beside = read_beside(raw_config, tensors, sites)
     for name in beside.own:
         path = name.removeprefix(PREFIX)
@@ -174,7 +204,9 @@ def _divided(method: Method[Any], raw_config: Mapping[str, Any], tensors: Tensor
     return beside
 
 
-def _compiled(method: Method[Any], config: Any, beside: Beside, sites: Sites) -> AdapterProgram:
+def _compiled(method: AnyMethod, config: Any, beside: Beside, sites: Sites, frame: Frame) -> AdapterProgram:
+    if isinstance(method, PromptMethod):
+        return method.compile(config, beside.own, sites, frame)
     program = method.compile(config, beside.own, sites_of(method, sites))
     parts = beside.parts(sites)
     both = next((path for path in parts if path in program.sites), None)
@@ -191,25 +223,25 @@ def _compiled(method: Method[Any], config: Any, beside: Beside, sites: Sites) ->
     return replace(program, sites={path: parts[path] for path in sites if path in parts})
 
 
-def _derived(method: Method[Any], config: Any, own: Tensors, sites: Sites) -> dict[str, torch.Tensor]:
+def _derived(method: AnyMethod, config: Any, own: Tensors, sites: Sites) -> dict[str, torch.Tensor]:
     intruder = next((name for name in own if name.startswith(DERIVED)), None)
     if intruder is not None:
         raise InvalidTensors(
             f"{intruder[:200]!r} is surplus: names that begin with {DERIVED!r} are the server's own"
         )
-    found = method.derive(config, own, sites_of(method, sites))
+    found = method.derive(config, own, sites_of(method, sites)) if isinstance(method, Method) else {}
     assert all(name.startswith(DERIVED) for name in found), f"{method.name} derives under other names"
     return found
 
 
-def _inspection(raw_config: Mapping[str, Any], tensors: Tensors, sites: Sites) -> Inspection:
+def _inspection(raw_config: Mapping[str, Any], tensors: Tensors, sites: Sites, frame: Frame) -> Inspection:
     shapes = {path: _meta_site(site) for path, site in sites.items()}
     method = method_for(raw_config)
     config = method.parse(raw_config)
     beside = _divided(method, raw_config, tensors, shapes)
     derived = _derived(method, config, beside.own, shapes)
     beside.own |= derived
-    program = _compiled(method, config, beside, shapes)
+    program = _compiled(method, config, beside, shapes, frame)
     learned = [tensor for name, tensor in tensors.items() if name not in beside.copies]
     return Inspection(
         method=method.name,
@@ -217,6 +249,8 @@ def _inspection(raw_config: Mapping[str, Any], tensors: Tensors, sites: Sites) -
         parameters=sum(tensor.numel() for tensor in learned if tensor.is_floating_point()),
         prepared_bytes=program.prepared_bytes,
         derives=bool(derived or beside.copies),
+        virtual_tokens=program.virtual_tokens,
+        invocation_tokens=program.invocation_tokens,
     )
 
 

@@ -56,6 +56,8 @@ def examine(files: UploadedFiles, base_model: str | None, inspect: Inspect, limi
         prepared_bytes=inspection.prepared_bytes,
         config_digest=files.config_digest,
         tensors_digest=files.tensors_digest,
+        virtual_tokens=inspection.virtual_tokens,
+        invocation_tokens=inspection.invocation_tokens,
     )
 
 

@@ -19,6 +19,8 @@ class Inspection:
     sites: tuple[str, ...]
     parameters: int
     prepared_bytes: int
+    virtual_tokens: int = 0
+    invocation_tokens: tuple[int, ...] = ()
 
 
 Inspect = Callable[[dict[str, Any], TensorHeader, Path, Path], Inspection]

@@ -7,11 +7,14 @@ Laws, held by tests:
 
     Manifest.from_bytes(m.to_bytes()) == m              for every manifest
     Manifest.from_bytes(b).to_bytes() == b              for all bytes that from_bytes accepts
+
+`OPTIONAL` fields came later and are left out where they say nothing: older manifests keep their digests.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -20,8 +23,8 @@ from timbre_store.errors import UnsafeFile
 from timbre_store.strict_json import read_object
 
 FORMAT = 1
-OPTIONAL = frozenset({"derived_digest"})
-"""Fields that are left out where they have no value."""
+OPTIONAL: Mapping[str, object] = {"derived_digest": None, "virtual_tokens": 0, "invocation_tokens": ()}
+"""Fields that are left out where they say nothing, and what they hold then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +46,15 @@ class Manifest:
     tensors_digest: str
     derived_digest: str | None = None
     """What registration added to the tensors, from the base's weights; left out of the bytes where None."""
+    virtual_tokens: int = 0
+    """Positions of every request, before its own tokens, that are the adapter's."""
+    invocation_tokens: tuple[int, ...] = ()
+    """It acts only from their last occurrence in a prompt on."""
     format: int = FORMAT
 
     def to_bytes(self) -> bytes:
-        """Canonical JSON: keys sorted, no spaces, ASCII, no `OPTIONAL` field without a value."""
-        raw = {key: value for key, value in asdict(self).items() if value is not None or key not in OPTIONAL}
+        """Canonical JSON: keys sorted, no spaces, ASCII, no `OPTIONAL` field that says nothing."""
+        raw = {key: value for key, value in asdict(self).items() if value != OPTIONAL.get(key, ...)}
         return json.dumps(raw, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode("ascii")
 
     @property
@@ -63,7 +70,8 @@ class Manifest:
                 f"the manifest has format {raw.get('format')!r}; this version reads format {FORMAT}"
             )
         _check_fields(raw)
-        manifest = Manifest(**{**raw, "sites": tuple(raw["sites"])})
+        lists = {name: tuple(raw[name]) for name in raw.keys() & {"sites", "invocation_tokens"}}
+        manifest = Manifest(**{**raw, **lists})
         if manifest.to_bytes() != content:
             raise UnsafeFile("the manifest is not in canonical form: keys sorted, no spaces, ASCII")
         return manifest
@@ -71,10 +79,16 @@ class Manifest:
 
 def _check_fields(raw: dict[str, Any]) -> None:
     expected = {field.name for field in fields(Manifest)}
-    if raw.keys() | OPTIONAL != expected:
-        odd = sorted((raw.keys() ^ expected) - OPTIONAL)[0]
+    if raw.keys() | OPTIONAL.keys() != expected:
+        odd = sorted((raw.keys() ^ expected) - OPTIONAL.keys())[0]
         raise UnsafeFile(f"the manifest's field {odd!r} is {'unknown' if odd in raw else 'missing'}")
-    for name in ("format", "parameters", "stored_bytes", "prepared_bytes"):
+    for name in (
+        "format",
+        "parameters",
+        "stored_bytes",
+        "prepared_bytes",
+        *(raw.keys() & {"virtual_tokens"}),
+    ):
         if type(raw[name]) is not int or raw[name] < 0:
             raise UnsafeFile(f"the manifest's {name} is {raw[name]!r}; expected a whole number, 0 or more")
     for name in ("peft_type", "base_model_digest"):
@@ -84,6 +98,9 @@ def _check_fields(raw: dict[str, Any]) -> None:
         raise UnsafeFile(f"the manifest's method is {raw['method']!r}; expected a string")
     if not (isinstance(raw["sites"], list) and all(isinstance(site, str) for site in raw["sites"])):
         raise UnsafeFile("the manifest's sites are not a list of strings")
+    tokens = raw.get("invocation_tokens", [])
+    if not (isinstance(tokens, list) and all(type(token) is int and token >= 0 for token in tokens)):
+        raise UnsafeFile("the manifest's invocation_tokens are not a list of token ids")
     for name in ("config_digest", "tensors_digest", *(raw.keys() & {"derived_digest"})):
         if not (isinstance(raw[name], str) and is_digest(raw[name])):
             raise UnsafeFile(f"the manifest's {name} is {raw[name]!r}; expected sha256:<64 hex>")

@@ -27,7 +27,7 @@ from timbre_server.http.limits import Admission
 from timbre_server.http.models import models_router
 from timbre_server.http.text import TextCodec, load_text_codec
 from timbre_server.http.vllm_compat import vllm_router
-from timbre_server.inspection import derive_in_engine, inspector, meta_sites, warm_up
+from timbre_server.inspection import derive_in_engine, frame_of, inspector, meta_sites, warm_up
 from timbre_server.metrics import Metrics
 from timbre_server.model_source import base_names, codec_folder
 from timbre_server.series import RecentNames
@@ -85,6 +85,8 @@ def open_store(settings: Settings, engine: Engine, loop: asyncio.AbstractEventLo
         meta_sites(info.sites),
         budget_bytes=info.adapter_budget_bytes,
         derive=derive_in_engine(engine, loop),
+        frame=frame_of(info),
+        max_model_len=info.max_model_len,
     )
     limits = StoreLimits(max_blob_bytes=settings.max_upload_mib * MIB)
     return Store(settings.store_dir, inspect=inspect, limits=limits)

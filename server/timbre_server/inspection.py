@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from msgspec.structs import astuple
 from safetensors.torch import load_file
 
 from timbre_methods.contract import Site, Sites
 from timbre_methods.errors import MethodError
 from timbre_methods.errors import UnsupportedMethod as MethodUnsupported
+from timbre_methods.prompt_contract import NO_FRAME, AttentionLayer, Frame
 from timbre_methods.registry import check_adapter, inspect_adapter, methods, sites_of
 from timbre_server.engine.client import Engine
-from timbre_server.engine.messages import DeriveTensors, SiteShape
+from timbre_server.engine.messages import DeriveTensors, Ready, SiteShape
 from timbre_server.errors import AdapterLoadFailed
 from timbre_store.errors import InvalidAdapter, StoreFull, UnsupportedMethod
 from timbre_store.inspection import Inspect, Inspection
@@ -46,6 +48,11 @@ def _meta_site(shape: SiteShape) -> Site:
         is_transposed=shape.is_transposed,
         tied_to=shape.tied_to,
     )
+
+
+def frame_of(info: Ready) -> Frame:
+    """What prompts meet of the base."""
+    return Frame(info.hidden_size, tuple(AttentionLayer(*astuple(layer)) for layer in info.attention))
 
 
 def warm_up() -> None:
@@ -80,27 +87,46 @@ def derive_in_engine(engine: Engine, loop: asyncio.AbstractEventLoop) -> Derive:
     return derive
 
 
-def inspector(sites: Sites, *, budget_bytes: int, derive: Derive) -> Inspect:
-    """The store's `Inspect` for one base model. An adapter that could never be loaded is refused here."""
+def inspector(
+    sites: Sites,
+    *,
+    budget_bytes: int,
+    derive: Derive,
+    frame: Frame = NO_FRAME,
+    max_model_len: int | None = None,
+) -> Inspect:
+    """The store's `Inspect` for one base model. An adapter that could never be used is refused here."""
 
     def inspect(
         config: dict[str, Any], header: TensorHeader, tensors_path: Path, derived_path: Path
     ) -> Inspection:
         shapes = {name: (entry.dtype, entry.shape) for name, entry in header.tensors.items()}
         try:
-            found = inspect_adapter(config, shapes, sites)
+            found = inspect_adapter(config, shapes, sites, frame)
             if found.prepared_bytes > budget_bytes:
                 raise InvalidAdapter(
                     f"the adapter takes {found.prepared_bytes} bytes of memory, but {budget_bytes} are there "
                     "for all adapters together; the server's setting is adapter_memory_mib"
                 )
-            check_adapter(config, load_file(tensors_path), sites)
+            if max_model_len is not None and found.virtual_tokens >= max_model_len - 1:
+                raise InvalidAdapter(
+                    f"the adapter puts {found.virtual_tokens} virtual tokens before each request, but this "
+                    f"server's context holds {max_model_len} tokens in all"
+                )
+            check_adapter(config, load_file(tensors_path), sites, frame)
         except MethodUnsupported as error:
             raise UnsupportedMethod(str(error)) from error
         except MethodError as error:
             raise InvalidAdapter(str(error)) from error
         if found.derives:
             derive(config, tensors_path, derived_path)
-        return Inspection(found.method, found.sites, found.parameters, found.prepared_bytes)
+        return Inspection(
+            method=found.method,
+            sites=found.sites,
+            parameters=found.parameters,
+            prepared_bytes=found.prepared_bytes,
+            virtual_tokens=found.virtual_tokens,
+            invocation_tokens=found.invocation_tokens,
+        )
 
     return inspect

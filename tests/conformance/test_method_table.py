@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from timbre_methods.contract import Site
-from timbre_methods.registry import methods
+from timbre_methods.prompt_contract import AttentionLayer, Frame
+from timbre_methods.registry import compiled, methods, prompt_methods
 
 PAGE = Path(__file__).parents[2] / "server" / "README.md"
 BEGIN, END = "<!-- methods: begin -->\n", "<!-- methods: end -->\n"
@@ -25,14 +27,27 @@ def parts_of(name: str, sites: Mapping[str, Site], make_example: Callable[..., A
     return sorted(kinds)
 
 
+def prompt_parts_of(name: str) -> list[str]:
+    """The same, of a method of prompts and attention."""
+    layer = AttentionLayer("layers.0.attention", num_heads=2, num_kv_heads=2, key_dim=4, value_dim=4)
+    paths = [f"{layer.path}.{projection}_proj" for projection in "qkvo"]
+    sites = {path: Site(path, torch.eye(8), torch.ones(8)) for path in paths}
+    method, frame = prompt_methods()[name], Frame(8, (layer,))
+    config, tensors = method.example(sites, frame, torch.Generator().manual_seed(0))
+    program = compiled(method, method.parse(config), tensors, sites, frame)
+    return sorted({type(part).__name__ for _, part in program.placed_parts()})
+
+
 def table(sites: Mapping[str, Site], make_example: Callable[..., Any]) -> str:
     lines = [
         "| method | paper | family | operators | the file holds, of a layer | made again | checked against |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name, method in methods().items():
+    everything = {**methods(), **prompt_methods()}
+    for name, method in sorted(everything.items()):
         family = type(method).__module__.split(".")[1].replace("_", " ")
-        operators = ", ".join(f"`{kind}`" for kind in parts_of(name, sites, make_example))
+        kinds = parts_of(name, sites, make_example) if name in methods() else prompt_parts_of(name)
+        operators = ", ".join(f"`{kind}`" for kind in kinds)
         cells = (f"`{name}`", method.paper, family, operators, method.stored)
         lines.append(f"| {' | '.join((*cells, method.regenerated, method.checked_against))} |")
     return "\n".join(lines) + "\n"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import compress
 
 import torch
 
@@ -66,7 +67,9 @@ class ScriptedRunner:
         return block * self.block_size + position % self.block_size
 
     def _content(self, sequence: Sequence, position: int) -> str:
-        return repr((sequence.token_ids[: position + 1], sequence.mix, sequence.request.cache_salt))
+        turns = [turn for turn in (0, *sequence.turns) if turn <= position]
+        mixes = [(turn, tuple(compress(sequence.mix, sequence.acting(turn)))) for turn in turns]
+        return repr((sequence.token_ids[: position + 1], mixes, sequence.request.cache_salt))
 
     def _check_prefix(self, chunk: ScheduledChunk) -> None:
         for position in range(chunk.start):
@@ -82,14 +85,14 @@ class ScriptedRunner:
         sequence, count = chunk.sequence, chunk.sequence.num_prompt_tokens
         result = ChunkResult()
         if chunk.draws_token:
-            row = SamplingRow(
-                sequence.request.sampling, sequence.token_ids[:count], sequence.token_ids[count:]
-            )
+            prompt, output = sequence.request.prompt_token_ids, sequence.token_ids[count:]
+            row = SamplingRow(sequence.request.sampling, prompt, output)
             result = sample(self.logits(sequence, chunk.end)[None], [row])[0]
         if sequence.request.sampling.prompt_logprobs is not None and sequence.num_output_tokens == 0:
-            scored = sequence.token_ids[chunk.start + 1 : min(chunk.end, count - 1) + 1]
+            first = max(chunk.start, sequence.num_virtual_tokens) + 1
+            scored = sequence.token_ids[first : min(chunk.end, count - 1) + 1]
             result.prompt_logprobs = tuple(
-                TokenLogprobs(token, -float(chunk.start + 1 + at), 1) for at, token in enumerate(scored)
+                TokenLogprobs(token, -float(first + at), 1) for at, token in enumerate(scored)
             )
         return result
 

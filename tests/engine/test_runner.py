@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from timbre_server.engine.attention import install_attention
 from timbre_server.engine.context import current
 from timbre_server.engine.kv_cache import bytes_per_block
-from timbre_server.engine.messages import SamplingParams, Submit
+from timbre_server.engine.messages import AdapterUse, SamplingParams, Submit
 from timbre_server.engine.model_loader import LoadedModel, PreparedModel
 from timbre_server.engine.probe import probe
 from timbre_server.engine.runner import Runner, RunnerOptions
@@ -31,6 +31,7 @@ GREEDY = SamplingParams(temperature=0.0)
 class RecordedRows:
     """Notes what the runner says of rows; applies nothing."""
 
+    attention_prompts: None = None
     told: list[tuple[RowTable, RowTable]] = field(default_factory=list)
     is_set: bool = False
 
@@ -63,8 +64,10 @@ def sequence_of(
     sampling: SamplingParams = GREEDY,
     slots: tuple[tuple[int, float], ...] = (),
 ) -> Sequence:
-    made = Sequence(Submit("r", token_ids, sampling), list(token_ids), 1)
+    uses = tuple(AdapterUse(f"adapter {slot}", weight) for slot, weight in slots)
+    made = Sequence(Submit("r", token_ids, sampling, uses), list(token_ids), 1)
     made.block_table = blocks
+    made.mix = tuple((use.digest, use.weight) for use in uses)
     made.adapter_slots = slots
     return made
 

@@ -121,3 +121,25 @@ def test_tokens_are_counted_once_though_they_are_computed_twice(stand_ins: Modul
         prompt += bench.scheduler.counts.prompt_tokens
         generation += bench.scheduler.counts.generation_tokens
     assert (prompt, generation) == (9, 60)
+
+
+def test_virtual_tokens_are_shared_by_one_adapter_s_requests_and_told_to_nobody(
+    stand_ins: ModuleType,
+) -> None:
+    bench = stand_ins.a_bench()
+    for name, digest in (("a", "x"), ("b", "x"), ("c", "y")):
+        request = stand_ins.a_request(name, range(6), max_tokens=1, mix=((digest, 1.0, 7),))
+        bench.submit(request)
+        bench.run()
+    started = {name: start for name, start, _ in sum(bench.runner.plans, ())}
+    assert started == {"a": 0, "b": 12, "c": 0}
+    assert bench.final("b").cached_tokens == 5
+
+
+def test_blocks_before_an_adapter_begins_are_those_of_requests_without_it(stand_ins: ModuleType) -> None:
+    bench = stand_ins.a_bench()
+    for name, mix in (("base", ()), ("late", (("x", 1.0, 0, 9),)), ("again", (("x", 1.0, 0, 9),))):
+        bench.submit(stand_ins.a_request(name, range(18), max_tokens=1, mix=mix))
+        bench.run()
+    started = {name: start for name, start, _ in reversed(sum(bench.runner.plans, ()))}
+    assert started == {"base": 0, "late": 8, "again": 16}

@@ -17,7 +17,16 @@ WORKLOADS = st.lists(
             "prompt": st.lists(st.integers(0, 2), min_size=1, max_size=24),
             "max_tokens": st.integers(0, 12),
             "mix": st.sampled_from(
-                [(), (("x", 1.0),), (("y", 0.5),), (("x", 1.0), ("z", 0.5)), (("bad", 1.0),)]
+                [
+                    (),
+                    (("x", 1.0),),
+                    (("y", 0.5),),
+                    (("x", 1.0), ("z", 0.5)),
+                    (("bad", 1.0),),
+                    (("prompt", 1.0, 5),),
+                    (("x", 1.0, 0, 4),),
+                    (("x", 1.0, 0, 6), ("z", 0.5, 0, 9)),
+                ]
             ),
             "salt": st.sampled_from(["", "tenant"]),
             "temperature": st.sampled_from([0.0, 0.9]),
@@ -75,6 +84,9 @@ def test_every_request_ends_once_with_the_tokens_that_it_gives_alone(
     bench.check_nothing_is_held()
     assert bench.adapters.most_in_use <= capacity
     for request, abort_after in requests:
+        scores = [event.prompt_logprobs for event in bench.events_of(request.request_id)]
+        told = [[score.token_id for score in each if score is not None] for each in scores if each]
+        assert told in ([], [request.prompt_token_ids[1:]])
         final = bench.final(request.request_id)
         tokens = bench.tokens(request.request_id)
         if any(use.digest == "bad" for use in request.adapters):

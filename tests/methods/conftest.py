@@ -49,6 +49,12 @@ def evaluate() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def engine_bench() -> ModuleType:
+    """The real engine around a tiny model, for methods that act on whole requests."""
+    return _load("engine_bench")
+
+
+@pytest.fixture(scope="session")
 def llama() -> LlamaForCausalLM:
     """Two layers, grouped-query attention, biases in the attention, sizes that are no powers of two."""
     return _llama(is_tied=False)
@@ -207,6 +213,26 @@ def peft_logits() -> Callable[[nn.Module, Path, Tensor], Tensor]:
             return wrapped(token_ids).logits
 
     return logits
+
+
+@pytest.fixture
+def peft_greedy() -> Callable[..., tuple[list[int], list[float]]]:
+    """Greedy tokens and their log-probabilities by PEFT's own forward, the whole text anew for each."""
+
+    @torch.no_grad()
+    def greedy(
+        model: nn.Module, folder: Path, prompt: list[int], count: int, **options: Any
+    ) -> tuple[list[int], list[float]]:
+        with warnings_of_others():
+            wrapped = peft.PeftModel.from_pretrained(copy.deepcopy(model), str(folder)).eval()
+            tokens, logprobs = list(prompt), []
+            for _ in range(count):
+                last_V = wrapped(torch.tensor([tokens]), **options).logits[0, -1].float().log_softmax(0)
+                tokens.append(int(last_V.argmax()))
+                logprobs.append(float(last_V.max()))
+        return tokens[len(prompt) :], logprobs
+
+    return greedy
 
 
 @pytest.fixture

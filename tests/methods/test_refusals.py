@@ -30,7 +30,7 @@ def test_a_method_that_claims_a_kind_wins_over_the_table(monkeypatch: pytest.Mon
             return raw_config == {"peft_type": "SHADOW"}
 
     served = Shadow()
-    monkeypatch.setattr(registry, "methods", lambda: {"shadow": served})
+    monkeypatch.setattr(registry, "_readers", lambda: {"shadow": served})
     assert method_for({"peft_type": "SHADOW"}) is served
 
 

@@ -30,6 +30,8 @@ MANIFESTS = st.builds(
     prepared_bytes=COUNTS,
     config_digest=DIGESTS,
     tensors_digest=DIGESTS,
+    virtual_tokens=st.just(0) | COUNTS,
+    invocation_tokens=st.lists(COUNTS, max_size=3).map(tuple),
 )
 
 
@@ -37,6 +39,16 @@ def test_a_manifest_is_written_in_one_way() -> None:
     manifest = Manifest("lora", "LORA", None, ("q_proj", "v_proj"), 12, 160, 48, DIGEST, DIGEST)
     assert manifest.to_bytes() == WRITTEN
     assert manifest.digest == "sha256:" + hashlib.sha256(WRITTEN).hexdigest()
+
+
+def test_a_later_field_is_left_out_where_it_says_nothing() -> None:
+    assert Manifest.from_bytes(WRITTEN).virtual_tokens == 0
+    said = WRITTEN[:-1] + b',"virtual_tokens":7}'
+    assert Manifest.from_bytes(said).virtual_tokens == 7
+    with pytest.raises(UnsafeFile, match="canonical"):
+        Manifest.from_bytes(WRITTEN[:-1] + b',"virtual_tokens":0}')
+    with pytest.raises(UnsafeFile, match="canonical"):
+        Manifest.from_bytes(WRITTEN.replace(b'"method"', b'"invocation_tokens":[],"method"'))
 
 
 @given(MANIFESTS)
@@ -76,6 +88,12 @@ def test_changed_bytes_are_refused_or_are_another_manifest_in_canonical_form(pla
         ("config_digest", "0a" * 32),
         ("tensors_digest", None),
         ("surplus", 1),
+        ("invocation_tokens", 5),
+        ("invocation_tokens", [True]),
+        ("invocation_tokens", [-1]),
+        ("virtual_tokens", -1),
+        ("virtual_tokens", True),
+        ("virtual_tokens", None),
     ],
 )
 def test_a_field_of_the_wrong_kind_is_refused_by_name(field: str, value: Any) -> None:

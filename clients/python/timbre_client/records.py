@@ -40,6 +40,10 @@ class Adapter:
     """Memory that it takes beside the model."""
     files: Mapping[str, str]
     """Digest by file name."""
+    virtual_tokens: int = 0
+    """Positions of every request's context that are the adapter's."""
+    invocation_tokens: tuple[int, ...] = ()
+    """Every prompt must hold them: the adapter acts from their last occurrence on."""
     versions: tuple[Version, ...] = ()
     """Filled by `get_adapter`."""
     aliases: tuple[Alias, ...] = ()
@@ -61,6 +65,8 @@ class Adapter:
             stored_bytes=body["stored_bytes"],
             prepared_bytes=body["prepared_bytes"],
             files=dict(body["files"]),
+            virtual_tokens=body.get("virtual_tokens", 0),
+            invocation_tokens=tuple(body.get("invocation_tokens", ())),
             versions=tuple(Version(item["version"], item["digest"]) for item in body.get("versions", ())),
             aliases=tuple(Alias(item["alias"], item["target"]) for item in body.get("aliases", ())),
         )

@@ -15,6 +15,7 @@ from timbre_server.adapters.adapted_embedding import AdaptedEmbedding
 from timbre_server.adapters.adapted_linear import ActiveRows, AdaptedGroup, AdaptedLinear
 from timbre_server.adapters.adapted_norm import AdaptedNorm
 from timbre_server.adapters.groups import LinearGroup, LoneLayer
+from timbre_server.adapters.prompts import StepPrompts
 from timbre_server.operators.catalogue import all_operators, embedding_operators
 from timbre_server.operators.row_table import RowTable
 
@@ -28,10 +29,13 @@ class AdaptedModel:
         groups: Sequence[LinearGroup],
         product_of: Callable[[nn.Module], Callable[[Tensor], Tensor]] = lambda module: module,
         lone: Sequence[LoneLayer] = (),
+        embedding: nn.Module | None = None,
     ) -> None:
         """Replace the layers of ``groups`` and the ``lone`` ones in place. ``product_of`` gives the fastest
-        ``W x + b`` of a linear layer."""
+        ``W x + b`` of a linear layer; without ``embedding``, the base's layer of token embeddings, no adapter
+        may bring virtual tokens."""
         self._programs: dict[int, AdapterProgram] = {}
+        self._prompts = StepPrompts(self._programs, embedding)
         self._body_rows = {layer.rows_per_token: ActiveRows() for layer in (LoneLayer("", "norm"), *lone)}
         self._head_rows = ActiveRows()
         self._groups: list[AdaptedGroup] = []
@@ -53,17 +57,24 @@ class AdaptedModel:
             wrapped = AdaptedEmbedding(base, adapted) if is_embedding else AdaptedNorm(base, adapted)
             _put_in_place(model, layer.path, wrapped)
 
+    @property
+    def attention_prompts(self) -> StepPrompts | None:
+        """What adapters do in the attention of the rows that are set; None: nothing."""
+        return self._prompts if self._prompts.act_in_attention else None
+
     def set_rows(self, table: RowTable, head_table: RowTable) -> None:
         """The rows of the next forward, and those of them whose logits are kept."""
         for rows_per_token, rows in self._body_rows.items():
             rows.begin(table.times(rows_per_token))
         self._head_rows.begin(head_table)
+        self._prompts.begin(table)
 
     def clear_rows(self) -> None:
         """The forward has ended, well or not: base rows until told otherwise, nothing kept of its inputs."""
         for rows in self._body_rows.values():
             rows.end()
         self._head_rows.end()
+        self._prompts.end()
         for group in self._groups:
             group.end_step()
 

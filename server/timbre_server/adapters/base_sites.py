@@ -1,4 +1,4 @@
-"""The base model's layers as methods see them when an adapter is loaded: with their values."""
+"""The base model as methods see it when an adapter is loaded: its layers with their values."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from timbre_methods.contract import Site, SiteKind, Sites
+from timbre_methods.prompt_contract import AttentionLayer, Frame
 
 
 class LayerFacts(Protocol):
@@ -29,3 +30,8 @@ def base_sites(layers: Iterable[tuple[LayerFacts, Tensor, Tensor | None]]) -> Si
         facts.path: Site(facts.path, weight, bias_O, facts.kind, facts.is_transposed, facts.tied_to)
         for facts, weight, bias_O in layers
     }
+
+
+def base_frame(hidden_size: int, attention: Iterable[tuple[str, int, int, int, int, int | None]]) -> Frame:
+    """From the fields of each `AttentionLayer`, in layer order."""
+    return Frame(hidden_size, tuple(AttentionLayer(*layer) for layer in attention))

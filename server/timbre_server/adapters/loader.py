@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -21,11 +21,15 @@ from torch import Tensor
 from timbre_methods.bases import basis_on
 from timbre_methods.contract import Sites
 from timbre_methods.errors import MethodError
-from timbre_methods.program import AdapterProgram, Part, Projected, owned_tensors
+from timbre_methods.program import AdapterProgram, AnyPart, Projected, owned_tensors
+from timbre_methods.prompt_contract import NO_FRAME, Frame
 from timbre_methods.registry import compile_adapter, method_for
 from timbre_server.errors import AdapterLoadFailed
 from timbre_store.errors import StoreError
+from timbre_store.manifest import Manifest
 from timbre_store.reader import open_adapter, verify_blob
+
+PartT = TypeVar("PartT", bound=AnyPart)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +46,17 @@ class AdapterLoader:
     """Loads adapters for one base model. Stateless between loads; safe to call from any thread."""
 
     def __init__(
-        self, store_root: Path, base_model_digest: str, sites: Sites, device: torch.device | str = "cpu"
+        self,
+        store_root: Path,
+        base_model_digest: str,
+        sites: Sites,
+        device: torch.device | str = "cpu",
+        frame: Frame = NO_FRAME,
     ) -> None:
         self._store_root = store_root
         self._base_model_digest = base_model_digest
         self._sites = sites
+        self._frame = frame
         self._device = torch.device(device)
 
     def load(self, digest: str) -> LoadedAdapter:
@@ -67,7 +77,8 @@ class AdapterLoader:
                     verify_blob(files.derived_path, files.manifest.derived_digest or "")
                     tensors |= load_file(files.derived_path)
             with _timed(seconds, "compile"), torch.inference_mode():
-                program = compile_adapter(files.config, tensors, self._sites)
+                program = compile_adapter(files.config, tensors, self._sites, self._frame)
+                _check_promises(files.manifest, program)
             with _timed(seconds, "place"), torch.inference_mode():
                 program = _placed(program, self._device)
         except (StoreError, MethodError, SafetensorError, OSError) as error:
@@ -82,6 +93,17 @@ def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
     seconds[phase] = time.perf_counter() - start
 
 
+def _check_promises(manifest: Manifest, program: AdapterProgram) -> None:
+    """Requests were laid out by what the manifest says: rows that are the adapter's must be so here, too."""
+    said = (manifest.virtual_tokens, manifest.invocation_tokens)
+    if said != (program.virtual_tokens, program.invocation_tokens):
+        raise AdapterLoadFailed(
+            f"adapter {manifest.digest}: its manifest says {said[0]} virtual tokens and invocation tokens "
+            f"{said[1][:32]}, its files {program.virtual_tokens} and {program.invocation_tokens[:32]}: "
+            "upload it again"
+        )
+
+
 def _placed(program: AdapterProgram, device: torch.device) -> AdapterProgram:
     """The program on its device, each tensor contiguous and in storage of exactly its own size, so that
     nothing keeps the file's memory alive and the prepared bytes are the real ones. A shared basis is moved
@@ -90,7 +112,7 @@ def _placed(program: AdapterProgram, device: torch.device) -> AdapterProgram:
     def own(tensor: Tensor) -> Tensor:
         return tensor.to(device, copy=True, memory_format=torch.contiguous_format)
 
-    def placed(part: Part) -> Part:
+    def placed(part: PartT) -> PartT:
         owned = {id(tensor) for tensor in owned_tensors(part)}
         changes: dict[str, Any] = {
             part_field.name: own(value)
@@ -101,4 +123,9 @@ def _placed(program: AdapterProgram, device: torch.device) -> AdapterProgram:
             changes["basis"] = basis_on(part.basis, device)
         return replace(part, **changes)
 
-    return AdapterProgram({path: tuple(map(placed, parts)) for path, parts in program.sites.items()})
+    return replace(
+        program,
+        sites={path: tuple(map(placed, parts)) for path, parts in program.sites.items()},
+        prompt=None if program.prompt is None else placed(program.prompt),
+        attention={layer: placed(part) for layer, part in program.attention.items()},
+    )

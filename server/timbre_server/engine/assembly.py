@@ -6,11 +6,12 @@ import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import msgspec
 import torch
 from torch import nn
 
 from timbre_server.adapters.adapted_model import AdaptedModel
-from timbre_server.adapters.base_sites import base_sites
+from timbre_server.adapters.base_sites import base_frame, base_sites
 from timbre_server.adapters.derivation import Derivations
 from timbre_server.adapters.loader import AdapterLoader
 from timbre_server.adapters.runtime import AdapterRuntime
@@ -45,7 +46,7 @@ def assemble(
     on_progress("Preparing the layers for adapters")
     sites = base_sites(_layers(model, probed.sites))
     packer = LinearPacker(model.dtype, model.device)
-    adapted = AdaptedModel(model, probed.groups, packer.product_of, probed.lone)
+    adapted = AdaptedModel(model, probed.groups, packer.product_of, probed.lone, model.get_input_embeddings())
     runner = Runner(
         prepared,
         adapted,
@@ -57,7 +58,8 @@ def assemble(
         ),
     )
     ready = runner.info()
-    loader = AdapterLoader(Path(options.adapters_dir), ready.model_digest, sites, model.device)
+    frame = base_frame(ready.hidden_size, map(msgspec.structs.astuple, ready.attention))
+    loader = AdapterLoader(Path(options.adapters_dir), ready.model_digest, sites, model.device, frame)
     adapters = AdapterRuntime(adapted, loader, options.adapter_memory_bytes, on_load_ended)
     limits = SchedulerLimits(
         max_num_seqs=options.max_num_seqs,

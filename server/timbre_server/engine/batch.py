@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from timbre_server.engine.context import AttentionContext, active
 from timbre_server.engine.kv_cache import KVCache
 from timbre_server.engine.paged_attention import PagedStep, SequenceRows
+from timbre_server.engine.prompted_attention import AttentionPrompts, PromptedAttention
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +30,18 @@ class Batch:
     kept_rows: Sequence[int]
 
 
-def forward(model: PreTrainedModel, cache: KVCache, batch: Batch) -> Tensor:
+def forward(
+    model: PreTrainedModel, cache: KVCache, batch: Batch, prompts: AttentionPrompts | None = None
+) -> Tensor:
     """Logits [N, V] of the kept rows, float32; the rows' keys and values are in the cache afterwards.
 
     Call it under ``torch.inference_mode()``.
     """
     positions = [p for rows in batch.sequences for p in range(rows.start, rows.end)]
-    return run_model(model, PagedStep(cache, batch.sequences), batch.token_ids, positions, batch.kept_rows)
+    context: AttentionContext = PagedStep(cache, batch.sequences)
+    if prompts is not None:
+        context = PromptedAttention(context, prompts)
+    return run_model(model, context, batch.token_ids, positions, batch.kept_rows)
 
 
 def run_model(

@@ -6,8 +6,10 @@ holds a sequence's last token is never taken from the cache: at least one row mu
 
 from __future__ import annotations
 
+from itertools import compress
+
 from timbre_server.engine import policy
-from timbre_server.engine.kv_blocks import BlockPool, block_hash, root_hash
+from timbre_server.engine.kv_blocks import BlockPool, Mix, block_hash, root_hash, turn_hash
 from timbre_server.engine.sequence import Sequence
 
 
@@ -66,7 +68,14 @@ class BlockTables:
     def _hash(self, sequence: Sequence, num_full: int) -> None:
         """Extend the hash chain to the first ``num_full`` blocks: each is hashed once in its life."""
         hashes, size = sequence.block_hashes, self._pool.block_size
-        parent = hashes[-1] if hashes else root_hash(sequence.mix, sequence.request.cache_salt)
+        parent = hashes[-1] if hashes else root_hash(_mix_at(sequence, 0), sequence.request.cache_salt)
         for start in range(len(hashes) * size, num_full * size, size):
+            for turn in sequence.turns:
+                if start <= turn < start + size:
+                    parent = turn_hash(parent, turn, _mix_at(sequence, turn))
             parent = block_hash(parent, sequence.token_ids[start : start + size])
             hashes.append(parent)
+
+
+def _mix_at(sequence: Sequence, position: int) -> Mix:
+    return tuple(compress(sequence.mix, sequence.acting(position)))

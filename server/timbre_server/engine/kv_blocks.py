@@ -2,7 +2,9 @@
 
 A block's identity is a hash chain: SHA-256 over its parent's hash and its token ids; the first parent is a
 hash of everything else that changes hidden states (the mix of adapter digests and weights) and of the
-tenant's salt. The base model is not in it: a pool belongs to one model.
+tenant's salt. Where another mix begins to act within a sequence, that enters the chain at its block, so that
+blocks before it are shared with requests of the mix before. The base model is not in it: a pool belongs to
+one model.
 
 A block is in exactly one of three states: held (reference count > 0), cached (free, but still readable by
 its hash; reused in order of last use) or blank (free). Block 0 is none of them: padding rows point at it.
@@ -36,12 +38,12 @@ def resolved_mix(adapters: Iterable[AdapterUse]) -> Mix:
 
 def root_hash(mix: Mix, salt: str) -> bytes:
     """The parent of a sequence's first block: equal only for equal mixes and equal salts."""
-    digest = hashlib.sha256(b"timbre.kv.root\0")
-    digest.update(struct.pack("<Q", len(mix)))
-    for name, weight in mix:
-        digest.update(_prefixed(name) + struct.pack("<d", weight))
-    digest.update(_prefixed(salt))
-    return digest.digest()
+    return hashlib.sha256(b"timbre.kv.root\0" + _written(mix) + _prefixed(salt)).digest()
+
+
+def turn_hash(parent: bytes, position: int, mix: Mix) -> bytes:
+    """The parent of a block in which, from ``position`` on, another mix acts than before."""
+    return hashlib.sha256(b"timbre.kv.turn\0" + parent + struct.pack("<Q", position) + _written(mix)).digest()
 
 
 def block_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
@@ -50,6 +52,11 @@ def block_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
     return hashlib.sha256(
         b"timbre.kv.block\0" + parent + struct.pack(f"<Q{count}Q", count, *token_ids)
     ).digest()
+
+
+def _written(mix: Mix) -> bytes:
+    pairs = b"".join(_prefixed(name) + struct.pack("<d", weight) for name, weight in mix)
+    return struct.pack("<Q", len(mix)) + pairs
 
 
 def _prefixed(text: str) -> bytes:

@@ -54,6 +54,10 @@ class AdapterUse(msgspec.Struct, frozen=True):
 
     digest: str
     weight: float = 1.0
+    virtual_tokens: int = 0
+    """As its manifest says: so many positions come before the prompt's. Such an adapter must be alone."""
+    from_position: int = 0
+    """It acts on this position and all that follow; one place for each digest."""
 
 
 class Submit(Message, frozen=True):
@@ -116,6 +120,18 @@ class SiteShape(msgspec.Struct, frozen=True):
     """The embedding whose very table this head multiplies by."""
 
 
+class AttentionShape(msgspec.Struct, frozen=True):
+    """One attention layer of the base, as prompts see it."""
+
+    path: str
+    num_heads: int
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+    shares_with: int | None = None
+    """The earlier layer whose keys and values this one attends to, where it has none of its own."""
+
+
 class Ready(Message, frozen=True):
     """The model is loaded, probed and checked. The first message of an engine that started well."""
 
@@ -134,6 +150,9 @@ class Ready(Message, frozen=True):
     kv_cache_bytes: int
     model_bytes: int
     adapter_budget_bytes: int
+    hidden_size: int = 0
+    attention: tuple[AttentionShape, ...] = ()
+    """In layer order."""
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True):

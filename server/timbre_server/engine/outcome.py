@@ -7,16 +7,24 @@ Error codes on events: ``invalid_request``, ``context_length_exceeded``, ``adapt
 from __future__ import annotations
 
 from timbre_server.engine.messages import FinishReason, Submit, TokenEvent, TokenLogprobs
-from timbre_server.engine.sequence import ChunkResult, Sequence
+from timbre_server.engine.sequence import ChunkResult, Sequence, num_virtual_tokens
 
 
 def refusal(request: Submit, max_len: int, vocab_size: int | None) -> TokenEvent | None:
     """The final event of a request that can never run, None for all others."""
     prompt, answer = request.prompt_token_ids, request.sampling.max_tokens
+    num_virtual = num_virtual_tokens(request)
     if not prompt:
         return _refused(request, "invalid_request", "the prompt has no tokens; expected at least one")
-    if len(prompt) + min(answer, 1) > max_len:
-        text = f"the prompt has {len(prompt)} tokens; the context holds {max_len}, the answer's included"
+    if num_virtual and (len(request.adapters) > 1 or request.adapters[0].weight != 1):
+        culprit = next(use.digest for use in request.adapters if use.virtual_tokens)
+        text = f"adapter {culprit} must be a request's only one, of weight 1: virtual tokens have no sum"
+        return _refused(request, "invalid_request", text)
+    if num_virtual + len(prompt) + min(answer, 1) > max_len:
+        beside = f" beside {num_virtual} virtual ones of its adapter" if num_virtual else ""
+        text = (
+            f"the prompt has {len(prompt)} tokens{beside}; the context holds {max_len}, the answer's included"
+        )
         return _refused(request, "context_length_exceeded", text)
     if vocab_size is not None and not 0 <= min(prompt) <= max(prompt) < vocab_size:
         outside = next(token for token in prompt if not 0 <= token < vocab_size)
@@ -51,7 +59,7 @@ def token_event(
         prompt_logprobs=_all_prompt_logprobs(sequence) if is_first else (),
         finish_reason=reason,
         stop_token_id=token_id if reason == "stop" else None,
-        cached_tokens=sequence.num_cached_tokens if is_first else 0,
+        cached_tokens=_own_cached_tokens(sequence) if is_first else 0,
     )
 
 
@@ -62,10 +70,14 @@ def final_event(sequence: Sequence, reason: FinishReason, *, code: str = "", mes
         sequence.request_id,
         prompt_logprobs=_all_prompt_logprobs(sequence) if is_whole else (),
         finish_reason=reason,
-        cached_tokens=sequence.num_cached_tokens if is_whole else 0,
+        cached_tokens=_own_cached_tokens(sequence) if is_whole else 0,
         error_code=code or None,
         error_message=message or None,
     )
+
+
+def _own_cached_tokens(sequence: Sequence) -> int:
+    return max(0, sequence.num_cached_tokens - sequence.num_virtual_tokens)
 
 
 def _all_prompt_logprobs(sequence: Sequence) -> tuple[TokenLogprobs | None, ...]:

@@ -26,7 +26,7 @@ from timbre_server.engine.deny_list import family_name
 from timbre_server.engine.kv_cache import LayerShape
 from timbre_server.engine.linears import bias_of, features, is_linear, stores_transposed
 from timbre_server.engine.lone_layers import lone_layer, lone_shape, may_be_lone
-from timbre_server.engine.messages import SiteShape
+from timbre_server.engine.messages import AttentionShape, SiteShape
 from timbre_server.engine.paged_attention import exact_attention
 from timbre_server.errors import UnsupportedModel
 
@@ -40,11 +40,21 @@ class LayerAttention:
     """One attention layer as it was called."""
 
     shape: LayerShape
+    path: str
+    """Of its module."""
     num_heads: int
     scale: float
     window: int | None
     softcap: float | None
     has_sinks: bool
+    shares_with: int | None
+    """The earlier layer whose keys and values it was called with."""
+
+    @property
+    def attention(self) -> AttentionShape:
+        shape, shared = self.shape, self.shares_with
+        sizes = (self.num_heads, shape.num_kv_heads, shape.key_dim, shape.value_dim)
+        return AttentionShape(self.path, *sizes, shares_with=shared)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +67,8 @@ class ProbeResult:
     """Embeddings of the tokens, and norms, in call order."""
     sites: tuple[SiteShape, ...]
     """The members of all groups, in their order, and the lone layers."""
+    hidden_size: int
+    """Of what the embedding layer puts out."""
 
     @property
     def kv_shapes(self) -> tuple[LayerShape, ...]:
@@ -68,9 +80,21 @@ class Recording:
 
     def __init__(self) -> None:
         self.calls: list[AttentionCall] = []
+        self.paths: dict[int, str] = {}
+        """Of each layer that has called, the module that was entered last."""
+        self._entered = ""
+        self.hidden_size = 0
+
+    def note_embedding(self, module: nn.Module, args: tuple[object, ...], out_1TD: Tensor) -> None:
+        self.hidden_size = out_1TD.shape[-1]
+
+    def enter(self, path: str, module: nn.Module, args: tuple[object, ...]) -> None:
+        """A module that knows its layer begins."""
+        self._entered = path
 
     def attend(self, call: AttentionCall) -> Tensor:
         self.calls.append(call)
+        self.paths[call.layer] = self._entered
         num_rows, num_kv_heads = call.q_HTD.shape[1], call.k_GTD.shape[0]
         q_GMTD = call.q_HTD.reshape(num_kv_heads, -1, *call.q_HTD.shape[1:])
         hidden_TT = torch.ones(num_rows, num_rows, device=call.q_HTD.device).triu(1).bool()
@@ -120,6 +144,12 @@ def probe(model: PreTrainedModel) -> ProbeResult:
         for path, module in model.named_modules()
         if may_be_lone(module)
     ]
+    hooks += [
+        module.register_forward_pre_hook(partial(recording.enter, path))
+        for path, module in model.named_modules()
+        if hasattr(module, "layer_idx")
+    ]
+    hooks.append(model.get_input_embeddings().register_forward_hook(recording.note_embedding))
     try:
         with torch.inference_mode():
             run_model(model, recording, _TOKEN_IDS, range(_NUM_ROWS), _KEPT_ROWS)
@@ -133,7 +163,7 @@ def probe(model: PreTrainedModel) -> ProbeResult:
     tables = {id(model.get_submodule(path).weight): path for path in embeddings}
     sites = [_site(path, model.get_submodule(path), tables) for group in groups for path in group.paths]
     sites += [lone_shape(layer, model.get_submodule(layer.path)) for layer in lone]
-    return ProbeResult(_layers(model, family, recording.calls), groups, lone, tuple(sites))
+    return ProbeResult(_layers(model, family, recording), groups, lone, tuple(sites), recording.hidden_size)
 
 
 def _refuse_by_signature(model: PreTrainedModel, family: str) -> None:
@@ -146,9 +176,8 @@ def _refuse_by_signature(model: PreTrainedModel, family: str) -> None:
         )
 
 
-def _layers(
-    model: PreTrainedModel, family: str, calls: Sequence[AttentionCall]
-) -> tuple[LayerAttention, ...]:
+def _layers(model: PreTrainedModel, family: str, recording: Recording) -> tuple[LayerAttention, ...]:
+    calls = recording.calls
     text = model.config.get_text_config()
     expected = int(text.num_hidden_layers)
     called = sorted(call.layer for call in calls)
@@ -158,7 +187,8 @@ def _layers(
             f"({len(calls)} calls in all, expected one a layer). The others compute attention in "
             "code of their own or keep recurrent state, and cannot be served from a paged cache."
         )
-    layers = tuple(_layer(call) for call in sorted(calls, key=lambda call: call.layer))
+    by_layer = sorted(calls, key=lambda call: call.layer)
+    layers = tuple(_layer(call, by_layer, recording.paths[call.layer]) for call in by_layer)
     for kind, layer in zip(getattr(text, "layer_types", None) or (), layers, strict=False):
         if (kind == "sliding_attention") != (layer.window is not None):
             raise UnsupportedModel(
@@ -168,10 +198,18 @@ def _layers(
     return layers
 
 
-def _layer(call: AttentionCall) -> LayerAttention:
+def _layer(call: AttentionCall, by_layer: Sequence[AttentionCall], path: str) -> LayerAttention:
+    earlier = by_layer[: call.layer]
     shape = LayerShape(call.layer, call.k_GTD.shape[0], call.k_GTD.shape[2], call.v_GTE.shape[2])
     return LayerAttention(
-        shape, call.q_HTD.shape[0], call.scale, call.window, call.softcap, call.sinks_H is not None
+        shape=shape,
+        path=path,
+        num_heads=call.q_HTD.shape[0],
+        scale=call.scale,
+        window=call.window,
+        softcap=call.softcap,
+        has_sinks=call.sinks_H is not None,
+        shares_with=next((e.layer for e in earlier if e.k_GTD.data_ptr() == call.k_GTD.data_ptr()), None),
     )
 
 

@@ -9,9 +9,9 @@ Legend: N kept rows, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, compress, pairwise
 from pathlib import Path
 from typing import Protocol
 
@@ -30,6 +30,7 @@ from timbre_server.engine.kv_sizing import (
 from timbre_server.engine.messages import Ready
 from timbre_server.engine.model_loader import PreparedModel, end_token_ids, longest_sequence
 from timbre_server.engine.paged_attention import SequenceRows
+from timbre_server.engine.prompted_attention import AttentionPrompts
 from timbre_server.engine.sampler import SamplingRow, prompt_logprobs, sample
 from timbre_server.engine.sequence import ChunkResult, ScheduledChunk, StepPlan, StepResult
 from timbre_server.operators.row_table import RowTable, Span
@@ -39,6 +40,11 @@ _UNKNOWN_MEMORY_BYTES = 5 << 30
 
 class RowAdapters(Protocol):
     """What the runner needs of the adapted model."""
+
+    @property
+    def attention_prompts(self) -> AttentionPrompts | None:
+        """Of the rows that are set; None where adapters leave attention alone."""
+        ...
 
     def set_rows(self, table: RowTable, head_table: RowTable) -> None: ...
 
@@ -58,7 +64,7 @@ class RunnerOptions:
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    """The rows of one chunk whose logits are kept: first those that predict prompt tokens, then the last."""
+    """The last rows of one chunk, whose logits are kept: those that predict prompt tokens, then the last."""
 
     num_prompt_rows: int
     draws_token: bool
@@ -82,6 +88,8 @@ class Runner:
         self._adapters = adapters
         self._options = options
         self._sites = prepared.probed.sites
+        self._hidden_size = prepared.probed.hidden_size
+        self._attention = tuple(layer.attention for layer in prepared.probed.layers)
         size = _kv_size(prepared, options)
         self.max_model_len = size.max_model_len
         self.cache = KVCache(
@@ -115,6 +123,8 @@ class Runner:
             kv_cache_bytes=self.cache.num_bytes,
             model_bytes=self._loaded.num_bytes,
             adapter_budget_bytes=self._options.adapter_memory_bytes,
+            hidden_size=self._hidden_size,
+            attention=self._attention,
         )
 
     def execute(self, plan: StepPlan) -> StepResult:
@@ -127,21 +137,34 @@ class Runner:
         """
         kept = [_kept_of(chunk) for chunk in plan.chunks]
         batch = _batch_of(plan, kept)
-        table = RowTable(
-            [Span(c.num_tokens, c.sequence.adapter_slots) for c in plan.chunks], self.cache.device
-        )
-        kept_spans = [
-            Span(keep.num_rows, chunk.sequence.adapter_slots)
-            for chunk, keep in zip(plan.chunks, kept, strict=True)
-            if keep.num_rows
-        ]
+        table = self._table((chunk, chunk.num_tokens) for chunk in plan.chunks)
+        head_table = self._table((c, keep.num_rows) for c, keep in zip(plan.chunks, kept, strict=True))
         with torch.inference_mode():
             try:
-                self._adapters.set_rows(table, RowTable(kept_spans, self.cache.device))
-                logits_NV = forward(self._model, self.cache, batch)
+                self._adapters.set_rows(table, head_table)
+                logits_NV = forward(self._model, self.cache, batch, self._adapters.attention_prompts)
             finally:
                 self._adapters.clear_rows()
             return StepResult(_results(plan, kept, logits_NV))
+
+    def _table(self, last_rows: Iterable[tuple[ScheduledChunk, int]]) -> RowTable:
+        """Of each chunk, its last so many rows."""
+        spans = [span for chunk, count in last_rows for span in _spans(chunk, chunk.end - count)]
+        return RowTable(spans, self.cache.device)
+
+
+def _spans(chunk: ScheduledChunk, first: int) -> list[Span]:
+    """A chunk's rows from position ``first`` on, cut where adapters begin to act or virtual tokens end."""
+    sequence, num_virtual = chunk.sequence, chunk.sequence.num_virtual_tokens
+    inner = {cut for cut in (num_virtual, *sequence.turns) if first < cut < chunk.end}
+    return [
+        Span(
+            end - start,
+            tuple(compress(sequence.adapter_slots, sequence.acting(start))),
+            virtual_from=start if start < num_virtual else None,
+        )
+        for start, end in pairwise(sorted({first, *inner, chunk.end}))
+    ]
 
 
 def _kept_of(chunk: ScheduledChunk) -> _Kept:
@@ -149,7 +172,8 @@ def _kept_of(chunk: ScheduledChunk) -> _Kept:
     sequence = chunk.sequence
     scored = 0
     if sequence.request.sampling.prompt_logprobs is not None and sequence.num_output_tokens == 0:
-        scored = max(0, min(chunk.end, sequence.num_prompt_tokens - 1) - chunk.start)
+        first = chunk.start + chunk.num_virtual
+        scored = max(0, min(chunk.end, sequence.num_prompt_tokens - 1) - first)
     return _Kept(scored, chunk.draws_token)
 
 
@@ -162,9 +186,7 @@ def _batch_of(plan: StepPlan, kept: Sequence[_Kept]) -> Batch:
         sequence = chunk.sequence
         sequences.append(SequenceRows(first, chunk.num_tokens, chunk.start, tuple(sequence.block_table)))
         token_ids += sequence.token_ids[chunk.start : chunk.end]
-        kept_rows += range(first, first + keep.num_prompt_rows)
-        if keep.draws_token:
-            kept_rows.append(len(token_ids) - 1)
+        kept_rows += range(len(token_ids) - keep.num_rows, len(token_ids))
     return Batch(token_ids, sequences, kept_rows)
 
 
@@ -199,7 +221,7 @@ def _score_prompt(chunk: ScheduledChunk, logits_NV: Tensor, result: ChunkResult)
     if not bool(torch.isfinite(logits_NV.amax(dim=1)).all()):
         result.error_message = "The model gave logits that are not finite numbers for a prompt token."
         return
-    first = chunk.start + 1
+    first = chunk.start + chunk.num_virtual + 1
     following = chunk.sequence.token_ids[first : first + logits_NV.shape[0]]
     result.prompt_logprobs = tuple(prompt_logprobs(logits_NV, following, num_top))
 

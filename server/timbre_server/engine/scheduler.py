@@ -27,6 +27,7 @@ from timbre_server.engine.sequence import (
     Status,
     StepPlan,
     StepResult,
+    first_tokens,
 )
 
 
@@ -101,7 +102,7 @@ class Scheduler:
             self._events.append(refused)
             return
         self._num_arrived += 1
-        sequence = Sequence(request, list(request.prompt_token_ids), self._num_arrived)
+        sequence = Sequence(request, first_tokens(request), self._num_arrived)
         sequence.mix = resolved_mix(request.adapters)
         self._mixes.enter(sequence)
         self._sequences[request.request_id] = sequence
@@ -208,14 +209,14 @@ class Scheduler:
 
     def _advance(self, chunk: ScheduledChunk, outcome: ChunkResult) -> None:
         sequence, draws_token = chunk.sequence, chunk.draws_token
-        num_known = len(sequence.prompt_logprobs) - chunk.start
+        num_known = len(sequence.prompt_logprobs) - max(0, chunk.start - sequence.num_virtual_tokens)
         sequence.prompt_logprobs += outcome.prompt_logprobs[max(num_known, 0) :]
         self._tables.advance(sequence, chunk.end)
         if not draws_token:
             return
         is_first = sequence.num_output_tokens == 0
         if is_first:
-            self.counts.prompt_tokens += sequence.num_prompt_tokens
+            self.counts.prompt_tokens += len(sequence.request.prompt_token_ids)
         if sequence.request.sampling.max_tokens == 0:
             self._end(sequence, final_event(sequence, "length"))
             return

@@ -10,6 +10,9 @@ from timbre_server.engine.messages import Submit, TokenLogprobs
 AdapterSlots = tuple[tuple[int, float], ...]
 """The resolved mix of a running request: (adapter slot, weight) pairs; empty for the base."""
 
+VIRTUAL_TOKEN_ID = 0
+"""Any id that is in every vocabulary: its embedding is replaced."""
+
 
 class Status(Enum):
     WAITING = "waiting"
@@ -23,7 +26,7 @@ class Sequence:
 
     request: Submit
     token_ids: list[int]
-    """Prompt, then output."""
+    """A placeholder for each virtual token of its adapter, prompt, then output."""
     arrival: int
     """Order of submission; ties are impossible."""
     status: Status = Status.WAITING
@@ -40,7 +43,16 @@ class Sequence:
     num_skips: int = 0
     """Later requests admitted while this one waited for an adapter."""
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
-    """For prompt tokens 1, 2, ... as far as they are computed; only where asked."""
+    """For the request's prompt tokens 1, 2, ... as far as they are computed; only where asked."""
+
+    num_virtual_tokens: int = field(init=False)
+    """Leading positions that the request's adapter fills, and no answer shows."""
+    turns: tuple[int, ...] = field(init=False)
+    """Positions, beside the first, from which on other adapters act than before; increasing."""
+
+    def __post_init__(self) -> None:
+        self.num_virtual_tokens = num_virtual_tokens(self.request)
+        self.turns = tuple(sorted({use.from_position for use in self.request.adapters} - {0}))
 
     @property
     def request_id(self) -> str:
@@ -48,11 +60,28 @@ class Sequence:
 
     @property
     def num_prompt_tokens(self) -> int:
-        return len(self.request.prompt_token_ids)
+        """Virtual ones included."""
+        return self.num_virtual_tokens + len(self.request.prompt_token_ids)
 
     @property
     def num_output_tokens(self) -> int:
-        return len(self.token_ids) - len(self.request.prompt_token_ids)
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    def acting(self, position: int) -> tuple[bool, ...]:
+        """Which adapters of ``mix`` act on a position."""
+        if not self.turns:
+            return (True,) * len(self.mix)
+        starts = {use.digest: use.from_position for use in self.request.adapters}
+        return tuple(starts[digest] <= position for digest, _ in self.mix)
+
+
+def num_virtual_tokens(request: Submit) -> int:
+    return sum(use.virtual_tokens for use in request.adapters)
+
+
+def first_tokens(request: Submit) -> list[int]:
+    """What a new sequence holds. Placeholders need no identity: every block's hash has the adapter's."""
+    return [VIRTUAL_TOKEN_ID] * num_virtual_tokens(request) + list(request.prompt_token_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +107,11 @@ class ScheduledChunk:
     def draws_token(self) -> bool:
         return self.end == len(self.sequence.token_ids)
 
+    @property
+    def num_virtual(self) -> int:
+        """How many of its tokens, the first, are virtual ones."""
+        return max(0, min(self.end, self.sequence.num_virtual_tokens) - self.start)
+
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
@@ -98,7 +132,7 @@ class ChunkResult:
     """The drawn token, where the chunk draws one."""
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
-    """Where asked: entry i is for prompt token ``chunk.start + 1 + i`` (as many as the chunk predicts)."""
+    """Where asked: for each prompt token that follows one of the chunk's, both the request's own."""
     error_message: str | None = None
     """This row failed (NaN logits): its request ends with an error, the others go on."""
 

@@ -108,6 +108,8 @@ def adapter_json(record: AdapterRecord) -> dict[str, Any]:
         "parameters": manifest.parameters,
         "stored_bytes": manifest.stored_bytes,
         "prepared_bytes": manifest.prepared_bytes,
+        "virtual_tokens": manifest.virtual_tokens,
+        "invocation_tokens": list(manifest.invocation_tokens),
         "files": {CONFIG_PART: manifest.config_digest, TENSORS_PART: manifest.tensors_digest},
     }
 

@@ -156,7 +156,9 @@ def prepare(
         )
     check_logprobs(wishes.logprobs.output, limits, wishes.logprobs_field)
     check_logprobs(wishes.logprobs.prompt, limits, "prompt_logprobs")
-    max_tokens = room_for_output(info, prompts, wishes.max_tokens, wishes.default_max_tokens)
+    max_tokens = room_for_output(
+        info, prompts, voice.virtual_tokens, wishes.max_tokens, wishes.default_max_tokens
+    )
     sampling = sampling_params(request, info, max_tokens=max_tokens, logprobs=wishes.logprobs)
     answer_id = f"{wishes.id_prefix}-{uuid.uuid4().hex}"
     choices = plan_choices(

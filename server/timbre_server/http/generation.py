@@ -19,6 +19,7 @@ from timbre_server.errors import (
     ContextLengthExceeded,
     EngineDied,
     EngineError,
+    InvalidRequest,
     RequestAborted,
     ServerError,
 )
@@ -30,6 +31,7 @@ ERRORS_BY_CODE: dict[str, type[ServerError]] = {
     "adapter_load_failed": AdapterLoadFailed,
     "context_length_exceeded": ContextLengthExceeded,
     "engine_died": EngineDied,
+    "invalid_request": InvalidRequest,
 }
 
 

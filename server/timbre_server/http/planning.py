@@ -7,7 +7,7 @@ transport and no answer formats.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -135,17 +135,20 @@ def check_logprobs(wanted: int | None, limits: ServingLimits, param: str) -> Non
     )
 
 
-def room_for_output(info: Ready, prompts: Sequence[EncodedPrompt], wanted: int | None, default: int) -> int:
+def room_for_output(
+    info: Ready, prompts: Sequence[EncodedPrompt], virtual_tokens: int, wanted: int | None, default: int
+) -> int:
     """How many tokens each choice may have: what the request says, else the default or the room that is left.
 
     Raises: ContextLengthExceeded where prompt and wanted output together do not fit.
     """
     longest = max(len(prompt.token_ids) for prompt in prompts)
-    room = info.max_model_len - longest
+    room = info.max_model_len - virtual_tokens - longest
     if room < (1 if wanted is None else wanted):
         asked = f" and {wanted} tokens of output were asked for" if wanted is not None else ""
+        taken = f", the adapter takes {virtual_tokens} of them" if virtual_tokens else ""
         raise ContextLengthExceeded(
-            f"this model's maximum context length is {info.max_model_len} tokens, but the prompt has "
+            f"this model's maximum context length is {info.max_model_len} tokens{taken}, but the prompt has "
             f"{longest} tokens{asked}; shorten the prompt or the output",
             param="prompt",
         )
@@ -197,12 +200,14 @@ def plan_choices(
     sampling: SamplingParams,
     *,
     request_id: str,
-    uses: tuple[AdapterUse, ...],
+    uses: Callable[[list[int]], tuple[AdapterUse, ...]],
     max_choices: int,
 ) -> list[Choice]:
     """``n`` sequences for each prompt, in order. With a seed the i-th of each has seed + i.
 
-    Raises: InvalidRequest for too many.
+    ``uses`` gives the adapters of a prompt.
+
+    Raises: InvalidRequest for too many, and as ``uses``.
     """
     if len(prompts) * request.n > max_choices:
         raise InvalidRequest(
@@ -212,6 +217,7 @@ def plan_choices(
         )
     choices = []
     for prompt_index, prompt in enumerate(prompts):
+        adapters = uses(prompt.token_ids)
         for copy in range(request.n):
             index = prompt_index * request.n + copy
             seed = secrets.randbelow(SEED_RANGE) if request.seed is None else request.seed + copy
@@ -219,7 +225,7 @@ def plan_choices(
                 request_id=f"{request_id}-{index}",
                 prompt_token_ids=prompt.token_ids,
                 sampling=msgspec.structs.replace(sampling, seed=seed % SEED_RANGE),
-                adapters=uses,
+                adapters=adapters,
                 cache_salt=request.cache_salt or "",
             )
             choices.append(Choice(index, prompt_index, submit))

@@ -26,9 +26,28 @@ class Voice:
     """As the client wrote it; echoed in the answer."""
     adapter: AdapterRecord | None
 
+    def uses(self, prompt_token_ids: list[int]) -> tuple[AdapterUse, ...]:
+        """What the engine is told for one prompt.
+
+        Raises: InvalidRequest where the adapter waits for a sequence that the prompt lacks: the answer would
+        be the base's, in the adapter's name.
+        """
+        if self.adapter is None:
+            return ()
+        invocation = list(self.adapter.manifest.invocation_tokens)
+        position = last_occurrence(invocation, prompt_token_ids) if invocation else 0
+        if position is None:
+            raise InvalidRequest(
+                f"adapter {self.label} acts only from its invocation sequence on, the tokens "
+                f"{invocation[:32]}, and the prompt does not hold them; put them where it shall begin",
+                param="prompt",
+            )
+        return (AdapterUse(self.adapter.digest, 1.0, self.virtual_tokens, position),)
+
     @property
-    def uses(self) -> tuple[AdapterUse, ...]:
-        return (AdapterUse(self.adapter.digest),) if self.adapter is not None else ()
+    def virtual_tokens(self) -> int:
+        """Positions of each request that are the adapter's, of which no answer tells."""
+        return 0 if self.adapter is None else self.adapter.manifest.virtual_tokens
 
     @property
     def label(self) -> str | None:
@@ -45,6 +64,12 @@ class Voice:
         if self.adapter is None or self.label is None:
             return {}
         return {ADAPTER_HEADER: self.label, DIGEST_HEADER: self.adapter.digest}
+
+
+def last_occurrence(sought: list[int], token_ids: list[int]) -> int | None:
+    """Where the last occurrence of a sequence begins; None where there is none."""
+    starts = range(len(token_ids) - len(sought), -1, -1)
+    return next((at for at in starts if token_ids[at : at + len(sought)] == sought), None)
 
 
 async def resolve_voice(context: ServingContext, model: str | None, adapter_id: str | None) -> Voice:

@@ -21,10 +21,14 @@ Pairs = tuple[tuple[int, float], ...]
 
 @dataclass(frozen=True)
 class Span:
-    """``num_rows`` consecutive rows that use the same adapters with the same weights."""
+    """``num_rows`` consecutive rows that use the same adapters with the same weights.
+
+    With ``virtual_from`` they stand for the virtual tokens of their one adapter, from that one on.
+    """
 
     num_rows: int
     pairs: Pairs = ()
+    virtual_from: int | None = None
 
 
 @dataclass(frozen=True, eq=False)

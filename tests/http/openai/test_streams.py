@@ -111,13 +111,14 @@ async def test_an_echoed_prompt_comes_with_the_first_event(rig: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "status"), [("adapter_load_failed", 500), ("context_length_exceeded", 400), ("odd", 500)]
+    ("code", "status"),
+    [("adapter_load_failed", 500), ("context_length_exceeded", 400), ("invalid_request", 400), ("odd", 500)],
 )
 async def test_a_failed_request_is_an_error_with_or_without_a_stream(
     rig: Any, code: str, status: int
 ) -> None:
     rig.engine.failure = TokenEvent("", finish_reason="error", error_code=code, error_message="it broke")
-    expected = {"odd": "internal_error"}.get(code, code)
+    expected = {"odd": "internal_error", "invalid_request": "invalid_value"}.get(code, code)
     found, error = await rig.refused()
     assert (found, error["code"], error["message"]) == (status, expected, "it broke")
     events = await rig.stream(COMPLETIONS)

@@ -1,0 +1,39 @@
+"""A context's embeddings and their learned move, which the file holds as one sum."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from peft import CPTConfig
+from torch import nn
+
+PROMPT = [7, 3, 20, 41]
+
+
+def test_greedy_text_is_peft_s(
+    llama: nn.Module,
+    engine_bench: ModuleType,
+    write_with_peft: Callable[..., Any],
+    peft_greedy: Callable[..., Any],
+) -> None:
+    config = CPTConfig(
+        task_type="CAUSAL_LM",
+        cpt_token_ids=[5, 9, 1, 30],
+        cpt_tokens_type_mask=[1, 2, 3, 4],
+        opt_projection_epsilon=9.0,
+        opt_projection_format_epsilon=9.0,
+    )
+    written = write_with_peft(llama, config)
+    moves = written.tensors["prompt_embeddings"] - llama.get_input_embeddings().weight[[5, 9, 1, 30]]
+    assert moves[:3].norm(dim=1).min() > 0.1, "the move must show"
+    bench = engine_bench.EngineBench(llama, budget=3)
+    bench.put("x", written.config, written.tensors)
+    answer = bench.answer(PROMPT, "x")
+    with torch.no_grad():
+        tokens, logprobs = peft_greedy(llama, written.folder, PROMPT, 8)
+    assert answer.token_ids == tokens
+    assert answer.logprobs == pytest.approx(logprobs, abs=1e-4)
