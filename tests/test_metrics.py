@@ -32,7 +32,7 @@ ENGINE = Ready(
 )  # fmt: skip
 MODEL = {"model_name": "tiny", "engine": "0"}
 RECORD = RequestRecord(
-    request_id="r", adapter=None, arrived_s=10.0, first_token_s=10.5, finished_s=12.5, prompt_tokens=7,
+    request_id="r", adapters=(), arrived_s=10.0, first_token_s=10.5, finished_s=12.5, prompt_tokens=7,
     cached_tokens=4, generation_tokens=5, max_tokens=16, n=2, finish_reason="stop",
 )  # fmt: skip
 FAMILIES = set((Path(__file__).parent / "metric_families.txt").read_text().split())
@@ -101,8 +101,8 @@ def busy() -> Subject:
         )
     )  # fmt: skip
     subject.names.update({"d1": "pirate", "d2": "json", "d3": "telegram"})
-    for adapter in (None, "pirate", "pirate"):
-        tally.on_finished(replace(RECORD, adapter=adapter))
+    for adapters in ((), ("pirate",), ("pirate", "json")):
+        tally.on_finished(replace(RECORD, adapters=adapters))
     tally.on_answered("/v1/completions", 200)
     tally.on_upload(1000)
     return subject
@@ -130,7 +130,7 @@ def failed() -> Subject:
 def crowded() -> Subject:
     subject = Subject()
     for index in range(1000):
-        subject.tally.on_finished(replace(RECORD, adapter=f"a{index}"))
+        subject.tally.on_finished(replace(RECORD, adapters=(f"a{index}",)))
         subject.names[f"d{index}"] = f"a{index}"
     digests = tuple(f"d{index}" for index in range(1000))
     subject.tally.on_output(
@@ -200,6 +200,7 @@ def test_a_busy_server_shows_what_it_does() -> None:
         assert subject.value("vllm:num_requests_waiting_by_reason", {**MODEL, "reason": reason}) == count
     assert subject.value("timbre_adapter_requests_total", {"adapter": "pirate"}) == 2
     assert subject.value("timbre_adapter_requests_total", {"adapter": "_base"}) == 1
+    assert subject.value("timbre_adapter_generation_tokens_total", {"adapter": "json"}) == 5
     assert subject.value("timbre_adapter_bytes", {"tier": "cpu"}) == 200
     assert subject.value("timbre_engine_last_step_timestamp_seconds") == 1_700_000_000.0
     assert subject.value("timbre_requests_total", {"route": "/v1/completions", "code": "200"}) == 1

@@ -11,7 +11,7 @@ from timbre_server.tally import Tally
 
 MODEL = ("tiny", "0")
 RECORD = RequestRecord(
-    request_id="r", adapter=None, arrived_s=100.0, first_token_s=105.0, finished_s=109.0, prompt_tokens=7,
+    request_id="r", adapters=(), arrived_s=100.0, first_token_s=105.0, finished_s=109.0, prompt_tokens=7,
     cached_tokens=4, generation_tokens=5, max_tokens=16, n=1, finish_reason="stop",
 )  # fmt: skip
 

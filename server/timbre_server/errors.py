@@ -6,7 +6,8 @@ ServerError
 │   │   └── UnsupportedParameter   a field of the API that is not served here
 │   ├── ContextLengthExceeded
 │   ├── AdapterNotFound
-│   └── AdapterMismatch
+│   ├── AdapterMismatch
+│   └── MixNotServed           adapters that cannot be weighted and summed here
 ├── CapacityError              later, or elsewhere
 │   ├── QueueFull
 │   └── NotReady
@@ -48,6 +49,10 @@ class AdapterNotFound(RequestError):
 
 
 class AdapterMismatch(RequestError):
+    pass
+
+
+class MixNotServed(RequestError):
     pass
 
 

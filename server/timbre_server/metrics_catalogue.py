@@ -86,9 +86,9 @@ COUNTERS = {
 }
 
 ADAPTER_COUNTERS = (
-    ("timbre_adapter_requests", "Sequences ended, by adapter."),
-    ("timbre_adapter_prompt_tokens", "Prompt tokens of ended sequences, by adapter."),
-    ("timbre_adapter_generation_tokens", "Tokens generated for ended sequences, by adapter."),
+    ("timbre_adapter_requests", "Sequences ended, by adapter; a mix counts for each of its adapters."),
+    ("timbre_adapter_prompt_tokens", "Prompt tokens of those sequences, by adapter."),
+    ("timbre_adapter_generation_tokens", "Tokens generated for them, by adapter."),
 )
 """The columns of the per-adapter table. ``_other`` holds all that are not among the most recent."""
 

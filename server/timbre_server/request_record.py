@@ -10,8 +10,8 @@ class RequestRecord:
     """One sequence: a request of two prompts and n=3 makes six. Times are `time.monotonic` seconds."""
 
     request_id: str
-    adapter: str | None
-    """The adapter's name without version; None for the base model."""
+    adapters: tuple[str, ...]
+    """Names without versions, each once: one, several of a mix, or none for the base model."""
     arrived_s: float
     first_token_s: float | None
     finished_s: float

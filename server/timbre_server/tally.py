@@ -124,7 +124,8 @@ class Tally:
                 per_token_s = decode_s / (record.generation_tokens - 1)
                 self._observe("vllm:request_time_per_output_token_seconds", per_token_s)
         amounts = (1.0, float(record.prompt_tokens), float(record.generation_tokens))
-        self.adapters.add(record.adapter or BASE_LABEL, amounts)
+        for label in record.adapters or (BASE_LABEL,):
+            self.adapters.add(label, amounts)
 
     def on_answered(self, route: str, code: int) -> None:
         """Counts one HTTP answer by its route's template."""

@@ -48,6 +48,24 @@ def test_an_adapter_in_use_is_never_evicted() -> None:
     assert [d.digest for d in departures] == ["b", "a"]
 
 
+def test_favoured_adapters_are_loaded_first_and_stay() -> None:
+    residency = Residency(BUDGET)
+    resident(residency, "a", 60)
+    for digest in ("b", "c"):
+        residency.acquire(digest)
+    residency.favour(("c", "a"))
+    assert residency.next_wish == "c"
+    assert residency.make_room(50) is None, "a is favoured"
+    assert residency.gives_way("b")
+    assert not residency.gives_way("c")
+    assert residency.bytes_with_favoured("c", 30, {7: 20}) == 110
+    assert residency.bytes_with_favoured("b", 30, {7: 20}) == 0
+    residency.favour(())
+    assert residency.next_wish == "b"
+    assert not residency.gives_way("b")
+    assert [departure.digest for departure in residency.make_room(50) or ()] == ["a"]
+
+
 def test_a_wish_of_requests_ends_with_the_last_of_them_and_a_lasting_one_does_not() -> None:
     residency = Residency(BUDGET)
     for digest in ("left", "kept", "asked later"):

@@ -177,3 +177,39 @@ def test_failures_that_nobody_asks_about_are_forgotten(monkeypatch: pytest.Monke
         poll_until(runtime, bool)
     assert list(runtime._failures) == ["bad2"]
     runtime.close()
+
+
+def test_a_load_without_room_is_put_off_for_a_favoured_one() -> None:
+    runtime, loader = runtime_of(2)
+    assert runtime.try_acquire("x") is None
+    poll_until(runtime, bool)
+    assert runtime.try_acquire("x") == 0
+    assert runtime.try_acquire("y") is None
+    poll_until(runtime, bool)
+    runtime.favour(["y", "z"])
+    assert runtime.try_acquire("other") is None
+    poll_until(runtime, lambda _: loader.loads == ["x", "y", "other"])
+    assert runtime.try_acquire("z") is None
+    poll_until(runtime, lambda _: loader.loads[-1] == "z")
+    runtime.release("x")
+    [arrival] = poll_until(runtime, bool)
+    assert (arrival.digest, runtime.resident) == ("z", ("y", "z"))
+    runtime.favour([])
+    [arrival] = poll_until(runtime, bool)
+    assert arrival.digest == "other", "what was put off is still wanted"
+    runtime.close()
+
+
+def test_a_mix_that_never_fits_is_told_and_its_adapters_alone_are_not_failed() -> None:
+    runtime, _ = runtime_of(2)
+    runtime.favour("abc")
+    for digest in "abc":
+        assert runtime.try_acquire(digest) is None
+    poll_until(runtime, lambda _: runtime.misfit is not None)
+    assert f"need {3 * ADAPTER_BYTES} bytes in memory together" in (runtime.misfit or "")
+    assert runtime.failure("c") is None
+    runtime.favour(())
+    assert runtime.misfit is None
+    [arrival] = poll_until(runtime, bool)
+    assert arrival.digest == "c", "somebody may want it alone"
+    runtime.close()

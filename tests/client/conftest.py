@@ -87,8 +87,9 @@ def add_completions(app: FastAPI, seen: list[dict[str, Any]]) -> None:
         if body.get("stream"):
             return StreamingResponse(completion_events(body["prompt"]), media_type="text/event-stream")
         choice = {"index": 0, "text": "Ahoy", "finish_reason": "length", "logprobs": None}
+        adapter = {"mix": [{**STAMP, **each} for each in body["adapters"]]} if "adapters" in body else STAMP
         return JSONResponse(
-            {"id": "cmpl-1", "model": body["model"], "choices": [choice], "usage": USAGE, "adapter": STAMP}
+            {"id": "cmpl-1", "model": body["model"], "choices": [choice], "usage": USAGE, "adapter": adapter}
         )
 
     @app.post("/v1/chat/completions", response_model=None)

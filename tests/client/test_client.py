@@ -46,6 +46,22 @@ def test_options_and_the_key_reach_the_server(url: str, seen: list[dict[str, Any
     ]
 
 
+def test_a_mix_goes_out_and_comes_back_with_its_weights(client: Timbre, seen: list[dict[str, Any]]) -> None:
+    answer = client.complete(None, "Say hello", mix={"pirate": 0.7, "json@2": -0.3}, max_tokens=4)
+    adapters = [{"name": "pirate", "weight": 0.7}, {"name": "json@2", "weight": -0.3}]
+    assert (seen[0]["model"], seen[0]["adapters"], "mix" in seen[0]) == (None, adapters, False)
+    assert answer.adapter is None
+    assert [(stamp.name, stamp.version, stamp.weight) for stamp in answer.mix] == [
+        ("pirate", 2, 0.7),
+        ("json@2", 2, -0.3),
+    ]
+    client.chat("base", [{"role": "user", "content": "Hello"}], mix={"pirate": 1})
+    assert seen[1]["adapters"] == [{"name": "pirate", "weight": 1}]
+    pieces = list(client.stream_completion(None, "Say hello", mix={"pirate": 0.5}))
+    assert seen[2]["adapters"] == [{"name": "pirate", "weight": 0.5}]
+    assert pieces[0].adapter == AdapterStamp("pirate", 2, "sha256:" + "1" * 64)
+
+
 def test_a_chat_by_the_base_model_has_no_adapter(client: Timbre) -> None:
     answer = client.chat("base", [{"role": "user", "content": "Who are you?"}])
     assert (answer.text, answer.adapter) == ("Arr", None)

@@ -136,6 +136,12 @@ class LoadingAdapters:
     def no_requests(self, digest: str) -> None:
         self.loading.pop(digest, None)
 
+    def favour(self, digests: Iterable[str]) -> None: ...
+
+    @property
+    def misfit(self) -> str | None:
+        return None
+
     def _place(self, digest: str) -> bool:
         """Whether there was room."""
         if len(self.users) >= self.capacity:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -39,6 +39,13 @@ class NoAdapters:
 
     def no_requests(self, digest: str) -> None:
         raise AssertionError("nothing was asked for")
+
+    def favour(self, digests: Iterable[str]) -> None:
+        raise AssertionError("nothing was asked for")
+
+    @property
+    def misfit(self) -> str | None:
+        return None
 
 
 @dataclass

@@ -6,7 +6,7 @@ Scheduler, runner, paged cache and adapted model are the server's; files and soc
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ from timbre_server.engine.runner import Runner, RunnerOptions
 from timbre_server.engine.scheduler import Scheduler, SchedulerLimits
 
 BLOCK_SIZE = 4
+Asked = str | AdapterUse | tuple[AdapterUse, ...] | None
 
 
 class Shelf:
@@ -46,6 +47,12 @@ class Shelf:
     def failure(self, digest: str) -> str | None: ...
 
     def no_requests(self, digest: str) -> None: ...
+
+    def favour(self, digests: Iterable[str]) -> None: ...
+
+    @property
+    def misfit(self) -> str | None:
+        return None
 
 
 @dataclass
@@ -103,16 +110,18 @@ class EngineBench:
         self.uses[digest] = AdapterUse(digest, virtual_tokens=found.virtual_tokens)
         return program
 
-    def submit(
-        self, prompt: list[int], adapter: str | AdapterUse | None = None, num_tokens: int = 8, **sampling: Any
-    ) -> str:
+    def submit(self, prompt: list[int], adapter: Asked = None, num_tokens: int = 8, **sampling: Any) -> str:
         """Queue a greedy request; returns its id."""
         self._num_requests += 1
         request_id = f"r{self._num_requests}"
-        use = self.uses[adapter] if isinstance(adapter, str) else adapter
         params = SamplingParams(**{"max_tokens": num_tokens, "temperature": 0.0, "logprobs": 0, **sampling})
-        self.scheduler.add(Submit(request_id, prompt, params, () if use is None else (use,)))
+        self.scheduler.add(Submit(request_id, prompt, params, self._uses_of(adapter)))
         return request_id
+
+    def _uses_of(self, adapter: Asked) -> tuple[AdapterUse, ...]:
+        if isinstance(adapter, str):
+            return (self.uses[adapter],)
+        return (adapter,) if isinstance(adapter, AdapterUse) else adapter or ()
 
     def step(self) -> tuple[TokenEvent, ...]:
         plan = self.scheduler.schedule()
@@ -139,7 +148,7 @@ class EngineBench:
                 answer.error = answer.error or event.error_message
         raise AssertionError("still at work after 1000 steps")
 
-    def answer(self, prompt: list[int], adapter: str | AdapterUse | None = None, **options: Any) -> Answer:
+    def answer(self, prompt: list[int], adapter: Asked = None, **options: Any) -> Answer:
         """One request alone."""
         request_id = self.submit(prompt, adapter, **options)
         return self.run()[request_id]

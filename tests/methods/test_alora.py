@@ -134,6 +134,33 @@ def test_prompt_logprobs_change_from_the_invocation_on(
         assert all(abs(a - b) > 1e-3 for a, b in zip(adapted[8:], base[8:], strict=True))
 
 
+def test_in_a_mix_it_joins_the_others_from_its_invocation_on(
+    llama: nn.Module,
+    engine_bench: ModuleType,
+    alora: Any,
+    generated: Callable[..., list[int]],
+    write_with_peft: Callable[..., Any],
+    quiet: Callable[[], AbstractContextManager[None]],
+) -> None:
+    lora = write_with_peft(llama, LoraConfig(r=3, lora_alpha=3, target_modules=["q_proj", "down_proj"]))
+    with quiet():
+        merged = peft.PeftModel.from_pretrained(copy.deepcopy(llama), str(lora.folder)).merge_and_unload()
+    other = AdapterUse("lora")
+    for budget in (64, 3):
+        bench = engine_bench.EngineBench(llama, budget=budget)
+        bench.put("x", alora.config, alora.tensors)
+        bench.put("lora", lora.config, lora.tensors)
+        ids = {at: bench.submit(prompt, (use(at), other)) for at, prompt in PROMPTS.items()}
+        answers = bench.run()
+        for at, prompt in PROMPTS.items():
+            assert answers[ids[at]].token_ids == generated(merged, alora.folder, prompt), at
+    bench.answer(PROMPTS[8], other)
+    prompt = [*PROMPTS[8], 1, 2]
+    mixed = bench.answer(prompt, (other, use(8)))
+    assert mixed.token_ids == generated(merged, alora.folder, prompt)
+    assert mixed.cached_tokens == 8, "before the invocation it is the other's alone"
+
+
 def test_text_survives_preemption(
     llama: nn.Module, engine_bench: ModuleType, alora: Any, generated: Callable[..., list[int]]
 ) -> None:

@@ -14,12 +14,22 @@ class AdapterStamp:
     name: str
     version: int
     digest: str
+    weight: float = 1.0
 
     @staticmethod
     def of(body: Mapping[str, Any]) -> AdapterStamp | None:
-        """None: the base model spoke."""
+        """None: the base model spoke, or a mix."""
         stamp = body.get("adapter")
-        return None if stamp is None else AdapterStamp(stamp["name"], stamp["version"], stamp["digest"])
+        return None if stamp is None or "mix" in stamp else _stamp(stamp)
+
+    @staticmethod
+    def mix_of(body: Mapping[str, Any]) -> tuple[AdapterStamp, ...]:
+        """The adapters of a mix; empty where none was asked for."""
+        return tuple(map(_stamp, (body.get("adapter") or {}).get("mix", ())))
+
+
+def _stamp(stamp: Mapping[str, Any]) -> AdapterStamp:
+    return AdapterStamp(stamp["name"], stamp["version"], stamp["digest"], stamp.get("weight", 1.0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +70,8 @@ class Completion:
     choices: tuple[TextChoice, ...]
     usage: Usage | None
     adapter: AdapterStamp | None
+    mix: tuple[AdapterStamp, ...] = ()
+    """The adapters that spoke together, with their weights; ``adapter`` is None then."""
 
     @property
     def text(self) -> str:
@@ -72,7 +84,14 @@ class Completion:
             TextChoice(item["index"], item["text"], item.get("finish_reason"), item.get("logprobs"))
             for item in body["choices"]
         )
-        return Completion(body["id"], body["model"], choices, Usage.of(body), AdapterStamp.of(body))
+        return Completion(
+            body["id"],
+            body["model"],
+            choices,
+            Usage.of(body),
+            AdapterStamp.of(body),
+            AdapterStamp.mix_of(body),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +110,8 @@ class ChatAnswer:
     choices: tuple[ChatChoice, ...]
     usage: Usage | None
     adapter: AdapterStamp | None
+    mix: tuple[AdapterStamp, ...] = ()
+    """The adapters that spoke together, with their weights; ``adapter`` is None then."""
 
     @property
     def text(self) -> str:
@@ -108,7 +129,14 @@ class ChatAnswer:
             )
             for item in body["choices"]
         )
-        return ChatAnswer(body["id"], body["model"], choices, Usage.of(body), AdapterStamp.of(body))
+        return ChatAnswer(
+            body["id"],
+            body["model"],
+            choices,
+            Usage.of(body),
+            AdapterStamp.of(body),
+            AdapterStamp.mix_of(body),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,14 +148,16 @@ class TextDelta:
     finish_reason: str | None
     usage: Usage | None
     adapter: AdapterStamp | None
+    mix: tuple[AdapterStamp, ...] = ()
+    """The adapters that spoke together, with their weights; ``adapter`` is None then."""
 
     @staticmethod
     def of(body: Mapping[str, Any]) -> tuple[TextDelta, ...]:
-        usage, adapter = Usage.of(body), AdapterStamp.of(body)
+        usage, adapter, mix = Usage.of(body), AdapterStamp.of(body), AdapterStamp.mix_of(body)
         if not body["choices"]:
-            return (TextDelta(0, "", None, usage, adapter),)
+            return (TextDelta(0, "", None, usage, adapter, mix),)
         return tuple(
-            TextDelta(item["index"], item["text"], item.get("finish_reason"), usage, adapter)
+            TextDelta(item["index"], item["text"], item.get("finish_reason"), usage, adapter, mix)
             for item in body["choices"]
         )
 
@@ -141,12 +171,14 @@ class ChatDelta:
     finish_reason: str | None
     usage: Usage | None
     adapter: AdapterStamp | None
+    mix: tuple[AdapterStamp, ...] = ()
+    """The adapters that spoke together, with their weights; ``adapter`` is None then."""
 
     @staticmethod
     def of(body: Mapping[str, Any]) -> tuple[ChatDelta, ...]:
-        usage, adapter = Usage.of(body), AdapterStamp.of(body)
+        usage, adapter, mix = Usage.of(body), AdapterStamp.of(body), AdapterStamp.mix_of(body)
         if not body["choices"]:
-            return (ChatDelta(0, "", None, usage, adapter),)
+            return (ChatDelta(0, "", None, usage, adapter, mix),)
         return tuple(
             ChatDelta(
                 item["index"],
@@ -154,6 +186,7 @@ class ChatDelta:
                 item.get("finish_reason"),
                 usage,
                 adapter,
+                mix,
             )
             for item in body["choices"]
         )

@@ -19,8 +19,10 @@ class ChatMessage(TypedDict):
 
 
 class Options(TypedDict, total=False):
-    """How to sample. The server's defaults hold for what is left out."""
+    """What goes beside model and prompt. The server's defaults hold for what is left out."""
 
+    mix: Mapping[str, float]
+    """Adapters by name, each with its weight, for this request; the model is then the base's name or None."""
     max_tokens: int
     min_tokens: int
     temperature: float
@@ -42,13 +44,13 @@ class Options(TypedDict, total=False):
     user: str
 
 
-def complete(model: str, prompt: Prompt, options: Options) -> Call[Completion]:
-    body = {**options, "model": model, "prompt": prompt}
+def complete(model: str | None, prompt: Prompt, options: Options) -> Call[Completion]:
+    body = {**_fields(options), "model": model, "prompt": prompt}
     return Call("POST", "/v1/completions", Completion.of, json=body)
 
 
-def chat(model: str, messages: Sequence[ChatMessage], options: Options) -> Call[ChatAnswer]:
-    body = {**options, "model": model, "messages": messages}
+def chat(model: str | None, messages: Sequence[ChatMessage], options: Options) -> Call[ChatAnswer]:
+    body = {**_fields(options), "model": model, "messages": messages}
     return Call("POST", "/v1/chat/completions", ChatAnswer.of, json=body)
 
 
@@ -85,6 +87,14 @@ def is_ready() -> Call[bool]:
 
 def adapter_path(reference: str) -> str:
     return f"/v1/adapters/{quote(reference, safe='@:')}"
+
+
+def _fields(options: Options) -> dict[str, Any]:
+    fields: dict[str, Any] = {**options}
+    if "mix" in options:
+        mix = fields.pop("mix")
+        fields["adapters"] = [{"name": name, "weight": weight} for name, weight in mix.items()]
+    return fields
 
 
 def _nothing(body: Any) -> None:

@@ -49,21 +49,23 @@ class AsyncTimbre:
     ) -> None:
         await self.close()
 
-    async def complete(self, model: str, prompt: api.Prompt, **options: Unpack[api.Options]) -> Completion:
+    async def complete(
+        self, model: str | None, prompt: api.Prompt, **options: Unpack[api.Options]
+    ) -> Completion:
         return await self._send(api.complete(model, prompt, options))
 
     async def chat(
-        self, model: str, messages: Sequence[api.ChatMessage], **options: Unpack[api.Options]
+        self, model: str | None, messages: Sequence[api.ChatMessage], **options: Unpack[api.Options]
     ) -> ChatAnswer:
         return await self._send(api.chat(model, messages, options))
 
     def stream_completion(
-        self, model: str, prompt: api.Prompt, **options: Unpack[api.Options]
+        self, model: str | None, prompt: api.Prompt, **options: Unpack[api.Options]
     ) -> AsyncGenerator[TextDelta, None]:
         return self._stream(api.streamed(api.complete(model, prompt, options)), TextDelta.of)
 
     def stream_chat(
-        self, model: str, messages: Sequence[api.ChatMessage], **options: Unpack[api.Options]
+        self, model: str | None, messages: Sequence[api.ChatMessage], **options: Unpack[api.Options]
     ) -> AsyncGenerator[ChatDelta, None]:
         """As `stream_completion`."""
         return self._stream(api.streamed(api.chat(model, messages, options)), ChatDelta.of)

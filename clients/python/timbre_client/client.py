@@ -48,23 +48,26 @@ class Timbre:
     ) -> None:
         self.close()
 
-    def complete(self, model: str, prompt: api.Prompt, **options: Unpack[api.Options]) -> Completion:
-        """`model` is the base's name, or an adapter's: ``name``, ``name@3``, ``name@sha256:…``."""
+    def complete(self, model: str | None, prompt: api.Prompt, **options: Unpack[api.Options]) -> Completion:
+        """`model` is the base's name, or an adapter's: ``name``, ``name@3``, ``name@sha256:…``.
+
+        ``mix={"pirate": 0.7, "json@2": 0.3}`` asks several adapters together: W + Σ weight · (W_adapter - W).
+        """
         return self._send(api.complete(model, prompt, options))
 
     def chat(
-        self, model: str, messages: Sequence[api.ChatMessage], **options: Unpack[api.Options]
+        self, model: str | None, messages: Sequence[api.ChatMessage], **options: Unpack[api.Options]
     ) -> ChatAnswer:
         return self._send(api.chat(model, messages, options))
 
     def stream_completion(
-        self, model: str, prompt: api.Prompt, **options: Unpack[api.Options]
+        self, model: str | None, prompt: api.Prompt, **options: Unpack[api.Options]
     ) -> Generator[TextDelta, None, None]:
         """Pieces as they are made. The request goes out with the first; closing the stream ends it."""
         return self._stream(api.streamed(api.complete(model, prompt, options)), TextDelta.of)
 
     def stream_chat(
-        self, model: str, messages: Sequence[api.ChatMessage], **options: Unpack[api.Options]
+        self, model: str | None, messages: Sequence[api.ChatMessage], **options: Unpack[api.Options]
     ) -> Generator[ChatDelta, None, None]:
         """As `stream_completion`."""
         return self._stream(api.streamed(api.chat(model, messages, options)), ChatDelta.of)

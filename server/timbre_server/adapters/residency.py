@@ -4,13 +4,17 @@ An adapter is absent, wanted (queued or being loaded) or resident in a slot. Slo
 a fixed number: the budget is in bytes, those of an adapter's own tensors and those of the bases that it
 shares with others, each tensor counted once. An adapter in use is never evicted; of the others the least
 recently used goes first.
+
+One request at a time is favoured: its adapters are loaded before others and not evicted until it has them
+all. Else requests for several each could evict each other's for ever, and none have all of its own.
 """
 
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from types import MappingProxyType
 from typing import Literal
 
@@ -51,6 +55,7 @@ class Residency:
         self._resident: OrderedDict[str, _Resident] = OrderedDict()
         self._wanted: dict[str, bool] = {}
         """In order of wish, and whether it outlives the requests that wished it, too."""
+        self._favoured: tuple[str, ...] = ()
         self._free_slots: list[int] = []
         self._next_slot = 0
 
@@ -63,6 +68,30 @@ class Residency:
     def wanted(self) -> tuple[str, ...]:
         """Digests to load, oldest wish first."""
         return tuple(self._wanted)
+
+    @property
+    def next_wish(self) -> str | None:
+        """The digest to load next: a favoured one, else the oldest wish."""
+        favoured = (digest for digest in self._favoured if digest in self._wanted)
+        return next(chain(favoured, self._wanted), None)
+
+    def favour(self, digests: Iterable[str]) -> None:
+        """Let these, instead of those before, be loaded first and stay."""
+        self._favoured = tuple(digests)
+
+    def gives_way(self, digest: str) -> bool:
+        """Whether a load that finds no room keeps a favoured adapter from being loaded."""
+        return digest not in self._favoured and self.next_wish in self._favoured
+
+    def bytes_with_favoured(self, digest: str, prepared_bytes: int, shared: SharedBytes) -> int:
+        """What a favoured adapter takes together with the others that are in memory; 0 for any other."""
+        if digest not in self._favoured:
+            return 0
+        beside = [self._resident[other] for other in self._favoured if other in self._resident]
+        tensors = dict(shared)
+        for entry in beside:
+            tensors |= entry.shared
+        return prepared_bytes + sum(entry.prepared_bytes for entry in beside) + sum(tensors.values())
 
     def acquire(self, digest: str) -> int | None:
         """Take a use of a resident adapter and return its slot, or note the wish and return None."""
@@ -101,7 +130,7 @@ class Residency:
     def make_room(self, prepared_bytes: int, shared: SharedBytes = NOTHING_SHARED) -> list[Departure] | None:
         """Evict idle adapters, oldest use first, until an adapter of its own bytes and what it shares fits.
 
-        None, and nothing evicted, while adapters in use hold too much.
+        None, and nothing evicted, while adapters in use, or favoured, hold too much.
         """
         sharers = self._sharers.copy()
         sharers.update(shared.keys())
@@ -110,7 +139,7 @@ class Residency:
         for digest, entry in self._resident.items():
             if needed <= 0:
                 break
-            if entry.users:
+            if entry.users or digest in self._favoured:
                 continue
             going.append(digest)
             sharers.subtract(entry.shared.keys())

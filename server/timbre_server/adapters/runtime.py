@@ -4,14 +4,15 @@ The scheduler acquires and releases digests and gets slot numbers. The loop call
 the only moment when a loaded adapter enters or an evicted one leaves: no step sees a slot change hands.
 
 One load runs at a time, on a thread of its own. Its result waits, and so do the wishes behind it, while
-adapters in use fill the budget; requests for resident adapters go on meanwhile.
+adapters in use fill the budget; requests for resident adapters go on meanwhile. It is put off where it would
+keep a favoured adapter waiting (`residency`).
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -63,6 +64,7 @@ class AdapterRuntime:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="adapter-load")
         self._loading: tuple[str, Future[LoadedAdapter]] | None = None
         self._departed: list[Departure] = []
+        self._misfit: str | None = None
 
     @property
     def resident(self) -> tuple[str, ...]:
@@ -109,6 +111,16 @@ class AdapterRuntime:
         """No request is left that would use the adapter: what only requests wished for is not loaded."""
         self._residency.no_requests(digest)
 
+    def favour(self, digests: Iterable[str]) -> None:
+        """Load these before others and evict none of them: a request waits until it has them all."""
+        self._residency.favour(digests)
+        self._misfit = None
+
+    @property
+    def misfit(self) -> str | None:
+        """Why those favoured can never be in memory together, once that is known."""
+        return self._misfit
+
     def unload(self, digest: str) -> None:
         """Let an adapter go when its last user has gone; `poll` reports the departure."""
         was_resident = digest in self._residency.resident
@@ -119,8 +131,8 @@ class AdapterRuntime:
     def poll(self) -> tuple[list[Arrival], list[Departure]]:
         """Place a load that has ended, start the next one, and report both. Never blocks."""
         arrivals = self._finish_load()
-        if self._loading is None and self._residency.wanted:
-            digest = self._residency.wanted[0]
+        digest = self._residency.next_wish
+        if self._loading is None and digest is not None and self._misfit is None:
             future = self._thread.submit(self._loader.load, digest)
             future.add_done_callback(lambda _: self._on_load_ended())
             self._loading = digest, future
@@ -160,6 +172,14 @@ class AdapterRuntime:
             ]
         departures = self._residency.make_room(prepared_bytes, shared)
         if departures is None:
+            together = self._residency.bytes_with_favoured(digest, prepared_bytes, shared)
+            if together > self._residency.budget_bytes:
+                self._misfit = (
+                    f"the adapters of this mix need {together} bytes in memory together, or more; the budget "
+                    f"for all adapters is {self._residency.budget_bytes}: raise the adapter memory setting"
+                )
+            if self._misfit is not None or self._residency.gives_way(digest):
+                self._loading = None
             return []
         for departure in departures:
             self._leave(departure)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import Protocol
 
 from timbre_server.engine.sequence import AdapterSlots, Sequence
@@ -25,14 +26,28 @@ class AdapterSlotsSource(Protocol):
         """The last request that would use the adapter has ended: what it asked for need not be loaded."""
         ...
 
+    def favour(self, digests: Iterable[str]) -> None:
+        """Load these before others and keep them, instead of those named before."""
+        ...
+
+    @property
+    def misfit(self) -> str | None:
+        """Why those favoured can never be in memory together, once that is known."""
+        ...
+
 
 class MixSlots:
-    """Acquires and releases whole mixes, and remembers within a step what was not to be had."""
+    """Acquires and releases whole mixes, and remembers within a step what was not to be had.
+
+    The oldest request that waits for its mix is favoured until it has it or ends. So of several whose mixes
+    do not fit into memory together, one always gets on.
+    """
 
     def __init__(self, source: AdapterSlotsSource) -> None:
         self._source = source
         self._missing: dict[str, None] = {}
         self._num_requests: Counter[str] = Counter()
+        self._favoured: Sequence | None = None
 
     @property
     def missing(self) -> tuple[str, ...]:
@@ -48,7 +63,8 @@ class MixSlots:
 
     def leave(self, sequence: Sequence) -> None:
         """It has ended, with its mix or without."""
-        self.release(sequence)
+        self._give_back(sequence)
+        self._favour_no_more(sequence)
         for digest, _ in sequence.mix:
             self._num_requests[digest] -= 1
             if not self._num_requests[digest]:
@@ -57,6 +73,8 @@ class MixSlots:
 
     def failure(self, sequence: Sequence) -> str | None:
         """Why the sequence can never have its adapters; None where it may."""
+        if sequence is self._favoured and self._source.misfit is not None:
+            return self._source.misfit
         messages = (self._source.failure(digest) for digest, _ in sequence.mix)
         return next((message for message in messages if message is not None), None)
 
@@ -77,11 +95,28 @@ class MixSlots:
         if not is_complete:
             for digest, _ in sequence.mix[: len(slots)]:
                 self._source.release(digest)
+            self._favour(sequence)
             return False
         sequence.adapter_slots = slots
+        self._favour_no_more(sequence)
         return True
 
     def release(self, sequence: Sequence) -> None:
+        """The sequence waits again."""
+        self._give_back(sequence)
+        self._favour(sequence)
+
+    def _favour(self, sequence: Sequence) -> None:
+        if sequence.mix and (self._favoured is None or sequence.arrival < self._favoured.arrival):
+            self._favoured = sequence
+            self._source.favour([digest for digest, _ in sequence.mix])
+
+    def _favour_no_more(self, sequence: Sequence) -> None:
+        if sequence is self._favoured:
+            self._favoured = None
+            self._source.favour(())
+
+    def _give_back(self, sequence: Sequence) -> None:
         for digest, _ in sequence.mix[: len(sequence.adapter_slots)]:
             self._source.release(digest)
         sequence.adapter_slots = ()

@@ -21,6 +21,7 @@ from timbre_server.errors import InvalidRequest
 from timbre_server.http.context import ServingContext
 from timbre_server.http.generation import Asked, Delta, run_choices
 from timbre_server.http.logprobs import TokenLabels
+from timbre_server.http.mixes import wanted_mix
 from timbre_server.http.openai_schema import GenerationRequest
 from timbre_server.http.planning import (
     Choice,
@@ -65,9 +66,8 @@ class Answer:
 
     def deltas(self) -> AsyncGenerator[Delta, None]:
         """Starts the engine's work at the first step; closing it aborts what still runs."""
-        adapter = self.voice.adapter
         asked = Asked(
-            adapter=adapter.name if adapter is not None else None,
+            adapters=self.voice.names,
             n=self.request.n,
             client_stop_ids=frozenset(self.request.stop_token_ids),
             show_stop_token=self.request.include_stop_str_in_output,
@@ -132,8 +132,8 @@ class Usage:
 
 
 async def choose_voice(context: ServingContext, request: GenerationRequest, http: Request) -> Voice:
-    """Resolves the adapter and leaves its label in the request's state, for the log."""
-    voice = await resolve_voice(context, request.model, request.adapter_id)
+    """Resolves the adapters and leaves their label in the request's state, for the log."""
+    voice = await resolve_voice(context, request.model, request.adapter_id, wanted_mix(request))
     http.state.adapter = voice.label
     return voice
 

@@ -56,7 +56,7 @@ class Delta:
 class Asked:
     """What all choices of an answer share, for their text and their records."""
 
-    adapter: str | None
+    adapters: tuple[str, ...]
     n: int
     client_stop_ids: frozenset[int]
     show_stop_token: bool
@@ -149,7 +149,7 @@ class _Progress:
         submit = self._choice.submit
         return RequestRecord(
             request_id=submit.request_id,
-            adapter=self._asked.adapter,
+            adapters=self._asked.adapters,
             arrived_s=self._arrived_s,
             first_token_s=self._first_token_s,
             finished_s=time.monotonic(),

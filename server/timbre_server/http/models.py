@@ -51,9 +51,9 @@ def models_router(context: ServingContext) -> APIRouter:
     async def get_model(model: str) -> Response:
         """One model: the base, or an adapter by any of its references."""
         voice = await resolve_voice(context, model, None)
-        if voice.adapter is None:
+        if not voice.mix:
             return json_response(_base(context, model))
-        return json_response(_adapter(context, voice.adapter, model), headers=voice.headers())
+        return json_response(_adapter(context, voice.mix[0].adapter, model), headers=voice.headers())
 
     return router
 

@@ -24,6 +24,8 @@ MAX_BIASES = 1024
 MAX_STOP_CHARS = 1024
 MAX_NAME_CHARS = 256
 MAX_TOKEN_ID = 2**31 - 1
+MAX_MIX = 8
+MAX_WEIGHT = 100.0
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 
 Prompt = str | list[str] | list[int] | list[list[int]]
@@ -105,12 +107,64 @@ class ResponseFormat(Body):
     type: Annotated[str, Field(max_length=64)]
 
 
+def _no_index(value: object) -> object:
+    if isinstance(value, int):
+        raise ValueError(
+            "an index into a list of adapters means nothing here, where they come and go; name one"
+        )
+    return value
+
+
+Weight = Annotated[float, Field(ge=-MAX_WEIGHT, le=MAX_WEIGHT)]
+OfMix = Field(min_length=1, max_length=MAX_MIX, fail_fast=True)
+
+
+class Exact(Body):
+    """An object in which a field that nobody knows is an error: it could be a weight by another name."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class MixedAdapter(Exact):
+    name: Name
+    weight: Weight = 1.0
+
+
+class MergedAdapters(Exact):
+    """LoRAX's spelling of a mix."""
+
+    ids: Annotated[list[Name], OfMix]
+    weights: Annotated[list[Weight], Field(max_length=MAX_MIX, fail_fast=True)] = Field(default_factory=list)
+    """Empty: 1 each."""
+    merge_strategy: Annotated[str, Field(max_length=64)] = "linear"
+    density: float = Field(0.0, ge=0, le=1)
+    majority_sign_method: Annotated[str, Field(max_length=64)] = "total"
+    """It and ``density`` say nothing of a linear merge."""
+
+    @model_validator(mode="after")
+    def _a_weight_each(self) -> MergedAdapters:
+        if self.weights and len(self.weights) != len(self.ids):
+            raise ValueError(f"{len(self.ids)} ids have {len(self.weights)} weights; expected one each")
+        return self
+
+
+class ScaledLora(Exact):
+    """llama.cpp's spelling of one adapter of a mix."""
+
+    id: Annotated[Name, BeforeValidator(_no_index)]
+    scale: Weight
+
+
 class GenerationRequest(Body):
     """What both routes share."""
 
     model: Name | None = None
     adapter_id: Name | None = None
     """An adapter by itself, whatever ``model`` says of the base."""
+    adapters: Annotated[list[MixedAdapter], OfMix] | None = None
+    """Several together, or one with a weight: W + Σ weight · (W_adapter − W)."""
+    merged_adapters: MergedAdapters | None = None
+    lora: Annotated[list[ScaledLora], Field(max_length=MAX_MIX, fail_fast=True)] = Field(default_factory=list)
 
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, ge=0, le=1)

@@ -17,6 +17,7 @@ MAX_NAMED_FIELDS = 32
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 HARMLESS_VALUES: Mapping[str, tuple[object, ...]] = {
+    "adapter_scale": (1,),
     "adapter_source": ("registry",),
     "allowed_token_ids": ([],),
     "audio": (),
@@ -29,9 +30,9 @@ HARMLESS_VALUES: Mapping[str, tuple[object, ...]] = {
     "input_audio": (),
     "length_penalty": (1,),
     "logits_processors": ([],),
-    "lora": ([],),
     "lora_request": (),
-    "merged_adapters": (),
+    "lora_scale": (1,),
+    "loras": ([],),
     "mm_processor_kwargs": ({},),
     "modalities": (["text"], []),
     "prediction": (),

@@ -1,4 +1,4 @@
-"""Who answers a request: the base model, or one version of one adapter, resolved once to its digest.
+"""Who answers a request: the base model, or an adapter or a mix of some, resolved once to their digests.
 
 Everything below this line works with digests; names appear again only in the answer.
 """
@@ -6,11 +6,13 @@ Everything below this line works with digests; names appear again only in the an
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from timbre_server.engine.messages import AdapterUse
 from timbre_server.errors import AdapterMismatch, AdapterNotFound, InvalidRequest
 from timbre_server.http.context import ServingContext
+from timbre_server.http.mixes import Wanted, WeightedAdapter, refuse_twins, summable
 from timbre_store.errors import NotFound
 from timbre_store.records import AdapterRecord
 
@@ -20,50 +22,78 @@ DIGEST_HEADER = "x-timbre-adapter-digest"
 
 @dataclass(frozen=True, slots=True)
 class Voice:
-    """``adapter`` None: the base model itself."""
+    """One adapter is a mix of one, of weight 1; an empty mix is the base model itself."""
 
     model: str
     """As the client wrote it; echoed in the answer."""
-    adapter: AdapterRecord | None
+    mix: tuple[WeightedAdapter, ...] = ()
 
     def uses(self, prompt_token_ids: list[int]) -> tuple[AdapterUse, ...]:
-        """What the engine is told for one prompt.
+        """What the engine is told for one prompt. Each adapter of a mix acts from its own position on.
 
-        Raises: InvalidRequest where the adapter waits for a sequence that the prompt lacks: the answer would
-        be the base's, in the adapter's name.
+        Raises: InvalidRequest where an adapter waits for a sequence that the prompt lacks: it would be named
+        in the answer without a part in it.
         """
-        if self.adapter is None:
-            return ()
-        invocation = list(self.adapter.manifest.invocation_tokens)
-        position = last_occurrence(invocation, prompt_token_ids) if invocation else 0
-        if position is None:
-            raise InvalidRequest(
-                f"adapter {self.label} acts only from its invocation sequence on, the tokens "
-                f"{invocation[:32]}, and the prompt does not hold them; put them where it shall begin",
-                param="prompt",
+        return tuple(
+            AdapterUse(
+                each.adapter.digest,
+                each.weight,
+                each.adapter.manifest.virtual_tokens,
+                _position(each, prompt_token_ids),
             )
-        return (AdapterUse(self.adapter.digest, 1.0, self.virtual_tokens, position),)
+            for each in self.mix
+        )
 
     @property
     def virtual_tokens(self) -> int:
         """Positions of each request that are the adapter's, of which no answer tells."""
-        return 0 if self.adapter is None else self.adapter.manifest.virtual_tokens
+        return sum(each.adapter.manifest.virtual_tokens for each in self.mix)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Without versions, each once."""
+        return tuple(dict.fromkeys(each.adapter.name for each in self.mix))
 
     @property
     def label(self) -> str | None:
-        """``name@version``, or None for the base."""
-        return f"{self.adapter.name}@{self.adapter.version}" if self.adapter is not None else None
+        """``name@version``; of a mix ``name@version;weight=0.7, …``; None for the base."""
+        if self._is_plain:
+            return self.mix[0].label
+        return ", ".join(f"{each.label};weight={each.weight!r}" for each in self.mix) or None
 
-    def body(self) -> dict[str, str | int] | None:
+    def body(self) -> Mapping[str, object] | None:
         """What stands under ``adapter`` in an answer."""
-        if self.adapter is None:
+        if not self.mix:
             return None
-        return {"name": self.adapter.name, "version": self.adapter.version, "digest": self.adapter.digest}
+        if self._is_plain:
+            return _stamp(self.mix[0].adapter)
+        return {"mix": [{**_stamp(each.adapter), "weight": each.weight} for each in self.mix]}
 
     def headers(self) -> dict[str, str]:
-        if self.adapter is None or self.label is None:
+        if self.label is None:
             return {}
-        return {ADAPTER_HEADER: self.label, DIGEST_HEADER: self.adapter.digest}
+        digests = ", ".join(each.adapter.digest for each in self.mix)
+        return {ADAPTER_HEADER: self.label, DIGEST_HEADER: digests}
+
+    @property
+    def _is_plain(self) -> bool:
+        return len(self.mix) == 1 and self.mix[0].weight == 1
+
+
+def _stamp(adapter: AdapterRecord) -> dict[str, str | int]:
+    return {"name": adapter.name, "version": adapter.version, "digest": adapter.digest}
+
+
+def _position(each: WeightedAdapter, prompt_token_ids: list[int]) -> int:
+    invocation = list(each.adapter.manifest.invocation_tokens)
+    position = last_occurrence(invocation, prompt_token_ids) if invocation else 0
+    if position is None:
+        raise InvalidRequest(
+            f"adapter {each.label} acts only from its invocation sequence on, the tokens "
+            f"{invocation[:32]}, and the prompt does not hold them; put them where it shall begin",
+            param="prompt",
+        )
+    return position
 
 
 def last_occurrence(sought: list[int], token_ids: list[int]) -> int | None:
@@ -72,12 +102,17 @@ def last_occurrence(sought: list[int], token_ids: list[int]) -> int | None:
     return next((at for at in starts if token_ids[at : at + len(sought)] == sought), None)
 
 
-async def resolve_voice(context: ServingContext, model: str | None, adapter_id: str | None) -> Voice:
+async def resolve_voice(
+    context: ServingContext, model: str | None, adapter_id: str | None, wanted: Sequence[Wanted] = ()
+) -> Voice:
     """Who is meant by ``model`` and ``adapter_id``; the second wins, and must not contradict the first.
+    Adapters that are ``wanted`` with weights are all that speak.
 
-    Raises: InvalidRequest where neither is given or they disagree; AdapterNotFound; AdapterMismatch where
-    the adapter was made for another base.
+    Raises: InvalidRequest where nobody is named or the fields disagree; AdapterNotFound; AdapterMismatch
+    where an adapter was made for another base; MixNotServed.
     """
+    if wanted:
+        return await _mixed(context, model, adapter_id, wanted)
     if model is None and adapter_id is None:
         raise InvalidRequest(
             f"model is required: {context.base_names[0]!r} for the base model, or an adapter's name",
@@ -86,7 +121,7 @@ async def resolve_voice(context: ServingContext, model: str | None, adapter_id: 
     by_model = await _adapter_of(context, model, "model") if model is not None else None
     if adapter_id is None:
         assert model is not None
-        return Voice(model, by_model)
+        return Voice(model, _alone(by_model))
     adapter = await _adapter_of(context, adapter_id, "adapter_id")
     if adapter is None:
         raise AdapterNotFound(f"{adapter_id!r} is the base model, not an adapter", param="adapter_id")
@@ -95,7 +130,35 @@ async def resolve_voice(context: ServingContext, model: str | None, adapter_id: 
             f"model {model!r} and adapter_id {adapter_id!r} name different adapters; send one of them",
             param="adapter_id",
         )
-    return Voice(model if model is not None else adapter_id, adapter)
+    return Voice(model if model is not None else adapter_id, _alone(adapter))
+
+
+async def _mixed(
+    context: ServingContext, model: str | None, adapter_id: str | None, wanted: Sequence[Wanted]
+) -> Voice:
+    field, base = wanted[0].param.partition(".")[0], context.base_names[0]
+    if adapter_id is not None:
+        raise InvalidRequest(
+            f"adapter_id and {field} both name adapters; send one of them", param="adapter_id"
+        )
+    if model is not None and model not in context.base_names:
+        raise InvalidRequest(
+            f"model is {model!r} beside {field}; there it must be {base!r}, the base model, or be left out",
+            param="model",
+        )
+    found = []
+    for each in wanted:
+        adapter = await _adapter_of(context, each.name, each.param)
+        if adapter is None:
+            raise AdapterNotFound(f"{each.name!r} is the base model, not an adapter", param=each.param)
+        found.append(WeightedAdapter(adapter, each.weight))
+    refuse_twins(found, wanted)
+    mix = summable(found, context.engine.info.adapter_budget_bytes, field)
+    return Voice(model if model is not None else base, mix)
+
+
+def _alone(adapter: AdapterRecord | None) -> tuple[WeightedAdapter, ...]:
+    return () if adapter is None else (WeightedAdapter(adapter, 1.0),)
 
 
 async def _adapter_of(context: ServingContext, name: str, param: str) -> AdapterRecord | None:

@@ -255,7 +255,7 @@ async def test_every_sequence_leaves_one_record(rig: Any) -> None:
     rig.shelf.add("pirate")
     await rig.complete(model="pirate", n=2, max_tokens=3)
     first, second = rig.records
-    assert (first.adapter, first.n, first.finish_reason) == ("pirate", 2, "length")
+    assert (first.adapters, first.n, first.finish_reason) == (("pirate",), 2, "length")
     assert (first.prompt_tokens, first.generation_tokens, first.cached_tokens) == (2, 3, 3)
     assert first.arrived_s <= first.first_token_s <= first.finished_s
     assert first.request_id != second.request_id

@@ -70,9 +70,9 @@ async def test_numbers_that_are_none_are_refused(rig: Any, field: str, word: str
     [
         ("guided_json", {"type": "object"}), ("guided_anything", 1), ("prompt_embeds", "abc"), ("best_of", 2),
         ("suffix", "end"), ("tools", [{"type": "function"}]), ("tool_choice", "required"),
-        ("functions", [{}]), ("structured_outputs", {"json": {}}), ("merged_adapters", {"ids": ["a"]}),
-        ("lora", [{"id": 0}]), ("adapter_source", "hub"), ("use_beam_search", True), ("bad_words", ["x"]),
-        ("allowed_token_ids", [1]), ("chat_template", "{{ x }}"),
+        ("functions", [{}]), ("structured_outputs", {"json": {}}), ("lora_scale", 0.5),
+        ("loras", [{"path": "a"}]), ("adapter_source", "hub"), ("use_beam_search", True),
+        ("bad_words", ["x"]), ("allowed_token_ids", [1]), ("chat_template", "{{ x }}"),
         ("response_format", {"type": "json_object"}),
     ],
     ids=lambda value: str(value)[:20],
