@@ -62,6 +62,8 @@ class PeftConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
     inert: ClassVar[frozenset[str]] = frozenset()
+    takes_beside: ClassVar[bool] = True
+    """Whether whole layers, token rows and biases may stand in the file, too (`BESIDE`)."""
     reasons: ClassVar[Mapping[str, str]] = {}
 
 
@@ -87,7 +89,7 @@ def read_config(model: type[C], raw_config: Mapping[str, Any]) -> C:
     for key, value in raw_config.items():
         if key in model.model_fields:
             read[key] = value
-        elif key not in INERT | BESIDE | model.inert and is_on(value):
+        elif key not in INERT | model.inert and not (model.takes_beside and key in BESIDE) and is_on(value):
             reason = model.reasons.get(key) or REASONS.get(key) or "switch it off or convert the adapter"
             raise UnsupportedMethod(
                 f"{raw_config.get('peft_type')}: the option {shown(key)} is on ({shown(value)}) "

@@ -11,7 +11,7 @@ import torch
 
 from timbre_methods.contract import Site
 from timbre_methods.prompt_contract import AttentionLayer, Frame
-from timbre_methods.registry import compiled, methods, prompt_methods
+from timbre_methods.registry import compile_adapter, methods, prompt_methods
 
 PAGE = Path(__file__).parents[2] / "server" / "README.md"
 BEGIN, END = "<!-- methods: begin -->\n", "<!-- methods: end -->\n"
@@ -34,7 +34,7 @@ def prompt_parts_of(name: str) -> list[str]:
     sites = {path: Site(path, torch.eye(8), torch.ones(8)) for path in paths}
     method, frame = prompt_methods()[name], Frame(8, (layer,))
     config, tensors = method.example(sites, frame, torch.Generator().manual_seed(0))
-    program = compiled(method, method.parse(config), tensors, sites, frame)
+    program = compile_adapter(config, tensors, sites, frame)
     return sorted({type(part).__name__ for _, part in program.placed_parts()})
 
 

@@ -21,7 +21,7 @@ from timbre_methods.program import AdapterProgram, owned_tensors
 from timbre_methods.prompt_contract import AttentionLayer, Frame
 from timbre_methods.registry import (
     check_adapter,
-    compiled,
+    compile_adapter,
     inspect_adapter,
     method_for,
     methods,
@@ -66,9 +66,8 @@ class Example:
     ) -> AdapterProgram:
         config = self.config if config is None else config
         tensors = self.tensors if tensors is None else tensors
-        method = method_for(config)
         moved = {key: tensor.to(device) for key, tensor in tensors.items()}
-        return compiled(method, method.parse(config), moved, sites(device), frame)
+        return compile_adapter(config, moved, sites(device), frame)
 
 
 def example(name: str, seed: int) -> Example:

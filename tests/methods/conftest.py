@@ -20,14 +20,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
 
 from timbre_methods.contract import Site
 
@@ -55,79 +47,33 @@ def engine_bench() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
-def llama() -> LlamaForCausalLM:
-    """Two layers, grouped-query attention, biases in the attention, sizes that are no powers of two."""
-    return _llama(is_tied=False)
+def tiny_models() -> ModuleType:
+    """The models' makers."""
+    return _load("tiny_models")
 
 
 @pytest.fixture(scope="session")
-def tied_llama() -> LlamaForCausalLM:
-    """The same, but its head multiplies by the embedding's table."""
-    return _llama(is_tied=True)
-
-
-def _llama(is_tied: bool) -> LlamaForCausalLM:
-    torch.manual_seed(11)
-    config = LlamaConfig(
-        vocab_size=61,
-        hidden_size=48,
-        intermediate_size=70,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        attention_bias=True,
-        tie_word_embeddings=is_tied,
-        initializer_range=0.15,
-    )
-    return _with_random_biases(LlamaForCausalLM(config))
+def llama(tiny_models: ModuleType) -> nn.Module:
+    model: nn.Module = tiny_models.llama()
+    return model
 
 
 @pytest.fixture(scope="session")
-def gpt2() -> GPT2LMHeadModel:
-    """Two layers of `Conv1D`, all with biases."""
-    torch.manual_seed(12)
-    config = GPT2Config(
-        vocab_size=61,
-        n_positions=64,
-        n_embd=48,
-        n_layer=2,
-        n_head=4,
-        initializer_range=0.15,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    return _with_random_biases(GPT2LMHeadModel(config))
+def tied_llama(tiny_models: ModuleType) -> nn.Module:
+    model: nn.Module = tiny_models.tied_llama()
+    return model
 
 
 @pytest.fixture(scope="session")
-def gemma2() -> Gemma2ForCausalLM:
-    """Scaled embeddings, tied; norms that multiply by 1 + w, with a w other than zero."""
-    torch.manual_seed(13)
-    config = Gemma2Config(
-        vocab_size=61,
-        hidden_size=48,
-        intermediate_size=70,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=12,
-        max_position_embeddings=64,
-        initializer_range=0.15,
-        attn_implementation="eager",
-    )
-    model = Gemma2ForCausalLM(config)
-    for name, parameter in model.named_parameters():
-        if "norm" in name:
-            nn.init.normal_(parameter.data, std=0.3)
-    return model.eval()
+def gpt2(tiny_models: ModuleType) -> nn.Module:
+    model: nn.Module = tiny_models.gpt2()
+    return model
 
 
-def _with_random_biases(model: Any) -> Any:
-    for name, parameter in model.named_parameters():
-        if name.endswith(".bias"):
-            nn.init.normal_(parameter.data, std=0.2)
-    return model.eval()
+@pytest.fixture(scope="session")
+def gemma2(tiny_models: ModuleType) -> nn.Module:
+    model: nn.Module = tiny_models.gemma2()
+    return model
 
 
 @contextmanager

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from timbre_methods.contract import Sites
 from timbre_methods.program import AdapterProgram
-from timbre_methods.registry import check_adapter, compiled, derive, method_for
+from timbre_methods.registry import check_adapter, compile_adapter, derive
 from timbre_server.adapters.adapted_model import AdaptedModel
 from timbre_server.adapters.base_sites import base_frame, base_sites
 from timbre_server.engine.attention import install_attention
 from timbre_server.engine.kv_blocks import BlockPool
 from timbre_server.engine.kv_cache import bytes_per_block
 from timbre_server.engine.linears import bias_of, weight_of
+from timbre_server.engine.lone_layers import lone_weight_of
 from timbre_server.engine.messages import AdapterUse, SamplingParams, Submit, TokenEvent
 from timbre_server.engine.model_loader import LoadedModel, PreparedModel
 from timbre_server.engine.probe import probe
@@ -75,13 +76,18 @@ class EngineBench:
         self.model: Any = copy.deepcopy(model)
         install_attention(self.model)
         probed = probe(self.model)
-        shapes = [(shape.path, self.model.get_submodule(shape.path)) for shape in probed.sites]
-        self.sites: Sites = base_sites((path, weight_of(layer), bias_of(layer)) for path, layer in shapes)
+        shapes = [(shape, self.model.get_submodule(shape.path)) for shape in probed.sites]
+        self.sites: Sites = base_sites(
+            (shape, weight_of(layer) if shape.kind == "linear" else lone_weight_of(layer), bias_of(layer))
+            for shape, layer in shapes
+        )
         layers = (layer.attention for layer in probed.layers)
         self.frame = base_frame(probed.hidden_size, map(msgspec.structs.astuple, layers))
         self.shelf = Shelf()
         self.uses: dict[str, AdapterUse] = {}
-        self.adapted = AdaptedModel(self.model, probed.groups, embedding=self.model.get_input_embeddings())
+        self.adapted = AdaptedModel(
+            self.model, probed.groups, lone=probed.lone, embedding=self.model.get_input_embeddings()
+        )
         block_bytes = bytes_per_block(probed.kv_shapes, BLOCK_SIZE, self.model.dtype)
         prepared = PreparedModel(LoadedModel(self.model, "tiny", "sha256:0"), probed)
         options = RunnerOptions(
@@ -101,10 +107,9 @@ class EngineBench:
     def put(self, digest: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> AdapterProgram:
         """Make an adapter resident, checked and compiled as the server does it."""
         found = check_adapter(config, tensors, self.sites, self.frame)
-        method = method_for(config)
         with torch.inference_mode():
             tensors = {**tensors, **derive(config, tensors, self.sites)}
-            program = compiled(method, method.parse(config), tensors, self.sites, self.frame)
+            program = compile_adapter(config, tensors, self.sites, self.frame)
         slot = self.shelf.slots.setdefault(digest, len(self.shelf.slots))
         self.adapted.put(slot, program)
         self.uses[digest] = AdapterUse(digest, virtual_tokens=found.virtual_tokens)

@@ -36,7 +36,12 @@ TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class AloraConfig(LoraConfig):
-    """LoRA's fields, and the sequence from whose last occurrence on the adapter acts."""
+    """LoRA's fields, and the sequence from whose last occurrence on the adapter acts.
+
+    Whole layers beside it would act before the invocation, too, in PEFT.
+    """
+
+    takes_beside = False
 
     alora_invocation_tokens: list[TokenId] = Field(min_length=1, max_length=MAX_INVOCATION_TOKENS)
 

@@ -33,6 +33,8 @@ GATE, PROMPT = "adaption_gate", "adaption_prompt"
 
 
 class AdaptionPromptConfig(PeftConfig):
+    takes_beside = False
+
     adapter_len: Count
     adapter_layers: Count
     """So many, the last of the model."""

@@ -23,6 +23,8 @@ EMBEDDINGS = "prompt_embeddings"
 class VirtualTokensConfig(PeftConfig):
     """The fields that matter at inference; an encoder that made the embeddings is not in the file."""
 
+    takes_beside = False
+
     num_virtual_tokens: Count
     num_transformer_submodules: Literal[1] | None = None
     """2: an encoder and a decoder, each with its own prompt."""
