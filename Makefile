@@ -11,7 +11,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve test lint format bench wheels constraints clean
+.PHONY: help serve test lint format bench bench-methods wheels constraints clean
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -39,6 +39,9 @@ format: $(VENV)/.dev ## let ruff put the sources in order
 
 bench: $(VENV)/.dev ## measure this machine; prints a table and writes JSON
 	$(BIN)/python tests/bench/run.py $(ARGS)
+
+bench-methods: $(VENV)/.dev ## measure what each method costs in memory and in a decode step
+	$(BIN)/python tests/bench/methods.py $(ARGS)
 
 wheels: $(VENV)/.dev ## both wheels into dist/
 	$(BIN)/python -m build --no-isolation --wheel --outdir dist .
