@@ -19,7 +19,7 @@ INSTALL := $(PIP) install --constraint constraints.txt
 SOURCES := server adapters_store clients/python/timbre_client tests examples
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
 
 serve: $(VENV)/.serve ## install on the first run, then serve the small model and the example adapters
 	@exec $(BIN)/timbre serve --host $(HOST) --port $(PORT) --examples-dir examples/adapters $(ARGS)

@@ -12,16 +12,30 @@ from pathlib import Path
 
 import peft
 import torch
+from peft.tuners.lora.config import BdLoraConfig, KasaConfig
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 EVERY = {"target_modules": TARGETS}
 FEEDFORWARD = {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
 
+BLOCKS = BdLoraConfig(["o_proj", "down_proj"], ["q_proj", "k_proj", "v_proj"], nblocks=2, match_strict=False)
+
 Make = Callable[[], peft.PeftConfig]
 
-LINEAR: dict[str, tuple[Make, float]] = {
+ADAPTERS: dict[str, tuple[Make, float]] = {
     "lora": (lambda: peft.LoraConfig(r=4, lora_alpha=6, use_rslora=True, **EVERY), 0.2),
     "dora": (lambda: peft.LoraConfig(r=3, use_dora=True, **EVERY), 0.2),
+    "lora-embeddings": (lambda: peft.LoraConfig(r=3, target_modules=["embed_tokens", "lm_head"]), 0.2),
+    "lora-whole-layers": (
+        lambda: peft.LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=["norm"]),
+        0.1,
+    ),
+    "pissa": (lambda: peft.LoraConfig(r=3, init_lora_weights="pissa", **EVERY), 0.05),
+    "olora": (lambda: peft.LoraConfig(r=3, init_lora_weights="olora", **EVERY), 0.05),
+    "kasa": (lambda: peft.LoraConfig(r=3, kasa_config=KasaConfig(), **EVERY), 0.2),
+    "bdlora": (lambda: peft.LoraConfig(r=4, use_bdlora=BLOCKS, **EVERY), 0.2),
+    "ln_tuning": (lambda: peft.LNTuningConfig(target_modules=["input_layernorm", "norm"]), 0.2),
+    "trainable_tokens": (lambda: peft.TrainableTokensConfig(token_indices=[7, 41, 200]), 0.3),
     "adalora": (lambda: peft.AdaLoraConfig(init_r=4, target_r=2, total_step=10, **EVERY), 0.2),
     "adamss": (lambda: peft.AdamssConfig(r=12, num_subspaces=3, subspace_rank=2, **EVERY), 0.1),
     "beft": (lambda: peft.BeftConfig(**EVERY), 0.2),
@@ -54,7 +68,7 @@ LINEAR: dict[str, tuple[Make, float]] = {
     "vera": (lambda: peft.VeraConfig(r=8, **EVERY), 0.3),
     "waveft": (lambda: peft.WaveFTConfig(n_frequency=200, scaling=10.0, **EVERY), 0.2),
 }
-"""Those that change linear layers only."""
+"""By the name of the method, or that and what is special."""
 
 
 def save_adapter(model: torch.nn.Module, make: Make, folder: Path, std: float, seed: int = 1) -> Path:
