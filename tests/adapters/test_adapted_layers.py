@@ -98,6 +98,7 @@ def test_half_precision_rounds_the_sum_once() -> None:
 
 def test_a_module_is_asked_for_its_scale() -> None:
     assert scale_of(nn.Embedding(5, 4)) == 1.0
+    assert scale_of(nn.Embedding(5, 4, padding_idx=2)) == 1.0
     assert scale_of(Gemma2TextScaledWordEmbedding(5, 4, 0, embed_scale=3.5)) == 3.5
     assert scale_of(Gemma2TextScaledWordEmbedding(5, 4, 0, embed_scale=3.5).bfloat16()) == 3.5
 

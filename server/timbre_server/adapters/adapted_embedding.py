@@ -46,7 +46,7 @@ def scale_of(module: nn.Module) -> float:
     """By what an embedding multiplies the rows of its table, in float32."""
     weight = module.weight
     assert isinstance(weight, Tensor)
-    table_11 = torch.ones(1, 1, dtype=torch.float32, device=weight.device)
+    table_V1 = torch.ones(len(weight), 1, dtype=torch.float32, device=weight.device)
     ids_11 = torch.zeros(1, 1, dtype=torch.int64, device=weight.device)
     with torch.inference_mode():
-        return float(functional_call(module, {"weight": table_11}, (ids_11,)))
+        return float(functional_call(module, {"weight": table_V1}, (ids_11,)))
