@@ -71,12 +71,14 @@ def test_every_option_is_honoured_refused_or_declared_inert(
     honoured: set[str] = set()
     for seed in SEEDS:
         example = make_example(name, tiny_sites, seed)
-        before = outputs(evaluate, example.compiled(tiny_sites), tiny_sites)
+        program = example.compiled(tiny_sites)
+        before = outputs(evaluate, program, tiny_sites)
         for key in example.raw_config.keys() - inert_keys(example.raw_config) - honoured:
             for value in other_values(example.raw_config[key], key):
                 try:
                     changed = example.compiled(tiny_sites, {**example.raw_config, key: value})
-                    counts = not torch.equal(before, outputs(evaluate, changed, tiny_sites))
+                    counts = program.invocation_tokens != changed.invocation_tokens
+                    counts |= not torch.equal(before, outputs(evaluate, changed, tiny_sites))
                 except MethodError:
                     counts = True
                 (honoured if counts else ignored).add(key)

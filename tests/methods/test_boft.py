@@ -10,7 +10,7 @@ from peft.tuners.boft import layer as peft_layer
 from torch import Tensor, nn
 
 from timbre_methods.contract import Site
-from timbre_methods.errors import InvalidConfig, InvalidTensors, UnsupportedMethod
+from timbre_methods.errors import InvalidConfig, InvalidTensors
 from timbre_methods.registry import method_for
 
 LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -107,5 +107,3 @@ def test_what_does_not_fit_is_refused(site: Callable[..., Site]) -> None:
         compiled({**RAW, "boft_block_size": 4}, torch.zeros(1, 1, 4, 4), base)
     with pytest.raises(InvalidConfig, match="boft_block_num=3, expected one of them to be 0"):
         method_for(RAW).parse({**RAW, "boft_block_num": 3})
-    with pytest.raises(UnsupportedMethod, match="'bias' is on"):
-        method_for(RAW).parse({**RAW, "bias": "boft_only"})

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from timbre_methods.base_products import ROWS_AT_ONCE
 from timbre_methods.contract import Site
-from timbre_methods.errors import InvalidTensors, UnsupportedMethod
+from timbre_methods.errors import InvalidTensors
 from timbre_methods.program import LowRank
 from timbre_methods.registry import check_adapter, method_for
 
@@ -81,8 +81,6 @@ def test_vectors_without_a_direction_are_refused(site: Callable[..., Site]) -> N
 
 
 def test_what_hra_does_not_have_is_refused(site: Callable[..., Site]) -> None:
-    with pytest.raises(UnsupportedMethod, match="'bias' is on"):
-        method_for(RAW).parse({**RAW, "bias": "hra_only"})
     method, base = method_for(RAW), site()
     with pytest.raises(InvalidTensors, match=r"found shape \[5, 2\], expected \[5, 3\]"):
         method.compile(method.parse({**RAW, "r": 3}), {NAME: torch.ones(5, 2)}, {base.path: base})

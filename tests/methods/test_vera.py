@@ -11,7 +11,7 @@ from peft import VeraConfig, get_peft_model
 from torch import Tensor, nn
 
 from timbre_methods.contract import Site
-from timbre_methods.errors import InvalidConfig, InvalidTensors, UnsupportedMethod
+from timbre_methods.errors import InvalidConfig, InvalidTensors
 from timbre_methods.program import Projected
 from timbre_methods.registry import derive, method_for
 
@@ -163,11 +163,6 @@ def test_only_the_largest_layer_is_derived_and_only_where_it_is_drawn(site: Call
     [sizes] = derive(RAW, tensors(), {base.path: base}).values()
     assert sizes.tolist() == [6, 5]
     assert derive({**RAW, "save_projection": True}, tensors(is_saved=True), {base.path: base}) == {}
-
-
-def test_biases_are_refused() -> None:
-    with pytest.raises(UnsupportedMethod, match="'bias' is on"):
-        method_for(RAW).parse({**RAW, "bias": "vera_only"})
 
 
 def test_a_file_that_peft_wrote_holds_what_is_read(
