@@ -15,7 +15,14 @@ from timbre_server.adapters.derivation import Derivations
 from timbre_server.engine import loop
 from timbre_server.engine.core import EngineCore
 from timbre_server.engine.loop import WakeUp, run_loop, send_output
-from timbre_server.engine.messages import FromEngine, Shutdown, StepOutput, ToEngine, TokenEvent
+from timbre_server.engine.messages import (
+    FromEngine,
+    Shutdown,
+    StepOutput,
+    TensorsDerived,
+    ToEngine,
+    TokenEvent,
+)
 from timbre_server.engine.wire import Channel, Framing
 
 Pair = tuple[Channel[ToEngine], Channel[FromEngine]]
@@ -69,9 +76,10 @@ def test_an_answer_too_large_for_a_frame_ends_its_own_request(stand_ins: ModuleT
     (big,) = [event for event in output.events if event.request_id == "big"]
     swollen = msgspec.structs.replace(big, logprobs=big.logprobs * 50)
     rest = [event for event in output.events if event is not big]
-    send_output(core, engine, msgspec.structs.replace(output, events=(swollen, *rest)))
+    derived = (TensorsDerived("a path"),)
+    send_output(core, engine, msgspec.structs.replace(output, events=(swollen, *rest), derived=derived))
     first, second, third = (received(server) for _ in range(3))
-    assert (first.stats, first.events) == (output.stats, ())
+    assert first == msgspec.structs.replace(output, events=(), derived=derived)
     assert (second.events[0].finish_reason, second.events[0].error_code) == ("error", "invalid_request")
     assert "a frame holds 2000; ask for fewer" in (second.events[0].error_message or "")
     assert [event.request_id for event in third.events] == ["small"]

@@ -9,6 +9,8 @@ from __future__ import annotations
 import select
 import socket
 
+import msgspec
+
 from timbre_server.engine.core import EngineCore
 from timbre_server.engine.messages import Shutdown, StepOutput, StepStats, ToEngine, TokenEvent
 from timbre_server.engine.wire import Channel, FrameTooLarge
@@ -71,7 +73,7 @@ def send_output(core: EngineCore, channel: Channel[ToEngine], output: StepOutput
     try:
         channel.send(output)
     except FrameTooLarge:
-        channel.send(StepOutput(output.stats, (), output.loaded, output.unloaded, output.derived))
+        channel.send(msgspec.structs.replace(output, events=()))
         for event in output.events:
             _send_event(core, channel, output.stats, event)
 
