@@ -11,7 +11,7 @@ heads, G KV heads, M query heads of one KV head, E size of a head, L keys of an 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,11 +66,10 @@ class StepPrompts:
 
     def entries(self, layer: int, k_GTE: Tensor, v_GTE: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer, those of virtual rows as their adapters have them; all in copies."""
-        for each in self._virtual:
-            if isinstance(each.prompt, PromptEntries):
-                k_GTE = _replaced(k_GTE, each.rows, each.prompt.keys_AVGE[layer, each.tokens])
-                v_GTE = _replaced(v_GTE, each.rows, each.prompt.values_AVGE[layer, each.tokens])
-        return k_GTE, v_GTE
+        prompts = [(v.rows, v.tokens, v.prompt) for v in self._virtual if isinstance(v.prompt, PromptEntries)]
+        keys = [(rows, prompt.keys_AVGE[layer, tokens]) for rows, tokens, prompt in prompts]
+        values = [(rows, prompt.values_AVGE[layer, tokens]) for rows, tokens, prompt in prompts]
+        return _replaced(k_GTE, keys), _replaced(v_GTE, values)
 
     def attended(self, layer: int, q_HTE: Tensor, out_THE: Tensor) -> Tensor:
         """A layer's attention with what adapters add to it, in place; ``q_HTE`` as attention took it."""
@@ -81,12 +80,12 @@ class StepPrompts:
 
     def _embedded(self, module: nn.Module, args: Any, out_1TD: Tensor) -> Tensor | None:
         """The embedding layer's output with the virtual rows' own; None: as it is."""
-        replaced_1TD = out_1TD
-        for each in self._virtual:
-            if isinstance(each.prompt, PromptEmbeddings):
-                rows_V1D = each.prompt.rows_VD[each.tokens].unsqueeze(1)
-                replaced_1TD = _replaced(replaced_1TD, each.rows, rows_V1D)
-        return None if replaced_1TD is out_1TD else replaced_1TD
+        rows = [
+            (v.rows, v.prompt.rows_VD[v.tokens].unsqueeze(1))
+            for v in self._virtual
+            if isinstance(v.prompt, PromptEmbeddings)
+        ]
+        return _replaced(out_1TD, rows) if rows else None
 
 
 def attention_change(prompt: AttentionPrompt, q_HNE: Tensor) -> Tensor:
@@ -111,8 +110,11 @@ def _virtual_rows(table: RowTable, programs: Mapping[int, AdapterProgram]) -> li
     return found
 
 
-def _replaced(x_GTE: Tensor, rows: slice, values_VGE: Tensor) -> Tensor:
-    """A copy with other values in some rows, rounded to x's dtype."""
+def _replaced(x_GTE: Tensor, rows: Sequence[tuple[slice, Tensor]]) -> Tensor:
+    """One copy with other values [V, G, E] in some rows, rounded to x's dtype; x itself where there are none."""
+    if not rows:
+        return x_GTE
     copied_GTE = x_GTE.clone()
-    copied_GTE[:, rows] = values_VGE.transpose(0, 1).to(x_GTE.dtype)
+    for where, values_VGE in rows:
+        copied_GTE[:, where] = values_VGE.transpose(0, 1).to(x_GTE.dtype)
     return copied_GTE

@@ -132,8 +132,7 @@ class Residency:
 
         None, and nothing evicted, while adapters in use, or favoured, hold too much.
         """
-        sharers = self._sharers.copy()
-        sharers.update(shared.keys())
+        given_back: Counter[int] = Counter()
         needed = self.used_bytes + prepared_bytes + self._bytes_of_new(shared) - self.budget_bytes
         going = []
         for digest, entry in self._resident.items():
@@ -142,9 +141,12 @@ class Residency:
             if entry.users or digest in self._favoured:
                 continue
             going.append(digest)
-            sharers.subtract(entry.shared.keys())
-            left = sum(size for tensor, size in entry.shared.items() if sharers[tensor] == 0)
-            needed -= entry.prepared_bytes + left
+            given_back.update(entry.shared.keys())
+            needed -= entry.prepared_bytes + sum(
+                size
+                for tensor, size in entry.shared.items()
+                if given_back[tensor] == self._sharers[tensor] and tensor not in shared
+            )
         if needed > 0:
             return None
         return [self._remove(digest, "evicted") for digest in going]
@@ -193,8 +195,10 @@ class Residency:
 
     def _remove(self, digest: str, reason: EvictionReason) -> Departure:
         entry = self._resident.pop(digest)
-        self._sharers.subtract(entry.shared.keys())
-        self._sharers = +self._sharers
+        for tensor in entry.shared:
+            self._sharers[tensor] -= 1
+            if not self._sharers[tensor]:
+                del self._sharers[tensor]
         self.used_bytes -= entry.prepared_bytes + self._bytes_of_new(entry.shared)
         self._free_slots.append(entry.slot)
         return Departure(digest, entry.slot, reason)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import signal
 import socket
 import sys
@@ -76,4 +77,7 @@ def _failed(error: Exception) -> Failed:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    logging.shutdown()
+    # Not sys.exit: it would wait for loads and derivations that nobody waits for any more.
+    os._exit(status)

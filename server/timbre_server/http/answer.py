@@ -188,7 +188,8 @@ async def deliver(
     headers = answer.voice.headers() | ignored_header(ignored_fields(answer.request))
     held = ExitStack()
     tokens = sum(
-        len(choice.submit.prompt_token_ids) + choice.submit.sampling.max_tokens for choice in answer.choices
+        answer.voice.virtual_tokens + len(choice.submit.prompt_token_ids) + choice.submit.sampling.max_tokens
+        for choice in answer.choices
     )
     held.enter_context(context.admission.hold(len(answer.choices), tokens))
     if answer.request.stream:
