@@ -51,10 +51,7 @@ def drawn_places(
     Always on the CPU; on the meta device nothing is drawn. Adapters of equal draw and transform get the very
     same object while it is among the last `NUM_KEPT` that were asked for. Raises as `drawn_cells`.
     """
-    if device.type == "meta":
-        rows_N, columns_N = drawn_cells(draw, device)
-        return Places(transform, draw.out_features, draw.in_features, rows_N, columns_N, low_pass)
-    return _kept_places(draw, transform, low_pass)
+    return _kept_places(draw, transform, low_pass, "meta" if device.type == "meta" else "cpu")
 
 
 def drawn_cells(draw: Draw, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -97,8 +94,10 @@ def first_of_permutation(seed: int, size: int, count: int) -> Tensor:
 
 
 @lru_cache(maxsize=NUM_KEPT)
-def _kept_places(draw: Draw, transform: Literal["dft", "dwt"], low_pass: tuple[float, ...]) -> Places:
-    rows_N, columns_N = drawn_cells(draw, torch.device("cpu"))
+def _kept_places(
+    draw: Draw, transform: Literal["dft", "dwt"], low_pass: tuple[float, ...], device: str
+) -> Places:
+    rows_N, columns_N = drawn_cells(draw, torch.device(device))
     if transform == "dwt":
         rows_N, columns_N = _among_coefficients(draw, len(low_pass), rows_N, columns_N)
     return Places(transform, draw.out_features, draw.in_features, rows_N, columns_N, low_pass)

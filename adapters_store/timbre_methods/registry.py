@@ -53,6 +53,10 @@ class Inspection:
     sites: tuple[str, ...]
     parameters: int
     prepared_bytes: int
+    shared_bytes: int
+    """Of the bases that it uses beside its own tensors: others may use them, too."""
+    derived_bytes: int
+    """Of the tensors that registration adds (`derive`)."""
     derives: bool
     """Whether registration needs the base's values (`derive`): for tensors that only they give, or to compare
     a copy of theirs in the file."""
@@ -248,6 +252,8 @@ def _inspection(raw_config: Mapping[str, Any], tensors: Tensors, sites: Sites, f
         sites=tuple(program.sites),
         parameters=sum(tensor.numel() for tensor in learned if tensor.is_floating_point()),
         prepared_bytes=program.prepared_bytes,
+        shared_bytes=sum(program.shared_bytes.values()),
+        derived_bytes=sum(tensor.nbytes for tensor in derived.values()),
         derives=bool(derived or beside.copies),
         virtual_tokens=program.virtual_tokens,
         invocation_tokens=program.invocation_tokens,

@@ -92,6 +92,16 @@ class Catalogue:
         with self.reading() as connection:
             return bool(connection.scalar(select(exists().where(mentioned))))
 
+    def derived_digest_of(
+        self, config_digest: str, tensors_digest: str, base_model: str | None
+    ) -> str | None:
+        """What was derived for an adapter of these files on this base; None where nothing was."""
+        columns = manifests.c.config_digest, manifests.c.tensors_digest
+        query = select(manifests.c.content).where(columns[0] == config_digest, columns[1] == tensors_digest)
+        with self.reading() as connection:
+            found = [Manifest.from_bytes(content) for content in connection.scalars(query)]
+        return next((m.derived_digest for m in found if m.base_model_digest == base_model), None)
+
     def refers_to_manifest(self, digest: str) -> bool:
         with self.reading() as connection:
             return bool(connection.scalar(select(exists().where(manifests.c.digest == digest))))

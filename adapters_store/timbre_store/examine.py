@@ -31,7 +31,7 @@ class UploadedFiles:
     tensors_digest: str
     tensors_path: Path
     derived_path: Path
-    """Where what registration adds to them may be written; nothing is there before."""
+    """Where what registration adds to them is or may be written."""
 
 
 def examine(files: UploadedFiles, base_model: str | None, inspect: Inspect, limits: StoreLimits) -> Manifest:

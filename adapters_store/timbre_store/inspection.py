@@ -28,7 +28,8 @@ Inspect = Callable[[dict[str, Any], TensorHeader, Path, Path], Inspection]
 
 Called after every format check has passed, on any thread, and before anything is stored. The paths are valid
 during the call. What the adapter's file leaves out and the base's weights give may be written to
-``derived_path``, where nothing is yet: it is stored with the adapter, and never computed again.
+``derived_path``: it is stored with the adapter, and never computed again. Where equal files were registered
+for the same base before, it lies there already.
 
 A `ValueError` refuses the adapter and becomes `InvalidAdapter` with the same message; an `InvalidAdapter` or
 a subclass of it passes through as it is.

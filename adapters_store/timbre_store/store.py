@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import fcntl
 import os
-import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import TracebackType
+from uuid import uuid4
 from weakref import finalize
 
 from timbre_store.catalogue import Catalogue
@@ -75,10 +75,7 @@ class Store:
         self._reach("open.locked")
         make_folder(self._layout.tmp)
         for leftover in self._layout.tmp.iterdir():
-            if leftover.is_dir():
-                shutil.rmtree(leftover)
-            else:
-                leftover.unlink()
+            leftover.unlink()
         self._reach("open.temps_removed")
         folders = (self._layout.blobs, self._layout.manifests)
         has_content = any(True for folder in folders for _ in folder.glob("sha256/*/*"))
@@ -139,20 +136,37 @@ class Store:
         with (
             self._blobs.holding(config_digest, tensors_digest),
             self.begin_upload() as upload,
-            TemporaryDirectory(dir=self._layout.tmp) as scratch,
+            self._scratch_file() as scratch,
         ):
             files = UploadedFiles(
                 config_digest,
                 self._blobs.require(config_digest),
                 tensors_digest,
                 self._blobs.require(tensors_digest),
-                Path(scratch) / "derived.safetensors",
+                scratch,
             )
+            self._offer_known(files, base_model)
             manifest = examine(files, base_model, self._inspect, self._limits)
             if files.derived_path.exists():
                 manifest = replace(manifest, derived_digest=_taken_in(files.derived_path, upload))
             self._reach("register.examined")
             return self._record(name, manifest)
+
+    @contextmanager
+    def _scratch_file(self) -> Iterator[Path]:
+        """A path in ``tmp`` where nothing is; what is there in the end is removed."""
+        path = self._layout.tmp / f"derived-{uuid4().hex}"
+        try:
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
+
+    def _offer_known(self, files: UploadedFiles, base_model: str | None) -> None:
+        """Lay down what was derived for the same files on the same base before: it is not computed again."""
+        known = self._catalogue.derived_digest_of(files.config_digest, files.tensors_digest, base_model)
+        if known is not None and self._blobs.has(known):
+            with full_disk_as_store_full():
+                files.derived_path.hardlink_to(self._blobs.path(known))
 
     def _record(self, name: str, manifest: Manifest) -> AdapterRecord:
         """The manifest's file first, then the row: a row never refers to a file that is not durable."""

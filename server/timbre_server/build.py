@@ -84,6 +84,7 @@ def open_store(settings: Settings, engine: Engine, loop: asyncio.AbstractEventLo
     inspect = inspector(
         meta_sites(info.sites),
         budget_bytes=info.adapter_budget_bytes,
+        max_derived_bytes=settings.max_upload_mib * MIB,
         derive=derive_in_engine(engine, loop),
         frame=frame_of(info),
         max_model_len=info.max_model_len,

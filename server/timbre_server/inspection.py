@@ -20,17 +20,21 @@ from timbre_methods.contract import Site, Sites
 from timbre_methods.errors import MethodError
 from timbre_methods.errors import UnsupportedMethod as MethodUnsupported
 from timbre_methods.prompt_contract import NO_FRAME, AttentionLayer, Frame
+from timbre_methods.registry import Inspection as MethodInspection
 from timbre_methods.registry import check_adapter, inspect_adapter, methods, sites_of
 from timbre_server.engine.client import Engine
 from timbre_server.engine.messages import DeriveTensors, Ready, SiteShape
-from timbre_server.errors import AdapterLoadFailed
+from timbre_server.errors import AdapterLoadFailed, QueueFull
 from timbre_store.errors import InvalidAdapter, StoreFull, UnsupportedMethod
 from timbre_store.inspection import Inspect, Inspection
 from timbre_store.safetensors_header import TensorHeader
 
+DERIVATION_RETRY_S = 30.0
+
 Derive = Callable[[dict[str, Any], Path, Path], None]
 """``derive(config, tensors_path, derived_path)``: have what the file leaves out and the base's weights give
-written to ``derived_path``. Any thread, may take long. Raises InvalidAdapter, StoreFull, EngineError."""
+written to ``derived_path``. Any thread, may take long. Raises InvalidAdapter, StoreFull, QueueFull,
+EngineError."""
 
 
 def meta_sites(shapes: Iterable[SiteShape]) -> Sites:
@@ -81,10 +85,27 @@ def derive_in_engine(engine: Engine, loop: asyncio.AbstractEventLoop) -> Derive:
             raise InvalidAdapter(answer.error_message)
         if answer.error_code == "disk_full":
             raise StoreFull(answer.error_message)
+        if answer.error_code == "busy":
+            raise QueueFull(answer.error_message, retry_after_s=DERIVATION_RETRY_S)
         if answer.error_code is not None:
             raise AdapterLoadFailed(answer.error_message)
 
     return derive
+
+
+def _refuse_too_large(found: MethodInspection, budget_bytes: int, max_derived_bytes: int | None) -> None:
+    needed = found.prepared_bytes + found.shared_bytes
+    if needed > budget_bytes:
+        shared = f", {found.shared_bytes} of them for its basis" if found.shared_bytes else ""
+        raise InvalidAdapter(
+            f"the adapter takes {needed} bytes of memory{shared}, but {budget_bytes} are there for all "
+            "adapters together; the server's setting is adapter_memory_mib"
+        )
+    if max_derived_bytes is not None and found.derived_bytes > max_derived_bytes:
+        raise InvalidAdapter(
+            f"what the base's weights give for this adapter takes {found.derived_bytes} bytes to store, but "
+            f"at most {max_derived_bytes} are kept; the server's setting is max_upload_mib"
+        )
 
 
 def inspector(
@@ -94,6 +115,7 @@ def inspector(
     derive: Derive,
     frame: Frame = NO_FRAME,
     max_model_len: int | None = None,
+    max_derived_bytes: int | None = None,
 ) -> Inspect:
     """The store's `Inspect` for one base model. An adapter that could never be used is refused here."""
 
@@ -103,11 +125,7 @@ def inspector(
         shapes = {name: (entry.dtype, entry.shape) for name, entry in header.tensors.items()}
         try:
             found = inspect_adapter(config, shapes, sites, frame)
-            if found.prepared_bytes > budget_bytes:
-                raise InvalidAdapter(
-                    f"the adapter takes {found.prepared_bytes} bytes of memory, but {budget_bytes} are there "
-                    "for all adapters together; the server's setting is adapter_memory_mib"
-                )
+            _refuse_too_large(found, budget_bytes, max_derived_bytes)
             if max_model_len is not None and found.virtual_tokens >= max_model_len - 1:
                 raise InvalidAdapter(
                     f"the adapter puts {found.virtual_tokens} virtual tokens before each request, but this "
@@ -118,7 +136,7 @@ def inspector(
             raise UnsupportedMethod(str(error)) from error
         except MethodError as error:
             raise InvalidAdapter(str(error)) from error
-        if found.derives:
+        if found.derives and not derived_path.exists():
             derive(config, tensors_path, derived_path)
         return Inspection(
             method=found.method,

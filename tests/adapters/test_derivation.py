@@ -14,7 +14,7 @@ from torch import Tensor
 from timbre_methods.contract import Site
 from timbre_methods.errors import InvalidTensors
 from timbre_methods.low_rank.lora import Lora
-from timbre_server.adapters.derivation import Derivation, Derivations
+from timbre_server.adapters.derivation import MAX_OPEN, Derivation, Derivations
 
 SITES = {"q": Site("q", torch.arange(12.0).view(3, 4), None)}
 CONFIG = json.dumps({"peft_type": "LORA"}).encode()
@@ -65,8 +65,39 @@ def test_a_fault_is_told_and_ends_nothing_else(tmp_path: Path, monkeypatch: pyte
     assert "ZeroDivisionError" in ended.reason
 
 
-def test_a_place_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_place_that_cannot_be_written_is_told_without_its_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Lora, "derive", transposed)
     ended, _ = run(tmp_path, derived_path=tmp_path / "no" / "folder")
-    assert ended.code in ("failed", "invalid_adapter")
-    assert ended.reason
+    assert (ended.code, str(tmp_path) in ended.reason) == ("failed", False)
+
+
+def test_a_full_disk_is_no_fault_of_the_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Lora, "derive", transposed)
+    full = tmp_path / "full"
+    full.symlink_to("/dev/full")
+    ended, _ = run(tmp_path, derived_path=full)
+    assert ended.code == "disk_full"
+    assert "No space left" in ended.reason
+
+
+def test_more_than_a_few_at_once_are_sent_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = threading.Event()
+
+    def wait(*_: object) -> dict[str, Tensor]:
+        assert gate.wait(60)
+        return {}
+
+    monkeypatch.setattr(Lora, "derive", wait)
+    save_file({"given": torch.ones(2)}, tmp_path / "tensors")
+    derivations = Derivations(SITES)
+    for number in range(MAX_OPEN + 1):
+        derivations.begin(CONFIG, str(tmp_path / "tensors"), str(number))
+    (sent_away,) = derivations.poll()
+    assert (sent_away.derived_path, sent_away.code) == (str(MAX_OPEN), "busy")
+    gate.set()
+    ended: list[Derivation] = []
+    while len(ended) < MAX_OPEN:
+        ended += derivations.poll()
+    assert {each.code for each in ended} == {None}

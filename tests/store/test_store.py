@@ -225,8 +225,26 @@ def test_a_catalogue_of_another_schema_version_is_refused(tmp_path: Path, sample
     catalogue.execute("PRAGMA user_version = 7")
     catalogue.close()
     for _ in range(2):
-        with pytest.raises(StoreUnavailable, match="schema version 7; this version reads 1"):
+        with pytest.raises(StoreUnavailable, match="schema version 7; this version reads 2"):
             samples.open_store(tmp_path)
+
+
+def test_a_catalogue_of_the_first_schema_version_is_brought_up_to_date(
+    tmp_path: Path, samples: ModuleType
+) -> None:
+    with samples.open_store(tmp_path) as store:
+        before = samples.upload(store, "a", 1)
+    catalogue = sqlite3.connect(tmp_path / "catalogue.sqlite3")
+    catalogue.execute("DROP INDEX ix_manifests_derived_digest")
+    catalogue.execute("ALTER TABLE manifests DROP COLUMN derived_digest")
+    catalogue.execute("PRAGMA user_version = 1")
+    catalogue.close()
+    for seed in (2, 3):
+        with samples.open_store(tmp_path) as store:
+            assert store.get("a") == before
+            samples.upload(store, "b", seed)
+            store.collect_garbage(0)
+            assert store.check_integrity() == ()
 
 
 def test_another_program_s_database_is_refused(tmp_path: Path, samples: ModuleType) -> None:

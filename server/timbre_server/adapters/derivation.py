@@ -18,13 +18,19 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
+from torch import Tensor
 
 from timbre_methods.contract import Sites
 from timbre_methods.errors import MethodError
 from timbre_methods.registry import derive
 
-FailureCode = Literal["invalid_adapter", "disk_full", "failed"]
+FailureCode = Literal["invalid_adapter", "disk_full", "busy", "failed"]
+
+MAX_OPEN = 4
+"""Derivations that run or wait; a further one is sent away, for each may take minutes."""
+
+BUSY = f"{MAX_OPEN} adapters are being registered that take long computations; try again when one has ended"
 
 _log = logging.getLogger(__name__)
 
@@ -47,9 +53,14 @@ class Derivations:
         self._on_ended = on_ended
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="adapter-derive")
         self._open: dict[str, Future[None]] = {}
+        self._sent_away: list[Derivation] = []
 
     def begin(self, config: bytes, tensors_path: str, derived_path: str) -> None:
         """Start one; ``derived_path`` is where the file shall be, and names the answer."""
+        if len(self._open) >= MAX_OPEN:
+            self._sent_away.append(Derivation(derived_path, "busy", BUSY))
+            self._on_ended()
+            return
         paths = Path(tensors_path), Path(derived_path)
         future = self._thread.submit(write_derived, json.loads(config), *paths, self._sites)
         self._open[derived_path] = future
@@ -60,7 +71,8 @@ class Derivations:
         ended = {path: future for path, future in self._open.items() if future.done()}
         for path in ended:
             del self._open[path]
-        return tuple(_ended(path, future.exception()) for path, future in ended.items())
+        sent_away, self._sent_away = self._sent_away, []
+        return (*sent_away, *(_ended(path, future.exception()) for path, future in ended.items()))
 
 
 def _ended(path: str, error: BaseException | None) -> Derivation:
@@ -69,15 +81,22 @@ def _ended(path: str, error: BaseException | None) -> Derivation:
             return Derivation(path)
         case MethodError() | SafetensorError():
             return Derivation(path, "invalid_adapter", str(error))
-        case OSError(errno=errno.ENOSPC):
-            return Derivation(path, "disk_full", f"the derived tensors were not written: {error}")
+        case OSError(errno=errno.ENOSPC | errno.EDQUOT | errno.EFBIG):
+            text = f"the store's disk cannot take the derived tensors ({error.strerror})"
+            return Derivation(path, "disk_full", text)
     _log.error("deriving tensors failed", exc_info=error)
-    return Derivation(path, "failed", f"the derived tensors could not be made: {error!r}")
+    return Derivation(path, "failed", f"the derived tensors could not be made: {type(error).__name__}")
 
 
 def write_derived(config: dict[str, Any], tensors_path: Path, derived_path: Path, sites: Sites) -> None:
     """Compute and write; nothing to keep writes no file. Raises MethodError, SafetensorError, OSError."""
     with torch.inference_mode():
         derived = derive(config, load_file(tensors_path), sites)
-        if derived:
-            save_file({name: tensor.contiguous().clone() for name, tensor in derived.items()}, derived_path)
+        if derived:  # Not save_file: it takes a full disk for a malformed file.
+            derived_path.write_bytes(save({name: _alone(tensor) for name, tensor in derived.items()}))
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """The tensor contiguous and in storage of its own, as the format wants it."""
+    is_alone = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor if is_alone else tensor.clone(memory_format=torch.contiguous_format)

@@ -79,6 +79,7 @@ class AdapterLoader:
             with _timed(seconds, "compile"), torch.inference_mode():
                 program = compile_adapter(files.config, tensors, self._sites, self._frame)
                 _check_promises(files.manifest, program)
+                _check_finite(digest, program)
             with _timed(seconds, "place"), torch.inference_mode():
                 program = _placed(program, self._device)
         except (StoreError, MethodError, SafetensorError, OSError) as error:
@@ -102,6 +103,17 @@ def _check_promises(manifest: Manifest, program: AdapterProgram) -> None:
             f"{said[1][:32]}, its files {program.virtual_tokens} and {program.invocation_tokens[:32]}: "
             "upload it again"
         )
+
+
+def _check_finite(digest: str, program: AdapterProgram) -> None:
+    """Finite values may overflow where they are multiplied; every answer would then be an error."""
+    for place, part in program.placed_parts():
+        for tensor in owned_tensors(part):
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise AdapterLoadFailed(
+                    f"adapter {digest} cannot be used: at {place} its values multiply to more than float32 "
+                    "holds; train it with smaller ones"
+                )
 
 
 def _placed(program: AdapterProgram, device: torch.device) -> AdapterProgram:

@@ -111,7 +111,7 @@ def _virtual_rows(table: RowTable, programs: Mapping[int, AdapterProgram]) -> li
 
 
 def _replaced(x_GTE: Tensor, rows: Sequence[tuple[slice, Tensor]]) -> Tensor:
-    """One copy with other values [V, G, E] in some rows, rounded to x's dtype; x itself where there are none."""
+    """One copy with other values [V, G, E] in some rows, rounded to x's dtype; x itself without any."""
     if not rows:
         return x_GTE
     copied_GTE = x_GTE.clone()

@@ -206,7 +206,7 @@ class TensorsDerived(msgspec.Struct, frozen=True, omit_defaults=True):
     """The file is there, or an error says why not."""
 
     derived_path: str
-    error_code: Literal["invalid_adapter", "disk_full", "failed"] | None = None
+    error_code: Literal["invalid_adapter", "disk_full", "busy", "failed"] | None = None
     error_message: str = ""
 
 
