@@ -59,7 +59,13 @@ class Beside:
         """What replaces layers and rows, by path. Raises `InvalidTensors` for what does not fit them."""
         parts = {path: replacement(found) for path, found in self.layers.items()}
         for path, part in token_parts(self.rows, TOKENS, self.tokens, sites).items():
-            parts[path] = (*parts.get(path, ()), part)
+            if path not in self.layers or "weight" not in self.layers[path].tensors:
+                parts[path] = (*parts.get(path, ()), part)
+            elif path in self.rows:  # Else a tied head with a weight of its own, which is tied no more.
+                raise InvalidTensors(
+                    f"{self.rows[path].name_of(TOKENS)} is surplus: the file replaces this layer's whole "
+                    "weight; leave one of the two out"
+                )
         return parts
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from timbre_methods import beside
 from timbre_methods.contract import Site
 from timbre_methods.errors import AdapterMismatch, InvalidConfig, InvalidTensors
+from timbre_methods.program import Dense, TokenRows
 from timbre_methods.registry import check_adapter, compile_adapter, derive
 
 TABLE = torch.arange(28.0).view(7, 4)
@@ -139,6 +140,25 @@ def test_lists_of_tokens_that_contradict_each_other_are_refused() -> None:
     for listed in ({"embed": [1], "bed": [2]}, {"other": [1]}):
         with pytest.raises(InvalidConfig, match=r"trainable_token_indices: found . lists for 'embed'"):
             compile_adapter({**RAW, "trainable_token_indices": listed}, {**GAIN, **rows}, SITES)
+
+
+def test_a_head_with_a_weight_of_its_own_does_not_follow_the_tokens_of_its_embedding() -> None:
+    raw = {**RAW, "trainable_token_indices": [1], "modules_to_save": ["head"]}
+    tensors = {
+        **GAIN,
+        "base_model.model.embed.token_adapter.trainable_tokens_delta": torch.ones(1, 4),
+        "base_model.model.head.weight": torch.zeros(7, 4),
+    }
+    sites = compile_adapter(raw, tensors, SITES).sites
+    assert [type(part) for part in sites["embed"]] == [TokenRows]
+    assert [type(part) for part in sites["head"]] == [Dense]
+
+
+def test_token_rows_of_a_layer_that_is_replaced_as_a_whole_are_refused() -> None:
+    raw = {**RAW, "trainable_token_indices": [1]}
+    rows = {"base_model.model.embed.token_adapter.trainable_tokens_delta": torch.ones(1, 4)}
+    with pytest.raises(InvalidTensors, match="the file replaces this layer's whole weight; leave one"):
+        compile_adapter(raw, {**GAIN, **rows, "base_model.model.embed.weight": torch.ones(7, 4)}, SITES)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
