@@ -5,9 +5,11 @@ Legend: N stored coefficients, O out features, I in features.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
-from functools import lru_cache
+from threading import RLock
 from typing import Literal
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -22,8 +24,8 @@ DRAWN_FROM_THE_FRONT = (2**32 - 1) // 20
 CELLS_A_STEP = 16
 """A step in Python takes about as long as torch needs for so many cells."""
 
-NUM_KEPT = 64
-"""Places that are kept for the next adapter beside those that are in use."""
+_IN_USE: WeakValueDictionary[Hashable, Places] = WeakValueDictionary()
+_LOCK = RLock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +51,14 @@ def drawn_places(
     """Places from a seed, in the spectrum of ``dft`` or around the centre of a wavelet's coefficients.
 
     Always on the CPU; on the meta device nothing is drawn. Adapters of equal draw and transform get the very
-    same object while it is among the last `NUM_KEPT` that were asked for. Raises as `drawn_cells`.
+    same object while anybody has it. Safe to call from any thread. Raises as `drawn_cells`.
     """
-    return _kept_places(draw, transform, low_pass, "meta" if device.type == "meta" else "cpu")
+    key = draw, transform, low_pass, device.type == "meta"
+    with _LOCK:
+        places = _IN_USE.get(key)
+        if places is None:
+            places = _IN_USE[key] = _places(draw, transform, low_pass, device)
+        return places
 
 
 def drawn_cells(draw: Draw, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -93,11 +100,10 @@ def first_of_permutation(seed: int, size: int, count: int) -> Tensor:
     return torch.tensor(cells)
 
 
-@lru_cache(maxsize=NUM_KEPT)
-def _kept_places(
-    draw: Draw, transform: Literal["dft", "dwt"], low_pass: tuple[float, ...], device: str
+def _places(
+    draw: Draw, transform: Literal["dft", "dwt"], low_pass: tuple[float, ...], device: torch.device
 ) -> Places:
-    rows_N, columns_N = drawn_cells(draw, torch.device(device))
+    rows_N, columns_N = drawn_cells(draw, device)
     if transform == "dwt":
         rows_N, columns_N = _among_coefficients(draw, len(low_pass), rows_N, columns_N)
     return Places(transform, draw.out_features, draw.in_features, rows_N, columns_N, low_pass)

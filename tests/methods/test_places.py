@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import gc
 import time
+import weakref
 
 import pytest
 import torch
@@ -41,6 +43,12 @@ def test_equal_adapters_share_one_object_and_others_do_not() -> None:
     assert fourier_places(1, 8, 6, 5, CPU) is places
     assert fourier_places(2, 8, 6, 5, CPU) is not places
     assert fourier_places(1, 6, 8, 5, CPU) is not places
+
+
+def test_places_that_nobody_has_are_not_kept() -> None:
+    places = weakref.ref(fourier_places(6, 8, 6, 5, CPU))
+    gc.collect()
+    assert places() is None
 
 
 def test_fewer_places_are_the_beginning_of_more() -> None:
