@@ -4,8 +4,7 @@
 
 The keys are as the cache takes them: no rotary embedding is applied to them. Where a layer attends to an
 earlier one's keys and values, it does so for the prefix too, and its own part of the file is read by nobody.
-A projection that made them in
-training is not in the file; PEFT saves what it gave.
+A projection that made them in training is not in the file; PEFT saves what it gave.
 
 Legend: V virtual tokens, A attention layers, G KV heads, E size of a head.
 
