@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from timbre_methods.config import PeftConfig, Rank, read_config
+from timbre_methods.config import PeftConfig, Rank, RankPattern, read_config
 from timbre_methods.contract import Method, Site, Sites, Tensors
 from timbre_methods.examples import chosen_sites, peft_file, random_tensor, whole_number
 from timbre_methods.low_rank.ranks import check_rank
@@ -34,7 +34,7 @@ class DeloraConfig(PeftConfig):
     inert = frozenset({"delora_lambda", "init_weights", "lambda_pattern", "module_dropout"})
 
     r: Rank = 8
-    rank_pattern: dict[str, Rank] | None = None
+    rank_pattern: RankPattern | None = None
 
 
 class Delora(Method[DeloraConfig]):

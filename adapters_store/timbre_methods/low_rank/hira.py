@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from timbre_methods.config import PeftConfig, Rank, read_config
+from timbre_methods.config import PeftConfig, Rank, RankPattern, read_config
 from timbre_methods.contract import Method, Site, Sites, Tensors
 from timbre_methods.examples import chosen_sites, peft_file, random_tensor, whole_number
 from timbre_methods.low_rank.ranks import check_rank
@@ -31,7 +31,7 @@ class HiraConfig(PeftConfig):
     inert = frozenset({"hira_dropout", "init_weights"})
 
     r: Rank = 32
-    rank_pattern: dict[str, Rank] | None = None
+    rank_pattern: RankPattern | None = None
 
 
 class Hira(Method[HiraConfig]):

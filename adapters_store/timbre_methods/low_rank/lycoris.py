@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from timbre_methods.config import Finite, PeftConfig, Rank, read_config
+from timbre_methods.config import Finite, PeftConfig, Rank, RankPattern, read_config
 from timbre_methods.contract import Site
 from timbre_methods.patterns import PathPatterns
 
@@ -21,7 +21,7 @@ class LycorisConfig(PeftConfig):
 
     r: Rank = 8
     alpha: Finite = 8.0
-    rank_pattern: dict[str, Rank] | None = None
+    rank_pattern: RankPattern | None = None
     alpha_pattern: dict[str, Finite] | None = None
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from timbre_methods.contract import Site
-from timbre_methods.errors import InvalidTensors
+from timbre_methods.named_sizes import check_named_size
 from timbre_methods.site_tensors import SiteTensors
 
 
@@ -17,12 +17,9 @@ def check_rank(
 ) -> None:
     """The rank is read from the tensor under ``key`` and must be one that the config names.
 
-    Which layer has which is not looked up: a pattern's order does not survive the writing of the file.
     Raises `InvalidTensors`.
     """
-    ranks = {r, *(rank_pattern or {}).values()}
-    if rank not in ranks:
-        raise InvalidTensors(f"{found.name_of(key)}: found rank {rank}, the config says {sorted(ranks)}")
+    check_named_size(found, key, rank, f"rank {rank}", r, rank_pattern)
 
 
 def factors_are_smaller(rank: int, site: Site) -> bool:

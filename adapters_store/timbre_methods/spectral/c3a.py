@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from timbre_methods.config import Count, PeftConfig, read_config
+from timbre_methods.config import Count, CountPattern, PeftConfig, read_config
 from timbre_methods.contract import Method, Site, Sites, Tensors
 from timbre_methods.errors import InvalidTensors
 from timbre_methods.examples import chosen_sites, peft_file, random_tensor, whole_number
+from timbre_methods.named_sizes import check_named_size
 from timbre_methods.program import AdapterProgram, Circulant
 from timbre_methods.site_tensors import PREFIX, SiteTensors, tensors_by_site, tensors_of_site
 
@@ -35,7 +36,7 @@ class C3aConfig(PeftConfig):
     inert = frozenset({"init_weights"})
 
     block_size: Count = 256
-    block_size_pattern: dict[str, Count] | None = None
+    block_size_pattern: CountPattern | None = None
 
 
 class C3a(Method[C3aConfig]):
@@ -88,9 +89,7 @@ class C3a(Method[C3aConfig]):
 def _part(config: C3aConfig, found: SiteTensors) -> Circulant:
     site = found.site
     b = found.need(KEY, ("out / b", "in / b", "b")).shape[2]
-    sizes = {config.block_size, *(config.block_size_pattern or {}).values()}
-    if b not in sizes:
-        raise InvalidTensors(f"{found.name_of(KEY)}: found blocks of {b}, the config says {sorted(sizes)}")
+    check_named_size(found, KEY, b, f"blocks of {b}", config.block_size, config.block_size_pattern)
     if site.out_features % b or site.in_features % b:
         raise InvalidTensors(
             f"{found.name_of(KEY)}: found blocks of {b}, expected a divisor of both "

@@ -10,16 +10,17 @@ Paper: arXiv 2405.03003 equations 2 to 4.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from timbre_methods.config import Count, Finite, PeftConfig, Seed, read_config
+from timbre_methods.config import Count, CountPattern, Finite, PeftConfig, Seed, read_config
 from timbre_methods.contract import Method, Site, Sites, Tensors
 from timbre_methods.errors import InvalidTensors
 from timbre_methods.examples import chosen_sites, peft_file, random_tensor, whole_number
+from timbre_methods.named_sizes import check_named_size
 from timbre_methods.places import fourier_places
 from timbre_methods.program import AdapterProgram, Spectral
 from timbre_methods.site_tensors import PREFIX, SiteTensors, tensors_by_site, tensors_of_site
@@ -34,19 +35,15 @@ class FourierftConfig(PeftConfig):
     inert = frozenset({"init_weights"})
 
     n_frequency: Count = 1000
-    n_frequency_pattern: dict[str, Count] | None = None
+    n_frequency_pattern: CountPattern | None = None
     scaling: Finite = 150.0
     random_loc_seed: Seed = 777
 
 
-def read_spectrum(found: SiteTensors, key: str, counts: Collection[int] | None) -> Tensor:
-    """The coefficients of one site, [N]: as many as the config says (None: any), and no more than places."""
+def read_spectrum(found: SiteTensors, key: str) -> Tensor:
+    """The coefficients of one site, [N]: no more than places."""
     spectrum_N = found.need(key, ("n",))
     (count,) = spectrum_N.shape
-    if counts is not None and count not in counts:
-        raise InvalidTensors(
-            f"{found.name_of(key)}: found {count} coefficients, the config says {sorted(counts)}"
-        )
     size = found.site.out_features * found.site.in_features
     if count > size:
         raise InvalidTensors(
@@ -75,8 +72,9 @@ class Fourierft(Method[FourierftConfig]):
         )
 
     def _part(self, config: FourierftConfig, found: SiteTensors) -> Spectral:
-        counts = {config.n_frequency, *(config.n_frequency_pattern or {}).values()}
-        spectrum_N = read_spectrum(found, KEY, counts)
+        spectrum_N = read_spectrum(found, KEY)
+        words = f"{len(spectrum_N)} coefficients"
+        check_named_size(found, KEY, len(spectrum_N), words, config.n_frequency, config.n_frequency_pattern)
         site = found.site
         places = fourier_places(
             config.random_loc_seed,

@@ -20,10 +20,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from timbre_methods.config import Count, Finite, PeftConfig, Seed, read_config, shown
+from timbre_methods.config import Count, CountPattern, Finite, PeftConfig, Seed, read_config, shown
 from timbre_methods.contract import Method, Site, Sites, Tensors
 from timbre_methods.errors import UnsupportedMethod
 from timbre_methods.examples import chosen_sites, coin, peft_file, random_tensor, whole_number
+from timbre_methods.named_sizes import check_named_size
 from timbre_methods.places import Draw, drawn_cells, drawn_places
 from timbre_methods.program import AdapterProgram, Part, Sparse, Spectral
 from timbre_methods.site_tensors import PREFIX, SiteTensors, tensors_by_site, tensors_of_site
@@ -40,7 +41,7 @@ class WaveftConfig(PeftConfig):
     inert = frozenset({"init_weights"})
 
     n_frequency: Count = 2592
-    n_frequency_pattern: dict[str, Count] | None = None
+    n_frequency_pattern: CountPattern | None = None
     proportional_parameters: bool = False
     scaling: Finite = 25.0
     random_loc_seed: Seed = 777
@@ -109,9 +110,11 @@ class Waveft(Method[WaveftConfig]):
 
 
 def _part(config: WaveftConfig, found: SiteTensors) -> Part:
-    counts = {config.n_frequency, *(config.n_frequency_pattern or {}).values()}
+    spectrum_N = read_spectrum(found, KEY)
     # Shared out by the sizes of all layers, the count is whatever the tensor says.
-    spectrum_N = read_spectrum(found, KEY, None if config.proportional_parameters else counts)
+    if not config.proportional_parameters:
+        words = f"{len(spectrum_N)} coefficients"
+        check_named_size(found, KEY, len(spectrum_N), words, config.n_frequency, config.n_frequency_pattern)
     site, device = found.site, spectrum_N.device
     c_N = spectrum_N.to(torch.float32) * config.scaling
     draw = Draw(config.random_loc_seed, site.out_features, site.in_features, c_N.numel())
