@@ -65,6 +65,11 @@ def test_pools_and_layers_must_belong_together(site: Callable[..., Site]) -> Non
     stray = {**tensors(), "base_model.mos_pool_A.k_proj": torch.ones(1, 2)}
     with pytest.raises(InvalidTensors, match=r"mos_pool_A\.k_proj is surplus"):
         check_adapter({**RAW, "pool_sizes": sizes}, stray, {base.path: base})
+    for key in ("base_model.mos_pool_A.k_proj", "base_model.mos_pool_B.k_proj"):
+        with pytest.raises(InvalidTensors, match=rf"{key} is surplus: no adapted layer"):
+            check_adapter(
+                {**RAW, "pool_sizes": sizes}, {**tensors(), key: torch.ones(1, 2)}, {base.path: base}
+            )
     with pytest.raises(InvalidTensors, match=r"mos_pool_A\.k_proj' is surplus"):
         check_adapter(RAW, stray, {base.path: base})
     without = {name: tensor for name, tensor in tensors().items() if "pool" not in name}

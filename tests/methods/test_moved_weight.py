@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from timbre_methods.contract import Site
 from timbre_methods.errors import InvalidTensors, UnsupportedMethod
-from timbre_methods.registry import derive, method_for
+from timbre_methods.registry import check_adapter, derive, method_for
 
 LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 KINDS: dict[str, dict[str, Any]] = {
@@ -39,9 +40,31 @@ def test_the_logits_are_those_of_peft(
 def test_pissa_on_conv1d_gives_the_logits_of_peft(
     gpt2: nn.Module, agrees_with_peft: Callable[..., None]
 ) -> None:
-    """PEFT's OLoRA cannot: it decomposes the stored matrix, which lies transposed there."""
-    config = LoraConfig(r=3, target_modules=["c_fc"], fan_in_fan_out=True, init_lora_weights="pissa")
+    layers = ["c_fc", "attn.c_proj"]
+    config = LoraConfig(r=3, target_modules=layers, fan_in_fan_out=True, init_lora_weights="pissa")
     agrees_with_peft(gpt2, config, std=0.2)
+
+
+def test_olora_on_a_square_conv1d_gives_the_logits_of_peft(
+    gpt2: nn.Module, agrees_with_peft: Callable[..., None]
+) -> None:
+    """PEFT decomposes the stored matrix, which lies transposed there."""
+    config = LoraConfig(
+        r=3, lora_alpha=6, target_modules=["attn.c_proj"], fan_in_fan_out=True, init_lora_weights="olora"
+    )
+    agrees_with_peft(gpt2, config, std=0.2)
+
+
+@pytest.mark.parametrize("shapes", [((2, 6), (7, 2)), ((2, 7), (6, 2))], ids=["fitting", "as PEFT's"])
+def test_olora_on_a_conv1d_that_is_not_square_is_refused(
+    shapes: tuple[tuple[int, int], tuple[int, int]], site: Callable[..., Site]
+) -> None:
+    base = replace(site(out_features=7, in_features=6), is_transposed=True)
+    stem = f"base_model.model.{base.path}"
+    given = {f"{stem}.lora_{key}.weight": torch.ones(shape) for key, shape in zip("AB", shapes, strict=True)}
+    raw = {"peft_type": "LORA", "r": 2, "init_lora_weights": "olora"}
+    with pytest.raises(InvalidTensors, match=r"OLoRA on a Conv1D of 6 x 7 is not served: PEFT's factors fit"):
+        check_adapter(raw, given, {base.path: base})
 
 
 @pytest.mark.parametrize("kind", KINDS)

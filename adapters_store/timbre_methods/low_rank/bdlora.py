@@ -22,16 +22,16 @@ from timbre_methods.contract import Method, Site, Sites, Tensors
 from timbre_methods.errors import InvalidTensors
 from timbre_methods.examples import coin
 from timbre_methods.low_rank.lora import (
-    KEYS,
+    LINEAR_KEYS,
     VARIANTS,
     LoraConfig,
     bias_parts,
-    check_rank,
     lora_example,
     read_lora_config,
     reference_scale,
     scale,
 )
+from timbre_methods.low_rank.ranks import check_rank
 from timbre_methods.patterns import PathPatterns
 from timbre_methods.program import AdapterProgram, LowRank
 from timbre_methods.site_tensors import SiteTensors, tensors_by_site, tensors_of_site
@@ -66,7 +66,7 @@ class Bdlora(Method[BdloraConfig]):
     def compile(self, config: BdloraConfig, tensors: Tensors, sites: Sites) -> AdapterProgram:
         alphas = PathPatterns("alpha_pattern", config.alpha_pattern or {})
         parts = {}
-        for found in tensors_by_site(tensors, sites, KEYS):
+        for found in tensors_by_site(tensors, sites, LINEAR_KEYS):
             a_RI, b_OR = _factors(config, found)
             s = scale(config, alphas, found.site.path, a_RI.shape[0])
             parts[found.site.path] = (LowRank(a_RI, b_OR * s), *bias_parts(config, found, s))
@@ -74,7 +74,7 @@ class Bdlora(Method[BdloraConfig]):
 
     def reference(self, config: BdloraConfig, tensors: Tensors, site: Site, x_TI: Tensor) -> Tensor:
         weight_OI = site.weight_OI.to(x_TI.dtype)
-        own = {key: t.to(x_TI.dtype) for key, t in tensors_of_site(tensors, site, KEYS).items()}
+        own = {key: t.to(x_TI.dtype) for key, t in tensors_of_site(tensors, site, LINEAR_KEYS).items()}
         if own:
             rank, count = own["lora_A.weight"].shape[0], config.use_bdlora.nblocks
             z_TR = _by_block(own["lora_A.weight"], x_TI, count)
@@ -112,7 +112,7 @@ def _factors(config: BdloraConfig, found: SiteTensors) -> tuple[Tensor, Tensor]:
     a_key, b_key = "lora_A.weight", "lora_B.weight"
     a_RC, b_OC = found.need(a_key, ("r", "in")), found.need(b_key, (site.out_features, "r"))
     rank = a_RC.shape[0]
-    check_rank(config, found, rank)
+    check_rank(found, a_key, rank, config.r, config.rank_pattern)
     a_RI = _whole(a_RC, site.in_features, count, found.name_of(a_key))
     b_OR = _whole(b_OC, rank, count, found.name_of(b_key))
     return a_RI, b_OR

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from timbre_methods.contract import Sites
+from timbre_methods.contract import Site, Sites
 from timbre_methods.errors import InvalidTensors
 from timbre_methods.examples import random_tensor
-from timbre_methods.low_rank.lora import KEYS, LoraConfig
+from timbre_methods.low_rank.lora import LINEAR_KEYS, LoraConfig
 from timbre_methods.low_rank.moved_weight import DIAGONAL, MovedWeight
 
 
@@ -30,12 +30,12 @@ class Kasa(MovedWeight):
     paper = "arXiv 2412.06071"
     stored = "A [r, in], B [out, r], d [r]"
     regenerated = "the smallest singular part of W, at registration"
-    keys = KEYS | {DIAGONAL}
+    keys = LINEAR_KEYS | {DIAGONAL}
     config = KasaConfig
     switches = frozenset({"kasa_config"})
     initialisers = frozenset({"", "gaussian", "orthogonal"})
 
-    def moved(self, weight_OI: Tensor, rank: int, s: float) -> tuple[Tensor, Tensor]:
+    def moved(self, site: Site, weight_OI: Tensor, rank: int, s: float) -> tuple[Tensor, Tensor]:
         if rank >= min(weight_OI.shape):
             raise InvalidTensors(
                 f"KaSA: found rank {rank} for a layer of {list(weight_OI.shape)}, expected less than "

@@ -25,13 +25,16 @@ from timbre_methods.config import Finite, PeftConfig, Rank, is_on, read_config, 
 from timbre_methods.contract import Method, Site, Sites, Tensors
 from timbre_methods.errors import InvalidTensors, UnsupportedMethod
 from timbre_methods.examples import chosen_sites, coin, peft_file, random_tensor, whole_number
+from timbre_methods.low_rank.ranks import check_rank
 from timbre_methods.patterns import PathPatterns
 from timbre_methods.program import AdapterProgram, Diagonal, LowRank, Part
-from timbre_methods.site_tensors import PREFIX, SiteTensors, tensors_by_site, tensors_of_site
+from timbre_methods.site_tensors import PREFIX, SiteTensors, article, tensors_by_site, tensors_of_site
 
 FACTORS = ("lora_A.weight", "lora_B.weight")
 EMBEDDING_FACTORS = ("lora_embedding_A", "lora_embedding_B")
-KEYS = frozenset({*FACTORS, *EMBEDDING_FACTORS, "lora_B.bias"})
+LINEAR_KEYS = frozenset({*FACTORS, "lora_B.bias"})
+"""Of methods that adapt no embeddings."""
+KEYS = LINEAR_KEYS | {*EMBEDDING_FACTORS}
 
 VARIANTS = frozenset(
     {
@@ -133,20 +136,17 @@ def read_factors(config: LoraConfig, found: SiteTensors) -> tuple[Tensor, Tensor
     """``A`` [R, I] and ``B`` [O, R] of one site, checked against each other, the site and the config."""
     site = found.site
     key_a, key_b = factor_keys(site)
+    stray = next(
+        (key for key in (*FACTORS, *EMBEDDING_FACTORS) if key in found.tensors and key not in (key_a, key_b)),
+        None,
+    )
+    if stray is not None:
+        raise InvalidTensors(f"{found.name_of(stray)} is surplus: {article(site)} has {key_a} and {key_b}")
     a_RI = found.need(key_a, ("r", site.in_features))
     rank = a_RI.shape[0]
     b_OR = found.need(key_b, (site.out_features, rank))
-    check_rank(config, found, rank)
+    check_rank(found, key_a, rank, config.r, config.rank_pattern)
     return a_RI, b_OR
-
-
-def check_rank(config: LoraConfig, found: SiteTensors, rank: int) -> None:
-    """Raises `InvalidTensors` where the config names no such rank."""
-    ranks = {config.r, *(config.rank_pattern or {}).values()}
-    if rank not in ranks:
-        raise InvalidTensors(
-            f"{found.name_of(factor_keys(found.site)[0])}: found rank {rank}, the config says {sorted(ranks)}"
-        )
 
 
 def bias_parts(config: LoraConfig, found: SiteTensors, s: float) -> tuple[Part, ...]:

@@ -55,9 +55,10 @@ class Mos(Method[MosConfig]):
     def compile(self, config: MosConfig, tensors: Tensors, sites: Sites) -> AdapterProgram:
         adapted = _by_site(config, tensors, sites)
         used = {pool for found in adapted for pool in _pools(_kind(found.site))}
-        unused = next((name for kind in config.pool_sizes for name in _pools(kind) if name not in used), None)
-        if unused in tensors:
-            raise InvalidTensors(f"{unused} is surplus: no adapted layer is of its kind")
+        unused = {name for kind in config.pool_sizes for name in _pools(kind) if name not in used}
+        surplus = next((name for name in tensors if name in unused), None)
+        if surplus is not None:
+            raise InvalidTensors(f"{surplus} is surplus: no adapted layer is of its kind")
         return AdapterProgram({found.site.path: (_part(config, tensors, found),) for found in adapted})
 
     def check_values(self, config: MosConfig, tensors: Tensors, sites: Sites) -> None:

@@ -21,7 +21,7 @@ from timbre_methods.config import is_on
 from timbre_methods.contract import Method, Site, Sites, Tensors
 from timbre_methods.examples import coin
 from timbre_methods.low_rank.lora import (
-    KEYS,
+    LINEAR_KEYS,
     VARIANTS,
     LoraConfig,
     bias_parts,
@@ -49,7 +49,7 @@ MOVED_A, MOVED_B = "moved_A", "moved_B"
 class MovedWeight(Method[LoraConfig]):
     """What the three have in common. A subclass says which configs are its own and what M is."""
 
-    keys: ClassVar[frozenset[str]] = KEYS
+    keys: ClassVar[frozenset[str]] = LINEAR_KEYS
     config: ClassVar[type[LoraConfig]] = LoraConfig
     switches: ClassVar[frozenset[str]] = frozenset()
     """The switches of PEFT's LORA that are on in a config of this method."""
@@ -58,8 +58,12 @@ class MovedWeight(Method[LoraConfig]):
     checked_against = "PEFT"
 
     @abstractmethod
-    def moved(self, weight_OI: Tensor, rank: int, s: float) -> tuple[Tensor, Tensor]:
-        """M as factors [R, I] and [O, R], from the weight in float32, in which PEFT computes it."""
+    def moved(self, site: Site, weight_OI: Tensor, rank: int, s: float) -> tuple[Tensor, Tensor]:
+        """M as factors [R, I] and [O, R], from the site's weight in float32, in which PEFT computes it."""
+
+    def check_site(self, site: Site) -> None:
+        """Raises `InvalidTensors` for a layer of which no M can be taken."""
+        return None
 
     def claims(self, raw_config: Mapping[str, Any]) -> bool:
         switches = {switch for switch in VARIANTS if is_on(raw_config.get(switch))}
@@ -73,7 +77,9 @@ class MovedWeight(Method[LoraConfig]):
     def derive(self, config: LoraConfig, tensors: Tensors, sites: Sites) -> dict[str, Tensor]:
         derived = {}
         for found, _, b_OR, s in self._adapted(config, tensors, sites):
-            a, b = self.moved(found.site.weight_OI.to(b_OR.device, torch.float32), b_OR.shape[1], s)
+            a, b = self.moved(
+                found.site, found.site.weight_OI.to(b_OR.device, torch.float32), b_OR.shape[1], s
+            )
             derived[derived_name(found.site.path, MOVED_A)] = a
             derived[derived_name(found.site.path, MOVED_B)] = b
         return derived
@@ -98,6 +104,7 @@ class MovedWeight(Method[LoraConfig]):
         alphas = PathPatterns("alpha_pattern", config.alpha_pattern or {})
         rows = []
         for found in tensors_by_site(tensors, sites, self.keys):
+            self.check_site(found.site)
             a_RI, b_OR = read_factors(config, found)
             rows.append((found, a_RI, b_OR, scale(config, alphas, found.site.path, a_RI.shape[0])))
         return rows

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from timbre_methods.contract import Sites
+from timbre_methods.contract import Site, Sites
 from timbre_methods.low_rank.moved_weight import MovedWeight
 
 
@@ -23,7 +23,7 @@ class Pissa(MovedWeight):
     initialisers = frozenset({"pissa"})
     regenerated = "the largest singular part of W, at registration"
 
-    def moved(self, weight_OI: Tensor, rank: int, s: float) -> tuple[Tensor, Tensor]:
+    def moved(self, site: Site, weight_OI: Tensor, rank: int, s: float) -> tuple[Tensor, Tensor]:
         u_OK, s_K, v_KI = torch.linalg.svd(weight_OI, full_matrices=False)
         return v_KI[:rank], u_OK[:, :rank] * s_K[:rank]
 

@@ -3,7 +3,8 @@
 ``T[i, j] = tr(A¹[i₁, j₁] … Aᴰ[i_D, j_D])`` with cores [n_d, n_d, R, R], and
 ``Δ[o, i] = tr(B¹[o₁] … Bᴰ[o_D] C¹[i₁] … Cᴱ[i_E])`` with cores [n_d, R, R]. An index is split with its first
 digit running fastest: ``i = i₁ + n₁ i₂ + n₁ n₂ i₃ …``. Δ is served as the LoRA of rank R² that it is;
-``W (T − 1)`` has no small form on the output's side and is served dense.
+``W (T − 1)`` has no small form on the output's side and is served dense. What joined cores would hold is
+bounded before any is joined: small cores can stand for very large products.
 
 Legend: T tokens, I in features, O out features, D digits of an index, R ring rank.
 
@@ -28,6 +29,10 @@ from timbre_methods.program import AdapterProgram, Dense, LowRank, Part
 from timbre_methods.site_tensors import PREFIX, SiteTensors, tensors_by_site, tensors_of_site
 
 MAX_DIGITS, MAX_RING_RANK = 8, 64
+MAX_JOINED_CELLS = 2**26
+"""Of a product of cores, 256 MiB: two halves of T of 16384 features, or a side of as many at ring rank 64."""
+ROWS_AT_ONCE = 512
+"""Rows of T that are made at a time, where they can be divided so."""
 TRANSFORM, OUT, IN = "tlora_transform", "tlora_out", "tlora_in"
 KEYS = frozenset(f"{stem}.{d}" for stem in (TRANSFORM, OUT, IN) for d in range(MAX_DIGITS))
 
@@ -106,11 +111,16 @@ def _parts(config: TloraConfig, found: SiteTensors) -> tuple[Part, ...]:
             raise InvalidTensors(
                 f"{found.name_of(IN)}: found ring rank {inner[0].shape[-1]}, expected {out[0].shape[-1]}"
             )
+        for key, cores in ((OUT, out), (IN, inner)):
+            _check_cells(found.name_of(key), math.prod(len(core) for core in cores), cores)
         p_ORR, q_IRR = _joined(out), _joined(inner)
         parts.append(LowRank(q_IRR.transpose(1, 2).flatten(1).T.contiguous(), p_ORR.flatten(1)))
     if transform:
+        first, last = _halves(transform)
+        for half in (first, last):
+            _check_cells(found.name_of(TRANSFORM), math.prod(len(core) ** 2 for core in half), half)
         weight_OI = site.weight_OI.to(transform[0].device, torch.float32)
-        parts.append(Dense(weight_OI @ _transform(transform) - weight_OI))
+        parts.append(Dense(_transformed(weight_OI, first, last) - weight_OI))
     return tuple(parts)
 
 
@@ -130,6 +140,8 @@ def _cores(found: SiteTensors, stem: str, size: int, *, expected: bool) -> list[
     if not 1 <= ring <= MAX_RING_RANK:
         raise InvalidTensors(f"{found.name_of(stem)}: found ring rank {ring}, expected 1 to {MAX_RING_RANK}")
     shapes = [list(core.shape[: len(sides)]) for core in cores]
+    if any(shape[0] < 2 for shape in shapes):
+        raise InvalidTensors(f"{found.name_of(stem)}: found digits {shapes}, expected each to be 2 at least")
     if any(len(set(shape)) > 1 for shape in shapes) or math.prod(shape[0] for shape in shapes) != size:
         raise InvalidTensors(
             f"{found.name_of(stem)}: found digits {shapes}, expected a product of {size}; "
@@ -138,22 +150,47 @@ def _cores(found: SiteTensors, stem: str, size: int, *, expected: bool) -> list[
     return cores
 
 
+def _halves(cores: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Where to cut a ring so that the larger half joins to as little as it can; the second may be empty."""
+
+    def larger(cut: int) -> int:
+        return max(math.prod(len(core) for core in half) for half in (cores[:cut], cores[cut:]))
+
+    cut = min(range(1, len(cores)), key=larger, default=1)
+    return cores[:cut], cores[cut:]
+
+
+def _check_cells(name: str, pairs: int, cores: Sequence[Tensor]) -> None:
+    """Refuses cores of which one join, by all its indices, is too large. One core alone is in the file."""
+    cells = pairs * cores[0].shape[-1] ** 2 if len(cores) > 1 else 0
+    if cells > MAX_JOINED_CELLS:
+        raise InvalidTensors(
+            f"{name}: found cores whose product has {cells} numbers, expected at most {MAX_JOINED_CELLS}; "
+            "take a smaller ring rank or, of the transform, digits whose halves are near the root of the size"
+        )
+
+
 def _joined(cores: Sequence[Tensor]) -> Tensor:
     """[n, R, R]: the product of the cores' matrices at each index."""
     return reduce(lambda p, core: torch.einsum("iab,kbc->kiac", p, core).flatten(0, 1), cores)
 
 
-def _transform(cores: Sequence[Tensor]) -> Tensor:
-    """T [I, I]. The ring is closed with the last core, so nothing of size I² R² is made."""
+def _transformed(weight_OI: Tensor, first: Sequence[Tensor], last: Sequence[Tensor]) -> Tensor:
+    """``W T``. T is made some of its rows at a time, from its two halves alone."""
 
     def join(p: Tensor, core: Tensor) -> Tensor:
         joined = torch.einsum("ijab,klbc->kiljac", p, core)
         return joined.flatten(2, 3).flatten(0, 1)
 
-    if len(cores) == 1:
-        return torch.einsum("ijaa->ij", cores[0])
-    start = reduce(join, cores[:-1])
-    return torch.einsum("ijab,klba->kilj", start, cores[-1]).flatten(2, 3).flatten(0, 1)
+    ring = first[0].shape[-1]
+    closing = torch.eye(ring, device=weight_OI.device)[None, None]
+    left, right = reduce(join, first), reduce(join, last) if last else closing
+    step = max(1, ROWS_AT_ONCE // len(left))
+    product_OI = torch.zeros_like(weight_OI)
+    for w_OC, right_KLRR in zip(weight_OI.split(step * len(left), dim=1), right.split(step), strict=True):
+        rows_CI = torch.einsum("ijab,klba->kilj", left, right_KLRR).flatten(2, 3).flatten(0, 1)
+        product_OI.addmm_(w_OC, rows_CI)
+    return product_OI
 
 
 def _by_entry(cores: Sequence[Tensor], size: int) -> Tensor:
