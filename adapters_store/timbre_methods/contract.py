@@ -138,6 +138,11 @@ class Method(Reader[Config]):
         bias. Shares no arithmetic with `compile`. A site that the adapter does not touch gives
         ``W x + b``. For an embedding x is one-hot rows (or any others), for a norm it is normalised."""
 
+    def for_reference(self, config: Config, tensors: Tensors, sites: Sites) -> dict[str, Tensor]:
+        """What `reference` needs of other sites than its own, by names as `derive` gives them. Nothing that
+        is served reads it, and it is never stored."""
+        return {}
+
     @abstractmethod
     def example(self, sites: Sites, generator: torch.Generator) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """A small random valid adapter for these sites: ``adapter_config.json`` and tensors, as the public

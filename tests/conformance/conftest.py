@@ -90,8 +90,9 @@ class Example:
         return compile_adapter(raw_config, {**tensors, **derive(raw_config, tensors, sites)}, sites)
 
     def completed(self, sites: Sites) -> dict[str, Tensor]:
-        """The file's tensors and what registration derives from the base."""
-        return {**self.tensors, **derive(self.raw_config, self.tensors, sites)}
+        """The file's tensors, what registration derives and what the reference needs beyond."""
+        beyond = self.method.for_reference(self.config, self.tensors, sites_of(self.method, sites))
+        return {**self.tensors, **derive(self.raw_config, self.tensors, sites), **beyond}
 
 
 @pytest.fixture

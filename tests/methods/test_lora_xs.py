@@ -65,6 +65,12 @@ def test_a_core_under_two_names_is_refused(site: Callable[..., Site]) -> None:
         part(RAW, given, site())
 
 
+@pytest.mark.parametrize("method", ["LORA_XS", "LORA_SB"])
+def test_a_core_under_a_third_name_is_surplus(site: Callable[..., Site], method: str) -> None:
+    with pytest.raises(InvalidTensors, match=r"q_proj\.lora_latent_mapping\.weight' is surplus"):
+        part({**RAW, "peft_type": method}, tensors(".lora_latent_mapping.weight"), site())
+
+
 def test_a_factor_that_is_missing_is_not_computed_again(site: Callable[..., Site]) -> None:
     given = tensors()
     del given[f"{STEM}.lora_A.weight"]

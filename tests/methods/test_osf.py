@@ -84,6 +84,21 @@ def test_a_layer_whose_triplets_are_all_kept_is_left_alone(site: Callable[..., S
     assert parts({**RAW, "effective_rank": 1.0}, tensors(0), site()) == ()
 
 
+@pytest.mark.parametrize("number", [5000, 5000.0])
+def test_more_triplets_stay_frozen_than_any_rank_is(number: float) -> None:
+    wide = Site("q_proj", torch.empty(8192, 8192, device="meta"), None)
+    given = {
+        f"base_model.model.q_proj.osf_svd_params.{name}_low": torch.empty(shape, device="meta")
+        for name, shape in {"U": (8192, 3192), "S": (3192,), "V": (3192, 8192)}.items()
+    }
+    raw, sites = {**RAW, "effective_rank": number}, {wide.path: wide}
+    method = method_for(raw)
+    program = method.compile(method.parse(raw), {**given, **derive(raw, given, sites)}, sites)
+    assert list(program.sites) == [wide.path]
+    pattern = {**raw, "effective_rank": 1, "rank_pattern": {"q_proj": number}}
+    assert method.parse(pattern).rank_pattern == {"q_proj": number}
+
+
 def test_a_number_of_triplets_that_the_config_does_not_name_is_refused(site: Callable[..., Site]) -> None:
     with pytest.raises(InvalidTensors, match=r"S_low: found 2 triplets, the config says \[1\]"):
         parts(RAW, tensors(2), site())

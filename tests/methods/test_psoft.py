@@ -83,6 +83,48 @@ def test_the_scale_cancels_and_has_to_be_positive(site: Callable[..., Site]) -> 
         delta({**RAW, "psoft_alpha": 0}, given, base)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"use_cayley_neumann": True, "num_cayley_neumann_terms": 6}], ids=["solved", "series"]
+)
+@pytest.mark.parametrize("angle", [1e8, 1e20])
+def test_angles_that_give_no_orthogonal_matrix_are_refused(
+    site: Callable[..., Site], options: dict[str, Any], angle: float
+) -> None:
+    base, raw, given = site(), {**RAW, **options}, {f"{STEM}.weight": torch.full((3,), angle)}
+    if not options or angle > 1e8:
+        with pytest.raises(InvalidTensors, match=r"found angles up to 1e\+\d+, of which float32 gives no"):
+            check_adapter(raw, given, {base.path: base})
+    method = method_for(raw)
+    whole = {**given, **derive(raw, given, {base.path: base})}
+    method.compile(method.parse(raw), whole, {base.path: base})  # nothing but a MethodError may leave it
+
+
+def layers_of_8b() -> dict[str, Site]:
+    shapes = {"q": (4096, 4096), "k": (1024, 4096), "v": (1024, 4096), "o": (4096, 4096)}
+    shapes |= {"gate": (14336, 4096), "up": (14336, 4096), "down": (4096, 14336)}
+    return {
+        f"{layer}.{name}": Site(f"{layer}.{name}", torch.empty(shape, device="meta"), None)
+        for layer in range(32)
+        for name, shape in shapes.items()
+    }
+
+
+@pytest.mark.parametrize(("r", "niter", "is_served"), [(32, 10, True), (128, 10, True), (1024, 10, False)])
+def test_a_randomised_svd_beyond_the_bound_is_refused_before_it_is_begun(
+    r: int, niter: int, is_served: bool
+) -> None:
+    sites = layers_of_8b()
+    raw = {**RAW, "r": r, "psoft_svd": "lowrank", "psoft_svd_lowrank_niter": niter}
+    angles = torch.empty(r * (r - 1) // 2, device="meta")
+    given = {f"base_model.model.{path}.psoft_R.weight": angles for path in sites}
+    if is_served:
+        assert len(derive(raw, given, sites)) == 3 * len(sites)
+    else:
+        with pytest.raises(InvalidConfig, match=r"found \d+ products .* expected at most 10000000000000:"):
+            derive(raw, given, sites)
+        assert derive({**raw, "psoft_svd": "full"}, given, sites)
+
+
 def test_what_the_config_does_not_name_is_refused(site: Callable[..., Site]) -> None:
     base, given = site(), {f"{STEM}.weight": torch.ones(3)}
     with pytest.raises(InvalidTensors, match="vector_a is surplus: the config says psoft_mag_a=false"):

@@ -179,6 +179,12 @@ def test_a_copy_that_is_another_matrix_is_refused(site: Callable[..., Site]) -> 
         check_adapter(RAW, given, {base.path: base})
 
 
+def test_matrices_that_are_drawn_need_nothing_derived(site: Callable[..., Site]) -> None:
+    base, raw = site(), {**RAW, "save_projection": False}
+    given = {name: t for name, t in tensors(base).items() if name.endswith(("lambda", "gamma"))}
+    assert not check_adapter(raw, given, {base.path: base}).derives
+
+
 def test_copies_without_the_matrices_themselves_are_refused(site: Callable[..., Site]) -> None:
     base = site()
     given = tensors(base)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from timbre_methods.contract import Site
 from timbre_methods.errors import InvalidConfig, InvalidTensors
-from timbre_methods.registry import check_adapter, method_for
+from timbre_methods.registry import check_adapter, derive, method_for
 
 LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -107,10 +107,31 @@ def test_projections_are_in_the_file_exactly_if_the_config_says_so(site: Callabl
 
 
 def test_what_is_too_large_to_draw_is_refused_before_anything_is_drawn(site: Callable[..., Site]) -> None:
-    raw = {**RAW, "u": 2**25, "save_projection": False}
-    given = tensors()
+    paths = ["q_proj", "k_proj"]
+    sites = {path: site(path) for path in paths}
+    given = {}
+    for path in paths:
+        given[f"base_model.model.{path}.tinylora_A"] = torch.empty(2, 5, device="meta")
+        given[f"base_model.model.{path}.tinylora_B"] = torch.empty(6, 2, device="meta")
+    for u, is_refused in ((2**23, False), (2**23 + 1, True)):
+        raw = {**RAW, "u": u, "save_projection": False}
+        given["base_model.tinylora_v.0"] = torch.empty(u, device="meta")
+        on_meta = {path: Site(path, base.weight_OI.to("meta"), None) for path, base in sites.items()}
+        if is_refused:
+            message = "on 2 layers are not drawn: found 67108872 values, expected at most 67108864; save with"
+            with pytest.raises(InvalidConfig, match=message):
+                derive(raw, given, sites)
+        else:
+            assert len(derive(raw, given, on_meta)) == 2
+
+
+def test_a_load_draws_nothing(site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch) -> None:
+    raw, given, sites = {**RAW, "save_projection": False}, tensors(), {site().path: site()}
     del given[f"{STEM}.tinylora_P"]
-    given["base_model.tinylora_v.0"] = torch.empty(2**25, device="meta")
+    derived = derive(raw, given, sites)
+    assert {name: tuple(t.shape) for name, t in derived.items()} == {f"derived.{site().path}.core": (2, 2)}
+    monkeypatch.delattr(torch, "normal")
     method = method_for(raw)
-    with pytest.raises(InvalidConfig, match="save with save_projection=true"):
-        method.compile(method.parse(raw), given, {site().path: site()})
+    (part,) = method.compile(method.parse(raw), {**given, **derived}, sites).sites[site().path]
+    expected = given[f"{STEM}.tinylora_B"] @ derived[f"derived.{site().path}.core"]
+    assert torch.equal(part.b_OR, expected)

@@ -33,6 +33,56 @@ def test_unilora_gives_the_logits_of_peft(
     agrees_with_peft(llama, UniLoraConfig(**{"target_modules": LAYERS, **options}), std=3.0)
 
 
+@pytest.mark.parametrize(
+    "saved_whole",
+    [
+        ["k_proj"],
+        ["self_attn.k_proj", "lm_head"],
+        ["model.layers.0"],
+        ["0.self.attn.k_proj"],
+        ["mlp"],
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("save_indices", [False, True])
+def test_modules_that_are_saved_whole_have_no_indices(
+    llama: nn.Module, quiet: Callable[..., Any], saved_whole: list[str], save_indices: bool, evaluate: Any
+) -> None:
+    config = UniLoraConfig(
+        target_modules=["q_proj", "k_proj"], modules_to_save=saved_whole, save_indices=save_indices
+    )
+    with quiet():
+        wrapped = get_peft_model(copy.deepcopy(llama), config)
+    expected = {
+        name.removeprefix("base_model.model."): module.unilora_indices_A["default"]
+        for name, module in wrapped.named_modules()
+        if hasattr(module, "unilora_indices_A")
+    }
+    raw = {"peft_type": "UNILORA", "target_modules": ["q_proj", "k_proj"], "modules_to_save": saved_whole}
+    given = {"base_model.unilora_theta_d": torch.zeros(256)}
+    method, sites = method_for(raw), evaluate.linear_sites(llama)
+    derived = method.derive(method.parse(raw), given, sites)
+    indices = {name.split(".", 1)[1]: t.long() for name, t in derived.items() if "indices_A" in name}
+    assert indices.keys() == {f"{path}.unilora_indices_A" for path in expected}
+    assert all(torch.equal(indices[f"{path}.unilora_indices_A"], wanted) for path, wanted in expected.items())
+
+
+@pytest.mark.parametrize("save_indices", [False, True])
+def test_unilora_beside_a_layer_that_is_saved_whole_gives_the_logits_of_peft(
+    llama: nn.Module, agrees_with_peft: Callable[..., None], save_indices: bool
+) -> None:
+    config = UniLoraConfig(
+        target_modules=["q_proj", "k_proj"], modules_to_save=["k_proj"], save_indices=save_indices
+    )
+    agrees_with_peft(llama, config, std=1.0)
+
+
+@pytest.mark.parametrize("name", ["(a+)+", "q" * 513, "a|b"])
+def test_a_name_of_a_saved_module_that_is_no_name_is_refused(name: str, site: Callable[..., Site]) -> None:
+    with pytest.raises(InvalidConfig, match="modules_to_save: found"):
+        check_adapter({**RAW, "modules_to_save": [name]}, THETA, {site().path: site()})
+
+
 @pytest.mark.parametrize("is_saved", [True, False])
 def test_unilora_on_conv1d_gives_the_logits_of_peft(
     gpt2: nn.Module, agrees_with_peft: Callable[..., None], is_saved: bool

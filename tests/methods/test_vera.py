@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from timbre_methods.contract import Site
 from timbre_methods.errors import InvalidConfig, InvalidTensors
 from timbre_methods.program import Projected
-from timbre_methods.registry import derive, method_for
+from timbre_methods.registry import check_adapter, derive, method_for
 
 pytestmark = pytest.mark.filterwarnings("ignore:Specified to not (save|load) p?vera_A and:UserWarning")
 
@@ -158,11 +158,11 @@ def test_a_draw_beyond_the_bound_is_refused_before_it_is_drawn() -> None:
         compiled({**RAW, "r": 4096}, given, wide)
 
 
-def test_only_the_largest_layer_is_derived_and_only_where_it_is_drawn(site: Callable[..., Site]) -> None:
-    base = site()
-    [sizes] = derive(RAW, tensors(), {base.path: base}).values()
-    assert sizes.tolist() == [6, 5]
-    assert derive({**RAW, "save_projection": True}, tensors(is_saved=True), {base.path: base}) == {}
+@pytest.mark.parametrize("is_saved", [True, False])
+def test_nothing_is_derived(site: Callable[..., Site], is_saved: bool) -> None:
+    base, raw = site(), {**RAW, "save_projection": is_saved}
+    assert derive(raw, tensors(is_saved), {base.path: base}) == {}
+    assert not check_adapter(raw, tensors(is_saved), {base.path: base}).derives
 
 
 def test_a_file_that_peft_wrote_holds_what_is_read(

@@ -30,9 +30,9 @@ from timbre_methods.examples import chosen_sites, coin, peft_file, random_tensor
 from timbre_methods.program import AdapterProgram, Projected
 from timbre_methods.site_tensors import PREFIX, SiteTensors, tensors_by_site, tensors_of_site
 
-A, B, CORE = "lora_A.weight", "lora_B.weight", "lora_latent_mapping.weight"
+A, B, CORE = "lora_A.weight", "lora_B.weight", "default_lora_latent_mapping.weight"
 KEYS = frozenset({A, B, CORE})
-AS_TRAINED, AS_SAVED = f".default_{CORE}", f"_{CORE}"
+AS_TRAINED, AS_SAVED = f".{CORE}", "_lora_latent_mapping.weight"
 """What comes after the module path."""
 
 
@@ -81,11 +81,11 @@ class LoraXs(Method[LatentConfig]):
 
 
 def with_core_names(tensors: Tensors) -> dict[str, Tensor]:
-    """The tensors with R of each layer under ``<module path>.`` `CORE`. Raises for a layer that has both."""
+    """The tensors with R of each layer under the trainer's own name. Raises for a layer that has both."""
     renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        ending = next((e for e in (AS_TRAINED, AS_SAVED) if name.endswith(e)), "")
-        found = f"{name.removesuffix(ending)}.{CORE}" if ending and not name.startswith(DERIVED) else name
+        is_saved = name.endswith(AS_SAVED) and not name.endswith(AS_TRAINED) and not name.startswith(DERIVED)
+        found = name.removesuffix(AS_SAVED) + AS_TRAINED if is_saved else name
         if found in renamed:
             raise InvalidTensors(f"{name[:200]!r} is surplus: the file holds R of this layer under two names")
         renamed[found] = tensor

@@ -21,7 +21,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from timbre_methods.config import PeftConfig, Rank, read_config, shown
+from timbre_methods.config import Count, PeftConfig, read_config, shown
 from timbre_methods.contract import Method, Site, Sites, Tensors
 from timbre_methods.decompositions import thin_svd
 from timbre_methods.errors import InvalidTensors
@@ -33,7 +33,8 @@ U, S, V = "osf_svd_params.U_low", "osf_svd_params.S_low", "osf_svd_params.V_low"
 KEYS = frozenset({U, S, V})
 FIRST_U, FIRST_S, FIRST_V = "first_U_low", "first_S_low", "first_V_low"
 
-Kept = Rank | Annotated[float, Field(gt=0, le=4096, allow_inf_nan=False)] | None
+Kept = Count | Annotated[float, Field(gt=0, le=2**31 - 1, allow_inf_nan=False)] | None
+"""How many triplets stay frozen, or which share of them; a layer may have more than any rank is."""
 
 
 class OsfConfig(PeftConfig):

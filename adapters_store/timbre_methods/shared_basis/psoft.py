@@ -10,6 +10,9 @@ The file never holds A and B, and R acts between them, so a flipped sign of one 
 another adapter. They are derived once, with PEFT's own calls; a file that was trained where LAPACK chooses
 other signs than on this machine means something else here, and nothing in it can tell.
 
+The randomised SVD multiplies W by r columns ``psoft_svd_lowrank_niter + 1`` times, there and back, and a
+small file may ask for that at every layer: `MAX_PRODUCTS` bounds the sum.
+
 Legend: T tokens, I in features, O out features, R rank, N entries above a diagonal.
 
 Paper: openreview.net/forum?id=FSHrinMArK; the series: OFT v2, arXiv 2506.19847.
@@ -35,6 +38,10 @@ from timbre_methods.site_tensors import PREFIX, SiteTensors, derived_name, tenso
 CORE, SCALE_B, SCALE_A = "psoft_R.weight", "psoft_R.vector_b", "psoft_R.vector_a"
 KEYS = frozenset({CORE, SCALE_B, SCALE_A})
 LEFT, SIGMA, RIGHT = "left", "sigma", "right"
+
+MAX_PRODUCTS = 10**13
+"""The most products of a weight and a number in all randomised SVDs of one adapter: rank 128 and 10
+iterations on every linear layer of a model of eight billion weights."""
 
 
 class PsoftConfig(PeftConfig):
@@ -71,7 +78,9 @@ class Psoft(Method[PsoftConfig]):
 
     def derive(self, config: PsoftConfig, tensors: Tensors, sites: Sites) -> dict[str, Tensor]:
         derived = {}
-        for found in tensors_by_site(tensors, sites, KEYS):
+        adapted = list(tensors_by_site(tensors, sites, KEYS))
+        _check_products(config, [found.site for found in adapted])
+        for found in adapted:
             _check_rank(config, found.site)
             for key, tensor in zip((LEFT, SIGMA, RIGHT), _triplets(config, found.site), strict=True):
                 derived[derived_name(found.site.path, key)] = tensor.contiguous()
@@ -85,6 +94,16 @@ class Psoft(Method[PsoftConfig]):
         return AdapterProgram(
             {found.site.path: (_factors(config, found),) for found in tensors_by_site(tensors, sites, KEYS)}
         )
+
+    def check_values(self, config: PsoftConfig, tensors: Tensors, sites: Sites) -> None:
+        for found in tensors_by_site(tensors, sites, KEYS) if config.psoft_orth else ():
+            core_RR, is_solved = _orthogonal(config, found.tensors[CORE].to(torch.float32))
+            if not (is_solved and core_RR.isfinite().all()):
+                largest = float(found.tensors[CORE].abs().max())
+                raise InvalidTensors(
+                    f"{found.name_of(CORE)}: found angles up to {largest:.3g}, of which float32 gives no "
+                    "orthogonal matrix, expected smaller ones"
+                )
 
     def reference(self, config: PsoftConfig, tensors: Tensors, site: Site, x_TI: Tensor) -> Tensor:
         bias_O = None if site.bias_O is None else site.bias_O.to(x_TI.dtype)
@@ -150,6 +169,16 @@ def _check_rank(config: PsoftConfig, site: Site) -> None:
         )
 
 
+def _check_products(config: PsoftConfig, sites: list[Site]) -> None:
+    columns = config.r * (config.psoft_svd_lowrank_niter + 1) if config.psoft_svd == "lowrank" else 0
+    products = columns * sum(site.out_features * site.in_features for site in sites)
+    if products > MAX_PRODUCTS:
+        raise InvalidConfig(
+            f"psoft_svd_lowrank_niter: found {products} products (r x (iterations + 1) x the weights of "
+            f"{len(sites)} layers), expected at most {MAX_PRODUCTS}: take fewer iterations or a smaller r"
+        )
+
+
 def _factors(config: PsoftConfig, found: SiteTensors) -> LowRank:
     rank = config.r
     _check_rank(config, found.site)
@@ -161,7 +190,7 @@ def _factors(config: PsoftConfig, found: SiteTensors) -> LowRank:
             option = "psoft_mag_b" if key == SCALE_B else "psoft_mag_a"
             raise InvalidTensors(f"{found.name_of(key)} is surplus: the config says {option}=false")
     if config.psoft_orth:
-        core_RR = _orthogonal(config, found.need(CORE, (rank * (rank - 1) // 2,)).to(torch.float32))
+        core_RR, _ = _orthogonal(config, found.need(CORE, (rank * (rank - 1) // 2,)).to(torch.float32))
     else:
         core_RR = found.need(CORE, (rank, rank)).to(torch.float32)
     if SCALE_B in gains:
@@ -177,8 +206,8 @@ def _factors(config: PsoftConfig, found: SiteTensors) -> LowRank:
     return LowRank(a_RI=right_RI.clone(), b_OR=left_OR @ change_RR)
 
 
-def _orthogonal(config: PsoftConfig, angles_N: Tensor) -> Tensor:
-    """Q from the entries of K above its diagonal, row by row."""
+def _orthogonal(config: PsoftConfig, angles_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Q from the entries of K above its diagonal, row by row, and whether it could be solved for."""
     rank = config.r
     k_RR = torch.zeros(rank, rank, device=angles_N.device)
     rows, columns = torch.triu_indices(rank, rank, offset=1, device=angles_N.device)
@@ -186,8 +215,8 @@ def _orthogonal(config: PsoftConfig, angles_N: Tensor) -> Tensor:
     k_RR = k_RR - k_RR.T
     one_RR = torch.eye(rank, device=angles_N.device)
     if not config.use_cayley_neumann:
-        cayley_RR: Tensor = torch.linalg.solve(one_RR - k_RR, one_RR + k_RR, left=False)
-        return cayley_RR
+        solved = torch.linalg.solve_ex(one_RR - k_RR, one_RR + k_RR, left=False)
+        return solved.result, solved.info == 0
     if config.cayley_neumann_eps is not None:
         norm = torch.linalg.vector_norm(k_RR)
         k_RR = k_RR * torch.clamp(config.cayley_neumann_eps / norm.clamp(min=1e-30), max=1.0)
@@ -198,7 +227,7 @@ def _orthogonal(config: PsoftConfig, angles_N: Tensor) -> Tensor:
     for weight in weights:
         power_RR = power_RR @ k_RR
         core_RR = core_RR + weight * power_RR
-    return core_RR
+    return core_RR, torch.ones((), dtype=torch.bool, device=core_RR.device)
 
 
 def _reference_core(config: PsoftConfig, stored: Tensor) -> Tensor:

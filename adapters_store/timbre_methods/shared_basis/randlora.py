@@ -33,8 +33,8 @@ from timbre_methods.shared_basis.vera import ProjectionConfig
 from timbre_methods.shared_basis.whole_model import (
     LARGEST,
     Whole,
-    derived_largest_layer,
     drawn,
+    largest_for_reference,
     largest_layer,
     saved,
 )
@@ -73,11 +73,6 @@ class Randlora(Method[RandloraConfig]):
     def parse(self, raw_config: Mapping[str, Any]) -> RandloraConfig:
         return read_config(RandloraConfig, raw_config)
 
-    def derive(self, config: RandloraConfig, tensors: Tensors, sites: Sites) -> dict[str, Tensor]:
-        if _is_saved(config, tensors):
-            return {}
-        return derived_largest_layer([found.site for found in _by_site(tensors, sites)])
-
     def compile(self, config: RandloraConfig, tensors: Tensors, sites: Sites) -> AdapterProgram:
         adapted = _by_site(tensors, sites)
         shapes = _shapes(config.r, *largest_layer([found.site for found in adapted]))
@@ -112,6 +107,11 @@ class Randlora(Method[RandloraConfig]):
             weight_OI = weight_OI + (delta_HL if delta_HL.shape == weight_OI.shape else delta_HL.T)
         bias_O = None if site.bias_O is None else site.bias_O.to(x_TI.dtype)
         return torch.nn.functional.linear(x_TI, weight_OI, bias_O)
+
+    def for_reference(self, config: RandloraConfig, tensors: Tensors, sites: Sites) -> dict[str, Tensor]:
+        if _is_saved(config, tensors):
+            return {}
+        return largest_for_reference([found.site for found in _by_site(tensors, sites)])
 
     def example(self, sites: Sites, generator: torch.Generator) -> tuple[dict[str, Any], dict[str, Tensor]]:
         chosen = chosen_sites(sites, generator)

@@ -3,7 +3,8 @@
 A and B are the top singular directions of W with a root of the singular value in each; the file holds them.
 v is the trained vector of a group of layers. Layer number i of N adapted ones, in model order, belongs to
 group ``min(i // max(1, N // G), G - 1)`` with ``G = max(1, round(N (1 - weight_tying)))``. P is in the file,
-or drawn again from ``projection_seed + i`` and rounded to the base's dtype, as PEFT does.
+or drawn again from ``projection_seed + i`` and rounded to the base's dtype, as PEFT does. Then R is
+derived, so that P is drawn once, at registration.
 
 Legend: T tokens, I in features, O out features, R rank, U length of v.
 
@@ -27,16 +28,17 @@ from timbre_methods.errors import InvalidConfig, InvalidTensors
 from timbre_methods.examples import chosen_sites, coin, peft_file, random_tensor, whole_number
 from timbre_methods.program import AdapterProgram, LowRank
 from timbre_methods.shared_basis.model_tensors import model_tensor
-from timbre_methods.site_tensors import PREFIX, SiteTensors, tensors_by_site, tensors_of_site
+from timbre_methods.site_tensors import PREFIX, SiteTensors, derived_name, tensors_by_site, tensors_of_site
 
 A, B, P = "tinylora_A", "tinylora_B", "tinylora_P"
 KEYS = frozenset({A, B, P})
+CORE = "core"
 VECTOR = "base_model.tinylora_v."
 
 _VECTOR_NAME = re.compile(re.escape(VECTOR) + r"(0|[1-9][0-9]{0,6})", re.ASCII)
 
 MAX_DRAWN = 2**26
-"""The largest P of one layer that is drawn again: 256 MiB."""
+"""The most numbers of P that are drawn again for all layers of one adapter: 256 MiB at once at most."""
 
 
 class TinyloraConfig(PeftConfig):
@@ -64,15 +66,21 @@ class Tinylora(Method[TinyloraConfig]):
     def parse(self, raw_config: Mapping[str, Any]) -> TinyloraConfig:
         return read_config(TinyloraConfig, raw_config)
 
+    def derive(self, config: TinyloraConfig, tensors: Tensors, sites: Sites) -> dict[str, Tensor]:
+        if config.save_projection:
+            return {}
+        adapted = _with_vectors(config, tensors, sites)
+        _check_drawn(config, [own.site for own, _ in adapted])
+        return {
+            derived_name(own.site.path, CORE): _core(vector_U, _drawn(config, own.site, number))
+            for number, (own, vector_U) in enumerate(adapted)
+        }
+
     def compile(self, config: TinyloraConfig, tensors: Tensors, sites: Sites) -> AdapterProgram:
-        names = [name for name in tensors if _VECTOR_NAME.fullmatch(name)]
-        found = list(tensors_by_site(tensors, sites, KEYS, beside=names))
-        groups = _groups(config, len(found))
-        vectors = _vectors(config, tensors, names, max(groups) + 1)
         return AdapterProgram(
             {
-                own.site.path: _factors(config, own, vectors[group], config.projection_seed + number)
-                for number, (own, group) in enumerate(zip(found, groups, strict=True))
+                own.site.path: (_factors(config, own, vector_U),)
+                for own, vector_U in _with_vectors(config, tensors, sites)
             }
         )
 
@@ -121,6 +129,15 @@ class Tinylora(Method[TinyloraConfig]):
         return peft_file("TINYLORA", chosen, {**options, **config.model_dump()}), tensors
 
 
+def _with_vectors(config: TinyloraConfig, tensors: Tensors, sites: Sites) -> list[tuple[SiteTensors, Tensor]]:
+    """Each adapted layer in model order, and its group's v."""
+    names = [name for name in tensors if _VECTOR_NAME.fullmatch(name)]
+    found = list(tensors_by_site(tensors, sites, KEYS, beside=names))
+    groups = _groups(config, len(found))
+    vectors = _vectors(config, tensors, names, max(groups) + 1)
+    return [(own, vectors[group]) for own, group in zip(found, groups, strict=True)]
+
+
 def _groups(config: TinyloraConfig, num_layers: int) -> list[int]:
     """The group of each adapted layer, in model order: 0, ..., each at least once."""
     num_groups = max(1, round(num_layers * (1.0 - config.weight_tying)))
@@ -136,31 +153,42 @@ def _vectors(config: TinyloraConfig, tensors: Tensors, names: list[str], num_gro
     return [model_tensor(tensors, name, (config.u,)).to(torch.float32) for name in expected]
 
 
-def _factors(config: TinyloraConfig, own: SiteTensors, vector_U: Tensor, seed: int) -> tuple[LowRank]:
-    site = own.site
-    rank = min(config.r, site.in_features, site.out_features)
+def _factors(config: TinyloraConfig, own: SiteTensors, vector_U: Tensor) -> LowRank:
+    site, rank = own.site, _rank(config, own.site)
     a_RI = own.need(A, (rank, site.in_features)).to(torch.float32, copy=True)
     b_OR = own.need(B, (site.out_features, rank)).to(torch.float32)
-    shape = (config.u, rank, rank)
     if config.save_projection:
-        p_URR = own.need(P, shape).to(torch.float32)
+        core_RR = _core(vector_U, own.need(P, (config.u, rank, rank)).to(torch.float32))
     elif P in own.tensors:
         raise InvalidTensors(f"{own.name_of(P)} is surplus: the config says save_projection=false")
     else:
-        p_URR = _drawn(shape, seed, site.weight_OI.dtype, a_RI.device)
-    core_RR = torch.einsum("u,uqr->qr", vector_U, p_URR)
-    return (LowRank(a_RI=a_RI, b_OR=b_OR @ core_RR),)
+        core_RR = own.derived[CORE]
+    return LowRank(a_RI=a_RI, b_OR=b_OR @ core_RR)
 
 
-def _drawn(shape: tuple[int, int, int], seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    count, rank, _ = shape
-    if count * rank * rank > MAX_DRAWN:
+def _rank(config: TinyloraConfig, site: Site) -> int:
+    return min(config.r, site.in_features, site.out_features)
+
+
+def _core(vector_U: Tensor, p_URR: Tensor) -> Tensor:
+    return torch.einsum("u,uqr->qr", vector_U, p_URR)
+
+
+def _check_drawn(config: TinyloraConfig, sites: list[Site]) -> None:
+    count = sum(config.u * _rank(config, site) ** 2 for site in sites)
+    if count > MAX_DRAWN:
         raise InvalidConfig(
-            f"u={count} matrices of rank {rank} are not drawn: the limit is {MAX_DRAWN} values for a layer; "
-            "save with save_projection=true"
+            f"projections of u={config.u}, r={config.r} on {len(sites)} layers are not drawn: found {count} "
+            f"values, expected at most {MAX_DRAWN}; save with save_projection=true"
         )
-    if device.type == "meta":
+
+
+def _drawn(config: TinyloraConfig, site: Site, number: int) -> Tensor:
+    """P of the adapted layer of this number; on meta nothing is drawn."""
+    rank = _rank(config, site)
+    shape = (config.u, rank, rank)
+    if site.weight_OI.is_meta:
         return torch.empty(shape, device="meta")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(config.projection_seed + number)
     drawn_URR = torch.normal(0.0, 1.0 / rank**0.5, size=shape, generator=generator)
-    return drawn_URR.to(dtype).to(device, torch.float32)
+    return drawn_URR.to(site.weight_OI.dtype).to(torch.float32)

@@ -1,10 +1,11 @@
 """Uni-LoRA, as PEFT saves it: LoRA whose factors are entries of one short vector, ``y = W x + b + B A x``.
 
 ``A = θ[i_A] ∘ s_A`` and ``B = θ[i_B] ∘ s_B``, θ of the whole model. Without ``save_indices`` the file holds θ
-alone. Then the layers are those that ``target_modules`` names, and the indices are dealt out to their A and
-B in the model's order: each of θ's entries equally often (the rest drawn), then shuffled, with numpy's
-generator of ``proj_seed``; ``s = 1 / sqrt(how often the entry is used)``, rounded to the base's dtype.
-numpy does not promise the same stream in all versions, so the indices are derived once, at registration.
+alone. Then the layers are those that ``target_modules`` names and ``modules_to_save`` does not, and the
+indices are dealt out to their A and B in the model's order: each of θ's entries equally often (the rest
+drawn), then shuffled, with numpy's generator of ``proj_seed``; ``s = 1 / sqrt(how often the entry is used)``,
+rounded to the base's dtype. numpy does not promise the same stream in all versions, so the indices are
+derived once, at registration.
 
 Legend: T tokens, I in features, O out features, R rank, D length of θ.
 
@@ -13,6 +14,7 @@ Paper: arXiv 2506.00799 section 3.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -21,7 +23,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from timbre_methods.config import Count, PeftConfig, Rank, Seed, read_config
+from timbre_methods.config import Count, PeftConfig, Rank, Seed, read_config, shown
 from timbre_methods.contract import DERIVED, Method, Site, Sites, Tensors
 from timbre_methods.errors import AdapterMismatch, InvalidConfig, InvalidTensors, UnsupportedMethod
 from timbre_methods.examples import chosen_sites, coin, peft_file, random_tensor, whole_number
@@ -47,6 +49,8 @@ INTEGERS = (torch.int64, torch.int32)
 MAX_DEALT = 2**27
 """The most indices that are dealt out for one adapter: they need 1 GiB on the way."""
 
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_.-]{1,512}", re.ASCII)
+
 Names = list[Annotated[str, Field(max_length=512)]] | Annotated[str, Field(max_length=512)]
 
 
@@ -61,6 +65,7 @@ class UniloraConfig(PeftConfig):
     save_indices: bool = False
     target_modules: Names | None = None
     layers_to_transform: list[int] | int | None = None
+    modules_to_save: Annotated[list[str], Field(max_length=1024)] | None = None
 
 
 class Unilora(Method[UniloraConfig]):
@@ -175,8 +180,8 @@ def _targets(config: UniloraConfig, sites: Sites) -> list[Site]:
         raise InvalidConfig(
             "adapter_config.json: target_modules: expected names, as the indices are not saved"
         )
-    is_wanted = _names(wanted)
-    found = [site for site in sites.values() if is_wanted(site.path)]
+    is_wanted, is_saved_whole = _names(wanted), _saved_whole(config.modules_to_save or [])
+    found = [site for site in sites.values() if is_wanted(site.path) and not is_saved_whole(site.path)]
     if not found:
         raise AdapterMismatch(f"this base has no linear layer that target_modules names: {str(wanted)[:200]}")
     return found
@@ -188,6 +193,20 @@ def _names(names: list[str] | str) -> Accepts:
         return full_match("target_modules", names)
     whole, ends = frozenset(names), tuple(f".{name}" for name in names)
     return lambda path: path in whole or path.endswith(ends)
+
+
+def _saved_whole(names: list[str]) -> Accepts:
+    """Whether a path is in a module that ``modules_to_save`` names: such a one has no adapter, whatever else
+    names it. PEFT reads a name as an expression for whole steps of a path; plain names are served, in which a
+    dot stands for any character."""
+    odd = next((name for name in names if not _PLAIN_NAME.fullmatch(name)), None)
+    if odd is not None:
+        raise InvalidConfig(
+            f"adapter_config.json: modules_to_save: found {shown(odd)}, expected names of modules of at most "
+            "512 characters, as the indices are not saved"
+        )
+    steps = [re.compile(rf"(?:^|\.){name}(?:\.|$)") for name in names]
+    return lambda path: any(each.search(path) for each in steps)
 
 
 def _dealt(

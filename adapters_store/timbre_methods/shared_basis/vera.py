@@ -25,8 +25,8 @@ from timbre_methods.program import AdapterProgram, Projected
 from timbre_methods.shared_basis.whole_model import (
     LARGEST,
     Whole,
-    derived_largest_layer,
     drawn,
+    largest_for_reference,
     largest_layer,
     saved,
 )
@@ -61,11 +61,6 @@ class VectorsBetweenMatrices(Method[ProjectionConfig]):
 
     def claims(self, raw_config: Mapping[str, Any]) -> bool:
         return raw_config.get("peft_type") == self.name.upper()
-
-    def derive(self, config: ProjectionConfig, tensors: Tensors, sites: Sites) -> dict[str, Tensor]:
-        if self._is_saved(config, tensors):
-            return {}
-        return derived_largest_layer([found.site for found in self._by_site(tensors, sites)])
 
     def compile(self, config: ProjectionConfig, tensors: Tensors, sites: Sites) -> AdapterProgram:
         adapted = self._by_site(tensors, sites)
@@ -126,6 +121,11 @@ class VectorsBetweenMatrices(Method[ProjectionConfig]):
         )
         b_OR = torch.nn.init.kaiming_uniform_(torch.empty(max_out, config.r), generator=generator)
         return a_RI.to(site.weight_OI.dtype), b_OR.to(site.weight_OI.dtype)
+
+    def for_reference(self, config: ProjectionConfig, tensors: Tensors, sites: Sites) -> dict[str, Tensor]:
+        if self._is_saved(config, tensors):
+            return {}
+        return largest_for_reference([found.site for found in self._by_site(tensors, sites)])
 
     def example(self, sites: Sites, generator: torch.Generator) -> tuple[dict[str, Any], dict[str, Tensor]]:
         chosen = chosen_sites(sites, generator)

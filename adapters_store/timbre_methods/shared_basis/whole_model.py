@@ -21,7 +21,8 @@ from timbre_methods.errors import InvalidConfig, InvalidTensors
 from timbre_methods.site_tensors import check_tensor
 
 LARGEST = DERIVED + "largest_layer"
-"""Derived where the matrices are drawn again: the largest out and the largest in of all adapted layers."""
+"""The largest out and the largest in of all adapted layers, for `Method.for_reference` where the matrices are
+drawn again: no single layer tells them."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -78,7 +79,6 @@ def largest_layer(sites: Collection[Site]) -> tuple[int, int]:
     return max(site.out_features for site in sites), max(site.in_features for site in sites)
 
 
-def derived_largest_layer(sites: Collection[Site]) -> dict[str, Tensor]:
-    """What `Method.derive` gives where the matrices are drawn again."""
-    device = next(iter(sites)).weight_OI.device
-    return {LARGEST: torch.tensor(largest_layer(sites), dtype=torch.int64, device=device)}
+def largest_for_reference(sites: Collection[Site]) -> dict[str, Tensor]:
+    """What `Method.for_reference` gives where the matrices are drawn again."""
+    return {LARGEST: torch.tensor(largest_layer(sites))}
