@@ -187,7 +187,8 @@ def _transformed(weight_OI: Tensor, first: Sequence[Tensor], last: Sequence[Tens
     left, right = reduce(join, first), reduce(join, last) if last else closing
     step = max(1, ROWS_AT_ONCE // len(left))
     product_OI = torch.zeros_like(weight_OI)
-    for w_OC, right_KLRR in zip(weight_OI.split(step * len(left), dim=1), right.split(step), strict=True):
+    pieces = zip(torch.split(weight_OI, step * len(left), dim=1), torch.split(right, step), strict=True)
+    for w_OC, right_KLRR in pieces:
         rows_CI = torch.einsum("ijab,klba->kilj", left, right_KLRR).flatten(2, 3).flatten(0, 1)
         product_OI.addmm_(w_OC, rows_CI)
     return product_OI
