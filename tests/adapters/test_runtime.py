@@ -205,11 +205,52 @@ def test_a_mix_that_never_fits_is_told_and_its_adapters_alone_are_not_failed() -
     runtime.favour("abc")
     for digest in "abc":
         assert runtime.try_acquire(digest) is None
-    poll_until(runtime, lambda _: runtime.misfit is not None)
-    assert f"need {3 * ADAPTER_BYTES} bytes in memory together" in (runtime.misfit or "")
-    assert runtime.failure("c") is None
+    poll_until(runtime, lambda _: runtime.misfit("abc") is not None)
+    assert f"need {3 * ADAPTER_BYTES} bytes in memory together" in (runtime.misfit("cab") or "")
+    assert (runtime.misfit("ab"), runtime.misfit("abcd"), runtime.failure("c")) == (None, None, None)
     runtime.favour(())
-    assert runtime.misfit is None
+    assert runtime.misfit("abc") is not None, "what is true stays known"
+    assert runtime.try_acquire("c") is None
     [arrival] = poll_until(runtime, bool)
     assert arrival.digest == "c", "somebody may want it alone"
+    runtime.close()
+
+
+def test_no_load_waits_until_the_request_of_a_misfit_hears_of_it() -> None:
+    runtime, loader = runtime_of(2)
+    runtime.favour("abc")
+    for digest in "abcd":
+        assert runtime.try_acquire(digest) is None
+    runtime.load("b")
+    arrivals = poll_until(runtime, lambda arrivals: len(arrivals) == 3)
+    assert runtime.misfit("abc") is not None
+    assert [arrival.digest for arrival in arrivals] == ["a", "b", "d"]
+    assert loader.loads == ["a", "b", "c", "d"], "nobody is known to want c alone"
+    assert runtime.resident == ("b", "d"), "those given up may be evicted"
+    assert runtime.wanted == ()
+    runtime.close()
+
+
+def test_an_adapter_of_a_misfit_that_is_wanted_for_itself_is_not_loaded_twice() -> None:
+    runtime, loader = runtime_of(2)
+    runtime.favour("abc")
+    for digest in "abc":
+        assert runtime.try_acquire(digest) is None
+    runtime.load("c")
+    arrivals = poll_until(runtime, lambda arrivals: len(arrivals) == 3)
+    assert runtime.misfit("abc") is not None
+    assert [arrival.digest for arrival in arrivals] == loader.loads == ["a", "b", "c"]
+    runtime.close()
+
+
+def test_only_so_many_misfits_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("timbre_server.adapters.runtime.MAX_MISFITS", 2)
+    runtime, _ = runtime_of(1)
+    mixes = ("ab", "cd", "ef")
+    for mix in mixes:
+        runtime.favour(mix)
+        for digest in mix:
+            assert runtime.try_acquire(digest) is None
+        poll_until(runtime, lambda _, mix=mix: runtime.misfit(mix) is not None)
+    assert [runtime.misfit(mix) is not None for mix in mixes] == [False, True, True]
     runtime.close()
