@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from timbre_methods.program import AdapterProgram, Diagonal
+from timbre_methods.program import AdapterProgram, Basis, Diagonal, Projected
 from timbre_server.adapters.adapted_model import AdaptedModel
 from timbre_server.adapters.loader import LoadedAdapter
 from timbre_server.adapters.runtime import AdapterRuntime, Arrival
@@ -26,6 +26,8 @@ class SlowLoader:
     def __init__(self) -> None:
         self.gate = threading.Event()
         self.loads: list[str] = []
+        self.basis: Basis | None = None
+        """Shared by all that are loaded, where there is one."""
 
     def load(self, digest: str) -> LoadedAdapter:
         assert self.gate.wait(10)
@@ -34,8 +36,11 @@ class SlowLoader:
             raise AdapterLoadFailed(f"{digest} is damaged")
         if digest.startswith("bug"):
             raise RuntimeError("shapes do not fit")
-        program = AdapterProgram({"q": (Diagonal("input", torch.ones(FLOATS)),)})
-        return LoadedAdapter(digest, "ia3", program, {"verify": 0.0})
+        if self.basis is None:
+            part: Diagonal | Projected = Diagonal("input", torch.ones(FLOATS))
+        else:
+            part = Projected("diagonal", torch.ones(1, 2), self.basis)
+        return LoadedAdapter(digest, "ia3", AdapterProgram({"q": (part,)}), {"verify": 0.0})
 
 
 def runtime_of(budget_adapters: int, *, open_gate: bool = True) -> tuple[AdapterRuntime, SlowLoader]:
@@ -253,4 +258,24 @@ def test_only_so_many_misfits_are_remembered(monkeypatch: pytest.MonkeyPatch) ->
             assert runtime.try_acquire(digest) is None
         poll_until(runtime, lambda _, mix=mix: runtime.misfit(mix) is not None)
     assert [runtime.misfit(mix) is not None for mix in mixes] == [False, True, True]
+    runtime.close()
+
+
+def test_adapters_in_one_basis_pay_for_it_once_and_until_the_last_leaves() -> None:
+    runtime, loader = runtime_of(100)
+    loader.basis = Basis(torch.ones(1, 2, FLOATS), torch.ones(1, FLOATS, 2))
+    basis_bytes, core_bytes = 2 * 4 * 2 * FLOATS, 4 * 2
+    first, second = loader.load("first").program, loader.load("second").program
+    assert first.shared_bytes == second.shared_bytes
+    assert sum(first.shared_bytes.values()) == basis_bytes
+    for digest, expected in (("a", basis_bytes + core_bytes), ("b", basis_bytes + 2 * core_bytes)):
+        runtime.load(digest)
+        [arrival] = poll_until(runtime, bool)
+        assert arrival.prepared_bytes == core_bytes
+        assert runtime.resident_bytes == expected
+    runtime.unload("a")
+    assert runtime.resident_bytes == basis_bytes + core_bytes
+    runtime.unload("b")
+    assert runtime.resident_bytes == 0
+    runtime.check_integrity()
     runtime.close()
