@@ -144,7 +144,7 @@ def test_a_mix_that_never_fits_fails_alone(stand_ins: ModuleType) -> None:
     for mix in ("abc", "ab", "c"):
         crowd.submit(mix, mix)
     crowd.run(100)
-    assert sorted(crowd.ended) == ["ab", "adapter_load_failed", "c"]
+    assert sorted(crowd.ended) == ["ab", "c", "mix_not_served"]
 
 
 def test_a_mix_that_never_fits_is_loaded_for_one_of_many_requests(stand_ins: ModuleType) -> None:
@@ -155,5 +155,5 @@ def test_a_mix_that_never_fits_is_loaded_for_one_of_many_requests(stand_ins: Mod
     crowd.run(100)
     crowd.submit("later", "abc")
     crowd.run(100)
-    assert crowd.ended == ["adapter_load_failed"] * 9
+    assert crowd.ended == ["mix_not_served"] * 9
     assert adapters.loads == ["a", "b", "c"]

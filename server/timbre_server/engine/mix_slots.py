@@ -70,13 +70,14 @@ class MixSlots:
                 del self._num_requests[digest]
                 self._source.no_requests(digest)
 
-    def failure(self, sequence: Sequence) -> str | None:
-        """Why the sequence can never have its adapters; None where it may."""
+    def failure(self, sequence: Sequence) -> tuple[str, str] | None:
+        """Why the sequence can never have its adapters, as an event's error code and message; None where it
+        may."""
         misfit = self._source.misfit(digest for digest, _ in sequence.mix)
         if misfit is not None:
-            return misfit
+            return "mix_not_served", misfit
         messages = (self._source.failure(digest) for digest, _ in sequence.mix)
-        return next((message for message in messages if message is not None), None)
+        return next((("adapter_load_failed", message) for message in messages if message is not None), None)
 
     def acquire(self, sequence: Sequence) -> bool:
         """Set ``adapter_slots``; without all of them False, nothing held, every missing one asked for (so
