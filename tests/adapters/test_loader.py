@@ -121,9 +121,15 @@ def test_adapters_in_one_basis_hold_it_once_on_the_device(method: str, store: St
             assert part.basis.p_NPI.device.type == device
 
 
-def test_a_damaged_tensors_file_is_refused_by_name(store: Store, upload: Upload) -> None:
-    record = upload("lora")
-    path = store.blob_path(record.manifest.tensors_digest)
+@pytest.mark.parametrize(
+    ("method", "blob"), [("lora", "tensors_digest"), ("pissa", "tensors_digest"), ("pissa", "derived_digest")]
+)
+def test_a_damaged_tensors_file_is_refused_by_name(
+    method: str, blob: str, store: Store, upload: Upload
+) -> None:
+    record = upload(method)
+    digest = getattr(record.manifest, blob)
+    path = store.blob_path(digest)
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.chmod(0o600)
@@ -131,12 +137,12 @@ def test_a_damaged_tensors_file_is_refused_by_name(store: Store, upload: Upload)
     with pytest.raises(AdapterLoadFailed) as refusal:
         loader_of(store).load(record.digest)
     assert record.digest in str(refusal.value)
-    assert record.manifest.tensors_digest in str(refusal.value)
+    assert digest in str(refusal.value)
 
 
-@pytest.mark.parametrize("blob", ["config_digest", "tensors_digest"])
+@pytest.mark.parametrize("blob", ["config_digest", "tensors_digest", "derived_digest"])
 def test_an_adapter_whose_files_are_gone_is_refused(blob: str, store: Store, upload: Upload) -> None:
-    record = upload("ia3")
+    record = upload("pissa")
     store.blob_path(getattr(record.manifest, blob)).unlink()
     with pytest.raises(AdapterLoadFailed, match=f"adapter {record.digest} could not be loaded"):
         loader_of(store).load(record.digest)

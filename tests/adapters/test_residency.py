@@ -121,6 +121,30 @@ def test_a_newcomer_keeps_what_it_shares_with_those_that_leave_for_it() -> None:
     assert residency.used_bytes == 95
 
 
+def test_the_basis_of_one_that_leaves_counts_for_the_newcomer() -> None:
+    residency = Residency(BUDGET)
+    residency.place("a", 10, {7: 50})
+    residency.place("b", 20)
+    departures = residency.make_room(80)
+    assert departures is not None
+    assert [departure.digest for departure in departures] == ["a"]
+    assert residency.used_bytes == 20
+    residency.place("c", 80)
+    residency.check_integrity()
+
+
+def test_favoured_adapters_that_are_given_up_may_leave_and_their_wishes_end() -> None:
+    residency = Residency(BUDGET)
+    resident(residency, "a", 60)
+    for digest in ("b", "c", "d"):
+        residency.acquire(digest)
+    residency.want("c", lasting=True)
+    residency.favour("abc")
+    assert residency.give_up_favoured() == {"a", "b", "c"}
+    assert residency.wanted == ("c", "d"), "a lasting wish is not theirs alone"
+    assert [departure.digest for departure in residency.make_room(50) or ()] == ["a"]
+
+
 class ResidencyMachine(RuleBasedStateMachine):
     """Random use; the model is a dictionary of users."""
 

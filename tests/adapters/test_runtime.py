@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from timbre_methods.program import AdapterProgram, Diagonal
+from timbre_methods.program import AdapterProgram, Basis, Diagonal, Projected
 from timbre_server.adapters.adapted_model import AdaptedModel
 from timbre_server.adapters.loader import LoadedAdapter
 from timbre_server.adapters.runtime import AdapterRuntime, Arrival
@@ -26,6 +26,8 @@ class SlowLoader:
     def __init__(self) -> None:
         self.gate = threading.Event()
         self.loads: list[str] = []
+        self.basis: Basis | None = None
+        """Shared by all that are loaded, where there is one."""
 
     def load(self, digest: str) -> LoadedAdapter:
         assert self.gate.wait(10)
@@ -34,8 +36,11 @@ class SlowLoader:
             raise AdapterLoadFailed(f"{digest} is damaged")
         if digest.startswith("bug"):
             raise RuntimeError("shapes do not fit")
-        program = AdapterProgram({"q": (Diagonal("input", torch.ones(FLOATS)),)})
-        return LoadedAdapter(digest, "ia3", program, {"verify": 0.0})
+        if self.basis is None:
+            part: Diagonal | Projected = Diagonal("input", torch.ones(FLOATS))
+        else:
+            part = Projected("diagonal", torch.ones(1, 2), self.basis)
+        return LoadedAdapter(digest, "ia3", AdapterProgram({"q": (part,)}), {"verify": 0.0})
 
 
 def runtime_of(budget_adapters: int, *, open_gate: bool = True) -> tuple[AdapterRuntime, SlowLoader]:
@@ -205,11 +210,72 @@ def test_a_mix_that_never_fits_is_told_and_its_adapters_alone_are_not_failed() -
     runtime.favour("abc")
     for digest in "abc":
         assert runtime.try_acquire(digest) is None
-    poll_until(runtime, lambda _: runtime.misfit is not None)
-    assert f"need {3 * ADAPTER_BYTES} bytes in memory together" in (runtime.misfit or "")
-    assert runtime.failure("c") is None
+    poll_until(runtime, lambda _: runtime.misfit("abc") is not None)
+    assert f"need {3 * ADAPTER_BYTES} bytes in memory together" in (runtime.misfit("cab") or "")
+    assert (runtime.misfit("ab"), runtime.misfit("abcd"), runtime.failure("c")) == (None, None, None)
     runtime.favour(())
-    assert runtime.misfit is None
+    assert runtime.misfit("abc") is not None, "what is true stays known"
+    assert runtime.try_acquire("c") is None
     [arrival] = poll_until(runtime, bool)
     assert arrival.digest == "c", "somebody may want it alone"
+    runtime.close()
+
+
+def test_no_load_waits_until_the_request_of_a_misfit_hears_of_it() -> None:
+    runtime, loader = runtime_of(2)
+    runtime.favour("abc")
+    for digest in "abcd":
+        assert runtime.try_acquire(digest) is None
+    runtime.load("b")
+    arrivals = poll_until(runtime, lambda arrivals: len(arrivals) == 3)
+    assert runtime.misfit("abc") is not None
+    assert [arrival.digest for arrival in arrivals] == ["a", "b", "d"]
+    assert loader.loads == ["a", "b", "c", "d"], "nobody is known to want c alone"
+    assert runtime.resident == ("b", "d"), "those given up may be evicted"
+    assert runtime.wanted == ()
+    runtime.close()
+
+
+def test_an_adapter_of_a_misfit_that_is_wanted_for_itself_is_not_loaded_twice() -> None:
+    runtime, loader = runtime_of(2)
+    runtime.favour("abc")
+    for digest in "abc":
+        assert runtime.try_acquire(digest) is None
+    runtime.load("c")
+    arrivals = poll_until(runtime, lambda arrivals: len(arrivals) == 3)
+    assert runtime.misfit("abc") is not None
+    assert [arrival.digest for arrival in arrivals] == loader.loads == ["a", "b", "c"]
+    runtime.close()
+
+
+def test_only_so_many_misfits_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("timbre_server.adapters.runtime.MAX_MISFITS", 2)
+    runtime, _ = runtime_of(1)
+    mixes = ("ab", "cd", "ef")
+    for mix in mixes:
+        runtime.favour(mix)
+        for digest in mix:
+            assert runtime.try_acquire(digest) is None
+        poll_until(runtime, lambda _, mix=mix: runtime.misfit(mix) is not None)
+    assert [runtime.misfit(mix) is not None for mix in mixes] == [False, True, True]
+    runtime.close()
+
+
+def test_adapters_in_one_basis_pay_for_it_once_and_until_the_last_leaves() -> None:
+    runtime, loader = runtime_of(100)
+    loader.basis = Basis(torch.ones(1, 2, FLOATS), torch.ones(1, FLOATS, 2))
+    basis_bytes, core_bytes = 2 * 4 * 2 * FLOATS, 4 * 2
+    first, second = loader.load("first").program, loader.load("second").program
+    assert first.shared_bytes == second.shared_bytes
+    assert sum(first.shared_bytes.values()) == basis_bytes
+    for digest, expected in (("a", basis_bytes + core_bytes), ("b", basis_bytes + 2 * core_bytes)):
+        runtime.load(digest)
+        [arrival] = poll_until(runtime, bool)
+        assert arrival.prepared_bytes == core_bytes
+        assert runtime.resident_bytes == expected
+    runtime.unload("a")
+    assert runtime.resident_bytes == basis_bytes + core_bytes
+    runtime.unload("b")
+    assert runtime.resident_bytes == 0
+    runtime.check_integrity()
     runtime.close()

@@ -1,4 +1,4 @@
-"""What each method costs in memory and in a decode step: ``make bench-methods``.
+"""What a method on linear layers costs in memory and in a decode step: ``make bench-methods``.
 
 One decoder layer of the embedded model's shapes (seven linear layers), 16 rows, 16 distinct adapters of one
 method at usual sizes, as PEFT or the paper's export writes them. Every round times the layer without adapters
@@ -27,6 +27,7 @@ from typing import Any
 import peft
 import torch
 from paper_adapters import METHODS as PAPERS
+from peft.tuners.lora.config import BdLoraConfig, KasaConfig
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -46,12 +47,20 @@ GROUPS = (
 )
 EVERY = {"target_modules": [path.split(".")[1] for group in GROUPS for path in group]}
 FEEDFORWARD = {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
+BLOCKS = BdLoraConfig(
+    ["o_proj", "down_proj"], ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"], nblocks=2
+)
 ROWS = 16
 
 METHODS: dict[str, Callable[[], peft.PeftConfig]] = {
     "lora r=8": lambda: peft.LoraConfig(r=8, **EVERY),
     "dora r=8": lambda: peft.LoraConfig(r=8, use_dora=True, **EVERY),
     "adalora r=8": lambda: peft.AdaLoraConfig(init_r=8, total_step=10, **EVERY),
+    "alora r=8": lambda: peft.LoraConfig(r=8, alora_invocation_tokens=[1], **EVERY),
+    "bdlora r=8": lambda: peft.LoraConfig(r=8, use_bdlora=BLOCKS, **EVERY),
+    "kasa r=8": lambda: peft.LoraConfig(r=8, kasa_config=KasaConfig(), **EVERY),
+    "olora r=8": lambda: peft.LoraConfig(r=8, init_lora_weights="olora", **EVERY),
+    "pissa r=8": lambda: peft.LoraConfig(r=8, init_lora_weights="pissa", **EVERY),
     "adamss r=100": lambda: peft.AdamssConfig(r=100, **EVERY),
     "beft": lambda: peft.BeftConfig(**EVERY),
     "boft b=4": lambda: peft.BOFTConfig(boft_block_size=4, **EVERY),

@@ -138,8 +138,7 @@ class LoadingAdapters:
 
     def favour(self, digests: Iterable[str]) -> None: ...
 
-    @property
-    def misfit(self) -> str | None:
+    def misfit(self, digests: Iterable[str]) -> str | None:
         return None
 
     def _place(self, digest: str) -> bool:

@@ -43,8 +43,7 @@ class NoAdapters:
     def favour(self, digests: Iterable[str]) -> None:
         raise AssertionError("nothing was asked for")
 
-    @property
-    def misfit(self) -> str | None:
+    def misfit(self, digests: Iterable[str]) -> str | None:
         return None
 
 

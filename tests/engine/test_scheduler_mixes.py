@@ -24,7 +24,8 @@ class AdaptersInMemory:
         self._sizes = sizes
         self._delay = delay
         self._loading: tuple[str, int] | None = None
-        self.misfit: str | None = None
+        self.misfits: set[frozenset[str]] = set()
+        self.loads: list[str] = []
 
     def turn(self) -> None:
         """As the runtime's poll."""
@@ -33,6 +34,8 @@ class AdaptersInMemory:
         if self._loading is None or self._loading[0] not in residency.wanted:
             wish = residency.next_wish
             self._loading = None if wish is None else (wish, self._delay)
+            if wish is not None:
+                self.loads.append(wish)
             return
         digest, left = self._loading
         if left:
@@ -41,7 +44,7 @@ class AdaptersInMemory:
             residency.place(digest, self._sizes[digest])
             self._loading = None
         elif residency.bytes_with_favoured(digest, self._sizes[digest], {}) > residency.budget_bytes:
-            self.misfit = "too large"
+            self.misfits.add(residency.give_up_favoured())
         elif residency.gives_way(digest):
             self._loading = None
 
@@ -59,7 +62,9 @@ class AdaptersInMemory:
 
     def favour(self, digests: Iterable[str]) -> None:
         self.residency.favour(digests)
-        self.misfit = None
+
+    def misfit(self, digests: Iterable[str]) -> str | None:
+        return "too large" if frozenset(digests) in self.misfits else None
 
 
 class Crowd:
@@ -139,4 +144,16 @@ def test_a_mix_that_never_fits_fails_alone(stand_ins: ModuleType) -> None:
     for mix in ("abc", "ab", "c"):
         crowd.submit(mix, mix)
     crowd.run(100)
-    assert sorted(crowd.ended) == ["ab", "adapter_load_failed", "c"]
+    assert sorted(crowd.ended) == ["ab", "c", "mix_not_served"]
+
+
+def test_a_mix_that_never_fits_is_loaded_for_one_of_many_requests(stand_ins: ModuleType) -> None:
+    adapters = AdaptersInMemory({"a": 3, "b": 3, "c": 3}, budget=6)
+    crowd = Crowd(stand_ins, adapters)
+    for number in range(8):
+        crowd.submit(f"choice {number}", "abc")
+    crowd.run(100)
+    crowd.submit("later", "abc")
+    crowd.run(100)
+    assert crowd.ended == ["mix_not_served"] * 9
+    assert adapters.loads == ["a", "b", "c"]

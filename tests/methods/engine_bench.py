@@ -51,8 +51,7 @@ class Shelf:
 
     def favour(self, digests: Iterable[str]) -> None: ...
 
-    @property
-    def misfit(self) -> str | None:
+    def misfit(self, digests: Iterable[str]) -> str | None:
         return None
 
 

@@ -2,7 +2,8 @@
 
 Runs when an adapter is registered (`Method.derive`): a decomposition of the base may take seconds, so it has
 a thread of its own, and neither steps nor loads wait for it. The result is a safetensors file at the path
-that was asked for, or a reason; the store keeps the file beside the adapter.
+that was asked for, or a reason; the store keeps the file beside the adapter. One that has begun or waits goes
+on when its client has gone: the registration is completed like any other, and a second try finds it.
 """
 
 from __future__ import annotations

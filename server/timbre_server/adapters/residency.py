@@ -79,6 +79,15 @@ class Residency:
         """Let these, instead of those before, be loaded first and stay."""
         self._favoured = tuple(digests)
 
+    def give_up_favoured(self) -> frozenset[str]:
+        """Favour nobody, and forget what those that were favoured wished; returns them. Another request that
+        wants one of them asks for it again."""
+        given_up = frozenset(self._favoured)
+        self._favoured = ()
+        for digest in given_up:
+            self.no_requests(digest)
+        return given_up
+
     def gives_way(self, digest: str) -> bool:
         """Whether a load that finds no room keeps a favoured adapter from being loaded."""
         return digest not in self._favoured and self.next_wish in self._favoured

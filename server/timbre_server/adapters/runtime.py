@@ -5,7 +5,8 @@ the only moment when a loaded adapter enters or an evicted one leaves: no step s
 
 One load runs at a time, on a thread of its own. Its result waits, and so do the wishes behind it, while
 adapters in use fill the budget; requests for resident adapters go on meanwhile. It is put off where it would
-keep a favoured adapter waiting (`residency`).
+keep a favoured adapter waiting (`residency`). Of those favoured that can never be in memory together it is
+remembered so: they are favoured no more, and no load waits for their request to hear of it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from timbre_server.errors import AdapterLoadFailed
 
 FAILURE_LASTS_S = 5.0
 """For so long a failed load is not tried again; after it a mended store is noticed."""
+
+MAX_MISFITS = 64
+"""Sets of adapters that are known to be too large together; of more, the first found is forgotten."""
 
 _log = logging.getLogger(__name__)
 
@@ -64,7 +68,8 @@ class AdapterRuntime:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="adapter-load")
         self._loading: tuple[str, Future[LoadedAdapter]] | None = None
         self._departed: list[Departure] = []
-        self._misfit: str | None = None
+        self._misfits: dict[frozenset[str], str] = {}
+        """Neither an adapter's bytes nor the budget change: what is found stays true."""
 
     @property
     def resident(self) -> tuple[str, ...]:
@@ -114,12 +119,10 @@ class AdapterRuntime:
     def favour(self, digests: Iterable[str]) -> None:
         """Load these before others and evict none of them: a request waits until it has them all."""
         self._residency.favour(digests)
-        self._misfit = None
 
-    @property
-    def misfit(self) -> str | None:
-        """Why those favoured can never be in memory together, once that is known."""
-        return self._misfit
+    def misfit(self, digests: Iterable[str]) -> str | None:
+        """Why these can never be in memory together, once that was found while they were favoured."""
+        return self._misfits.get(frozenset(digests))
 
     def unload(self, digest: str) -> None:
         """Let an adapter go when its last user has gone; `poll` reports the departure."""
@@ -132,7 +135,7 @@ class AdapterRuntime:
         """Place a load that has ended, start the next one, and report both. Never blocks."""
         arrivals = self._finish_load()
         digest = self._residency.next_wish
-        if self._loading is None and digest is not None and self._misfit is None:
+        if self._loading is None and digest is not None:
             future = self._thread.submit(self._loader.load, digest)
             future.add_done_callback(lambda _: self._on_load_ended())
             self._loading = digest, future
@@ -174,11 +177,9 @@ class AdapterRuntime:
         if departures is None:
             together = self._residency.bytes_with_favoured(digest, prepared_bytes, shared)
             if together > self._residency.budget_bytes:
-                self._misfit = (
-                    f"the adapters of this mix need {together} bytes in memory together, or more; the budget "
-                    f"for all adapters is {self._residency.budget_bytes}: raise the adapter memory setting"
-                )
-            if self._misfit is not None or self._residency.gives_way(digest):
+                self._give_up_favoured(together)
+                return self._finish_load()
+            if self._residency.gives_way(digest):
                 self._loading = None
             return []
         for departure in departures:
@@ -186,6 +187,15 @@ class AdapterRuntime:
         self._model.put(self._residency.place(digest, prepared_bytes, shared), loaded.program)
         self._loading = None
         return [Arrival(digest, loaded.method, prepared_bytes, loaded.seconds_by_phase)]
+
+    def _give_up_favoured(self, together_bytes: int) -> None:
+        given_up = self._residency.give_up_favoured()
+        self._misfits[given_up] = (
+            f"the adapters of this mix need {together_bytes} bytes in memory together, or more; the budget "
+            f"for all adapters is {self._residency.budget_bytes}: raise the adapter memory setting"
+        )
+        if len(self._misfits) > MAX_MISFITS:
+            del self._misfits[next(iter(self._misfits))]
 
     def _failed(self, digest: str, reason: str) -> Arrival:
         self._loading = None

@@ -30,9 +30,8 @@ class AdapterSlotsSource(Protocol):
         """Load these before others and keep them, instead of those named before."""
         ...
 
-    @property
-    def misfit(self) -> str | None:
-        """Why those favoured can never be in memory together, once that is known."""
+    def misfit(self, digests: Iterable[str]) -> str | None:
+        """Why these can never be in memory together, where that was found while they were favoured."""
         ...
 
 
@@ -71,12 +70,14 @@ class MixSlots:
                 del self._num_requests[digest]
                 self._source.no_requests(digest)
 
-    def failure(self, sequence: Sequence) -> str | None:
-        """Why the sequence can never have its adapters; None where it may."""
-        if sequence is self._favoured and self._source.misfit is not None:
-            return self._source.misfit
+    def failure(self, sequence: Sequence) -> tuple[str, str] | None:
+        """Why the sequence can never have its adapters, as an event's error code and message; None where it
+        may."""
+        misfit = self._source.misfit(digest for digest, _ in sequence.mix)
+        if misfit is not None:
+            return "mix_not_served", misfit
         messages = (self._source.failure(digest) for digest, _ in sequence.mix)
-        return next((message for message in messages if message is not None), None)
+        return next((("adapter_load_failed", message) for message in messages if message is not None), None)
 
     def acquire(self, sequence: Sequence) -> bool:
         """Set ``adapter_slots``; without all of them False, nothing held, every missing one asked for (so

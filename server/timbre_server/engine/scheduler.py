@@ -181,7 +181,7 @@ class Scheduler:
                 break
             failure = self._mixes.failure(sequence)
             if failure is not None:
-                self._fail(sequence, "adapter_load_failed", failure)
+                self._fail(sequence, *failure)
                 continue
             if policy.is_held_back(sequence, most_skips, self.limits.max_skips):
                 continue

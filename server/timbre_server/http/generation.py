@@ -20,6 +20,7 @@ from timbre_server.errors import (
     EngineDied,
     EngineError,
     InvalidRequest,
+    MixNotServed,
     RequestAborted,
     ServerError,
 )
@@ -32,6 +33,7 @@ ERRORS_BY_CODE: dict[str, type[ServerError]] = {
     "context_length_exceeded": ContextLengthExceeded,
     "engine_died": EngineDied,
     "invalid_request": InvalidRequest,
+    "mix_not_served": MixNotServed,
 }
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import msgspec
 import pytest
 
+from timbre_server.engine.messages import TokenEvent
+
 PATH = "/v1/completions"
 PATHS = [PATH, "/v1/chat/completions"]
 BUDGET = 100
@@ -192,6 +194,16 @@ async def test_a_mix_that_can_never_be_in_memory_is_refused_with_both_figures(sh
     assert "101 bytes" in error["message"]
     assert "is 100;" in error["message"]
     await shelved.complete(adapters=[*two, {"name": "extra-0", "weight": 0}])
+
+
+async def test_a_mix_that_the_engine_finds_too_large_is_refused_like_one_that_the_manifests_show(
+    shelved: Any,
+) -> None:
+    shelved.engine.failure = TokenEvent(
+        "", finish_reason="error", error_code="mix_not_served", error_message="101 bytes together"
+    )
+    status, error = await shelved.refused(adapters=[{"name": "pirate"}, {"name": "json"}])
+    assert (status, error["code"], error["message"]) == (422, "mix_not_served", "101 bytes together")
 
 
 async def test_each_adapter_of_a_mix_begins_at_its_own_invocation(shelved: Any) -> None:
