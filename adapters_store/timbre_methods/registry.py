@@ -194,12 +194,13 @@ def _divided(method: AnyMethod, raw_config: Mapping[str, Any], tensors: Tensors,
     """The file divided, its method's own tensors at layers of the method's own kinds."""
     if isinstance(method, PromptMethod):
         return Beside(own=dict(tensors))
-    beside = read_beside(raw_config, tensors, sites)
+    layers = {path: site for path, site in sites.items() if site.kind != "block"}
+    beside = read_beside(raw_config, tensors, layers)
     for name in beside.own:
         path = name.removeprefix(PREFIX)
-        while path and path not in sites:
+        while path and path not in layers:
             path = path.rpartition(".")[0]
-        if path and sites[path].kind not in method.kinds:
+        if path and layers[path].kind not in method.kinds:
             kinds = " and ".join(f"{noun}s" for kind, noun in NOUNS.items() if kind in method.kinds)
             raise AdapterMismatch(
                 f"{name[:200]}: {path!r} is {article(sites[path])}, and {method.name} adapts {kinds} alone; "
