@@ -86,7 +86,8 @@ class Routed:
 
     ``experts`` has one entry for each of the router's, empty for an expert that does nothing here. Its
     `Diagonal` parts are of the output side and add ``g_e · change(part, y0)``. With ``from_block`` the very
-    same router object is also in a `RoutedBlock` above, from whose input the gates come.
+    same router object is also in a `RoutedBlock` above, from whose input the gates come; for the site alone,
+    outside of its block, each expert has gate 1.
     """
 
     experts: tuple[tuple[FromInput | Diagonal, ...], ...]

@@ -24,12 +24,13 @@ from timbre_methods.errors import MethodError
 from timbre_methods.program import AdapterProgram, AnyPart, Projected, owned_tensors
 from timbre_methods.prompt_contract import NO_FRAME, Frame
 from timbre_methods.registry import compile_adapter, method_for
+from timbre_methods.routing import Routed, RoutedBlock, Router
 from timbre_server.errors import AdapterLoadFailed
 from timbre_store.errors import StoreError
 from timbre_store.manifest import Manifest
 from timbre_store.reader import open_adapter, verify_blob
 
-PartT = TypeVar("PartT", bound=AnyPart)
+PartT = TypeVar("PartT", bound=AnyPart | Router)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +122,8 @@ def _placed(program: AdapterProgram, device: torch.device) -> AdapterProgram:
     nothing keeps the file's memory alive and the prepared bytes are the real ones. A shared basis is moved
     once, for all adapters that use it."""
 
+    routers: dict[int, Router] = {}
+
     def own(tensor: Tensor) -> Tensor:
         return tensor.to(device, copy=True, memory_format=torch.contiguous_format)
 
@@ -133,7 +136,17 @@ def _placed(program: AdapterProgram, device: torch.device) -> AdapterProgram:
         }
         if isinstance(part, Projected):
             changes["basis"] = basis_on(part.basis, device)
+        if isinstance(part, (Routed, RoutedBlock)):
+            changes["router"] = placed_router(part.router)
+        if isinstance(part, Routed):
+            changes["experts"] = tuple(tuple(map(placed, expert)) for expert in part.experts)
         return replace(part, **changes)
+
+    def placed_router(router: Router) -> Router:
+        """A block and the sites below it go on sharing theirs."""
+        if id(router) not in routers:
+            routers[id(router)] = placed(router)
+        return routers[id(router)]
 
     return replace(
         program,
