@@ -139,7 +139,10 @@ class Method(Reader[Config]):
     def reference(self, config: Config, tensors: Tensors, site: Site, x_TI: Tensor) -> Tensor:
         """The paper's formula at one site, densely, in x's dtype: the adapted layer's output y [T, O] with
         bias. Shares no arithmetic with `compile`. A site that the adapter does not touch gives
-        ``W x + b``. For an embedding x is one-hot rows (or any others), for a norm it is normalised."""
+        ``W x + b``. For an embedding x is one-hot rows (or any others), for a norm it is normalised.
+
+        Of a block it is what the router there gives, [T, E], and zeros [T, 1] where there is none. At a site
+        whose gates come from a block each expert has gate 1: no site knows what its block has read."""
 
     def for_reference(self, config: Config, tensors: Tensors, sites: Sites) -> dict[str, Tensor]:
         """What `reference` needs of other sites than its own, by names as `derive` gives them. Nothing that

@@ -35,7 +35,7 @@ from timbre_methods.program import (
     Spectral,
     TokenRows,
 )
-from timbre_methods.routing import Routed
+from timbre_methods.routing import Routed, RoutedBlock
 
 
 def _load(name: str) -> ModuleType:
@@ -211,7 +211,9 @@ def apply_parts(parts: tuple[Part, ...], x_TI: Tensor, product: Callable[[Tensor
 
 
 def run_parts(site: Site, parts: tuple[Part, ...], x_TI: Tensor) -> Tensor:
-    """The adapted layer's output at one site, in x's dtype."""
+    """The adapted layer's output at one site, in x's dtype; of a block, the gates of its router."""
+    if site.kind == "block":
+        return block_gates(parts, x_TI)
     bias_O = None if site.bias_O is None else site.bias_O.to(x_TI.dtype)
     weight = site.weight_OI.to(x_TI.dtype)
 
@@ -221,6 +223,15 @@ def run_parts(site: Site, parts: tuple[Part, ...], x_TI: Tensor) -> Tensor:
         return nn.functional.linear(v_TI, weight, bias_O)
 
     return apply_parts(parts, x_TI, product)
+
+
+def block_gates(parts: tuple[Part, ...], x_TI: Tensor) -> Tensor:
+    """[T, E], or zeros [T, 1] where no adapter has a router."""
+    if not parts:
+        return torch.zeros(len(x_TI), 1, dtype=x_TI.dtype)
+    (part,) = parts
+    assert isinstance(part, RoutedBlock)
+    return gates.gates(part.router, x_TI)
 
 
 class AdaptedLinear(nn.Module):
