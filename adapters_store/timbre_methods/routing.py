@@ -38,9 +38,9 @@ class Rule:
     4. ``keep``: all experts; the ``top_k`` with the largest logits, after `Router.preference_E` is added to
        them for this choice alone; or, by ``top_p``, the shortest run of the largest softmax values whose sum
        exceeds ``top_p``, the one that crosses it included. Of equal ones the first are kept.
-    5. ``gate``: the softmax over all experts; the same divided by its sum over those kept; the softmax over
-       those kept (that is the same in exact arithmetic, not where a temperature is in between); the softmax
-       over those kept of the softmax over all; the sigmoid; or 1.
+    5. ``gate``: the softmax over all experts; the softmax over those kept, which is the softmax over all
+       divided by its sum over those kept (``renormalised``); the softmax over those kept of the values that
+       the softmax over all has there (``softmax_twice``); the sigmoid; or 1.
     6. Those whose logit of step 2 lies below ``floor`` get 0; the others stay as they are.
 
     All of it in float32. Experts that are not kept have gate 0.
@@ -52,13 +52,13 @@ class Rule:
     keep: Literal["all", "top_k", "top_p"] = "all"
     top_k: int = 1
     top_p: float = 1.0
-    gate: Literal["softmax", "renormalised", "softmax_kept", "softmax_twice", "sigmoid", "one"] = "softmax"
+    gate: Literal["softmax", "renormalised", "softmax_twice", "sigmoid", "one"] = "softmax"
     floor: float | None = None
 
     @property
     def is_choice(self) -> bool:
         """Whether one expert acts, with gate 1: then it does not matter where experts meet."""
-        is_one = self.gate in ("renormalised", "softmax_kept", "softmax_twice", "one")
+        is_one = self.gate in ("renormalised", "softmax_twice", "one")
         return self.keep == "top_k" and self.top_k == 1 and is_one and self.floor is None
 
     def num_kept(self, num_experts: int) -> int:

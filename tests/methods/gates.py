@@ -38,7 +38,6 @@ def _row(router: Router, x_I: Tensor) -> Tensor:
             found_E[e] = {
                 "softmax": softmax_E[e],
                 "renormalised": softmax_E[e] / softmax_E[kept].sum(),
-                "softmax_kept": scaled_E[e].exp() / scaled_E[kept].exp().sum(),
                 "softmax_twice": softmax_E[e].exp() / softmax_E[kept].exp().sum(),
                 "sigmoid": torch.sigmoid(scaled_E[e]),
                 "one": torch.ones((), dtype=dtype),
