@@ -104,3 +104,10 @@ class RoutedBlock:
 
     router: Router
     meet: Literal["sites", "block"]
+
+    @property
+    def copies(self) -> int:
+        """How many times a row runs through the block; more than once where several experts meet after it."""
+        rule = self.router.rule
+        is_once = self.meet == "sites" or rule.is_choice
+        return 1 if is_once else rule.num_kept(self.router.num_experts)

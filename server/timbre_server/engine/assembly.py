@@ -46,7 +46,9 @@ def assemble(
     on_progress("Preparing the layers for adapters")
     sites = base_sites(_layers(model, probed.sites))
     packer = LinearPacker(model.dtype, model.device)
-    adapted = AdaptedModel(model, probed.groups, packer.product_of, probed.lone, model.get_input_embeddings())
+    adapted = AdaptedModel(
+        model, probed.groups, packer.product_of, probed.lone, probed.blocks, model.get_input_embeddings()
+    )
     runner = Runner(
         prepared,
         adapted,
@@ -84,5 +86,8 @@ def _layers(
 ) -> Iterable[tuple[SiteShape, torch.Tensor, torch.Tensor | None]]:
     for shape in shapes:
         module = model.get_submodule(shape.path)
+        if shape.kind == "block":
+            yield shape, torch.empty(shape.out_features, shape.in_features, device="meta"), None
+            continue
         weight = weight_of(module) if shape.kind == "linear" else lone_weight_of(module)
         yield shape, weight, bias_of(module)

@@ -219,6 +219,10 @@ class _BoundRouted(Bound):
     gains: Sequence[_Gains | None]
     others: Sequence[Sequence[_OtherExperts]]
 
+    @property
+    def reads_input_alone(self) -> bool:
+        return not any(self.gains)
+
     def sums(self, x_TI: Tensor) -> Sequence[Sequence[Change]]:
         self.gates.compute(x_TI)
         changes = [[c for other in own for c in other.changes(x_TI, self.gates)] for own in self.others]
