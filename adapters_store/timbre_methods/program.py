@@ -240,6 +240,12 @@ class AdapterProgram:
             return self.prompt.keys_AVGE.shape[1]
         return 0 if self.prompt is None else self.prompt.rows_VD.shape[0]
 
+    @property
+    def row_copies(self) -> int:
+        """How many times a row of its requests runs through the block where that is most often."""
+        blocks = (p for parts in self.sites.values() for p in parts if isinstance(p, RoutedBlock))
+        return max((block.copies for block in blocks), default=1)
+
     def placed_parts(self) -> Iterator[tuple[str, AnyPart]]:
         """Everything that the adapter consists of, with the place where it acts."""
         yield from ((path, part) for path, parts in self.sites.items() for part in parts)

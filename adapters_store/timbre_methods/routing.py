@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 MAX_EXPERTS = 256
 """Of one router."""
+MAX_ROW_COPIES = 32
+"""So often a row may run through a block, for one adapter or for several of a mix."""
 
 
 @dataclass(frozen=True, slots=True)

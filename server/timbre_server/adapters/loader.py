@@ -97,12 +97,13 @@ def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
 
 def _check_promises(manifest: Manifest, program: AdapterProgram) -> None:
     """Requests were laid out by what the manifest says: rows that are the adapter's must be so here, too."""
-    said = (manifest.virtual_tokens, manifest.invocation_tokens)
-    if said != (program.virtual_tokens, program.invocation_tokens):
+    said = (manifest.virtual_tokens, manifest.invocation_tokens, manifest.row_copies)
+    found = (program.virtual_tokens, program.invocation_tokens, program.row_copies)
+    if said != found:
         raise AdapterLoadFailed(
-            f"adapter {manifest.digest}: its manifest says {said[0]} virtual tokens and invocation tokens "
-            f"{said[1][:32]}, its files {program.virtual_tokens} and {program.invocation_tokens[:32]}: "
-            "upload it again"
+            f"adapter {manifest.digest}: its manifest says {said[0]} virtual tokens, invocation tokens "
+            f"{said[1][:32]} and {said[2]} copies of each row, its files {found[0]}, {found[1][:32]} and "
+            f"{found[2]}: upload it again"
         )
 
 
