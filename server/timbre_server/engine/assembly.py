@@ -44,7 +44,7 @@ def assemble(
     )
     model, probed = prepared.loaded.model, prepared.probed
     on_progress("Preparing the layers for adapters")
-    sites = base_sites(_layers(model, probed.sites))
+    sites = base_sites(layers_of(model, probed.sites))
     packer = LinearPacker(model.dtype, model.device)
     adapted = AdaptedModel(
         model, probed.groups, packer.product_of, probed.lone, probed.blocks, model.get_input_embeddings()
@@ -81,9 +81,10 @@ def _usable_threads() -> int:
     return torch.get_num_threads()
 
 
-def _layers(
+def layers_of(
     model: nn.Module, shapes: Iterable[SiteShape]
 ) -> Iterable[tuple[SiteShape, torch.Tensor, torch.Tensor | None]]:
+    """Each with its values, as `base_sites` takes them; a block has none."""
     for shape in shapes:
         module = model.get_submodule(shape.path)
         if shape.kind == "block":
