@@ -34,7 +34,7 @@ when only shapes are asked)."""
 DERIVED = "derived."
 """Derived tensors are named ``derived.<module path>.<key>``. No file may hold such a name."""
 
-SiteKind = Literal["linear", "embedding", "norm"]
+SiteKind = Literal["linear", "embedding", "norm", "block"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,6 +46,9 @@ class Site:
       [D, V]: in features are tokens. A base that scales the rows that it looks up scales what is added, too.
     * ``norm``: ``y0 = w ∘ x + b`` of the normalised x; ``weight_OI`` is w [D], as stored (a base that uses
       1 + w stores w).
+    * ``block``: a module of the base with linear layers in it and no attention, that turns one tensor of rows
+      into one of the same shape (an MLP). It has no weight of its own: ``weight_OI`` is a meta tensor that
+      only says its size. What acts there is a `RoutedBlock`.
 
     ``weight_OI`` [O, I] and ``bias_O`` [O] or None, in the base's dtype. They are meta tensors where only
     shapes are known (at upload), real ones where the adapter is loaded. Read-only: a method never writes to
@@ -136,7 +139,10 @@ class Method(Reader[Config]):
     def reference(self, config: Config, tensors: Tensors, site: Site, x_TI: Tensor) -> Tensor:
         """The paper's formula at one site, densely, in x's dtype: the adapted layer's output y [T, O] with
         bias. Shares no arithmetic with `compile`. A site that the adapter does not touch gives
-        ``W x + b``. For an embedding x is one-hot rows (or any others), for a norm it is normalised."""
+        ``W x + b``. For an embedding x is one-hot rows (or any others), for a norm it is normalised.
+
+        Of a block it is what the router there gives, [T, E], and zeros [T, 1] where there is none. At a site
+        whose gates come from a block each expert has gate 1: no site knows what its block has read."""
 
     def for_reference(self, config: Config, tensors: Tensors, sites: Sites) -> dict[str, Tensor]:
         """What `reference` needs of other sites than its own, by names as `derive` gives them. Nothing that

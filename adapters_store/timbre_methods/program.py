@@ -10,10 +10,12 @@ parts of one adapter, and of several adapters in a mix, combine by weighted sums
 
 This module knows no file format, no method's name and no batch.
 
+`routing` has the parts of mixtures, whose weights each row has of its own, and `prompt_parts` what acts
+outside of sites.
+
 Legend: I in features, O out features, R rank, N stored coefficients or blocks, P and Q the sizes of a
 basis, K places of a sparse core or tokens, F factors, S stored blocks, B their size, M and N
-(in `Circulant`) pieces of an output and an input. Prompts: V virtual tokens, D hidden size,
-A attention layers, G KV heads, E size of a head (D of its keys), L keys of one layer.
+(in `Circulant`) pieces of an output and an input.
 """
 
 from __future__ import annotations
@@ -23,6 +25,9 @@ from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from torch import Tensor
+
+from timbre_methods.prompt_parts import AttentionPrompt, Prompt, PromptEntries
+from timbre_methods.routing import Routed, RoutedBlock, Router
 
 SHARED = {"shared": True}
 """Field metadata: the tensor belongs to a basis that many adapters use, so no adapter owns its bytes."""
@@ -206,37 +211,7 @@ class TokenRows:
 
 
 FromInput = LowRank | Spectral | Circulant | Sparse | Block | Dense | Kronecker | Projected | TokenRows
-Part = FromInput | Diagonal | Rotation
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class PromptEmbeddings:
-    """Virtual tokens by their embeddings: ``rows_VD`` [V, D] float32, in place of what the base's own
-    embedding layer puts out."""
-
-    rows_VD: Tensor
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class PromptEntries:
-    """Virtual tokens by their KV entries in every attention layer, as the cache takes them: no position is
-    turned into the keys. ``keys_AVGE`` and ``values_AVGE`` [A, V, G, E], float32."""
-
-    keys_AVGE: Tensor
-    values_AVGE: Tensor
-
-
-Prompt = PromptEmbeddings | PromptEntries
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class AttentionPrompt:
-    """One attention layer's output, before its output projection, ``+= softmax(q K^T / sqrt(D)) V`` for each
-    head, with q as that layer's attention takes it (rotated, where it is). The softmax is over these keys
-    alone; a gate is in the values already. ``keys_GLD`` [G, L, D], ``values_GLE`` [G, L, E], float32."""
-
-    keys_GLD: Tensor
-    values_GLE: Tensor
+Part = FromInput | Diagonal | Rotation | Routed | RoutedBlock
 
 
 AnyPart = Part | Prompt | AttentionPrompt
@@ -265,6 +240,12 @@ class AdapterProgram:
             return self.prompt.keys_AVGE.shape[1]
         return 0 if self.prompt is None else self.prompt.rows_VD.shape[0]
 
+    @property
+    def row_copies(self) -> int:
+        """How many times a row of its requests runs through the block where that is most often."""
+        blocks = (p for parts in self.sites.values() for p in parts if isinstance(p, RoutedBlock))
+        return max((block.copies for block in blocks), default=1)
+
     def placed_parts(self) -> Iterator[tuple[str, AnyPart]]:
         """Everything that the adapter consists of, with the place where it acts."""
         yield from ((path, part) for path, parts in self.sites.items() for part in parts)
@@ -289,12 +270,18 @@ def shared_tensors(part: AnyPart) -> Iterator[Tensor]:
     for basis in (getattr(part, each.name) for each in fields(part) if each.metadata.get("shared")):
         if not (isinstance(basis, Places) and basis.is_own):
             yield from (v for each in fields(basis) if isinstance(v := getattr(basis, each.name), Tensor))
+    if isinstance(part, Routed):
+        yield from (t for expert in part.experts for inner in expert for t in shared_tensors(inner))
 
 
-def owned_tensors(part: AnyPart) -> Iterator[Tensor]:
-    """The tensors of a part that belong to its adapter, without the shared basis."""
+def owned_tensors(part: AnyPart | Router) -> Iterator[Tensor]:
+    """The tensors of a part that belong to its adapter, without the shared basis, each once."""
     for value in (getattr(part, each.name) for each in fields(part)):
         if isinstance(value, Tensor):
             yield value
         elif isinstance(value, Places) and value.is_own:
             yield from (value.rows_N, value.columns_N)
+        elif isinstance(value, Router) and not (isinstance(part, Routed) and part.from_block):
+            yield from owned_tensors(value)
+    if isinstance(part, Routed):
+        yield from (t for expert in part.experts for inner in expert for t in owned_tensors(inner))

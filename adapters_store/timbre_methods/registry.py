@@ -26,6 +26,7 @@ from timbre_methods.program import AdapterProgram
 from timbre_methods.prompt_contract import NO_FRAME, Frame, PromptMethod
 from timbre_methods.refusals import unknown_kind
 from timbre_methods.replaced import replacement
+from timbre_methods.routing import MAX_ROW_COPIES
 from timbre_methods.site_tensors import NOUNS, PREFIX, article
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
@@ -62,6 +63,7 @@ class Inspection:
     a copy of theirs in the file."""
     virtual_tokens: int
     invocation_tokens: tuple[int, ...]
+    row_copies: int
 
 
 AnyMethod = Method[Any] | PromptMethod[Any]
@@ -194,12 +196,13 @@ def _divided(method: AnyMethod, raw_config: Mapping[str, Any], tensors: Tensors,
     """The file divided, its method's own tensors at layers of the method's own kinds."""
     if isinstance(method, PromptMethod):
         return Beside(own=dict(tensors))
-    beside = read_beside(raw_config, tensors, sites)
+    layers = {path: site for path, site in sites.items() if site.kind != "block"}
+    beside = read_beside(raw_config, tensors, layers)
     for name in beside.own:
         path = name.removeprefix(PREFIX)
-        while path and path not in sites:
+        while path and path not in layers:
             path = path.rpartition(".")[0]
-        if path and sites[path].kind not in method.kinds:
+        if path and layers[path].kind not in method.kinds:
             kinds = " and ".join(f"{noun}s" for kind, noun in NOUNS.items() if kind in method.kinds)
             raise AdapterMismatch(
                 f"{name[:200]}: {path!r} is {article(sites[path])}, and {method.name} adapts {kinds} alone; "
@@ -246,6 +249,11 @@ def _inspection(raw_config: Mapping[str, Any], tensors: Tensors, sites: Sites, f
     derived = _derived(method, config, beside.own, shapes)
     beside.own |= derived
     program = _compiled(method, config, beside, shapes, frame)
+    if program.row_copies > MAX_ROW_COPIES:
+        raise InvalidConfig(
+            f"each token would run through a block of the base {program.row_copies} times, once for each "
+            f"expert that its router may keep; expected at most {MAX_ROW_COPIES}"
+        )
     learned = [tensor for name, tensor in tensors.items() if name not in beside.copies]
     return Inspection(
         method=method.name,
@@ -257,6 +265,7 @@ def _inspection(raw_config: Mapping[str, Any], tensors: Tensors, sites: Sites, f
         derives=bool(derived or beside.copies),
         virtual_tokens=program.virtual_tokens,
         invocation_tokens=program.invocation_tokens,
+        row_copies=program.row_copies,
     )
 
 

@@ -12,13 +12,18 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from timbre_methods.contract import DERIVED, Site, Sites, Tensors
+from timbre_methods.contract import DERIVED, Site, SiteKind, Sites, Tensors
 from timbre_methods.errors import AdapterMismatch, InvalidTensors
 
 PREFIX = "base_model.model."
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
-NOUNS: Mapping[str, str] = {"linear": "linear layer", "embedding": "embedding", "norm": "norm"}
+NOUNS: Mapping[SiteKind, str] = {
+    "linear": "linear layer",
+    "embedding": "embedding",
+    "norm": "norm",
+    "block": "block",
+}
 """What a site of each kind is called."""
 
 _ON_EMBEDDINGS = "this method has no adapters on embeddings; target linear layers only"

@@ -58,6 +58,7 @@ def examine(files: UploadedFiles, base_model: str | None, inspect: Inspect, limi
         tensors_digest=files.tensors_digest,
         virtual_tokens=inspection.virtual_tokens,
         invocation_tokens=inspection.invocation_tokens,
+        row_copies=inspection.row_copies,
     )
 
 

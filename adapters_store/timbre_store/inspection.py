@@ -21,6 +21,7 @@ class Inspection:
     prepared_bytes: int
     virtual_tokens: int = 0
     invocation_tokens: tuple[int, ...] = ()
+    row_copies: int = 1
 
 
 Inspect = Callable[[dict[str, Any], TensorHeader, Path, Path], Inspection]

@@ -23,7 +23,12 @@ from timbre_store.errors import UnsafeFile
 from timbre_store.strict_json import read_object
 
 FORMAT = 1
-OPTIONAL: Mapping[str, object] = {"derived_digest": None, "virtual_tokens": 0, "invocation_tokens": ()}
+OPTIONAL: Mapping[str, object] = {
+    "derived_digest": None,
+    "virtual_tokens": 0,
+    "invocation_tokens": (),
+    "row_copies": 1,
+}
 """Fields that are left out where they say nothing, and what they hold then."""
 
 
@@ -50,6 +55,8 @@ class Manifest:
     """Positions of every request, before its own tokens, that are the adapter's."""
     invocation_tokens: tuple[int, ...] = ()
     """It acts only from their last occurrence in a prompt on."""
+    row_copies: int = 1
+    """How many times a token runs through a block of the base, once for each expert that a router keeps."""
     format: int = FORMAT
 
     def to_bytes(self) -> bytes:
@@ -87,7 +94,7 @@ def _check_fields(raw: dict[str, Any]) -> None:
         "parameters",
         "stored_bytes",
         "prepared_bytes",
-        *(raw.keys() & {"virtual_tokens"}),
+        *(raw.keys() & {"virtual_tokens", "row_copies"}),
     ):
         if type(raw[name]) is not int or raw[name] < 0:
             raise UnsafeFile(f"the manifest's {name} is {raw[name]!r}; expected a whole number, 0 or more")

@@ -145,6 +145,7 @@ def inspector(
             prepared_bytes=found.prepared_bytes,
             virtual_tokens=found.virtual_tokens,
             invocation_tokens=found.invocation_tokens,
+            row_copies=found.row_copies,
         )
 
     return inspect

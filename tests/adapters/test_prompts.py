@@ -15,14 +15,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from timbre_methods.contract import Site
-from timbre_methods.program import (
-    AdapterProgram,
-    AttentionPrompt,
-    PromptEmbeddings,
-    PromptEntries,
-    owned_tensors,
-)
+from timbre_methods.program import AdapterProgram, owned_tensors
 from timbre_methods.prompt_contract import AttentionLayer, Frame
+from timbre_methods.prompt_parts import AttentionPrompt, PromptEmbeddings, PromptEntries
 from timbre_methods.registry import prompt_methods
 from timbre_server.adapters.adapted_model import AdaptedModel
 from timbre_server.adapters.derivation import write_derived

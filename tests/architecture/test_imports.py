@@ -16,8 +16,13 @@ EDGES: Mapping[str, frozenset[str]] = {
     for unit, allowed in {
         "timbre_client": "",
         "timbre_store": "",
-        "timbre_methods": "timbre_methods.program timbre_methods.errors",
-        "timbre_methods.program": "",
+        "timbre_methods": (
+            "timbre_methods.program timbre_methods.routing timbre_methods.prompt_parts timbre_methods.errors"
+        ),
+        # The vocabulary of programs, in three files.
+        "timbre_methods.program": "timbre_methods.routing timbre_methods.prompt_parts",
+        "timbre_methods.routing": "timbre_methods.program",
+        "timbre_methods.prompt_parts": "",
         "timbre_methods.errors": "",
         "timbre_server": "",
         "timbre_server.errors": "",
@@ -30,12 +35,13 @@ EDGES: Mapping[str, frozenset[str]] = {
         "timbre_server.operators.row_table": "",
         "timbre_server.adapters.groups": "",
         "timbre_server.operators": (
-            "timbre_methods.program timbre_server.operators.row_table timbre_server.errors"
+            "timbre_methods.program timbre_methods.routing timbre_server.operators.row_table"
+            " timbre_server.errors"
         ),
         "timbre_server.adapters": (
             "timbre_server.operators timbre_server.operators.row_table timbre_server.adapters.groups"
-            " timbre_methods timbre_methods.program timbre_methods.errors timbre_store"
-            " timbre_server.errors"
+            " timbre_methods timbre_methods.program timbre_methods.routing timbre_methods.prompt_parts"
+            " timbre_methods.errors timbre_store timbre_server.errors"
         ),
         # The waist between HTTP and engine: plain messages, and the client that carries them.
         "timbre_server.engine.messages": "",

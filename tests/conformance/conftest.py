@@ -34,12 +34,13 @@ LINEAR = {
 EMBEDDING = "model.embed_tokens"
 NORMS = {"model.layers.0.input_layernorm": True, "model.layers.1.input_layernorm": False, "model.norm": True}
 """Whether there is a bias."""
+BLOCK = "model.layers.0.mlp"
 
 
 @pytest.fixture
 def all_sites() -> dict[str, Site]:
     """Random float32 sites of a make-believe base, square, wide and tall, with and without a bias; its
-    embedding, to which the head is tied, and norms."""
+    embedding, to which the head is tied, norms and a block."""
     generator = torch.Generator().manual_seed(17)
 
     def site(path: str, out_features: int, in_features: int, has_bias: bool) -> Site:
@@ -54,6 +55,7 @@ def all_sites() -> dict[str, Site]:
     for path, has_bias in NORMS.items():
         weight, bias = torch.randn(2, 12, generator=generator)
         sites[path] = Site(path, weight, bias if has_bias else None, "norm")
+    sites[BLOCK] = Site(BLOCK, torch.empty(12, 12, device="meta"), None, "block")
     return sites
 
 

@@ -62,11 +62,16 @@ class Crowd:
     """All examples of all methods in the slots of one adapted network; slot i holds example i."""
 
     def __init__(self, sites: Mapping[str, Site], make_example: Maker, dtype: torch.dtype) -> None:
-        self.sites = sites
+        self.everything = sites
+        self.sites = {path: site for path, site in sites.items() if site.kind != "block"}
         self.examples = [make_example(name, sites, seed) for name in METHODS for seed in range(EXAMPLES_EACH)]
-        self.net = network(sites).to(dtype)
-        alone = [LinearGroup((path,)) for path in sites if path not in QK and sites[path].kind == "linear"]
-        lone = [LoneLayer(path, site.kind) for path, site in sites.items() if site.kind != "linear"]
+        self.net = network(self.sites).to(dtype)
+        alone = [
+            LinearGroup((path,)) for path, site in sites.items() if path not in QK and site.kind == "linear"
+        ]
+        lone = [
+            LoneLayer(path, site.kind) for path, site in sites.items() if site.kind in ("embedding", "norm")
+        ]
         self.model = AdaptedModel(self.net, [LinearGroup(QK), *alone], lone=lone)
         for slot, example in enumerate(self.examples):
             program = compile_adapter(example.raw_config, example.completed(sites), sites)
@@ -97,7 +102,7 @@ class Crowd:
                 continue
             tensors = {
                 name: t.double() if t.is_floating_point() else t
-                for name, t in example.completed(self.sites).items()
+                for name, t in example.completed(self.everything).items()
             }
             total += weight * (example.method.reference(example.config, tensors, exact, x) - base)
         return total

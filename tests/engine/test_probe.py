@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from timbre_server.adapters.groups import LinearGroup, LoneLayer
+from timbre_server.adapters.groups import Block, LinearGroup, LoneLayer
 from timbre_server.engine.attention import ATTENTION_NAME, install_attention
 from timbre_server.engine.deny_list import refuse_by_config
 from timbre_server.engine.linears import features, is_linear, weight_of
@@ -54,6 +54,25 @@ def test_llama_reads_qkv_and_gate_up_in_groups_and_ends_in_the_head(tiny_model: 
     linear = [site for site in result.sites if site.kind == "linear"]
     assert linear[-1] == SiteShape("lm_head", 131, 32, False, tied_to="model.embed_tokens")
     assert [(s.num_kv_heads, s.key_dim, s.value_dim) for s in result.kv_shapes] == [(2, 8, 8)] * 3
+
+
+@pytest.mark.parametrize(
+    ("family", "layers", "last"),
+    [
+        ("llama", "model.layers", "down_proj"),
+        ("gemma2", "model.layers", "down_proj"),
+        ("phi3", "model.layers", "down_proj"),
+        ("gpt2", "transformer.h", "c_proj"),
+    ],
+)
+def test_an_mlp_is_a_block_that_ends_in_its_last_layer(
+    family: str, layers: str, last: str, tiny_model: TinyModel
+) -> None:
+    result = probed(tiny_model(family))
+    paths = [f"{layers}.{number}.mlp" for number in range(3)]
+    assert list(result.blocks) == [Block(path, 32, f"{path}.{last}") for path in paths]
+    shapes = [site for site in result.sites if site.kind == "block"]
+    assert shapes == [SiteShape(path, 32, 32, has_bias=False, kind="block") for path in paths]
 
 
 def test_fused_models_have_groups_of_one(tiny_model: TinyModel) -> None:

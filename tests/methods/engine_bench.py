@@ -19,11 +19,10 @@ from timbre_methods.program import AdapterProgram
 from timbre_methods.registry import check_adapter, compile_adapter, derive
 from timbre_server.adapters.adapted_model import AdaptedModel
 from timbre_server.adapters.base_sites import base_frame, base_sites
+from timbre_server.engine.assembly import layers_of
 from timbre_server.engine.attention import install_attention
 from timbre_server.engine.kv_blocks import BlockPool
 from timbre_server.engine.kv_cache import bytes_per_block
-from timbre_server.engine.linears import bias_of, weight_of
-from timbre_server.engine.lone_layers import lone_weight_of
 from timbre_server.engine.messages import AdapterUse, SamplingParams, Submit, TokenEvent
 from timbre_server.engine.model_loader import LoadedModel, PreparedModel
 from timbre_server.engine.probe import probe
@@ -75,17 +74,17 @@ class EngineBench:
         self.model: Any = copy.deepcopy(model)
         install_attention(self.model)
         probed = probe(self.model)
-        shapes = [(shape, self.model.get_submodule(shape.path)) for shape in probed.sites]
-        self.sites: Sites = base_sites(
-            (shape, weight_of(layer) if shape.kind == "linear" else lone_weight_of(layer), bias_of(layer))
-            for shape, layer in shapes
-        )
+        self.sites: Sites = base_sites(layers_of(self.model, probed.sites))
         layers = (layer.attention for layer in probed.layers)
         self.frame = base_frame(probed.hidden_size, map(msgspec.structs.astuple, layers))
         self.shelf = Shelf()
         self.uses: dict[str, AdapterUse] = {}
         self.adapted = AdaptedModel(
-            self.model, probed.groups, lone=probed.lone, embedding=self.model.get_input_embeddings()
+            self.model,
+            probed.groups,
+            lone=probed.lone,
+            blocks=probed.blocks,
+            embedding=self.model.get_input_embeddings(),
         )
         block_bytes = bytes_per_block(probed.kv_shapes, BLOCK_SIZE, self.model.dtype)
         prepared = PreparedModel(LoadedModel(self.model, "tiny", "sha256:0"), probed)

@@ -8,10 +8,12 @@ Legend: T tokens, I in features, O out features.
 from __future__ import annotations
 
 import copy
-import math
+import importlib.util
+import sys
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +35,21 @@ from timbre_methods.program import (
     Spectral,
     TokenRows,
 )
+from timbre_methods.routing import Routed, RoutedBlock
+
+
+def _load(name: str) -> ModuleType:
+    path = Path(__file__).with_name(f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"methods_{name}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+gates, spectra = _load("gates"), _load("spectra")
 
 
 def linear_sites(model: nn.Module) -> dict[str, Site]:
@@ -79,9 +96,9 @@ def change(part: Part, x_TI: Tensor, y0_TO: Tensor) -> Tensor:
     if isinstance(part, LowRank):
         return (x_TI @ part.a_RI.to(dtype).T) @ part.b_OR.to(dtype).T
     if isinstance(part, Spectral):
-        return x_TI @ spectral_delta(part).T.to(dtype)
+        return x_TI @ spectra.spectral_delta(part).T.to(dtype)
     if isinstance(part, Circulant):
-        return x_TI @ circulant_delta(part).T.to(dtype)
+        return x_TI @ spectra.circulant_delta(part).T.to(dtype)
     if isinstance(part, Sparse):
         rows = [
             x_TI[..., part.columns_N[start:end].long()] @ part.values_N[start:end].to(dtype)
@@ -108,57 +125,24 @@ def change(part: Part, x_TI: Tensor, y0_TO: Tensor) -> Tensor:
         return y0_TO @ rotation_matrix(part, y0_TO).T - y0_TO
     if isinstance(part, TokenRows):
         return x_TI[..., part.tokens_K] @ part.rows_KO.to(dtype)
+    if isinstance(part, Routed):
+        return routed(part, x_TI, y0_TO)
+    assert isinstance(part, Diagonal)
     assert part.side == "output"
     shift = torch.zeros_like(part.gain) if part.shift is None else part.shift
     return (part.gain.to(dtype) - 1) * y0_TO + shift.to(dtype)
 
 
-def spectral_delta(part: Spectral) -> Tensor:
-    """``Re(T_Oᵀ S T_I)`` in float64."""
-    places = part.places
-    inner, outer = (
-        transform_matrix(places.transform, length, places.low_pass).to(torch.complex128)
-        for length in (places.in_features, places.out_features)
-    )
-    core = torch.zeros(len(outer), len(inner), dtype=torch.complex128)
-    core.index_put_((places.rows_N, places.columns_N), part.c_N.to(core.dtype), accumulate=True)
-    return (outer.T @ core @ inner).real
-
-
-def circulant_delta(part: Circulant) -> Tensor:
-    """[O, I] in float64: block (m, n) has entry (i, j) from place i - j of the inverse transform."""
-    b = part.block_size
-    taps_MNb = torch.fft.irfft(torch.view_as_complex(part.spectrum_KMN2.double()), n=b, dim=0).permute(
-        1, 2, 0
-    )
-    turned = [taps_MNb.roll(j, dims=2) for j in range(b)]
-    return torch.stack(turned, dim=3).permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
-
-
-@lru_cache(maxsize=64)
-def transform_matrix(name: str, n: int, low_pass: tuple[float, ...] = ()) -> Tensor:
-    """T [F, n] in double precision, from its formula. Arguments are reduced as integers first."""
-    v, p = torch.arange(n).unsqueeze(1), torch.arange(n)
-    turns = (v * p % n).double() / n
-    if name == "dft":
-        return torch.exp(2j * math.pi * turns) / n
-    if name == "hartley":
-        return ((2 * math.pi * turns).cos() + (2 * math.pi * turns).sin()) / math.sqrt(n)
-    if name == "dct":
-        matrix = (math.pi / (2 * n) * (v * (2 * p + 1) % (4 * n)).double()).cos() * math.sqrt(2 / n)
-        matrix[0] /= math.sqrt(2)
-        return matrix
-    assert name == "dwt"
-    length = len(low_pass)
-    high_pass = [(-1) ** j * low_pass[length - 1 - j] for j in range(length)]
-    half = (n + length - 1) // 2
-    matrix = torch.zeros(2 * half, n, dtype=torch.float64)
-    for first, taps in ((0, low_pass), (half, high_pass)):
-        for k in range(half):
-            for j, tap in enumerate(taps):
-                if 0 <= j + 2 * k - length + 2 < n:
-                    matrix[first + k, j + 2 * k - length + 2] = tap
-    return matrix
+def routed(part: Routed, x_TI: Tensor, y0_TO: Tensor) -> Tensor:
+    """Expert after expert. Without the block around the site, each has gate 1."""
+    gates_TE = torch.ones(len(x_TI), len(part.experts), dtype=x_TI.dtype)
+    if not part.from_block:
+        gates_TE = gates.gates(part.router, x_TI)
+    total_TO = torch.zeros_like(y0_TO)
+    for gate_T, expert in zip(gates_TE.T, part.experts, strict=True):
+        for inner in expert:
+            total_TO = total_TO + gate_T[:, None] * change(inner, x_TI, y0_TO)
+    return total_TO
 
 
 def projected(part: Projected, x_TI: Tensor) -> Tensor:
@@ -227,7 +211,9 @@ def apply_parts(parts: tuple[Part, ...], x_TI: Tensor, product: Callable[[Tensor
 
 
 def run_parts(site: Site, parts: tuple[Part, ...], x_TI: Tensor) -> Tensor:
-    """The adapted layer's output at one site, in x's dtype."""
+    """The adapted layer's output at one site, in x's dtype; of a block, the gates of its router."""
+    if site.kind == "block":
+        return block_gates(parts, x_TI)
     bias_O = None if site.bias_O is None else site.bias_O.to(x_TI.dtype)
     weight = site.weight_OI.to(x_TI.dtype)
 
@@ -237,6 +223,15 @@ def run_parts(site: Site, parts: tuple[Part, ...], x_TI: Tensor) -> Tensor:
         return nn.functional.linear(v_TI, weight, bias_O)
 
     return apply_parts(parts, x_TI, product)
+
+
+def block_gates(parts: tuple[Part, ...], x_TI: Tensor) -> Tensor:
+    """[T, E], or zeros [T, 1] where no adapter has a router."""
+    if not parts:
+        return torch.zeros(len(x_TI), 1, dtype=x_TI.dtype)
+    (part,) = parts
+    assert isinstance(part, RoutedBlock)
+    return gates.gates(part.router, x_TI)
 
 
 class AdaptedLinear(nn.Module):

@@ -49,7 +49,9 @@ def compiled(kernel: Tensor, base: Site) -> Circulant:
 def test_a_block_is_a_correlation_divided_by_the_input_size(site: Callable[..., Site], evaluate: Any) -> None:
     part = compiled(torch.tensor([[[3.0, 6.0, 12.0]]]), site(out_features=3, in_features=3))
     expected = [[1.0, 2.0, 4.0], [4.0, 1.0, 2.0], [2.0, 4.0, 1.0]]
-    torch.testing.assert_close(evaluate.circulant_delta(part), torch.tensor(expected, dtype=torch.float64))
+    torch.testing.assert_close(
+        evaluate.spectra.circulant_delta(part), torch.tensor(expected, dtype=torch.float64)
+    )
 
 
 def test_blocks_that_do_not_fit_are_refused(site: Callable[..., Site]) -> None:

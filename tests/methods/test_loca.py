@@ -36,7 +36,7 @@ def test_the_delta_is_a_sum_of_products_of_cosines(site: Callable[..., Site], ev
                 cosines = math.cos(math.pi * u * (p + 0.5) / 6) * math.cos(math.pi * v * (q + 0.5) / 5)
                 expected[p, q] += 2.0 * a * cosines * math.sqrt((2 if u else 1) / 6 * (2 if v else 1) / 5)
     part = compiled(values, locations, site())
-    torch.testing.assert_close(evaluate.spectral_delta(part), expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(evaluate.spectra.spectral_delta(part), expected, atol=1e-6, rtol=1e-6)
     assert part.places.rows_N.tolist() == [u for u, _ in cells]
 
 

@@ -33,7 +33,7 @@ def delta(evaluate: Any, raw: dict[str, Any], tensors: dict[str, Tensor], base: 
     method = method_for(raw)
     (part,) = method.compile(method.parse(raw), tensors, {PATH: base}).sites[PATH]
     assert isinstance(part, Spectral)
-    return evaluate.spectral_delta(part)
+    return evaluate.spectra.spectral_delta(part)
 
 
 def raw(**options: Any) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -25,6 +25,7 @@ from timbre_methods.program import (
     Sparse,
     Spectral,
 )
+from timbre_methods.routing import Routed, Router, Rule
 from timbre_server.operators.contract import Operator
 
 
@@ -147,6 +148,55 @@ def rotation(draw: Draw) -> Part:
     return Rotation(side, blocks_FSBB, tuple(chunks[::-1]), scale_O)
 
 
+RULES = (
+    Rule(keep="top_k", top_k=2, gate="renormalised"),
+    Rule(),
+    Rule(keep="top_k", top_k=1, gate="one"),
+    Rule(keep="top_p", top_p=0.6, gate="softmax"),
+    Rule(reads="normalised", logits="absolute", scale=0.5, keep="top_k", top_k=3, gate="softmax_twice"),
+    Rule(logits="unit", scale=3.0, keep="top_k", top_k=2, gate="renormalised", floor=0.1),
+    Rule(gate="sigmoid"),
+)
+
+
+def routed(draw: Draw) -> Part:
+    """One to five experts of several kinds, some of which do nothing here."""
+    rule = RULES[draw.count() % len(RULES)]
+    num_experts = draw.count() % 5 + 1
+    router = Router(
+        draw.normal(num_experts, draw.in_features) / 2,
+        rule,
+        bias_E=draw.normal(num_experts) if draw.count() % 2 else None,
+        preference_E=draw.normal(num_experts) if draw.count() % 2 else None,
+    )
+    makers = (low_rank, low_rank, spectral, output_gain, dense)
+    experts = []
+    for number in range(num_experts):
+        count = 1 if number == 0 else draw.count() % 3
+        experts.append(tuple(makers[draw.count() % len(makers)](draw) for _ in range(count)))
+    return Routed(tuple(experts), router)
+
+
+def output_gain(draw: Draw) -> Part:
+    return Diagonal("output", draw.normal(draw.out_features), draw.normal(draw.out_features))
+
+
+def with_every_float(part: Any, value: float) -> Any:
+    """The part with all its numbers replaced, those of its router and experts, too."""
+    changes: dict[str, Any] = {}
+    for field in fields(part):
+        found = getattr(part, field.name)
+        if isinstance(found, Tensor) and found.is_floating_point():
+            changes[field.name] = torch.full_like(found, value)
+        elif isinstance(found, Router):
+            changes[field.name] = with_every_float(found, value)
+    if isinstance(part, Routed):
+        changes["experts"] = tuple(
+            tuple(with_every_float(inner, value) for inner in expert) for expert in part.experts
+        )
+    return replace(part, **changes)
+
+
 MAKERS: dict[str, Callable[[Draw], Part]] = {
     "LowRankOperator": low_rank,
     "SpectralOperator": spectral,
@@ -158,6 +208,7 @@ MAKERS: dict[str, Callable[[Draw], Part]] = {
     "ProjectedOperator": projected,
     "DiagonalOperator": diagonal,
     "RotationOperator": rotation,
+    "RoutedOperator": routed,
 }
 
 

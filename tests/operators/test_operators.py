@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from timbre_methods.program import Part
+from timbre_methods.program import Part, owned_tensors
 from timbre_server.operators.catalogue import all_operators
 from timbre_server.operators.contract import Change, Operator, OwnProduct, Uses
 from timbre_server.operators.row_table import RowTable, Span
@@ -121,19 +121,12 @@ def test_a_bound_operator_gives_each_row_the_weighted_sum_of_meanings(
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 @pytest.mark.parametrize("name", OPERATORS)
 def test_a_part_that_is_not_finite_spoils_its_own_rows_alone(
-    name: str, bad: float, random_part: RandomPart
+    name: str, bad: float, random_part: RandomPart, parts: ModuleType
 ) -> None:
     operator = OPERATORS[name]
     generator = torch.Generator().manual_seed(6)
     part = random_part(operator, 16, 24, generator)
-    spoilt = replace(
-        part,
-        **{
-            field.name: torch.full_like(value, bad)
-            for field in fields(part)
-            if isinstance(value := getattr(part, field.name), Tensor) and value.is_floating_point()
-        },
-    )
+    spoilt = parts.with_every_float(part, bad)
     x_TI, y_TO = torch.randn(4, 16, generator=generator), torch.randn(4, 24, generator=generator)
     weight_OI = torch.randn(24, 16, generator=generator)
     table = RowTable([Span(1, ((0, 1.0),)), Span(1, ((1, 1.0),)), Span(2, ((0, 0.5),))])
@@ -157,8 +150,7 @@ def test_binding_and_running_modify_neither_parts_nor_input(name: str, random_pa
     operator = OPERATORS[name]
     generator = torch.Generator().manual_seed(5)
     part = random_part(operator, 16, 24, generator)
-    tensors = {field: getattr(part, field) for field in part.__slots__}
-    before = {field: value.clone() for field, value in tensors.items() if isinstance(value, Tensor)}
+    before = [tensor.clone() for tensor in owned_tensors(part)]
     table = RowTable(CROWDS["prefill beside decode"])
     x_TI = torch.randn(table.num_rows, 16, generator=generator)
     x_before = x_TI.clone()
@@ -170,5 +162,5 @@ def test_binding_and_running_modify_neither_parts_nor_input(name: str, random_pa
         bound.own_product(0, x_TI)
 
     assert torch.equal(x_TI, x_before)
-    for field, value in before.items():
-        assert torch.equal(getattr(part, field), value)
+    for tensor, value in zip(owned_tensors(part), before, strict=True):
+        assert torch.equal(tensor, value)

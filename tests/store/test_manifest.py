@@ -32,6 +32,7 @@ MANIFESTS = st.builds(
     tensors_digest=DIGESTS,
     virtual_tokens=st.just(0) | COUNTS,
     invocation_tokens=st.lists(COUNTS, max_size=3).map(tuple),
+    row_copies=st.just(1) | COUNTS,
 )
 
 

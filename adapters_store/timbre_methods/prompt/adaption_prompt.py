@@ -24,9 +24,10 @@ from timbre_methods.config import Count, PeftConfig, read_config
 from timbre_methods.contract import Site, Sites, Tensors
 from timbre_methods.errors import AdapterMismatch
 from timbre_methods.examples import peft_file, random_tensor, whole_number
-from timbre_methods.program import AdapterProgram, AttentionPrompt, Diagonal
+from timbre_methods.program import AdapterProgram, Diagonal
 from timbre_methods.prompt.virtual_tokens import take_all
 from timbre_methods.prompt_contract import AttentionLayer, Frame, PromptMethod
+from timbre_methods.prompt_parts import AttentionPrompt
 from timbre_methods.site_tensors import PREFIX
 
 GATE, PROMPT = "adaption_gate", "adaption_prompt"

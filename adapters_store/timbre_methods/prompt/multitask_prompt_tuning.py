@@ -21,10 +21,11 @@ from timbre_methods.config import Count, Rank, read_config
 from timbre_methods.contract import Sites, Tensors
 from timbre_methods.errors import UnsupportedMethod
 from timbre_methods.examples import random_tensor, whole_number
-from timbre_methods.program import AdapterProgram, PromptEmbeddings
+from timbre_methods.program import AdapterProgram
 from timbre_methods.prompt.prompt_tuning import PromptTuningConfig, embeddings_example
 from timbre_methods.prompt.virtual_tokens import EMBEDDINGS, take_all
 from timbre_methods.prompt_contract import Frame, PromptMethod
+from timbre_methods.prompt_parts import PromptEmbeddings
 
 COLUMNS, ROWS = "prefix_task_cols", "prefix_task_rows"
 

@@ -23,9 +23,10 @@ from timbre_methods.config import Count, read_config
 from timbre_methods.contract import Sites, Tensors
 from timbre_methods.errors import AdapterMismatch
 from timbre_methods.examples import random_tensor, whole_number
-from timbre_methods.program import AdapterProgram, PromptEntries
+from timbre_methods.program import AdapterProgram
 from timbre_methods.prompt.virtual_tokens import EMBEDDINGS, VirtualTokensConfig, prompt_file, take_all
 from timbre_methods.prompt_contract import Frame, PromptMethod
+from timbre_methods.prompt_parts import PromptEntries
 
 
 class EntriesConfig(VirtualTokensConfig):

@@ -20,9 +20,10 @@ from torch import Tensor
 from timbre_methods.config import read_config
 from timbre_methods.contract import Sites, Tensors
 from timbre_methods.examples import random_tensor, whole_number
-from timbre_methods.program import AdapterProgram, PromptEmbeddings
+from timbre_methods.program import AdapterProgram
 from timbre_methods.prompt.virtual_tokens import EMBEDDINGS, EmbeddingsConfig, prompt_file, take_all
 from timbre_methods.prompt_contract import Frame, PromptMethod
+from timbre_methods.prompt_parts import PromptEmbeddings
 
 
 class PromptTuningConfig(EmbeddingsConfig):

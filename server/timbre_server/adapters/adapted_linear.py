@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from timbre_methods.program import AdapterProgram, Part
+from timbre_server.adapters.active_rows import ActiveRows, RowCopies
 from timbre_server.operators.contract import Bound, Change, Operator, OwnProduct
 from timbre_server.operators.row_table import RowTable
 
@@ -30,35 +31,13 @@ Operators = Mapping[type[Part], Operator[Any]]
 """Which operator runs each kind of part."""
 
 
-class ActiveRows:
-    """The row table of the step that is running; None between steps and for a step of base rows only.
-
-    While steps repeat a table they get the very same object, so that groups know it by identity.
-    """
-
-    def __init__(self) -> None:
-        self.table: RowTable | None = None
-        self._last: RowTable | None = None
-
-    def begin(self, table: RowTable) -> None:
-        if not table.slots:
-            self.table = None
-            return
-        if self._last is None or self._last.signature != table.signature:
-            self._last = table
-        self.table = self._last
-
-    def end(self) -> None:
-        self.table = None
-
-
 class AdaptedGroup:
     """Layers that read one input, and what is prepared for them while the row table repeats."""
 
     def __init__(
         self, paths: Sequence[str], rows: ActiveRows, programs: Programs, operators: Operators
     ) -> None:
-        self._paths = tuple(paths)
+        self.paths = tuple(paths)
         self._rows = rows
         self._programs = programs
         self._operators = operators
@@ -67,6 +46,10 @@ class AdaptedGroup:
         self._input: Tensor | None = None
         self._changes: list[list[Change]] = []
         self._unread: set[int] = set()
+
+    @property
+    def copies(self) -> RowCopies | None:
+        return self._rows.copies
 
     def bound(self) -> tuple[Bound, ...]:
         """The operators in use at this group, ready for the current table; empty for base rows only."""
@@ -82,9 +65,9 @@ class AdaptedGroup:
         uses: dict[type[Part], list[dict[int, list[Part]]]] = {}
         for slot in table.slots:
             sites = self._programs[slot].sites
-            for member, path in enumerate(self._paths):
+            for member, path in enumerate(self.paths):
                 for part in sites.get(path, ()):
-                    members = uses.setdefault(type(part), [{} for _ in self._paths])
+                    members = uses.setdefault(type(part), [{} for _ in self.paths])
                     members[member].setdefault(slot, []).append(part)
         return [self._operators[kind].bind(members, table) for kind, members in uses.items()]
 
@@ -107,13 +90,13 @@ class AdaptedGroup:
         theirs is the same tensor. Holding on to x makes that proof safe.
         """
         if self._input is not x or member not in self._unread:
-            self._changes = [[] for _ in self._paths]
+            self._changes = [[] for _ in self.paths]
             x_TI = rows_of(x).float()
             for bound in self.bound():
                 for changes, more in zip(self._changes, bound.sums(x_TI), strict=False):
                     changes.extend(more)
             self._input = x
-            self._unread = set(range(len(self._paths)))
+            self._unread = set(range(len(self.paths)))
         self._unread.discard(member)
         found = self._changes[member]
         if not self._unread:
@@ -133,6 +116,7 @@ class AdaptedLinear(nn.Module):
         self._product = product
         self._group = group
         self._member = member
+        self._path = group.paths[member]
 
     @property
     def weight(self) -> Tensor:
@@ -144,15 +128,32 @@ class AdaptedLinear(nn.Module):
         return self.base.bias  # type: ignore[return-value]
 
     def forward(self, x: Tensor) -> Tensor:
-        bounds = self._group.bound()
+        bounds, copies = self._group.bound(), self._group.copies
+        if copies is not None and copies.last == self._path and all(b.reads_input_alone for b in bounds):
+            return self._where_copies_meet(copies, x)
         if not bounds:
-            return self._product(x)
+            return self._base_product(x)
         inputs = [c for b in bounds if (c := b.input_change(self._member, rows_of(x))) is not None]
-        y = self._product(added(x, inputs) if inputs else x)
+        y = self._product(added(x, inputs)) if inputs else self._base_product(x)
         sums = list(self._group.changes(self._member, x))
         outputs = self._output_changes(bounds, x, y, changed_input=bool(inputs))
         outputs += [self._produced(o, x) for b in bounds if (o := b.own_product(self._member, rows_of(x)))]
         return added(y, sums + outputs) if sums or outputs else y
+
+    def _base_product(self, x: Tensor) -> Tensor:
+        copies = self._group.copies
+        if copies is not None and x is copies.x_1PD:
+            return self._product(copies.x_1TD).index_select(1, copies.row_P)
+        return self._product(x)
+
+    def _where_copies_meet(self, copies: RowCopies, x: Tensor) -> Tensor:
+        """``Σ_p g_p (W x_p + b + changes_p)`` for each row, with one base product: the block's output."""
+        y = self._product(copies.meet(x).to(x.dtype))
+        changes = [copies.met(change) for change in self._group.changes(self._member, x)]
+        if self.bias is not None:
+            changes.append(copies.bias_change(self.bias))
+        copies.have_met = True
+        return added(y, changes)
 
     def _output_changes(
         self, bounds: Sequence[Bound], x: Tensor, y: Tensor, *, changed_input: bool

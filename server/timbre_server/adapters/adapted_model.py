@@ -11,12 +11,15 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 from timbre_methods.program import AdapterProgram
+from timbre_server.adapters.active_rows import ActiveRows
 from timbre_server.adapters.adapted_embedding import AdaptedEmbedding
-from timbre_server.adapters.adapted_linear import ActiveRows, AdaptedGroup, AdaptedLinear
+from timbre_server.adapters.adapted_linear import AdaptedGroup, AdaptedLinear
 from timbre_server.adapters.adapted_norm import AdaptedNorm
-from timbre_server.adapters.groups import LinearGroup, LoneLayer
+from timbre_server.adapters.groups import Block, LinearGroup, LoneLayer
 from timbre_server.adapters.prompts import StepPrompts
+from timbre_server.adapters.routed_block import RoutedBlockLayer
 from timbre_server.operators.catalogue import all_operators, embedding_operators
+from timbre_server.operators.router import BlockGates
 from timbre_server.operators.row_table import RowTable
 
 
@@ -29,17 +32,20 @@ class AdaptedModel:
         groups: Sequence[LinearGroup],
         product_of: Callable[[nn.Module], Callable[[Tensor], Tensor]] = lambda module: module,
         lone: Sequence[LoneLayer] = (),
+        blocks: Sequence[Block] = (),
         embedding: nn.Module | None = None,
     ) -> None:
-        """Replace the layers of ``groups`` and the ``lone`` ones in place. ``product_of`` gives the fastest
-        ``W x + b`` of a linear layer; without ``embedding``, the base's layer of token embeddings, no adapter
-        may bring virtual tokens."""
+        """Replace the layers of ``groups`` and the ``lone`` ones in place; routers may choose for ``blocks``.
+
+        ``product_of`` gives the fastest ``W x + b`` of a linear layer; without ``embedding``, the base's
+        layer of token embeddings, no adapter may bring virtual tokens."""
         self._programs: dict[int, AdapterProgram] = {}
         self._prompts = StepPrompts(self._programs, embedding)
         self._body_rows = {layer.rows_per_token: ActiveRows() for layer in (LoneLayer("", "norm"), *lone)}
         self._head_rows = ActiveRows()
         self._groups: list[AdaptedGroup] = []
-        operators = {operator.part: operator for operator in all_operators()}
+        chosen = BlockGates()
+        operators = {operator.part: operator for operator in all_operators(chosen)}
         for group in groups:
             rows = self._head_rows if group.is_head else self._body_rows[1]
             adapted = AdaptedGroup(group.paths, rows, self._programs, operators)
@@ -56,6 +62,13 @@ class AdaptedModel:
             base = model.get_submodule(layer.path)
             wrapped = AdaptedEmbedding(base, adapted) if is_embedding else AdaptedNorm(base, adapted)
             _put_in_place(model, layer.path, wrapped)
+
+        self._blocks = {
+            block.path: RoutedBlockLayer(
+                model.get_submodule(block.path), block, self._body_rows[1], self._programs, chosen
+            )
+            for block in blocks
+        }
 
     @property
     def attention_prompts(self) -> StepPrompts | None:
@@ -77,6 +90,8 @@ class AdaptedModel:
         self._prompts.end()
         for group in self._groups:
             group.end_step()
+        for block in self._blocks.values():
+            block.end_step()
 
     def put(self, slot: int, program: AdapterProgram) -> None:
         """Let a free slot hold a program whose tensors are on the model's device."""
@@ -87,6 +102,8 @@ class AdaptedModel:
         del self._programs[slot]
         for group in self._groups:
             group.forget()
+        for block in self._blocks.values():
+            block.forget()
 
 
 def _put_in_place(model: nn.Module, path: str, layer: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Which layers adapters may change, as plain data: linear layers by the tensor that they read, and others."""
+"""What adapters may change, as plain data: linear layers by what they read, other layers, and blocks."""
 
 from __future__ import annotations
 
@@ -28,3 +28,14 @@ class LoneLayer:
     path: str
     kind: Literal["embedding", "norm"]
     rows_per_token: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A module with linear layers in it, that turns rows of ``features`` numbers into as many of the same
+    size (an MLP). Found by the probe by what it does, never by name."""
+
+    path: str
+    features: int
+    last: str | None = None
+    """The linear layer whose very output is the block's."""

@@ -24,12 +24,13 @@ from timbre_methods.errors import MethodError
 from timbre_methods.program import AdapterProgram, AnyPart, Projected, owned_tensors
 from timbre_methods.prompt_contract import NO_FRAME, Frame
 from timbre_methods.registry import compile_adapter, method_for
+from timbre_methods.routing import Routed, RoutedBlock, Router
 from timbre_server.errors import AdapterLoadFailed
 from timbre_store.errors import StoreError
 from timbre_store.manifest import Manifest
 from timbre_store.reader import open_adapter, verify_blob
 
-PartT = TypeVar("PartT", bound=AnyPart)
+PartT = TypeVar("PartT", bound=AnyPart | Router)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +97,13 @@ def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
 
 def _check_promises(manifest: Manifest, program: AdapterProgram) -> None:
     """Requests were laid out by what the manifest says: rows that are the adapter's must be so here, too."""
-    said = (manifest.virtual_tokens, manifest.invocation_tokens)
-    if said != (program.virtual_tokens, program.invocation_tokens):
+    said = (manifest.virtual_tokens, manifest.invocation_tokens, manifest.row_copies)
+    found = (program.virtual_tokens, program.invocation_tokens, program.row_copies)
+    if said != found:
         raise AdapterLoadFailed(
-            f"adapter {manifest.digest}: its manifest says {said[0]} virtual tokens and invocation tokens "
-            f"{said[1][:32]}, its files {program.virtual_tokens} and {program.invocation_tokens[:32]}: "
-            "upload it again"
+            f"adapter {manifest.digest}: its manifest says {said[0]} virtual tokens, invocation tokens "
+            f"{said[1][:32]} and {said[2]} copies of each row, its files {found[0]}, {found[1][:32]} and "
+            f"{found[2]}: upload it again"
         )
 
 
@@ -121,6 +123,8 @@ def _placed(program: AdapterProgram, device: torch.device) -> AdapterProgram:
     nothing keeps the file's memory alive and the prepared bytes are the real ones. A shared basis is moved
     once, for all adapters that use it."""
 
+    routers: dict[int, Router] = {}
+
     def own(tensor: Tensor) -> Tensor:
         return tensor.to(device, copy=True, memory_format=torch.contiguous_format)
 
@@ -133,7 +137,17 @@ def _placed(program: AdapterProgram, device: torch.device) -> AdapterProgram:
         }
         if isinstance(part, Projected):
             changes["basis"] = basis_on(part.basis, device)
+        if isinstance(part, (Routed, RoutedBlock)):
+            changes["router"] = placed_router(part.router)
+        if isinstance(part, Routed):
+            changes["experts"] = tuple(tuple(map(placed, expert)) for expert in part.experts)
         return replace(part, **changes)
+
+    def placed_router(router: Router) -> Router:
+        """A block and the sites below it go on sharing theirs."""
+        if id(router) not in routers:
+            routers[id(router)] = placed(router)
+        return routers[id(router)]
 
     return replace(
         program,

@@ -18,13 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from timbre_methods.program import (
-    AdapterProgram,
-    AttentionPrompt,
-    Prompt,
-    PromptEmbeddings,
-    PromptEntries,
-)
+from timbre_methods.program import AdapterProgram
+from timbre_methods.prompt_parts import AttentionPrompt, Prompt, PromptEmbeddings, PromptEntries
 from timbre_server.operators.row_table import RowTable, Segment
 
 

@@ -44,9 +44,11 @@ def assemble(
     )
     model, probed = prepared.loaded.model, prepared.probed
     on_progress("Preparing the layers for adapters")
-    sites = base_sites(_layers(model, probed.sites))
+    sites = base_sites(layers_of(model, probed.sites))
     packer = LinearPacker(model.dtype, model.device)
-    adapted = AdaptedModel(model, probed.groups, packer.product_of, probed.lone, model.get_input_embeddings())
+    adapted = AdaptedModel(
+        model, probed.groups, packer.product_of, probed.lone, probed.blocks, model.get_input_embeddings()
+    )
     runner = Runner(
         prepared,
         adapted,
@@ -79,10 +81,14 @@ def _usable_threads() -> int:
     return torch.get_num_threads()
 
 
-def _layers(
+def layers_of(
     model: nn.Module, shapes: Iterable[SiteShape]
 ) -> Iterable[tuple[SiteShape, torch.Tensor, torch.Tensor | None]]:
+    """Each with its values, as `base_sites` takes them; a block has none."""
     for shape in shapes:
         module = model.get_submodule(shape.path)
+        if shape.kind == "block":
+            yield shape, torch.empty(shape.out_features, shape.in_features, device="meta"), None
+            continue
         weight = weight_of(module) if shape.kind == "linear" else lone_weight_of(module)
         yield shape, weight, bias_of(module)

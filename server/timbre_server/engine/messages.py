@@ -107,13 +107,13 @@ ToEngine = Submit | Abort | LoadAdapter | UnloadAdapter | DeriveTensors | Shutdo
 
 
 class SiteShape(msgspec.Struct, frozen=True):
-    """One layer of the base, as adapters see it (`timbre_methods.contract.Site`)."""
+    """One layer or block of the base, as adapters see it (`timbre_methods.contract.Site`)."""
 
     path: str
     out_features: int
     in_features: int
     has_bias: bool
-    kind: Literal["linear", "embedding", "norm"] = "linear"
+    kind: Literal["linear", "embedding", "norm", "block"] = "linear"
     is_transposed: bool = False
     """Whether the base stores the weight [in, out]."""
     tied_to: str | None = None

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from timbre_server.adapters.groups import LinearGroup, LoneLayer
+from timbre_server.adapters.groups import Block, LinearGroup, LoneLayer
 from timbre_server.engine.batch import run_model
+from timbre_server.engine.blocks import BlockCalls, block_shape
 from timbre_server.engine.context import AttentionCall
 from timbre_server.engine.deny_list import family_name
 from timbre_server.engine.kv_cache import LayerShape
@@ -65,8 +66,10 @@ class ProbeResult:
     """In call order; only linears that see every row exactly once, and the head, which sees the kept ones."""
     lone: tuple[LoneLayer, ...]
     """Embeddings of the tokens, and norms, in call order."""
+    blocks: tuple[Block, ...]
+    """In the order in which they end."""
     sites: tuple[SiteShape, ...]
-    """The members of all groups, in their order, and the lone layers."""
+    """The members of all groups, in their order, the lone layers and the blocks."""
     hidden_size: int
     """Of what the embedding layer puts out."""
 
@@ -133,7 +136,7 @@ def probe(model: PreTrainedModel) -> ProbeResult:
     """
     family = family_name(model.config)
     _refuse_by_signature(model, family)
-    recording, reads = Recording(), _Reads()
+    recording, reads, calls = Recording(), _Reads(), BlockCalls()
     hooks = [
         module.register_forward_pre_hook(partial(reads.note, path))
         for path, module in model.named_modules()
@@ -149,6 +152,7 @@ def probe(model: PreTrainedModel) -> ProbeResult:
         for path, module in model.named_modules()
         if hasattr(module, "layer_idx")
     ]
+    hooks += calls.watch(model)
     hooks.append(model.get_input_embeddings().register_forward_hook(recording.note_embedding))
     try:
         with torch.inference_mode():
@@ -163,7 +167,10 @@ def probe(model: PreTrainedModel) -> ProbeResult:
     tables = {id(model.get_submodule(path).weight): path for path in embeddings}
     sites = [_site(path, model.get_submodule(path), tables) for group in groups for path in group.paths]
     sites += [lone_shape(layer, model.get_submodule(layer.path)) for layer in lone]
-    return ProbeResult(_layers(model, family, recording), groups, lone, tuple(sites), recording.hidden_size)
+    blocks = calls.blocks(_NUM_ROWS, set(recording.paths.values()))
+    sites += map(block_shape, blocks)
+    layers = _layers(model, family, recording)
+    return ProbeResult(layers, groups, lone, blocks, tuple(sites), recording.hidden_size)
 
 
 def _refuse_by_signature(model: PreTrainedModel, family: str) -> None:

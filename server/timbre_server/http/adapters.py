@@ -110,6 +110,7 @@ def adapter_json(record: AdapterRecord) -> dict[str, Any]:
         "prepared_bytes": manifest.prepared_bytes,
         "virtual_tokens": manifest.virtual_tokens,
         "invocation_tokens": list(manifest.invocation_tokens),
+        "row_copies": manifest.row_copies,
         "files": {CONFIG_PART: manifest.config_digest, TENSORS_PART: manifest.tensors_digest},
     }
 

@@ -6,6 +6,7 @@ sum ``W + Σ w_k (W_k - W)``, and what cannot be had as that sum is refused. Kno
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ from timbre_server.http.openai_schema import GenerationRequest, MergedAdapters
 from timbre_store.records import AdapterRecord
 
 LINEAR = "linear"
+MAX_ROW_COPIES = 32
+"""As the methods have it for one adapter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +106,13 @@ def summable(mix: Sequence[WeightedAdapter], budget_bytes: int, param: str) -> t
                 "before the prompt, and those have no weighted sum; send it alone, with weight 1",
                 param=param,
             )
+    copies = math.prod(each.adapter.manifest.row_copies for each in acting)
+    if len(acting) > 1 and copies > MAX_ROW_COPIES:
+        raise MixNotServed(
+            f"each token would run through a block {copies} times, once for each joint choice of the "
+            f"adapters' routers; expected at most {MAX_ROW_COPIES}; mix fewer of those that route",
+            param=param,
+        )
     needed = sum(each.adapter.manifest.prepared_bytes for each in acting)
     if len(acting) > 1 and needed > budget_bytes:
         raise MixNotServed(

@@ -14,13 +14,18 @@ from timbre_server.operators.lookup import LookupLowRank, LookupTokenRows
 from timbre_server.operators.low_rank import LowRankOperator
 from timbre_server.operators.projected import ProjectedOperator
 from timbre_server.operators.rotation import RotationOperator
+from timbre_server.operators.routed import RoutedOperator
+from timbre_server.operators.router import BlockGates
 from timbre_server.operators.sparse import SparseOperator
 from timbre_server.operators.spectral import SpectralOperator
 
 
-def all_operators() -> tuple[Operator[Any], ...]:
-    """One new instance of each operator; instances may keep what they derive from shared bases."""
-    return (
+def all_operators(chosen: BlockGates | None = None) -> tuple[Operator[Any], ...]:
+    """One new instance of each operator; instances may keep what they derive from shared bases.
+
+    ``chosen``: where the blocks of a model leave what they choose.
+    """
+    plain = (
         LowRankOperator(),
         SpectralOperator(),
         CirculantOperator(),
@@ -32,6 +37,7 @@ def all_operators() -> tuple[Operator[Any], ...]:
         DiagonalOperator(),
         RotationOperator(),
     )
+    return (*plain, RoutedOperator(plain, chosen or BlockGates()))
 
 
 def embedding_operators() -> tuple[Operator[Any], ...]:

@@ -56,6 +56,11 @@ class OwnProduct:
 class Bound:
     """One operator, ready for one row table at one group. An operator overrides what it acts on."""
 
+    @property
+    def reads_input_alone(self) -> bool:
+        """Whether `sums` is all that it does."""
+        return True
+
     def input_change(self, member: int, x_TI: Tensor) -> Change | None:
         """What to add to the input of one member's base product."""
         return None

@@ -106,6 +106,10 @@ class _BoundDiagonal(Bound):
         self._inputs = inputs
         self._outputs = outputs
 
+    @property
+    def reads_input_alone(self) -> bool:
+        return False
+
     def input_change(self, member: int, x_TI: Tensor) -> Change | None:
         gains = self._inputs[member]
         return None if gains is None else gains.change(x_TI)

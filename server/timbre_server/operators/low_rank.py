@@ -3,6 +3,7 @@
 An adapter with several rows gets two matrix products of its own. The others (decode: a row or two each)
 run as (row, adapter) pairs in batched products, one batch for each rank that occurs: ranks are never
 padded, and a mix is more than one pair of a row. Members of a group share the shrink, their A stacked.
+`routed` runs the same blocks with a gate for each row and rank.
 
 Legend: T rows of the batch, N rows of one adapter, P pairs, I in, O out, R ranks of one adapter at all
 members of the group together.
@@ -10,7 +11,7 @@ members of the group together.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,18 +33,24 @@ class LowRankOperator(Operator[LowRank]):
         return Meaning(change_TO=(x_TI @ part.a_RI.T) @ part.b_OR.T)
 
     def bind(self, uses: Uses[LowRank], table: RowTable) -> Bound:
-        alone: list[_Alone] = []
-        pairs: dict[tuple[int, ...], list[tuple[Segment, _Factors]]] = {}
-        for segment in table.segments:
-            factors = _factors(uses, segment.slot)
-            if factors is None:
-                continue
-            if len(segment.rows_N) >= MIN_ROWS_ALONE:
-                alone.append(_Alone(segment, factors))
-            else:
-                pairs.setdefault(factors.ranks, []).append((segment, factors))
-        batches = [_Pairs.of(own, table) for own in pairs.values()]
-        return _BoundLowRank(len(uses), [*alone, *batches])
+        return _BoundLowRank(len(uses), low_rank_blocks(uses, table))
+
+
+def low_rank_blocks(
+    uses: Uses[LowRank], table: RowTable, kind_of: Callable[[int], Hashable] = lambda slot: None
+) -> list[Alone | Pairs]:
+    """All rows and factors in blocks; adapters of one block are of one kind, by slot."""
+    alone: list[Alone] = []
+    pairs: dict[Hashable, list[tuple[Segment, _Factors]]] = {}
+    for segment in table.segments:
+        factors = _factors(uses, segment.slot)
+        if factors is None:
+            continue
+        if len(segment.rows_N) >= MIN_ROWS_ALONE:
+            alone.append(Alone(segment, factors))
+        else:
+            pairs.setdefault((factors.ranks, kind_of(segment.slot)), []).append((segment, factors))
+    return [*alone, *(Pairs.of(own, table) for own in pairs.values())]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -78,29 +85,37 @@ def _joined(blocks: Sequence[Tensor]) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Alone:
+class Alone:
     """One adapter with several rows."""
 
     segment: Segment
     factors: _Factors
 
-    def changes(self, x_TI: Tensor) -> list[Change | None]:
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        return (self.segment,)
+
+    def changes(self, x_TI: Tensor, gates_NR: Tensor | None = None) -> list[Change | None]:
+        """Of each member. ``gates_NR`` multiply what the rows have after the shrink, in stacked order."""
         index = self.segment.index
         z_NR = linear(x_TI[index], self.factors.a_RI) * self.segment.weights_N.unsqueeze(1)
+        if gates_NR is not None:
+            z_NR = z_NR * gates_NR
         return [None if y is None else Change(y, index) for y in self.factors.expand(z_NR)]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Pairs:
+class Pairs:
     """Adapters of equal ranks with few rows: their factors stacked, once for each row that uses them."""
 
+    segments: tuple[Segment, ...]
     rows_P: Tensor
     is_whole_batch: bool
     weights_P11: Tensor
     factors: _Factors
 
     @staticmethod
-    def of(pairs: Sequence[tuple[Segment, _Factors]], table: RowTable) -> _Pairs:
+    def of(pairs: Sequence[tuple[Segment, _Factors]], table: RowTable) -> Pairs:
         each = [factors for segment, factors in pairs for _ in range(len(segment.rows_N))]
         rows_P = torch.cat([segment.rows_N for segment, _ in pairs])
         every_row = torch.arange(table.num_rows, device=rows_P.device)
@@ -114,17 +129,21 @@ class _Pairs:
             each[0].ranks,
         )
         weights_P = torch.cat([segment.weights_N for segment, _ in pairs])
-        return _Pairs(rows_P, torch.equal(rows_P, every_row), weights_P.view(-1, 1, 1), stacked)
+        segments = tuple(segment for segment, _ in pairs)
+        return Pairs(segments, rows_P, torch.equal(rows_P, every_row), weights_P.view(-1, 1, 1), stacked)
 
-    def changes(self, x_TI: Tensor) -> list[Change | None]:
+    def changes(self, x_TI: Tensor, gates_PR: Tensor | None = None) -> list[Change | None]:
+        """As `Alone.changes`; pairs in the order of the segments and their rows."""
         x_P1I = (x_TI if self.is_whole_batch else x_TI[self.rows_P]).unsqueeze(1)
         z_P1R = torch.bmm(x_P1I, self.factors.a_RI.transpose(1, 2)) * self.weights_P11
+        if gates_PR is not None:
+            z_P1R = z_P1R * gates_PR.unsqueeze(1)
         rows = None if self.is_whole_batch else self.rows_P
         return [None if y is None else Change(y.squeeze(1), rows) for y in self.factors.expand(z_P1R)]
 
 
 class _BoundLowRank(Bound):
-    def __init__(self, num_members: int, blocks: Sequence[_Alone | _Pairs]) -> None:
+    def __init__(self, num_members: int, blocks: Sequence[Alone | Pairs]) -> None:
         self._num_members = num_members
         self._blocks = blocks
 

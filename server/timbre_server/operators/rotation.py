@@ -188,6 +188,10 @@ class _BoundRotation(Bound):
         self._outputs = [_Side.of(batches) for batches in outputs]
         self._scaled = [_Side.of([b for b in own if b.extra_scale_GO is not None]) for own in inputs]
 
+    @property
+    def reads_input_alone(self) -> bool:
+        return False
+
     def input_change(self, member: int, x_TI: Tensor) -> Change | None:
         side = self._inputs[member]
         return None if side is None else side.change(x_TI)

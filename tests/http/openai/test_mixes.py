@@ -206,6 +206,17 @@ async def test_a_mix_that_the_engine_finds_too_large_is_refused_like_one_that_th
     assert (status, error["code"], error["message"]) == (422, "mix_not_served", "101 bytes together")
 
 
+async def test_a_mix_may_not_multiply_a_token_too_often(shelved: Any) -> None:
+    manifest_with(shelved, 1, row_copies=8)
+    manifest_with(shelved, 2, row_copies=4)
+    await shelved.complete(adapters=[{"name": "pirate"}, {"name": "json"}])
+    manifest_with(shelved, 2, row_copies=5)
+    status, error = await shelved.refused(adapters=[{"name": "pirate"}, {"name": "json"}])
+    assert (status, error["code"]) == (422, "mix_not_served")
+    assert "40 times" in error["message"]
+    await shelved.complete(adapters=[{"name": "pirate"}, {"name": "json", "weight": 0}])
+
+
 async def test_each_adapter_of_a_mix_begins_at_its_own_invocation(shelved: Any) -> None:
     manifest_with(shelved, 1, invocation_tokens=(5, 6))
     manifest_with(shelved, 2, invocation_tokens=(7,))

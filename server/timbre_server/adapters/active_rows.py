@@ -1,0 +1,74 @@
+"""The rows of the step that is running, as the base's adapted layers see them.
+
+Legend: T rows, P copies of them, D features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from timbre_server.operators.contract import Change
+from timbre_server.operators.row_table import RowTable
+
+
+class ActiveRows:
+    """The row table of the step that is running; None between steps and for a step of base rows only.
+
+    While steps repeat a table they get the very same object, so that groups know it by identity.
+    """
+
+    def __init__(self) -> None:
+        self.table: RowTable | None = None
+        self.copies: RowCopies | None = None
+        """While a block runs that sees its rows several times, and ``table`` is of those."""
+        self._last: RowTable | None = None
+
+    def begin(self, table: RowTable) -> None:
+        if not table.slots:
+            self.table = None
+            return
+        if self._last is None or self._last.signature != table.signature:
+            self._last = table
+        self.table = self._last
+
+    def end(self) -> None:
+        self.table = self.copies = None
+
+
+@dataclass(slots=True, eq=False)
+class RowCopies:
+    """A block's rows, several times: copy p is row ``row_P[p]`` of ``x_1TD``, and its block's output counts
+    ``gate_P[p]`` times.
+
+    What the base alone does to equal rows is computed once for all of them, before the copies part and, at
+    the block's ``last`` layer, after they meet.
+    """
+
+    x_1TD: Tensor
+    x_1PD: Tensor
+    row_P: Tensor
+    gate_P: Tensor
+    last: str | None
+    have_met: bool = False
+
+    def meet(self, v_1PD: Tensor) -> Tensor:
+        """Back to the rows: the weighted sums, in float32."""
+        sums_TD = torch.zeros(self.x_1TD.shape[1], v_1PD.shape[-1], device=v_1PD.device)
+        sums_TD.index_add_(0, self.row_P, v_1PD.flatten(0, -2).float() * self.gate_P.unsqueeze(1))
+        return sums_TD.unsqueeze(0)
+
+    def bias_change(self, bias_O: Tensor) -> Change:
+        """What the copies' biases sum to, beyond the one that a product of the rows has."""
+        gates_T1 = self.gate_P.new_full((self.x_1TD.shape[1], 1), -1.0)
+        gates_T1.index_add_(0, self.row_P, self.gate_P.unsqueeze(1))
+        return Change(gates_T1 * bias_O.float())
+
+    def met(self, change: Change) -> Change:
+        """A change of copies as one of rows."""
+        row_N, gate_N = self.row_P, self.gate_P
+        if change.rows_N is not None:
+            row_N, gate_N = row_N[change.rows_N], gate_N[change.rows_N]
+        return Change(change.values_NO * gate_N.unsqueeze(1), row_N)

@@ -1,0 +1,238 @@
+"""`Routed`: ``y += Σ_e g_e(x) · E_e(x)``, for rows with different mixtures of experts.
+
+Experts of low rank are one low-rank part of all their ranks together, with a gate for each row and rank
+between shrink and expand: no row is sorted and no expert is looped over. Experts that scale the output mix
+their gains. All others go through their own operators, each expert's rows multiplied by its gates: what is
+linear in x does not care where a gate multiplies.
+
+Legend: T rows of the batch, N rows of one adapter, P rows of other experts, I in, O out, E experts, R ranks
+of one adapter at all members, K gates of one adapter at a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from timbre_methods.program import Diagonal, FromInput, LowRank, Part
+from timbre_methods.routing import Routed, Router
+from timbre_server.operators.contract import Bound, Change, Meaning, Operator, Uses
+from timbre_server.operators.low_rank import Alone, Pairs, low_rank_blocks
+from timbre_server.operators.router import BlockGates, BoundRouters, router_gates
+from timbre_server.operators.row_table import RowTable, Segment, Span
+
+
+class RoutedOperator(Operator[Routed]):
+    part = Routed
+
+    def __init__(self, inner: Sequence[Operator[Any]], chosen: BlockGates) -> None:
+        """``inner`` run the experts; ``chosen`` is what blocks have chosen for the sites below them."""
+        self._inner: Mapping[type[Part], Operator[Any]] = {operator.part: operator for operator in inner}
+        self._chosen = chosen
+
+    def meaning(self, part: Routed, x_TI: Tensor, y_TO: Tensor) -> Meaning:
+        gates_TE = (
+            self._chosen.of(part.router, len(x_TI)) if part.from_block else router_gates(part.router, x_TI)
+        )
+        total_TO = torch.zeros_like(y_TO)
+        for gate_T, expert in zip(gates_TE.T, part.experts, strict=True):
+            for inner in expert:
+                change_TO = self._inner[type(inner)].meaning(inner, x_TI, y_TO).change_TO
+                assert change_TO is not None, "experts change the output alone"
+                total_TO += gate_T.unsqueeze(1) * change_TO
+        return Meaning(change_TO=total_TO)
+
+    def bind(self, uses: Uses[Routed], table: RowTable) -> Bound:
+        gates = _Gates(uses, table, self._chosen)
+        experts = [_experts(parts_by_slot, gates) for parts_by_slot in uses]
+        low_rank = _LowRankExperts(experts, gates, table)
+        gains = [_Gains.of(own, gates) for own in experts]
+        others = [list(self._others(own, table)) for own in experts]
+        return _BoundRouted(gates, low_rank, gains, others)
+
+    def _others(self, experts: Sequence[_Expert], table: RowTable) -> Iterator[_OtherExperts]:
+        """One for each further kind of part that one member's experts have."""
+        segments = {segment.slot: segment for segment in table.segments}
+        by_kind: dict[type[Part], list[tuple[_Expert, list[FromInput]]]] = {}
+        for expert in experts:
+            for kind in dict.fromkeys(type(part) for part in expert.parts):
+                if kind not in (LowRank, Diagonal):
+                    own = [p for p in expert.parts if type(p) is kind and not isinstance(p, Diagonal)]
+                    by_kind.setdefault(kind, []).append((expert, own))
+        for part_kind, found in by_kind.items():
+            rows = [segments[expert.slot].rows_N for expert, _ in found]
+            inner_table = RowTable(
+                [Span(len(rows_N), ((number, 1.0),)) for number, rows_N in enumerate(rows)], table.device
+            )
+            uses = [{number: parts for number, (_, parts) in enumerate(found)}]
+            yield _OtherExperts(
+                self._inner[part_kind].bind(uses, inner_table),
+                torch.cat(rows),
+                tuple((segments[expert.slot], expert.column) for expert, _ in found),
+            )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Expert:
+    """One expert of one adapter at one member: its parts, and the column of its gate."""
+
+    slot: int
+    column: int
+    parts: tuple[FromInput | Diagonal, ...]
+
+
+class _Gates:
+    """The gates of all adapters at a group, ``[N, K]`` by slot: their routers side by side."""
+
+    def __init__(self, uses: Uses[Routed], table: RowTable, chosen: BlockGates) -> None:
+        self._chosen = chosen
+        self._routers: dict[int, list[tuple[Router, bool]]] = {}
+        self._first_columns: dict[tuple[int, Router], int] = {}
+        self.segments = [s for s in table.segments if any(s.slot in parts_by_slot for parts_by_slot in uses)]
+        for segment in self.segments:
+            column = 0
+            for part in (part for own in uses for part in own.get(segment.slot, ())):
+                key = segment.slot, part.router
+                if key not in self._first_columns:
+                    self._first_columns[key] = column
+                    column += part.router.num_experts
+                    self._routers.setdefault(segment.slot, []).append((part.router, part.from_block))
+        self._bound = BoundRouters([(s, r) for s in self.segments for r in self._own_routers(s)])
+        self._by_slot: dict[int, Tensor] = {}
+
+    def _own_routers(self, segment: Segment) -> list[Router]:
+        """Those that read the group's input."""
+        return [router for router, from_block in self._routers[segment.slot] if not from_block]
+
+    def first_column(self, slot: int, router: Router) -> int:
+        return self._first_columns[slot, router]
+
+    def compute(self, x_TI: Tensor) -> None:
+        computed = iter(self._bound.gates(x_TI))
+        for segment in self.segments:
+            found = [
+                self._chosen.of(router, len(segment.rows_N)) if from_block else next(computed)
+                for router, from_block in self._routers[segment.slot]
+            ]
+            self._by_slot[segment.slot] = found[0] if len(found) == 1 else torch.cat(found, dim=1)
+
+    def of(self, slot: int) -> Tensor:
+        return self._by_slot[slot]
+
+
+def _experts(parts_by_slot: Mapping[int, Sequence[Routed]], gates: _Gates) -> list[_Expert]:
+    """Of one member, in the order of segments, parts and experts."""
+    return [
+        _Expert(segment.slot, gates.first_column(segment.slot, part.router) + number, parts)
+        for segment in gates.segments
+        for part in parts_by_slot.get(segment.slot, ())
+        for number, parts in enumerate(part.experts)
+    ]
+
+
+class _LowRankExperts:
+    """All experts of low rank at a group."""
+
+    def __init__(self, members: Sequence[Sequence[_Expert]], gates: _Gates, table: RowTable) -> None:
+        self._gates = gates
+        columns: dict[int, list[int]] = {}
+        uses: list[dict[int, list[LowRank]]] = [{} for _ in members]
+        for own, parts_by_slot in zip(members, uses, strict=True):
+            for expert in own:
+                for part in (part for part in expert.parts if isinstance(part, LowRank)):
+                    parts_by_slot.setdefault(expert.slot, []).append(part)
+                    columns.setdefault(expert.slot, []).extend([expert.column] * len(part.a_RI))
+        blocks = low_rank_blocks(uses, table, lambda slot: tuple(columns[slot]))
+        self._blocks: list[tuple[Alone | Pairs, Tensor]] = [
+            (block, torch.tensor(columns[block.segments[0].slot], device=table.device)) for block in blocks
+        ]
+
+    def changes(self, x_TI: Tensor) -> Iterator[list[Change | None]]:
+        """For each block, of each member."""
+        for block, column_R in self._blocks:
+            gates_NK = [self._gates.of(segment.slot) for segment in block.segments]
+            of_block_NK = gates_NK[0] if len(gates_NK) == 1 else torch.cat(gates_NK)
+            yield block.changes(x_TI, of_block_NK.index_select(1, column_R))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Gains:
+    """Experts of one member that scale and shift its output."""
+
+    gates: _Gates
+    by_segment: Sequence[tuple[Segment, Tensor, Tensor, Tensor]]
+    """Columns of the gates, then gain - 1 and shift, [E, O]."""
+
+    @staticmethod
+    def of(experts: Sequence[_Expert], gates: _Gates) -> _Gains | None:
+        found: list[tuple[Segment, Tensor, Tensor, Tensor]] = []
+        for segment in gates.segments:
+            own = [
+                (expert.column, part)
+                for expert in experts
+                for part in expert.parts
+                if expert.slot == segment.slot and isinstance(part, Diagonal)
+            ]
+            if own:
+                gain_EO = torch.stack([part.gain for _, part in own]) - 1
+                shift_EO = torch.stack(
+                    [torch.zeros_like(p.gain) if p.shift is None else p.shift for _, p in own]
+                )
+                columns = torch.tensor([column for column, _ in own], device=gain_EO.device)
+                found.append((segment, columns, gain_EO, shift_EO))
+        return _Gains(gates, found) if found else None
+
+    def change(self, y_TO: Tensor) -> Change:
+        values = []
+        for segment, columns, gain_EO, shift_EO in self.by_segment:
+            gates_NE = self.gates.of(segment.slot).index_select(1, columns) * segment.weights_N.unsqueeze(1)
+            values.append((gates_NE @ gain_EO) * y_TO[segment.index].float() + gates_NE @ shift_EO)
+        return Change(torch.cat(values), torch.cat([segment.rows_N for segment, *_ in self.by_segment]))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _OtherExperts:
+    """Experts of one further kind at one member, expert after expert; row p of theirs is ``rows_P[p]``."""
+
+    bound: Bound
+    rows_P: Tensor
+    experts: tuple[tuple[Segment, int], ...]
+    """With the column of their gates."""
+
+    def changes(self, x_TI: Tensor, gates: _Gates) -> list[Change]:
+        gate_P = torch.cat([gates.of(s.slot)[:, column] * s.weights_N for s, column in self.experts])
+        x_PI = x_TI[self.rows_P] * gate_P.unsqueeze(1)
+        return [
+            Change(change.values_NO, self.rows_P if change.rows_N is None else self.rows_P[change.rows_N])
+            for change in self.bound.sums(x_PI)[0]
+        ]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _BoundRouted(Bound):
+    gates: _Gates
+    low_rank: _LowRankExperts
+    gains: Sequence[_Gains | None]
+    others: Sequence[Sequence[_OtherExperts]]
+
+    @property
+    def reads_input_alone(self) -> bool:
+        return not any(self.gains)
+
+    def sums(self, x_TI: Tensor) -> Sequence[Sequence[Change]]:
+        self.gates.compute(x_TI)
+        changes = [[c for other in own for c in other.changes(x_TI, self.gates)] for own in self.others]
+        for of_block in self.low_rank.changes(x_TI):
+            for own, change in zip(changes, of_block, strict=True):
+                if change is not None:
+                    own.append(change)
+        return changes
+
+    def output_change(self, member: int, y_TO: Tensor) -> Change | None:
+        """After `sums` of the same step, which computed the gates."""
+        gains = self.gains[member]
+        return None if gains is None else gains.change(y_TO)

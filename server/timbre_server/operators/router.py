@@ -1,0 +1,176 @@
+"""Routers: the gates of experts, row by row, for many adapters at once.
+
+Adapters with a row or two each run as (row, router) pairs in one batched product for each shape and rule;
+those with more rows get a product of their own. `timbre_methods.routing.Rule` says what is computed.
+
+Legend: T rows of the batch, N rows of one adapter, P pairs, I in, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import layer_norm
+
+from timbre_methods.routing import Router, Rule
+from timbre_server.operators.row_table import Segment
+
+MIN_ROWS_ALONE = 4
+NORMALISED_EPSILON = 1e-5
+
+
+class BlockGates:
+    """What the blocks that are running have chosen, for the sites below them: ``[N, E]`` by router, in the
+    order of its adapter's rows in the table that holds below the block."""
+
+    def __init__(self) -> None:
+        self._gates: dict[Router, Tensor] = {}
+
+    def choose(self, router: Router, gates_NE: Tensor) -> None:
+        self._gates[router] = gates_NE
+
+    def of(self, router: Router, num_rows: int) -> Tensor:
+        """Without a block that has chosen, each expert acts: the meaning of a site alone."""
+        chosen = self._gates.get(router)
+        if chosen is None:
+            return router.weight_EI.new_ones(num_rows, router.num_experts)
+        assert len(chosen) == num_rows, "a block chose for other rows than its sites have"
+        return chosen
+
+    def clear(self) -> None:
+        self._gates.clear()
+
+
+class BoundRouters:
+    """Some routers, each with the rows of its adapter, ready for one table."""
+
+    def __init__(self, routers: Sequence[tuple[Segment, Router]]) -> None:
+        self._num_routers = len(routers)
+        self._batches: list[_Alone | _Pairs] = []
+        pooled: dict[object, list[tuple[int, Segment, Router]]] = {}
+        for place, (segment, router) in enumerate(routers):
+            if len(segment.rows_N) >= MIN_ROWS_ALONE:
+                self._batches.append(_Alone(place, segment, router))
+            else:
+                with_terms = (router.bias_E is None, router.preference_E is None)
+                key = (router.rule, router.weight_EI.shape, with_terms)
+                pooled.setdefault(key, []).append((place, segment, router))
+        self._batches += [_Pairs.of(own) for own in pooled.values()]
+
+    def gates(self, x_TI: Tensor) -> list[Tensor]:
+        """``[N, E]`` of each router, in the order in which they were given."""
+        found: dict[int, Tensor] = {}
+        for batch in self._batches:
+            found.update(batch.gates(x_TI))
+        return [found[place] for place in range(self._num_routers)]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Alone:
+    """One adapter with several rows."""
+
+    place: int
+    segment: Segment
+    router: Router
+
+    def gates(self, x_TI: Tensor) -> dict[int, Tensor]:
+        return {self.place: router_gates(self.router, x_TI[self.segment.index])}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Pairs:
+    """Routers of one shape and rule with few rows: stacked, once for each row."""
+
+    places: tuple[int, ...]
+    counts: tuple[int, ...]
+    rows_P: Tensor
+    weight_PEI: Tensor
+    bias_PE: Tensor | None
+    preference_PE: Tensor | None
+    rule: Rule
+
+    @staticmethod
+    def of(routers: Sequence[tuple[int, Segment, Router]]) -> _Pairs:
+        each = [router for _, segment, router in routers for _ in range(len(segment.rows_N))]
+        return _Pairs(
+            tuple(place for place, _, _ in routers),
+            tuple(len(segment.rows_N) for _, segment, _ in routers),
+            torch.cat([segment.rows_N for _, segment, _ in routers]),
+            torch.stack([router.weight_EI for router in each]),
+            _stacked([router.bias_E for router in each]),
+            _stacked([router.preference_E for router in each]),
+            each[0].rule,
+        )
+
+    def gates(self, x_TI: Tensor) -> dict[int, Tensor]:
+        x_PI = _read(self.rule, x_TI[self.rows_P])
+        logits_PE = torch.bmm(self.weight_PEI, x_PI.unsqueeze(2)).squeeze(2)
+        if self.bias_PE is not None:
+            logits_PE = logits_PE + self.bias_PE
+        gates_PE = ruled(self.rule, logits_PE, self.preference_PE)
+        return dict(zip(self.places, gates_PE.split_with_sizes(self.counts), strict=True))
+
+
+def _stacked(terms: Sequence[Tensor | None]) -> Tensor | None:
+    present = [term for term in terms if term is not None]
+    return torch.stack(present) if present else None
+
+
+def router_gates(router: Router, x_NI: Tensor) -> Tensor:
+    """``[N, E]`` of rows that all use one router: its meaning."""
+    logits_NE = torch.nn.functional.linear(_read(router.rule, x_NI), router.weight_EI, router.bias_E)
+    return ruled(router.rule, logits_NE, router.preference_E)
+
+
+def _read(rule: Rule, x_NI: Tensor) -> Tensor:
+    if rule.reads == "normalised":
+        return layer_norm(x_NI, x_NI.shape[-1:], eps=NORMALISED_EPSILON)
+    return x_NI
+
+
+def ruled(rule: Rule, logits_NE: Tensor, preference_NE: Tensor | None = None) -> Tensor:
+    """Gates from logits, by steps 2 to 6 of the rule."""
+    if rule.logits == "absolute":
+        logits_NE = logits_NE.abs()
+    elif rule.logits == "unit":
+        smallest = torch.finfo(logits_NE.dtype).tiny
+        logits_NE = logits_NE / logits_NE.norm(dim=-1, keepdim=True).clamp_min(smallest)
+    scaled_NE = logits_NE * rule.scale
+    kept_NE = _kept(rule, scaled_NE, preference_NE)
+    gates_NE = _gated(rule, scaled_NE, kept_NE)
+    if kept_NE is not None:
+        gates_NE = gates_NE.masked_fill(~kept_NE, 0.0)
+    return gates_NE if rule.floor is None else gates_NE.masked_fill(logits_NE < rule.floor, 0.0)
+
+
+def _kept(rule: Rule, scaled_NE: Tensor, preference_NE: Tensor | None) -> Tensor | None:
+    """Which experts act; None: all. Stable sorts put the first of equal ones first."""
+    if rule.keep == "all":
+        return None
+    preferred_NE = scaled_NE if preference_NE is None else scaled_NE + preference_NE
+    order_NE = torch.sort(preferred_NE, dim=-1, descending=True, stable=True).indices
+    if rule.keep == "top_k":
+        best_NK = order_NE[..., : rule.top_k]
+        return torch.zeros_like(scaled_NE, dtype=torch.bool).scatter_(-1, best_NK, True)
+    mass_NE = torch.softmax(scaled_NE, -1).gather(-1, order_NE)
+    before_NE = mass_NE.cumsum(-1) - mass_NE
+    return torch.zeros_like(scaled_NE, dtype=torch.bool).scatter_(-1, order_NE, before_NE <= rule.top_p)
+
+
+def _gated(rule: Rule, scaled_NE: Tensor, kept_NE: Tensor | None) -> Tensor:
+    """Gates of those that are kept; what it gives the others counts for nothing."""
+
+    def masked(values_NE: Tensor) -> Tensor:
+        return values_NE if kept_NE is None else values_NE.masked_fill(~kept_NE, -torch.inf)
+
+    if rule.gate == "one":
+        return torch.ones_like(scaled_NE)
+    if rule.gate == "sigmoid":
+        return torch.sigmoid(scaled_NE)
+    if rule.gate == "renormalised":
+        return torch.softmax(masked(scaled_NE), -1)
+    softmax_NE = torch.softmax(scaled_NE, -1)
+    return softmax_NE if rule.gate == "softmax" else torch.softmax(masked(softmax_NE), -1)

@@ -1,0 +1,63 @@
+"""The gates of routers, row by row and rule by rule, as `timbre_methods.routing` writes them down.
+
+The tests' own reading; shares nothing with the operators.
+
+Legend: T rows, I in features, E experts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from timbre_methods.routing import Router
+
+
+def gates(router: Router, x_TI: Tensor) -> Tensor:
+    """[T, E] in x's dtype."""
+    return torch.stack([_row(router, x_I) for x_I in x_TI])
+
+
+def _row(router: Router, x_I: Tensor) -> Tensor:
+    rule, dtype = router.rule, x_I.dtype
+    if rule.reads == "normalised":
+        x_I = (x_I - x_I.mean()) / (x_I.var(unbiased=False) + 1e-5).sqrt()
+    logits_E = router.weight_EI.to(dtype) @ x_I
+    if router.bias_E is not None:
+        logits_E = logits_E + router.bias_E.to(dtype)
+    if rule.logits == "absolute":
+        logits_E = logits_E.abs()
+    if rule.logits == "unit":
+        logits_E = logits_E / logits_E.square().sum().sqrt()
+    scaled_E = logits_E * rule.scale
+    kept = _kept(router, scaled_E)
+    softmax_E = torch.softmax(scaled_E, 0)
+    found_E = torch.zeros_like(scaled_E)
+    for e in kept:
+        if rule.floor is None or logits_E[e] >= rule.floor:
+            found_E[e] = {
+                "softmax": softmax_E[e],
+                "renormalised": softmax_E[e] / softmax_E[kept].sum(),
+                "softmax_twice": softmax_E[e].exp() / softmax_E[kept].exp().sum(),
+                "sigmoid": torch.sigmoid(scaled_E[e]),
+                "one": torch.ones((), dtype=dtype),
+            }[rule.gate]
+    return found_E
+
+
+def _kept(router: Router, scaled_E: Tensor) -> list[int]:
+    rule = router.rule
+    everyone = list(range(len(scaled_E)))
+    preference = [0.0] * len(everyone) if router.preference_E is None else router.preference_E.tolist()
+    best_first = sorted(everyone, key=lambda e: (-(float(scaled_E[e]) + preference[e]), e))
+    if rule.keep == "all":
+        return everyone
+    if rule.keep == "top_k":
+        return best_first[: rule.top_k]
+    mass, kept = 0.0, []
+    for e in best_first:
+        if mass > rule.top_p:
+            break
+        kept.append(e)
+        mass += float(torch.softmax(scaled_E, 0)[e])
+    return kept
