@@ -228,6 +228,18 @@ def test_a_thousand_adapters_have_a_bounded_number_of_series_and_nothing_is_lost
     assert (rows["_other"], rows["a999"], "a0" in rows, sum(rows.values())) == (744, 1, False, 1000)
 
 
+def test_experts_are_counted_by_mixture_in_a_bounded_number_of_series() -> None:
+    subject = Subject()
+    subject.names["d"] = "chorus"
+    told = [{f"d{number}": (1,) * 64} for number in range(100)]
+    for tokens in (*told, {"d": (3, 0, 1)}, {"d": (1, 1, 0)}):
+        subject.tally.on_output(StepOutput(StepStats(expert_tokens=tokens)))
+    rows = [sample for sample in subject.samples() if sample.name == "timbre_expert_tokens_total"]
+    found = {sample.labels["expert"]: sample.value for sample in rows if sample.labels["adapter"] == "chorus"}
+    assert found == {"0": 4, "1": 1, "2": 1}
+    assert (len(rows), sum(sample.value for sample in rows)) == (1025, 6406)
+
+
 def test_lora_info_is_one_series_of_disjoint_sets_however_often_they_change() -> None:
     subject = Subject()
     for index in range(200):

@@ -21,7 +21,13 @@ from prometheus_client.metrics_core import (
 from prometheus_client.registry import Collector
 
 from timbre_server.engine.messages import Ready
-from timbre_server.metrics_catalogue import ADAPTER_COUNTERS, COUNTERS, MODEL_LABELS, CounterSpec
+from timbre_server.metrics_catalogue import (
+    ADAPTER_COUNTERS,
+    COUNTERS,
+    EXPERT_TOKENS,
+    MODEL_LABELS,
+    CounterSpec,
+)
 from timbre_server.tally import Tally
 
 
@@ -63,10 +69,20 @@ class Metrics(Collector):
         for column, (name, meaning) in enumerate(ADAPTER_COUNTERS):
             rows = [((adapter,), value) for adapter, value in self._tally.adapters.column(column)]
             yield _counter(name, CounterSpec(meaning, ("adapter",)), rows)
+        yield self._expert_tokens()
         yield from self._load_gauges()
         yield from self._adapter_gauges()
         yield self._cache_config()
         yield self._lora_info()
+
+    def _expert_tokens(self) -> Metric:
+        name, meaning = EXPERT_TOKENS
+        amounts: dict[tuple[str, str], float] = {}
+        for key, amount in self._tally.experts.column(0):
+            digest, _, expert = key.partition(" ")
+            labels = (self._name_of(digest) or digest, expert)
+            amounts[labels] = amounts.get(labels, 0.0) + amount
+        return _counter(name, CounterSpec(meaning, ("adapter", "expert")), amounts.items())
 
     def _load_gauges(self) -> Iterator[Metric]:
         stats, engine = self._tally.stats, self._engine

@@ -93,6 +93,12 @@ ADAPTER_COUNTERS = (
 """The columns of the per-adapter table. ``_other`` holds all that are not among the most recent."""
 
 
+EXPERT_TOKENS = (
+    "timbre_expert_tokens",
+    "Times that an expert acted on a token, by mixture and expert, over all places where it routes.",
+)
+
+
 def histograms(max_model_len: int) -> dict[str, HistogramSpec]:
     """All histograms; those of lengths have buckets up to the longest sequence."""
     lengths = one_two_five(max_model_len)

@@ -13,6 +13,7 @@ from timbre_server.series import Counters, Histograms, RecentCounters, RecentTim
 ENGINE_INDEX = "0"
 BASE_LABEL = "_base"
 MAX_OPEN_SEQUENCES = 65536
+MAX_EXPERT_SERIES = 1024
 
 
 class Tally:
@@ -33,6 +34,8 @@ class Tally:
         self.histogram_specs = histograms(max_model_len)
         self.histograms = {name: Histograms(spec.buckets) for name, spec in self.histogram_specs.items()}
         self.adapters = RecentCounters(max_adapters, len(ADAPTER_COUNTERS))
+        self.experts = RecentCounters(MAX_EXPERT_SERIES, 1)
+        """Of mixtures, by digest and number of the expert."""
         self._clock = clock
         self._last_tokens = RecentTimes(MAX_OPEN_SEQUENCES, clock)
         self._starts = RecentTimes(MAX_OPEN_SEQUENCES, clock)
@@ -61,6 +64,9 @@ class Tally:
         self._count("vllm:prefix_cache_queries", amount=stats.prefix_queried_tokens)
         self._count("vllm:prefix_cache_hits", amount=stats.prefix_hit_tokens)
         self._count("vllm:num_preemptions", amount=stats.preemptions)
+        for digest, tokens in stats.expert_tokens.items():
+            for expert, count in enumerate(tokens):
+                self.experts.add(f"{digest} {expert}", (float(count),))
         for request_id in output.started:
             self._waiting.pop(request_id, None)
             self._starts.note(request_id, self._clock() - stats.step_seconds)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Sequences
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -41,6 +42,14 @@ class RecordedRows:
 
     def clear_rows(self) -> None:
         self.is_set = False
+
+    def expert_tokens(self) -> dict[int, list[int]]:
+        assert self.is_set
+        return {}
+
+    def choices_of(self, rows: Sequences[int]) -> dict[int, list[Any]]:
+        assert self.is_set
+        return {row: [] for row in rows}
 
 
 def runner_of(model: PreTrainedModel, rows: RecordedRows | None = None, **options: int) -> Runner:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 from timbre_methods.program import AdapterProgram
+from timbre_methods.routing import RoutedBlock, Router
 from timbre_server.adapters.active_rows import ActiveRows
 from timbre_server.adapters.adapted_embedding import AdaptedEmbedding
 from timbre_server.adapters.adapted_linear import AdaptedGroup, AdaptedLinear
@@ -18,9 +19,10 @@ from timbre_server.adapters.adapted_norm import AdaptedNorm
 from timbre_server.adapters.groups import Block, LinearGroup, LoneLayer
 from timbre_server.adapters.prompts import StepPrompts
 from timbre_server.adapters.routed_block import RoutedBlockLayer
+from timbre_server.adapters.routing_report import Choice, choices_of, expert_tokens, router_places
 from timbre_server.operators.catalogue import all_operators, embedding_operators
-from timbre_server.operators.router import BlockGates
 from timbre_server.operators.row_table import RowTable
+from timbre_server.operators.step_routing import StepRouting
 
 
 class AdaptedModel:
@@ -44,8 +46,9 @@ class AdaptedModel:
         self._body_rows = {layer.rows_per_token: ActiveRows() for layer in (LoneLayer("", "norm"), *lone)}
         self._head_rows = ActiveRows()
         self._groups: list[AdaptedGroup] = []
-        chosen = BlockGates()
-        operators = {operator.part: operator for operator in all_operators(chosen)}
+        self._step = StepRouting()
+        self._places: dict[Router, str] = {}
+        operators = {operator.part: operator for operator in all_operators(self._step)}
         for group in groups:
             rows = self._head_rows if group.is_head else self._body_rows[1]
             adapted = AdaptedGroup(group.paths, rows, self._programs, operators)
@@ -62,10 +65,9 @@ class AdaptedModel:
             base = model.get_submodule(layer.path)
             wrapped = AdaptedEmbedding(base, adapted) if is_embedding else AdaptedNorm(base, adapted)
             _put_in_place(model, layer.path, wrapped)
-
         self._blocks = {
             block.path: RoutedBlockLayer(
-                model.get_submodule(block.path), block, self._body_rows[1], self._programs, chosen
+                model.get_submodule(block.path), block, self._body_rows[1], self._programs, self._step
             )
             for block in blocks
         }
@@ -90,16 +92,33 @@ class AdaptedModel:
         self._prompts.end()
         for group in self._groups:
             group.end_step()
-        for block in self._blocks.values():
-            block.end_step()
+        self._step.end_step()
+
+    def expert_tokens(self) -> dict[int, list[int]]:
+        """By slot: how often each expert acted in the forward that has just run. Before `clear_rows`."""
+        return expert_tokens(self._step.calls)
+
+    def choices_of(self, rows: Sequence[int]) -> dict[int, list[Choice]]:
+        """Which experts acted on these rows of the forward that has just run. Before `clear_rows`."""
+        body, tables = self._body_rows[1].table, dict[RowTable, Tensor | None](self._step.rows_of_copies)
+        return choices_of(
+            rows, self._step.calls, self._places, tables if body is None else tables | {body: None}
+        )
 
     def put(self, slot: int, program: AdapterProgram) -> None:
         """Let a free slot hold a program whose tensors are on the model's device."""
+        assert all(
+            path in self._blocks
+            for path, parts in program.sites.items()
+            if any(isinstance(part, RoutedBlock) for part in parts)
+        ), "a router for a block that the model does not have"
         self._programs[slot] = program
+        self._places |= router_places(program)
 
     def drop(self, slot: int) -> None:
         """Free a slot's tensors, also where they were prepared for a table."""
-        del self._programs[slot]
+        for router in router_places(self._programs.pop(slot)):
+            del self._places[router]
         for group in self._groups:
             group.forget()
         for block in self._blocks.values():

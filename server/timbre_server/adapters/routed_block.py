@@ -27,8 +27,9 @@ from timbre_methods.program import AdapterProgram
 from timbre_methods.routing import RoutedBlock
 from timbre_server.adapters.active_rows import ActiveRows, RowCopies
 from timbre_server.adapters.groups import Block
-from timbre_server.operators.router import BlockGates, BoundRouters
+from timbre_server.operators.router import BoundRouters
 from timbre_server.operators.row_table import RowTable, Span
+from timbre_server.operators.step_routing import RouterCall, StepRouting
 
 
 class RoutedBlockLayer:
@@ -40,12 +41,12 @@ class RoutedBlockLayer:
         block: Block,
         rows: ActiveRows,
         programs: Mapping[int, AdapterProgram],
-        chosen: BlockGates,
+        step: StepRouting,
     ) -> None:
         self._block = block
         self._rows = rows
         self._programs = programs
-        self._chosen = chosen
+        self._step = step
         self._table: RowTable | None = None
         self._choices: _Choices | None = None
         module.register_forward_pre_hook(self._enter)
@@ -54,10 +55,6 @@ class RoutedBlockLayer:
     def forget(self) -> None:
         """Drop what was prepared; called when a slot changes hands."""
         self._table = self._choices = None
-
-    def end_step(self) -> None:
-        """Drop what a forward that failed half-way has left."""
-        self._chosen.clear()
 
     def _choices_of(self, table: RowTable | None) -> _Choices | None:
         """None where no adapter of the table routes here."""
@@ -77,16 +74,17 @@ class RoutedBlockLayer:
         if choices is None:
             return None
         (x_1TD,) = args
-        gate_P = choices.choose(x_1TD.flatten(0, -2).float(), self._chosen)
+        gate_P = choices.choose(x_1TD.flatten(0, -2).float(), self._step)
         if not choices.are_copied:
             return None
         x_1PD = x_1TD.index_select(1, choices.row_P)
+        self._step.rows_of_copies[choices.table] = choices.row_P
         self._rows.table = choices.table
         self._rows.copies = RowCopies(x_1TD, x_1PD, choices.row_P, gate_P, self._block.last)
         return (x_1PD,)
 
     def _leave(self, module: nn.Module, args: Any, y: Tensor) -> Tensor | None:
-        self._chosen.clear()
+        self._step.block_ends()
         copies = self._rows.copies
         if copies is None:
             return None
@@ -111,8 +109,9 @@ class _Choices:
     """Who chooses in a block, ready for one table."""
 
     def __init__(self, parts: Mapping[int, RoutedBlock], table: RowTable) -> None:
-        routing = [segment for segment in table.segments if segment.slot in parts]
-        self._routers = BoundRouters([(segment, parts[segment.slot].router) for segment in routing])
+        self._base_table = table
+        self._routing = [segment for segment in table.segments if segment.slot in parts]
+        self._routers = BoundRouters([(segment, parts[segment.slot].router) for segment in self._routing])
         self.are_copied = any(part.copies > 1 for part in parts.values())
         copies = [_copies_by_slot(span, parts) for span in table.spans]
         spans = [
@@ -134,20 +133,22 @@ class _Choices:
                 _nth(segment.slot, table.spans, copies).to(table.device),
                 after[segment.slot],
             )
-            for segment in routing
+            for segment in self._routing
         ]
 
-    def choose(self, x_TD: Tensor, chosen: BlockGates) -> Tensor:
+    def choose(self, x_TD: Tensor, step: StepRouting) -> Tensor:
         """Tells the sites below their gates, and returns how much each copy's output counts, [P]."""
         gate_P = torch.ones(len(self.row_P), device=x_TD.device)
-        for chooser, gates_NE in zip(self._choosers, self._routers.gates(x_TD), strict=True):
+        found = zip(self._routing, self._choosers, self._routers.gates(x_TD), strict=True)
+        for segment, chooser, gates_NE in found:
+            step.note(RouterCall(chooser.part.router, self._base_table, segment, gates_NE))
             gates_ME = gates_NE.index_select(0, chooser.row_M) if self.are_copied else gates_NE
             if chooser.part.copies > 1:
                 best_NE = torch.sort(gates_NE, dim=1, descending=True, stable=True).indices
                 expert_M1 = best_NE[chooser.row_M, chooser.nth_M].unsqueeze(1)
                 gate_P[chooser.copy_M] *= gates_ME.gather(1, expert_M1).squeeze(1)
                 gates_ME = torch.zeros_like(gates_ME).scatter_(1, expert_M1, 1.0)
-            chosen.choose(chooser.part.router, gates_ME)
+            step.choose(chooser.part.router, gates_ME)
         return gate_P
 
 

@@ -89,6 +89,7 @@ class EngineCore:
         self._loaded: list[AdapterLoaded] = []
         self._unloaded: list[AdapterUnloaded] = []
         self._num_failed_steps = 0
+        self._expert_tokens: dict[str, tuple[int, ...]] = {}
 
     @property
     def has_work(self) -> bool:
@@ -135,6 +136,7 @@ class EngineCore:
             self._take_loads()  # Loads that were just wished for begin now, beside the step.
         started = _started(plan)
         began_s = time.perf_counter()
+        self._expert_tokens = {}
         events = self._execute(plan) if plan.chunks else self._scheduler.take_events()
         seconds = time.perf_counter() - began_s if plan.chunks else 0.0
         loaded, unloaded = tuple(self._loaded), tuple(self._unloaded)
@@ -155,6 +157,7 @@ class EngineCore:
                 ) from error
             return self._scheduler.fail(plan, "engine_error", STEP_FAILED)
         self._num_failed_steps = 0
+        self._expert_tokens = dict(result.expert_tokens)
         return self._scheduler.update(plan, result)
 
     def _take_loads(self) -> None:
@@ -191,6 +194,7 @@ class EngineCore:
             resident_adapters=self._adapters.resident[-MAX_RESIDENT_TOLD:],
             waiting_adapters=scheduler.waiting_adapters,
             resident_adapter_bytes=self._adapters.resident_bytes,
+            expert_tokens=self._expert_tokens,
         )
 
 

@@ -60,6 +60,10 @@ class AdapterUse(msgspec.Struct, frozen=True):
     """It acts on this position and all that follow; one place for each digest."""
 
 
+MAX_ROUTED_TOKENS = 128
+"""Of one answer, whose routing is told."""
+
+
 class Submit(Message, frozen=True):
     """Start a request. ``request_id`` is unique; exactly one final `TokenEvent` will answer it."""
 
@@ -69,6 +73,8 @@ class Submit(Message, frozen=True):
     adapters: tuple[AdapterUse, ...] = ()
     cache_salt: str = ""
     """Requests of different salts never share KV blocks. Set by the server (tenant), may add the client's."""
+    return_routing: bool = False
+    """Say which experts acted on the rows that the first `MAX_ROUTED_TOKENS` tokens are drawn from."""
 
 
 class Abort(Message, frozen=True):
@@ -166,6 +172,16 @@ class TokenLogprobs(msgspec.Struct, frozen=True):
     """The most likely tokens, best first; ties in token order."""
 
 
+class Routing(msgspec.Struct, frozen=True, array_like=True):
+    """The experts of one adapter that acted at one place, largest gate first."""
+
+    digest: str
+    place: str
+    """The path of the layer or block whose router chose."""
+    experts: tuple[int, ...]
+    gates: tuple[float, ...]
+
+
 class TokenEvent(msgspec.Struct, frozen=True, omit_defaults=True):
     """What one step gave one request. A request has any number of these and exactly one with a
     ``finish_reason``, its last."""
@@ -173,6 +189,8 @@ class TokenEvent(msgspec.Struct, frozen=True, omit_defaults=True):
     request_id: str
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
+    """As many as token_ids where asked, else empty."""
+    routing: tuple[tuple[Routing, ...], ...] = ()
     """As many as token_ids where asked, else empty."""
     prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
     """Whole, on the first event that carries a token (or the final one when max_tokens is 0)."""
@@ -232,6 +250,8 @@ class StepStats(msgspec.Struct, frozen=True, omit_defaults=True):
     """Digests in memory, most recently used last."""
     waiting_adapters: tuple[str, ...] = ()
     resident_adapter_bytes: int = 0
+    expert_tokens: dict[str, tuple[int, ...]] = {}
+    """By digest: how often each expert of a mixture acted on a token, over all places where it routes."""
 
 
 class StepOutput(Message, frozen=True, omit_defaults=True):

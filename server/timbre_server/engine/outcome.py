@@ -57,6 +57,7 @@ def token_event(
         sequence.request_id,
         token_ids=(token_id,),
         logprobs=() if outcome.logprobs is None else (outcome.logprobs,),
+        routing=() if outcome.routing is None else (outcome.routing,),
         prompt_logprobs=_all_prompt_logprobs(sequence) if is_first else (),
         finish_reason=reason,
         stop_token_id=token_id if reason == "stop" else None,

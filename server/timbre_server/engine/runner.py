@@ -9,7 +9,7 @@ Legend: N kept rows, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, compress, pairwise
 from pathlib import Path
@@ -27,7 +27,7 @@ from timbre_server.engine.kv_sizing import (
     default_kv_bytes,
     size_kv_cache,
 )
-from timbre_server.engine.messages import Ready
+from timbre_server.engine.messages import Ready, Routing
 from timbre_server.engine.model_loader import PreparedModel, end_token_ids, longest_sequence
 from timbre_server.engine.paged_attention import SequenceRows
 from timbre_server.engine.prompted_attention import AttentionPrompts
@@ -49,6 +49,27 @@ class RowAdapters(Protocol):
     def set_rows(self, table: RowTable, head_table: RowTable) -> None: ...
 
     def clear_rows(self) -> None: ...
+
+    def expert_tokens(self) -> Mapping[int, Sequence[int]]:
+        """By slot: how often each expert acted in the forward that has just run."""
+        ...
+
+    def choices_of(self, rows: Sequence[int]) -> Mapping[int, Sequence[ExpertChoice]]:
+        """Which experts acted on these rows of it."""
+        ...
+
+
+class ExpertChoice(Protocol):
+    """The experts of one adapter that acted on one row at one place, with their gates."""
+
+    @property
+    def slot(self) -> int: ...
+    @property
+    def place(self) -> str: ...
+    @property
+    def experts(self) -> tuple[int, ...]: ...
+    @property
+    def gates(self) -> tuple[float, ...]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,9 +164,34 @@ class Runner:
             try:
                 self._adapters.set_rows(table, head_table)
                 logits_NV = forward(self._model, self.cache, batch, self._adapters.attention_prompts)
+                expert_tokens, routing = self._routing(plan)
             finally:
                 self._adapters.clear_rows()
-            return StepResult(_results(plan, kept, logits_NV))
+            results = _results(plan, kept, logits_NV)
+        for index, told in routing.items():
+            results[index].routing = told
+        return StepResult(results, expert_tokens)
+
+    def _routing(self, plan: StepPlan) -> tuple[dict[str, tuple[int, ...]], dict[int, tuple[Routing, ...]]]:
+        """Of the forward that has just run: counts by digest, and the choices of chunks that ask, by place in
+        the plan."""
+        digests = {
+            slot: digest
+            for chunk in plan.chunks
+            for (slot, _), (digest, _) in zip(chunk.sequence.adapter_slots, chunk.sequence.mix, strict=True)
+        }
+        counts = {digests[slot]: tuple(found) for slot, found in self._adapters.expert_tokens().items()}
+        ends = accumulate(chunk.num_tokens for chunk in plan.chunks)
+        rows = {
+            end - 1: index
+            for index, (chunk, end) in enumerate(zip(plan.chunks, ends, strict=True))
+            if chunk.tells_routing
+        }
+        choices = self._adapters.choices_of(list(rows)) if rows else {}
+        return counts, {
+            index: tuple(Routing(digests[c.slot], c.place, c.experts, c.gates) for c in choices[row])
+            for row, index in rows.items()
+        }
 
     def _table(self, last_rows: Iterable[tuple[ScheduledChunk, int]]) -> RowTable:
         """Of each chunk, its last so many rows."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
-from timbre_server.engine.messages import Submit, TokenLogprobs
+from timbre_server.engine.messages import MAX_ROUTED_TOKENS, Routing, Submit, TokenLogprobs
 
 AdapterSlots = tuple[tuple[int, float], ...]
 """The resolved mix of a running request: (adapter slot, weight) pairs; empty for the base."""
@@ -108,6 +109,12 @@ class ScheduledChunk:
         return self.end == len(self.sequence.token_ids)
 
     @property
+    def tells_routing(self) -> bool:
+        sequence = self.sequence
+        asked = sequence.request.return_routing and self.draws_token
+        return asked and sequence.num_output_tokens < MAX_ROUTED_TOKENS
+
+    @property
     def num_virtual(self) -> int:
         """How many of its tokens, the first, are virtual ones."""
         return max(0, min(self.end, self.sequence.num_virtual_tokens) - self.start)
@@ -133,6 +140,8 @@ class ChunkResult:
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     """Where asked: for each prompt token that follows one of the chunk's, both the request's own."""
+    routing: tuple[Routing, ...] | None = None
+    """Where asked: which experts acted on the row that the token was drawn from."""
     error_message: str | None = None
     """This row failed (NaN logits): its request ends with an error, the others go on."""
 
@@ -140,3 +149,5 @@ class ChunkResult:
 @dataclass(frozen=True, slots=True)
 class StepResult:
     results: tuple[ChunkResult, ...]
+    expert_tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """By digest: how often each expert of a mixture acted."""

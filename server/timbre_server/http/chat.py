@@ -17,6 +17,7 @@ from timbre_server.http.json_bodies import JSON_ONLY, JsonRoute
 from timbre_server.http.logprobs import chat_logprobs, prompt_logprobs_list
 from timbre_server.http.openai_schema import ChatRequest
 from timbre_server.http.planning import LogprobWishes, encode_prompts, render_prompt
+from timbre_server.http.routing import routing_body
 from timbre_server.http.unserved_fields import ignored_fields
 
 OBJECT = "chat.completion"
@@ -109,8 +110,8 @@ def _append(choice: dict[str, Any], part: dict[str, Any]) -> None:
     if part["logprobs"] is not None:
         known = choice["logprobs"] or {"content": [], "refusal": None}
         choice["logprobs"] = {**known, "content": known["content"] + part["logprobs"]["content"]}
-    if "token_ids" in part:
-        choice["token_ids"] = choice.get("token_ids", []) + part["token_ids"]
+    for key in part.keys() & {"token_ids", "routing"}:
+        choice[key] = choice.get(key, []) + part[key]
     if part["finish_reason"] is not None:
         choice["finish_reason"], choice["stop_reason"] = part["finish_reason"], part["stop_reason"]
 
@@ -130,7 +131,9 @@ class _Parts:
         if delta.index not in self._begun:
             self._begun.add(delta.index)
             parts.append(self._opening(delta))
-        if delta.text or (delta.token_ids and (self._request.logprobs or self._request.return_token_ids)):
+        request = self._request
+        tells_tokens = request.logprobs or request.return_token_ids or request.return_routing
+        if delta.text or (delta.token_ids and tells_tokens):
             parts.append(self._content(delta))
         if delta.finish_reason is not None:
             reasons = {"finish_reason": delta.finish_reason, "stop_reason": delta.stop_reason}
@@ -149,6 +152,8 @@ class _Parts:
             part["logprobs"] = chat_logprobs(delta.logprobs, self._answer.labels)
         if self._request.return_token_ids:
             part["token_ids"] = list(delta.token_ids)
+        if self._request.return_routing:
+            part["routing"] = routing_body(delta.routing, self._answer.voice.labels)
         return part
 
 

@@ -16,6 +16,7 @@ from timbre_server.http.json_bodies import JSON_ONLY, JsonRoute
 from timbre_server.http.logprobs import TextOffsets, completion_logprobs, prompt_logprobs_list
 from timbre_server.http.openai_schema import CompletionRequest
 from timbre_server.http.planning import LogprobWishes, encode_prompts
+from timbre_server.http.routing import routing_body
 from timbre_server.http.unserved_fields import ignored_fields
 
 DEFAULT_MAX_TOKENS = 16
@@ -89,8 +90,8 @@ def _append(choice: dict[str, Any], part: dict[str, Any]) -> None:
     if part["logprobs"] is not None:
         for key, values in part["logprobs"].items():
             choice["logprobs"][key] += values
-    if "token_ids" in part:
-        choice["token_ids"] += part["token_ids"]
+    for key in part.keys() & {"token_ids", "routing"}:
+        choice[key] += part[key]
     choice["finish_reason"], choice["stop_reason"] = part["finish_reason"], part["stop_reason"]
 
 
@@ -113,7 +114,8 @@ class _Parts:
             self._offsets[delta.index] = TextOffsets(codec, skip_special_tokens=skip)
         request = self._request
         silent = not delta.text and delta.finish_reason is None
-        if silent and not begins and request.logprobs is None and not request.return_token_ids:
+        tells_tokens = request.logprobs is not None or request.return_token_ids or request.return_routing
+        if silent and not begins and not tells_tokens:
             return []
         part: dict[str, Any] = {
             "index": delta.index,
@@ -124,6 +126,8 @@ class _Parts:
         }
         if begins and request.prompt_logprobs is not None:
             part["prompt_logprobs"] = prompt_logprobs_list(delta.prompt_logprobs, self._answer.labels)
+        if request.return_routing:
+            part["routing"] = routing_body(delta.routing, self._answer.voice.labels)
         if request.return_token_ids:
             part["token_ids"] = list(delta.token_ids)
             if begins:

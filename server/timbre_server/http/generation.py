@@ -13,7 +13,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from timbre_server.engine.client import Engine
-from timbre_server.engine.messages import TokenEvent, TokenLogprobs
+from timbre_server.engine.messages import Routing, TokenEvent, TokenLogprobs
 from timbre_server.errors import (
     AdapterLoadFailed,
     ContextLengthExceeded,
@@ -47,6 +47,8 @@ class Delta:
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...]
     """As many as token_ids where asked, else empty."""
+    routing: tuple[tuple[Routing, ...], ...] = ()
+    """Of as many of the tokens as it is told for."""
     prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
     cached_tokens: int = 0
     finish_reason: str | None = None
@@ -127,6 +129,7 @@ class _Progress:
             text=text,
             token_ids=event.token_ids[:taken],
             logprobs=event.logprobs[:taken],
+            routing=event.routing[:taken],
             prompt_logprobs=event.prompt_logprobs,
             cached_tokens=event.cached_tokens,
             finish_reason=reason,

@@ -192,6 +192,8 @@ class GenerationRequest(Body):
     stream_options: StreamOptions | None = None
     skip_special_tokens: bool = True
     return_token_ids: bool = False
+    return_routing: bool = False
+    """For each generated token, the experts that acted on the row it was drawn from."""
     return_tokens_as_token_ids: bool = False
     truncate_prompt_tokens: int | None = Field(None, ge=1, le=MAX_TOKEN_ID)
     cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None

@@ -226,6 +226,7 @@ def plan_choices(
                 prompt_token_ids=prompt.token_ids,
                 sampling=msgspec.structs.replace(sampling, seed=seed % SEED_RANGE),
                 adapters=adapters,
+                return_routing=request.return_routing,
                 cache_salt=request.cache_salt or "",
             )
             choices.append(Choice(index, prompt_index, submit))

@@ -61,6 +61,11 @@ class Voice:
             return self.mix[0].label
         return ", ".join(f"{each.label};weight={each.weight!r}" for each in self.mix) or None
 
+    @property
+    def labels(self) -> dict[str, str]:
+        """``name@version`` by digest."""
+        return {each.adapter.digest: each.label for each in self.mix}
+
     def body(self) -> Mapping[str, object] | None:
         """What stands under ``adapter`` in an answer."""
         if not self.mix:

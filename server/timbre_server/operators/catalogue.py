@@ -15,15 +15,15 @@ from timbre_server.operators.low_rank import LowRankOperator
 from timbre_server.operators.projected import ProjectedOperator
 from timbre_server.operators.rotation import RotationOperator
 from timbre_server.operators.routed import RoutedOperator
-from timbre_server.operators.router import BlockGates
 from timbre_server.operators.sparse import SparseOperator
 from timbre_server.operators.spectral import SpectralOperator
+from timbre_server.operators.step_routing import StepRouting
 
 
-def all_operators(chosen: BlockGates | None = None) -> tuple[Operator[Any], ...]:
+def all_operators(step: StepRouting | None = None) -> tuple[Operator[Any], ...]:
     """One new instance of each operator; instances may keep what they derive from shared bases.
 
-    ``chosen``: where the blocks of a model leave what they choose.
+    ``step``: where routers leave what they give, and blocks what they choose.
     """
     plain = (
         LowRankOperator(),
@@ -37,7 +37,7 @@ def all_operators(chosen: BlockGates | None = None) -> tuple[Operator[Any], ...]
         DiagonalOperator(),
         RotationOperator(),
     )
-    return (*plain, RoutedOperator(plain, chosen or BlockGates()))
+    return (*plain, RoutedOperator(plain, step or StepRouting()))
 
 
 def embedding_operators() -> tuple[Operator[Any], ...]:

@@ -22,21 +22,22 @@ from timbre_methods.program import Diagonal, FromInput, LowRank, Part
 from timbre_methods.routing import Routed, Router
 from timbre_server.operators.contract import Bound, Change, Meaning, Operator, Uses
 from timbre_server.operators.low_rank import Alone, Pairs, low_rank_blocks
-from timbre_server.operators.router import BlockGates, BoundRouters, router_gates
+from timbre_server.operators.router import BoundRouters, router_gates
 from timbre_server.operators.row_table import RowTable, Segment, Span
+from timbre_server.operators.step_routing import RouterCall, StepRouting
 
 
 class RoutedOperator(Operator[Routed]):
     part = Routed
 
-    def __init__(self, inner: Sequence[Operator[Any]], chosen: BlockGates) -> None:
-        """``inner`` run the experts; ``chosen`` is what blocks have chosen for the sites below them."""
+    def __init__(self, inner: Sequence[Operator[Any]], step: StepRouting) -> None:
+        """``inner`` run the experts; ``step`` has what blocks choose for the sites below them."""
         self._inner: Mapping[type[Part], Operator[Any]] = {operator.part: operator for operator in inner}
-        self._chosen = chosen
+        self._step = step
 
     def meaning(self, part: Routed, x_TI: Tensor, y_TO: Tensor) -> Meaning:
         gates_TE = (
-            self._chosen.of(part.router, len(x_TI)) if part.from_block else router_gates(part.router, x_TI)
+            self._step.chosen(part.router, len(x_TI)) if part.from_block else router_gates(part.router, x_TI)
         )
         total_TO = torch.zeros_like(y_TO)
         for gate_T, expert in zip(gates_TE.T, part.experts, strict=True):
@@ -47,7 +48,7 @@ class RoutedOperator(Operator[Routed]):
         return Meaning(change_TO=total_TO)
 
     def bind(self, uses: Uses[Routed], table: RowTable) -> Bound:
-        gates = _Gates(uses, table, self._chosen)
+        gates = _Gates(uses, table, self._step)
         experts = [_experts(parts_by_slot, gates) for parts_by_slot in uses]
         low_rank = _LowRankExperts(experts, gates, table)
         gains = [_Gains.of(own, gates) for own in experts]
@@ -88,8 +89,9 @@ class _Expert:
 class _Gates:
     """The gates of all adapters at a group, ``[N, K]`` by slot: their routers side by side."""
 
-    def __init__(self, uses: Uses[Routed], table: RowTable, chosen: BlockGates) -> None:
-        self._chosen = chosen
+    def __init__(self, uses: Uses[Routed], table: RowTable, step: StepRouting) -> None:
+        self._step = step
+        self._table = table
         self._routers: dict[int, list[tuple[Router, bool]]] = {}
         self._first_columns: dict[tuple[int, Router], int] = {}
         self.segments = [s for s in table.segments if any(s.slot in parts_by_slot for parts_by_slot in uses)]
@@ -114,10 +116,13 @@ class _Gates:
     def compute(self, x_TI: Tensor) -> None:
         computed = iter(self._bound.gates(x_TI))
         for segment in self.segments:
-            found = [
-                self._chosen.of(router, len(segment.rows_N)) if from_block else next(computed)
-                for router, from_block in self._routers[segment.slot]
-            ]
+            found: list[Tensor] = []
+            for router, from_block in self._routers[segment.slot]:
+                if from_block:
+                    found.append(self._step.chosen(router, len(segment.rows_N)))
+                else:
+                    found.append(next(computed))
+                    self._step.note(RouterCall(router, self._table, segment, found[-1]))
             self._by_slot[segment.slot] = found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
     def of(self, slot: int) -> Tensor:

@@ -22,28 +22,6 @@ MIN_ROWS_ALONE = 4
 NORMALISED_EPSILON = 1e-5
 
 
-class BlockGates:
-    """What the blocks that are running have chosen, for the sites below them: ``[N, E]`` by router, in the
-    order of its adapter's rows in the table that holds below the block."""
-
-    def __init__(self) -> None:
-        self._gates: dict[Router, Tensor] = {}
-
-    def choose(self, router: Router, gates_NE: Tensor) -> None:
-        self._gates[router] = gates_NE
-
-    def of(self, router: Router, num_rows: int) -> Tensor:
-        """Without a block that has chosen, each expert acts: the meaning of a site alone."""
-        chosen = self._gates.get(router)
-        if chosen is None:
-            return router.weight_EI.new_ones(num_rows, router.num_experts)
-        assert len(chosen) == num_rows, "a block chose for other rows than its sites have"
-        return chosen
-
-    def clear(self) -> None:
-        self._gates.clear()
-
-
 class BoundRouters:
     """Some routers, each with the rows of its adapter, ready for one table."""
 

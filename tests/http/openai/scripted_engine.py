@@ -10,6 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from timbre_server.engine.messages import (
     AdapterLoaded,
     Ready,
+    Routing,
     StepOutput,
     StepStats,
     Submit,
@@ -59,6 +60,8 @@ class ScriptedEngine:
         """Waited for before each event after the first."""
         self.failure: TokenEvent | None = None
         """Takes the place of the last event."""
+        self.routing: tuple[Routing, ...] = ()
+        """Of every token, where it is asked for."""
         self.submitted: list[Submit] = []
         self.aborted: list[str] = []
 
@@ -107,6 +110,7 @@ class ScriptedEngine:
                 logprobs=tuple(self._logprobs(t, sampling.logprobs) for t in taken)
                 if sampling.logprobs is not None
                 else (),
+                routing=tuple(self.routing for _ in taken) if request.return_routing else (),
                 prompt_logprobs=self._prompt_logprobs(request) if first else (),
                 finish_reason=reason if last else None,  # type: ignore[arg-type]
                 stop_token_id=taken[-1] if last and ends else None,

@@ -1,0 +1,82 @@
+"""Which experts acted in a step: for each row that is asked after, and counted for each mixture.
+
+Legend: N rows of one adapter, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from timbre_methods.program import AdapterProgram
+from timbre_methods.routing import Routed, RoutedBlock, Router
+from timbre_server.operators.row_table import RowTable
+from timbre_server.operators.step_routing import RouterCall
+
+MAX_EXPERTS_SHOWN = 8
+"""Of one place, those with the largest gates."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The experts that acted on one row at one place, largest gate first; no gate is 0."""
+
+    slot: int
+    place: str
+    """The path of the site or block whose router chose; of several that share it, the first."""
+    experts: tuple[int, ...]
+    gates: tuple[float, ...]
+
+
+def router_places(program: AdapterProgram) -> dict[Router, str]:
+    """The path at which each router of an adapter reads."""
+    places: dict[Router, str] = {}
+    for path, parts in program.sites.items():
+        for part in parts:
+            if isinstance(part, RoutedBlock) or (isinstance(part, Routed) and not part.from_block):
+                places.setdefault(part.router, path)
+    return places
+
+
+def expert_tokens(calls: Iterable[RouterCall]) -> dict[int, list[int]]:
+    """By slot: how often each expert acted on a row, over all places."""
+    gates: dict[tuple[int, int], list[Tensor]] = {}
+    for call in calls:
+        gates.setdefault((call.segment.slot, call.router.num_experts), []).append(call.gates_NE)
+    counts: dict[int, list[int]] = {}
+    for (slot, num_experts), found in gates.items():
+        own = counts.setdefault(slot, [])
+        own += [0] * (num_experts - len(own))
+        for expert, count in enumerate(torch.cat(found).gt(0).sum(0).tolist()):
+            own[expert] += count
+    return counts
+
+
+def choices_of(
+    rows: Sequence[int],
+    calls: Iterable[RouterCall],
+    places: Mapping[Router, str],
+    rows_of_tables: Mapping[RowTable, Tensor | None],
+) -> dict[int, list[Choice]]:
+    """By row of the step, in the order in which the routers were called. ``rows_of_tables``: for the tables
+    that count the step's rows (None) or copies of them, the row of each; calls for others do not matter."""
+    wanted: dict[int, list[Choice]] = {row: [] for row in rows}
+    for call in calls:
+        if call.table not in rows_of_tables:
+            continue
+        row_P = rows_of_tables[call.table]
+        rows_N = call.segment.rows_N if row_P is None else row_P[call.segment.rows_N]
+        nth = {row: index for index, row in enumerate(rows_N.tolist()) if row in wanted}
+        for row, index in nth.items():
+            experts, gates = _largest(call.gates_NE[index])
+            wanted[row].append(Choice(call.segment.slot, places[call.router], experts, gates))
+    return wanted
+
+
+def _largest(gates_E: Tensor) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    order = torch.sort(gates_E, descending=True, stable=True).indices[:MAX_EXPERTS_SHOWN].tolist()
+    shown = [(expert, float(gates_E[expert])) for expert in order if float(gates_E[expert]) > 0]
+    return tuple(expert for expert, _ in shown), tuple(gate for _, gate in shown)
