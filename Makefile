@@ -11,7 +11,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve test lint format bench bench-methods wheels constraints clean
+.PHONY: help serve test lint format bench bench-methods bench-mixtures wheels constraints clean
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -42,6 +42,9 @@ bench: $(VENV)/.dev ## measure this machine; prints a table and writes JSON
 
 bench-methods: $(VENV)/.dev ## measure what each method costs in memory and in a decode step
 	$(BIN)/python tests/bench/methods.py $(ARGS)
+
+bench-mixtures: $(VENV)/.dev ## measure what mixtures of experts and mixes cost in a decode step
+	$(BIN)/python tests/bench/mixtures.py $(ARGS)
 
 wheels: $(VENV)/.dev ## both wheels into dist/
 	$(BIN)/python -m build --no-isolation --wheel --outdir dist .

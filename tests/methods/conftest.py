@@ -192,7 +192,7 @@ def timbre_logits(evaluate: ModuleType) -> Callable[[nn.Module, Written, Tensor]
         check_adapter(written.config, written.tensors, sites)
         tensors = {**written.tensors, **derive(written.config, written.tensors, sites)}
         program = compile_adapter(written.config, tensors, sites)
-        return evaluate.adapted_copy(model, program)(token_ids).logits
+        return _load("adapted_copy").adapted_copy(evaluate, model, program)(token_ids).logits
 
     return logits
 

@@ -7,7 +7,6 @@ Legend: T tokens, I in features, O out features.
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -21,7 +20,6 @@ from transformers.pytorch_utils import Conv1D
 
 from timbre_methods.contract import Site
 from timbre_methods.program import (
-    AdapterProgram,
     Block,
     Circulant,
     Dense,
@@ -35,7 +33,7 @@ from timbre_methods.program import (
     Spectral,
     TokenRows,
 )
-from timbre_methods.routing import Routed, RoutedBlock
+from timbre_methods.routing import Routed, RoutedBlock, Router
 
 
 def _load(name: str) -> ModuleType:
@@ -51,6 +49,18 @@ def _load(name: str) -> ModuleType:
 
 gates, spectra = _load("gates"), _load("spectra")
 
+CHOSEN: dict[Router, Tensor] = {}
+"""The gates [N, E] that blocks have chosen for the rows in them (`adapted_copy`)."""
+
+
+def block_sites(model: nn.Module) -> dict[str, Site]:
+    """The MLPs of the model."""
+    width = model.config.hidden_size
+    empty = torch.empty(width, width, device="meta")
+    return {
+        path: Site(path, empty, None, "block") for path, _ in model.named_modules() if path.endswith(".mlp")
+    }
+
 
 def linear_sites(model: nn.Module) -> dict[str, Site]:
     """The model's linear layers as sites, `Conv1D` transposed."""
@@ -63,8 +73,8 @@ def linear_sites(model: nn.Module) -> dict[str, Site]:
 
 
 def all_sites(model: nn.Module) -> dict[str, Site]:
-    """The linear layers, the embedding of tokens and the norms."""
-    sites = linear_sites(model)
+    """The linear layers, the embedding of tokens, the norms and the MLPs."""
+    sites = linear_sites(model) | block_sites(model)
     for path, module in model.named_modules():
         if is_embedding(path):
             sites[path] = Site(path, module.weight.detach().T, None, "embedding", is_transposed=True)
@@ -134,15 +144,17 @@ def change(part: Part, x_TI: Tensor, y0_TO: Tensor) -> Tensor:
 
 
 def routed(part: Routed, x_TI: Tensor, y0_TO: Tensor) -> Tensor:
-    """Expert after expert. Without the block around the site, each has gate 1."""
-    gates_TE = torch.ones(len(x_TI), len(part.experts), dtype=x_TI.dtype)
-    if not part.from_block:
-        gates_TE = gates.gates(part.router, x_TI)
-    total_TO = torch.zeros_like(y0_TO)
-    for gate_T, expert in zip(gates_TE.T, part.experts, strict=True):
+    """Expert after expert. Without a block around the site that has chosen, each has gate 1."""
+    x_NI, y0_NO = x_TI.flatten(0, -2), y0_TO.flatten(0, -2)
+    if part.from_block:
+        gates_NE = CHOSEN.get(part.router, torch.ones(len(x_NI), len(part.experts))).to(x_NI.dtype)
+    else:
+        gates_NE = gates.gates(part.router, x_NI)
+    total_NO = torch.zeros_like(y0_NO)
+    for gate_N, expert in zip(gates_NE.T, part.experts, strict=True):
         for inner in expert:
-            total_TO = total_TO + gate_T[:, None] * change(inner, x_TI, y0_TO)
-    return total_TO
+            total_NO = total_NO + gate_N[:, None] * change(inner, x_NI, y0_NO)
+    return total_NO.view_as(y0_TO)
 
 
 def projected(part: Projected, x_TI: Tensor) -> Tensor:
@@ -232,64 +244,3 @@ def block_gates(parts: tuple[Part, ...], x_TI: Tensor) -> Tensor:
     (part,) = parts
     assert isinstance(part, RoutedBlock)
     return gates.gates(part.router, x_TI)
-
-
-class AdaptedLinear(nn.Module):
-    """A layer of the base with an adapter's parts; they act in float32 and are rounded once."""
-
-    def __init__(self, base: nn.Module, parts: tuple[Part, ...]) -> None:
-        super().__init__()
-        self.base = base
-        self.parts = parts
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = apply_parts(self.parts, x.float(), lambda v: self.base(v.to(x.dtype)).float())
-        return y.to(x.dtype)
-
-
-class AdaptedEmbedding(nn.Module):
-    """An embedding with an adapter's parts, which act on one-hot rows before the base's scale."""
-
-    def __init__(self, base: nn.Module, parts: tuple[Part, ...]) -> None:
-        super().__init__()
-        self.base = base
-        self.weight = base.weight
-        self.parts = parts
-
-    def forward(self, token_ids: Tensor) -> Tensor:
-        y0 = self.base(token_ids)
-        one_hot = nn.functional.one_hot(token_ids, len(self.weight)).float()
-        scale = float(getattr(self.base, "embed_scale", 1.0))
-        y = y0.float()
-        for part in self.parts:
-            y = y + scale * change(part, one_hot, y0.float() / scale)
-        return y.to(y0.dtype)
-
-
-class AdaptedNorm(nn.Module):
-    """A norm with an adapter's parts, which act on the normalised input."""
-
-    def __init__(self, base: nn.Module, parts: tuple[Part, ...]) -> None:
-        super().__init__()
-        self.base = base
-        self.parts = parts
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide, y = x.float(), self.base(x)
-        epsilon = getattr(self.base, "variance_epsilon", None) or self.base.eps
-        if isinstance(self.base, nn.LayerNorm):
-            wide = wide - wide.mean(-1, keepdim=True)
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
-        return (y.float() + sum(change(part, normed, y.float()) for part in self.parts)).to(y.dtype)
-
-
-def adapted_copy(model: nn.Module, program: AdapterProgram) -> nn.Module:
-    """A copy of the model that computes what the program says; the model itself stays as it is."""
-    adapted = copy.deepcopy(model)
-    for path, parts in program.sites.items():
-        parent, _, name = path.rpartition(".")
-        holder = adapted.get_submodule(parent)
-        base = getattr(holder, name)
-        wrapper = AdaptedEmbedding if is_embedding(path) else AdaptedNorm if is_norm(base) else AdaptedLinear
-        setattr(holder, name, wrapper(base, parts))
-    return adapted
