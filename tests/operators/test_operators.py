@@ -89,10 +89,13 @@ def test_a_bound_operator_gives_each_row_the_weighted_sum_of_meanings(
     in_features, first_out = shape
     generator = torch.Generator().manual_seed(len(name) * 1000 + len(crowd) + in_features)
     members = (first_out, first_out // 2 + 1)
-    # The second member is adapted by only some of the adapters.
+    # The second member is adapted by only some of the adapters. Adapter 0 has two parts wherever it acts.
     uses: Uses[Any] = [
-        {slot: [random_part(operator, in_features, members[0], generator)] for slot in range(4)},
-        {slot: [random_part(operator, in_features, members[1], generator)] for slot in (0, 3)},
+        {
+            slot: [random_part(operator, in_features, out, generator) for _ in range(2 if slot == 0 else 1)]
+            for slot in slots
+        }
+        for out, slots in zip(members, (range(4), (0, 3)), strict=True)
     ]
     table = RowTable(CROWDS[crowd])
     x_TI = torch.randn(table.num_rows, in_features, generator=generator)
