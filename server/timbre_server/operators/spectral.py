@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from timbre_methods.program import Places, Spectral
-from timbre_server.operators.block_diagonal import BlockDiagonal, Csr, csr
+from timbre_server.operators.block_diagonal import BlockDiagonal, Csr, csr, pooled_bytes
 from timbre_server.operators.contract import Bound, Change, Meaning, Operator, Uses
+from timbre_server.operators.pooling import PoolRoom
 from timbre_server.operators.row_table import RowTable, Segment
 from timbre_server.operators.transforms import Transform, transform
 
@@ -54,19 +55,24 @@ class SpectralOperator(Operator[Spectral]):
                 for part in parts_by_slot.get(slot, ()):
                     own = by_name.setdefault(_name(part.places), [{} for _ in uses])
                     own[member].setdefault(slot, []).append(part)
-        bounds = [self._bind_transform(own, table) for own in by_name.values()]
+        room = PoolRoom()
+        bounds = [self._bind_transform(own, table, room) for own in by_name.values()]
         return bounds[0] if len(bounds) == 1 else _BoundTransforms(bounds)
 
-    def _bind_transform(self, uses: Uses[Spectral], table: RowTable) -> _BoundTransform:
+    def _bind_transform(self, uses: Uses[Spectral], table: RowTable, room: PoolRoom) -> _BoundTransform:
         """``uses`` all have the same transform."""
         rows_U, segments = table.compact({slot for parts_by_slot in uses for slot in parts_by_slot})
         num_rows = table.num_rows if rows_U is None else len(rows_U)
-        members = [self._bind_member(parts, segments, num_rows) for parts in uses]
+        members = [self._bind_member(parts, segments, num_rows, room) for parts in uses]
         places = next(part.places for parts in uses for own in parts.values() for part in own)
         return _BoundTransform(rows_U, self._transform(places, places.in_features, table.device), members)
 
     def _bind_member(
-        self, parts_by_slot: Mapping[int, Sequence[Spectral]], segments: Sequence[Segment], num_rows: int
+        self,
+        parts_by_slot: Mapping[int, Sequence[Spectral]],
+        segments: Sequence[Segment],
+        num_rows: int,
+        room: PoolRoom,
     ) -> _Member | None:
         """``segments`` count rows among the ``num_rows`` that use the transform."""
         cores: list[_Alone | _Pool] = []
@@ -77,10 +83,11 @@ class SpectralOperator(Operator[Spectral]):
                 device = part.c_N.device
                 outer = outer or self._transform(part.places, part.places.out_features, device)
                 pattern = self._pattern(part.places, device)
-                if len(segment.rows_N) >= MIN_ROWS_ALONE:
-                    cores.append(_Alone.of(pattern, segment, part.c_N))
-                else:
+                count = len(segment.rows_N)
+                if count < MIN_ROWS_ALONE and room.take(count * pattern.pooled_bytes):
                     pooled.append((segment, pattern, part.c_N))
+                else:
+                    cores.append(_Alone.of(pattern, segment, part.c_N, room))
         if outer is None:
             return None
         if pooled:
@@ -138,7 +145,15 @@ class _Pattern:
 
     def values(self, c_N: Tensor) -> Tensor:
         """The matrix's values, of one adapter or, with leading dimensions, of several."""
-        return c_N.index_select(-1, self.source) * self.factor
+        return c_N.index_select(-1, self.source).mul_(self.factor)
+
+    def matrix(self, c_N: Tensor) -> Tensor:
+        return csr(self.row_ends, self.columns, self.values(c_N), self.shape)
+
+    @property
+    def pooled_bytes(self) -> int:
+        """Of one pair."""
+        return pooled_bytes(len(self.columns), self.shape)
 
     def repeated(self, pairs: int) -> tuple[Tensor, Tensor]:
         """Row ends and columns of the pattern once for each pair."""
@@ -151,19 +166,23 @@ class _Pattern:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Alone:
-    """One adapter with many rows: its core, applied to all of them at once."""
+    """One adapter by itself: its core, applied to all of its rows at once; made anew each time where there
+    is no room to keep it."""
 
+    pattern: _Pattern
     segment: Segment
-    matrix: Tensor
+    c_N: Tensor
+    kept: Tensor | None
 
     @staticmethod
-    def of(pattern: _Pattern, segment: Segment, c_N: Tensor) -> _Alone:
-        matrix = csr(pattern.row_ends, pattern.columns, pattern.values(c_N), pattern.shape)
-        return _Alone(segment, matrix)
+    def of(pattern: _Pattern, segment: Segment, c_N: Tensor, room: PoolRoom) -> _Alone:
+        kept = pattern.matrix(c_N) if room.take(pattern.factor.nbytes) else None
+        return _Alone(pattern, segment, c_N, kept)
 
     def add(self, z_UC: Tensor, h_UC: Tensor) -> None:
         index = self.segment.index
-        h_CN = self.matrix @ z_UC[index].T.contiguous()
+        matrix = self.pattern.matrix(self.c_N) if self.kept is None else self.kept
+        h_CN = matrix @ z_UC[index].T.contiguous()
         h_UC[index] += h_CN.T * self.segment.weights_N.unsqueeze(1)
 
 
