@@ -51,3 +51,30 @@ def test_adapters_of_one_basis_run_as_each_alone(name: str, is_mixed: bool) -> N
         meaning = operator.meaning(replace(parts[0], c_N=c_N), x_TI[row : row + 1], torch.zeros(1, 20))
         expected = meaning.change_TO
         torch.testing.assert_close(change.values_NO[row : row + 1], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_pattern_is_laid_out_once_for_all_and_for_no_longer_than_it_is_used() -> None:
+    generator = torch.Generator().manual_seed(11)
+    rows, columns = (torch.randint(0, size, (40,), generator=generator) for size in (20, 12))
+    places = Places("dft", 20, 12, rows, columns)
+    parts = {slot: [Spectral(torch.randn(40, generator=generator), places)] for slot in range(6)}
+    operator = SpectralOperator()
+    wide, narrow = (RowTable([Span(1, ((slot, 1.0),)) for slot in range(count)]) for count in (6, 2))
+
+    bounds = [operator.bind([parts], table) for table in (wide, wide, narrow)]
+    pattern = operator._pattern(places, torch.device("cpu"))
+    assert pattern.latest is not None
+    laid_out = pattern.latest()
+    assert laid_out is not None
+    assert (laid_out.pairs, len(laid_out.columns)) == (6, 6 * 2 * 40)
+    assert pattern.laid_out(6) is laid_out
+
+    x_TI = torch.randn(6, 12, generator=generator)
+    [[change], [again], [first]] = [
+        own for bound, rows in zip(bounds, (6, 6, 2), strict=True) for own in bound.sums(x_TI[:rows])
+    ]
+    assert torch.equal(again.values_NO, change.values_NO)
+    torch.testing.assert_close(first.values_NO, change.values_NO[:2])
+
+    del laid_out, bounds
+    assert pattern.latest() is None

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -123,8 +123,8 @@ class _Pattern:
     source: Tensor
     factor: Tensor
     shape: tuple[int, int]
-    laid_out: tuple[int, Tensor, Tensor] | None = None
-    """The pattern laid along a diagonal, so many times; fewer times is a prefix of it."""
+    latest: ref[_LaidOut] | None = None
+    """What binds share as long as one of them uses it."""
 
     @staticmethod
     def of(places: Places, inner: Transform, outer: Transform, device: torch.device) -> _Pattern:
@@ -138,7 +138,7 @@ class _Pattern:
         return _Pattern(
             row_ends.to(device, torch.int32),
             columns[order].to(device, torch.int32),
-            (order // rows_NE.shape[1]).to(device),
+            (order // rows_NE.shape[1]).to(device, torch.int32),
             factor[order].to(device, torch.float32),
             shape,
         )
@@ -155,13 +155,23 @@ class _Pattern:
         """Of one pair."""
         return pooled_bytes(len(self.columns), self.shape)
 
-    def repeated(self, pairs: int) -> tuple[Tensor, Tensor]:
-        """Row ends and columns of the pattern once for each pair."""
-        if self.laid_out is None or self.laid_out[0] < pairs:
-            laid_out = BlockDiagonal.repeated(self.row_ends, self.columns, pairs, self.shape)
-            self.laid_out = pairs, *laid_out
-        _, row_ends, columns = self.laid_out
-        return row_ends[: pairs * self.shape[0] + 1], columns[: pairs * len(self.columns)]
+    def laid_out(self, pairs: int) -> _LaidOut:
+        """For so many pairs or more."""
+        known = None if self.latest is None else self.latest()
+        if known is None or known.pairs < pairs:
+            repeated = BlockDiagonal.repeated(self.row_ends, self.columns, pairs, self.shape)
+            known = _LaidOut(pairs, *repeated)
+            self.latest = ref(known)
+        return known
+
+
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class _LaidOut:
+    """A pattern along a diagonal, once for each pair: a prefix is that of fewer pairs."""
+
+    pairs: int
+    row_ends: Tensor
+    columns: Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -193,27 +203,33 @@ class _Pool:
     rows_P: Tensor
     is_every_row: bool
     cores: BlockDiagonal
+    laid_out: _LaidOut | None
+    """What its indices are a prefix of, for later binds to find."""
 
     @staticmethod
     def of(uses: Sequence[tuple[Segment, _Pattern, Tensor]], num_rows: int) -> _Pool:
         rows_P = torch.cat([segment.rows_N for segment, _, _ in uses])
         is_every_row = torch.equal(rows_P, torch.arange(num_rows, device=rows_P.device))
         first = uses[0][1]
-        is_one_pattern = all(pattern is first for _, pattern, _ in uses)
-        return _Pool(rows_P, is_every_row, (_repeated if is_one_pattern else _stacked)(uses))
+        if any(pattern is not first for _, pattern, _ in uses):
+            return _Pool(rows_P, is_every_row, _stacked(uses), None)
+        laid_out = first.laid_out(len(rows_P))
+        return _Pool(rows_P, is_every_row, _repeated(uses, laid_out), laid_out)
 
     def add(self, z_UC: Tensor, h_UC: Tensor) -> None:
         h_UC.index_add_(0, self.rows_P, self.cores(z_UC[self.rows_P]))
 
 
-def _repeated(uses: Sequence[tuple[Segment, _Pattern, Tensor]]) -> BlockDiagonal:
+def _repeated(uses: Sequence[tuple[Segment, _Pattern, Tensor]], laid_out: _LaidOut) -> BlockDiagonal:
     """One pattern for all: only values are made."""
     pattern = uses[0][1]
     weights_P = torch.cat([segment.weights_N for segment, _, _ in uses])
     repeats = torch.tensor([len(segment.rows_N) for segment, _, _ in uses], device=weights_P.device)
     c_PN = torch.stack([c_N for _, _, c_N in uses]).repeat_interleave(repeats, 0) * weights_P.unsqueeze(1)
     values, pairs = pattern.values(c_PN).flatten(), len(weights_P)
-    return BlockDiagonal(*pattern.repeated(pairs), values, pairs=pairs, shape=pattern.shape)
+    row_ends = laid_out.row_ends[: pairs * pattern.shape[0] + 1]
+    columns = laid_out.columns[: pairs * len(pattern.columns)]
+    return BlockDiagonal(row_ends, columns, values, pairs=pairs, shape=pattern.shape)
 
 
 def _stacked(uses: Sequence[tuple[Segment, _Pattern, Tensor]]) -> BlockDiagonal:
