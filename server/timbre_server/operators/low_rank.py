@@ -1,8 +1,9 @@
 """`LowRank`: ``y += B (A x)``, for rows with different A, B and ranks.
 
-An adapter with several rows gets two matrix products of its own. The others (decode: a row or two each)
-run as (row, adapter) pairs in batched products, one batch for each rank that occurs: ranks are never
-padded, and a mix is more than one pair of a row. Members of a group share the shrink, their A stacked.
+An adapter with several rows, or without room for copies, gets two matrix products of its own. The others
+(decode: a row or two each) run as (row, adapter) pairs in batched products, one batch for each rank that
+occurs: ranks are never padded, and a mix is more than one pair of a row. Members of a group share the shrink,
+their A stacked.
 `routed` runs the same blocks with a gate for each row and rank.
 
 Legend: T rows of the batch, N rows of one adapter, P pairs, I in, O out, R ranks of one adapter at all
@@ -20,6 +21,7 @@ from torch.nn.functional import linear
 
 from timbre_methods.program import LowRank
 from timbre_server.operators.contract import Bound, Change, Meaning, Operator, Uses
+from timbre_server.operators.pooling import PoolRoom
 from timbre_server.operators.row_table import RowTable, Segment
 
 MIN_ROWS_ALONE = 4
@@ -40,16 +42,18 @@ def low_rank_blocks(
     uses: Uses[LowRank], table: RowTable, kind_of: Callable[[int], Hashable] = lambda slot: None
 ) -> list[Alone | Pairs]:
     """All rows and factors in blocks; adapters of one block are of one kind, by slot."""
+    room = PoolRoom()
     alone: list[Alone] = []
     pairs: dict[Hashable, list[tuple[Segment, _Factors]]] = {}
     for segment in table.segments:
         factors = _factors(uses, segment.slot)
         if factors is None:
             continue
-        if len(segment.rows_N) >= MIN_ROWS_ALONE:
-            alone.append(Alone(segment, factors))
-        else:
+        count = len(segment.rows_N)
+        if count < MIN_ROWS_ALONE and room.take(count * factors.nbytes):
             pairs.setdefault((factors.ranks, kind_of(segment.slot)), []).append((segment, factors))
+        else:
+            alone.append(Alone(segment, factors))
     return [*alone, *(Pairs.of(own, table) for own in pairs.values())]
 
 
@@ -60,6 +64,10 @@ class _Factors:
     a_RI: Tensor
     b_RO: tuple[Tensor | None, ...]
     ranks: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return self.a_RI.nbytes + sum(b.nbytes for b in self.b_RO if b is not None)
 
     def expand(self, z_NR: Tensor) -> list[Tensor | None]:
         """Each member's own ranks through its own B; works on a batch of adapters as well."""
@@ -86,7 +94,7 @@ def _joined(blocks: Sequence[Tensor]) -> Tensor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Alone:
-    """One adapter with several rows."""
+    """One adapter by itself."""
 
     segment: Segment
     factors: _Factors
