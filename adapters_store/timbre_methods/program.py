@@ -47,7 +47,8 @@ class Places:
     ``columns_N[k]`` with the output frequency ``rows_N[k]``, int64. Equal places add.
 
     Places drawn from a seed are shared by all adapters of equal seed and shape. ``is_own``: they come from
-    one adapter's file, and their bytes are its own. They stay on the CPU, wherever the adapters are.
+    one adapter's file, and their bytes are its own; of `dct` and `hartley` alone. They stay on the CPU,
+    wherever the adapters are.
     ``low_pass`` is the filter of ``dwt``, of even length, and empty for the others.
     """
 
@@ -256,7 +257,8 @@ class AdapterProgram:
     @property
     def prepared_bytes(self) -> int:
         """Bytes that this adapter alone needs in memory; exact on the meta device too."""
-        return sum(tensor.nbytes for _, part in self.placed_parts() for tensor in owned_tensors(part))
+        tensors = sum(tensor.nbytes for _, part in self.placed_parts() for tensor in owned_tensors(part))
+        return tensors + sum(pattern_bytes(part) for _, part in self.placed_parts())
 
     @property
     def shared_bytes(self) -> dict[int, int]:
@@ -285,3 +287,11 @@ def owned_tensors(part: AnyPart | Router) -> Iterator[Tensor]:
             yield from owned_tensors(value)
     if isinstance(part, Routed):
         yield from (t for expert in part.experts for inner in expert for t in owned_tensors(inner))
+
+
+def pattern_bytes(part: AnyPart) -> int:
+    """What operators keep beside own places: S as a sparse matrix of half spectra, three numbers of 32 bits
+    for each coefficient and one for each row's end."""
+    inner = [each for expert in part.experts for each in expert] if isinstance(part, Routed) else [part]
+    own = [each.places for each in inner if isinstance(each, Spectral) and each.places.is_own]
+    return sum(4 * (3 * len(each.rows_N) + 2 * (each.out_features // 2 + 1) + 1) for each in own)

@@ -13,7 +13,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from timbre_methods.contract import Site
-from timbre_methods.program import AdapterProgram, Projected, owned_tensors
+from timbre_methods.program import AdapterProgram, Projected, owned_tensors, pattern_bytes
 from timbre_methods.registry import methods, sites_of
 from timbre_server.adapters.derivation import write_derived
 from timbre_server.adapters.loader import AdapterLoader
@@ -103,7 +103,8 @@ def test_a_loaded_adapter_holds_exactly_its_own_bytes_and_needs_its_file_no_more
 
     assert all(torch.equal(tensor, kept) for tensor, kept in zip(tensors, before, strict=True))
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    assert sum(storages.values()) == record.manifest.prepared_bytes
+    patterns = sum(pattern_bytes(part) for _, part in program.placed_parts())
+    assert sum(storages.values()) + patterns == record.manifest.prepared_bytes
 
 
 @pytest.mark.parametrize("method", ["vera", "pvera", "randlora", "lorta"])

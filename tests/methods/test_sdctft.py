@@ -118,10 +118,13 @@ def test_places_outside_the_layer_are_refused(site: Callable[..., Site]) -> None
     check_adapter(turned, adapter([1.0], [0], [5]), {PATH: site()})
 
 
-def test_places_that_only_one_adapter_has_count_as_its_own(site: Callable[..., Site]) -> None:
+def test_places_that_only_one_adapter_has_count_as_its_own_with_what_is_kept_of_them(
+    site: Callable[..., Site],
+) -> None:
     method, tensors = method_for(raw()), adapter(VALUES, ROWS, COLUMNS)
     program: AdapterProgram = method.compile(method.parse(raw()), tensors, {PATH: site()})
-    assert program.prepared_bytes == 5 * (4 + 8 + 8)
+    # A coefficient, its row and column; its column, source and factor in the operator; 8 coordinates' ends.
+    assert program.prepared_bytes == 5 * (4 + 8 + 8) + 5 * (4 + 4 + 4) + 4 * (8 + 1)
 
 
 @pytest.mark.parametrize(("key", "value"), [("transform", "dct"), ("transform", None), ("scale", "1")])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from types import ModuleType
+from collections.abc import Callable, Iterator, Sequence
+from types import FunctionType, ModuleType
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from timbre_methods.program import Part, owned_tensors
+from timbre_server.operators import pooling
 from timbre_server.operators.catalogue import all_operators
 from timbre_server.operators.contract import Change, Operator, OwnProduct, Uses
 from timbre_server.operators.row_table import RowTable, Span
@@ -79,22 +80,23 @@ def summed(changes: Sequence[Change | None], like: Tensor) -> Tensor:
     return total
 
 
-@pytest.mark.parametrize("shape", [(16, 24), (15, 9), (32, 32), (8, 27)], ids=str)
-@pytest.mark.parametrize("crowd", CROWDS)
-@pytest.mark.parametrize("name", OPERATORS)
-def test_a_bound_operator_gives_each_row_the_weighted_sum_of_meanings(
-    name: str, crowd: str, shape: tuple[int, int], random_part: RandomPart
+def check_against_meaning(
+    operator: Operator[Any],
+    table: RowTable,
+    shape: tuple[int, int],
+    random_part: RandomPart,
+    generator: torch.Generator,
 ) -> None:
-    operator = OPERATORS[name]
     in_features, first_out = shape
-    generator = torch.Generator().manual_seed(len(name) * 1000 + len(crowd) + in_features)
     members = (first_out, first_out // 2 + 1)
-    # The second member is adapted by only some of the adapters.
+    # The second member is adapted by only some of the adapters. Adapter 0 has two parts wherever it acts.
     uses: Uses[Any] = [
-        {slot: [random_part(operator, in_features, members[0], generator)] for slot in range(4)},
-        {slot: [random_part(operator, in_features, members[1], generator)] for slot in (0, 3)},
+        {
+            slot: [random_part(operator, in_features, out, generator) for _ in range(2 if slot == 0 else 1)]
+            for slot in slots
+        }
+        for out, slots in zip(members, (range(4), (0, 3)), strict=True)
     ]
-    table = RowTable(CROWDS[crowd])
     x_TI = torch.randn(table.num_rows, in_features, generator=generator)
     outputs = [torch.randn(table.num_rows, out, generator=generator) for out in members]
     weights = [torch.randn(out, in_features, generator=generator) / 4 for out in members]
@@ -116,6 +118,73 @@ def test_a_bound_operator_gives_each_row_the_weighted_sum_of_meanings(
             torch.testing.assert_close(input_change[rows], expected[0], atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(change[rows], expected[1], atol=1e-4, rtol=1e-4)
             row += span.num_rows
+
+
+@pytest.mark.parametrize("shape", [(16, 24), (15, 9), (32, 32), (8, 27)], ids=str)
+@pytest.mark.parametrize("crowd", CROWDS)
+@pytest.mark.parametrize("name", OPERATORS)
+def test_a_bound_operator_gives_each_row_the_weighted_sum_of_meanings(
+    name: str, crowd: str, shape: tuple[int, int], random_part: RandomPart
+) -> None:
+    generator = torch.Generator().manual_seed(len(name) * 1000 + len(crowd) + shape[0])
+    check_against_meaning(OPERATORS[name], RowTable(CROWDS[crowd]), shape, random_part, generator)
+
+
+@pytest.mark.parametrize("room", [0, 3000])
+@pytest.mark.parametrize("crowd", ["distinct", "uniform with base rows", "mixes"])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_with_room_for_no_copies_or_few_the_numbers_are_the_same(
+    name: str, crowd: str, room: int, random_part: RandomPart, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pooling, "MAX_POOLED_BYTES", room)
+    generator = torch.Generator().manual_seed(room + len(name) + len(crowd))
+    check_against_meaning(OPERATORS[name], RowTable(CROWDS[crowd]), (16, 24), random_part, generator)
+
+
+def held_by(bound: object, seen: set[int]) -> Iterator[Tensor]:
+    """All tensors that a bound operator keeps."""
+    if id(bound) in seen or isinstance(bound, type | str | int | float | None):
+        return
+    seen.add(id(bound))
+    if isinstance(bound, Tensor):
+        is_sparse = bound.layout == torch.sparse_csr
+        yield from (bound.crow_indices(), bound.col_indices(), bound.values()) if is_sparse else (bound,)
+        return
+    if isinstance(bound, FunctionType):
+        inside = [cell.cell_contents for cell in bound.__closure__ or ()]
+    elif isinstance(bound, dict):
+        inside = list(bound.values())
+    elif isinstance(bound, list | tuple):
+        inside = list(bound)
+    else:
+        names = [name for kind in type(bound).__mro__ for name in getattr(kind, "__slots__", ())]
+        inside = [getattr(bound, name, None) for name in names] + list(
+            getattr(bound, "__dict__", {}).values()
+        )
+    for each in inside:
+        yield from held_by(each, seen)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_without_room_a_bind_copies_nothing_for_each_row(
+    name: str, random_part: RandomPart, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pooling, "MAX_POOLED_BYTES", 0)
+    operator = OPERATORS[name]
+    generator = torch.Generator().manual_seed(9)
+    parts = {slot: [random_part(operator, 128, 256, generator) for _ in range(2)] for slot in range(8)}
+
+    def held_bytes(rows: int) -> int:
+        bound = operator.bind([parts], RowTable([Span(rows, ((slot, 1.0),)) for slot in parts]))
+        storages = {
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+            for tensor in held_by(bound, set())
+        }
+        return sum(storages.values())
+
+    # A few numbers for each row and part: which row it is, with what weight, where its input lies.
+    uses_more = (3 - 1) * sum(len(own) for own in parts.values())
+    assert held_bytes(3) - held_bytes(1) <= 64 * uses_more
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])

@@ -104,11 +104,21 @@ def test_adapters_that_share_a_basis_get_their_own_cores(kind: str, crowd: str) 
     check(parts(kind, 4, generator), crowd, generator)
 
 
-@pytest.mark.parametrize("kind", ["randlora wide", "randlora tall", "everything"])
+@pytest.mark.parametrize("kind", ["randlora wide", "randlora tall", "everything", "sparse"])
 def test_large_inputs_are_worked_through_in_pieces(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(projected, "MAX_CELLS", 2 * BLOCKS * max(IN, *OUTS) + 1)
+    # Two rows of vectors at once, or of the places of a core.
+    cells = 2 * BLOCKS * max(IN, *OUTS) + 1 if kind != "sparse" else 25
+    monkeypatch.setattr(projected, "MAX_CELLS", cells)
+    scattered, sizes = projected._scattered, []
+
+    def noted(part: Projected, z_CNP: Tensor) -> Tensor:
+        sizes.append(len(z_CNP) * len(part.core))
+        return scattered(part, z_CNP)
+
+    monkeypatch.setattr(projected, "_scattered", noted)
     generator = torch.Generator().manual_seed(7)
     check(parts(kind, 4, generator), "prefill beside decode", generator)
+    assert max(sizes, default=0) <= cells
 
 
 def test_several_forms_and_bases_at_one_site_sum() -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from timbre_methods.program import Places, Spectral
+from timbre_methods.program import Places, Spectral, pattern_bytes
 from timbre_server.operators.row_table import RowTable, Span
 from timbre_server.operators.spectral import SpectralOperator
 
@@ -51,3 +51,43 @@ def test_adapters_of_one_basis_run_as_each_alone(name: str, is_mixed: bool) -> N
         meaning = operator.meaning(replace(parts[0], c_N=c_N), x_TI[row : row + 1], torch.zeros(1, 20))
         expected = meaning.change_TO
         torch.testing.assert_close(change.values_NO[row : row + 1], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_pattern_is_laid_out_once_for_all_and_for_no_longer_than_it_is_used() -> None:
+    generator = torch.Generator().manual_seed(11)
+    rows, columns = (torch.randint(0, size, (40,), generator=generator) for size in (20, 12))
+    places = Places("dft", 20, 12, rows, columns)
+    parts = {slot: [Spectral(torch.randn(40, generator=generator), places)] for slot in range(6)}
+    operator = SpectralOperator()
+    wide, narrow = (RowTable([Span(1, ((slot, 1.0),)) for slot in range(count)]) for count in (6, 2))
+
+    bounds = [operator.bind([parts], table) for table in (wide, wide, narrow)]
+    pattern = operator._pattern(places, torch.device("cpu"))
+    assert pattern.latest is not None
+    laid_out = pattern.latest()
+    assert laid_out is not None
+    assert (laid_out.pairs, len(laid_out.columns)) == (6, 6 * 2 * 40)
+    assert pattern.laid_out(6) is laid_out
+
+    x_TI = torch.randn(6, 12, generator=generator)
+    [[change], [again], [first]] = [
+        own for bound, rows in zip(bounds, (6, 6, 2), strict=True) for own in bound.sums(x_TI[:rows])
+    ]
+    assert torch.equal(again.values_NO, change.values_NO)
+    torch.testing.assert_close(first.values_NO, change.values_NO[:2])
+
+    del laid_out, bounds
+    assert pattern.latest() is None
+
+
+@pytest.mark.parametrize("name", ["dct", "hartley"])
+@pytest.mark.parametrize("out_features", [20, 21])
+def test_what_is_kept_of_an_adapters_own_places_is_what_counts(name: str, out_features: int) -> None:
+    index_N, values_N = torch.tensor([0, 3, 11, 3, 7]), torch.ones(5)
+    places = Places(name, out_features, 12, index_N, index_N, is_own=True)
+    pattern = SpectralOperator()._pattern(places, torch.device("cpu"))
+    kept = (pattern.row_ends, pattern.columns, pattern.source, pattern.factor)
+    assert sum(tensor.untyped_storage().nbytes() for tensor in kept) == pattern_bytes(
+        Spectral(values_N, places)
+    )
+    assert pattern_bytes(Spectral(values_N, replace(places, is_own=False))) == 0

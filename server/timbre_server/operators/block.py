@@ -1,7 +1,7 @@
 """`Block`: a dense block on some input channels, ``y += S x[index]``, or output ones, ``y[index] += S x``.
 
-An adapter with several rows, or with a block too large to be worth copying, gets one product of its own.
-Small blocks of equal shape run as (row, adapter) pairs in one batched product.
+An adapter with several rows, or with a block too large to be worth copying or for the room that is left,
+gets one product of its own. Small blocks of equal shape run as (row, adapter) pairs in one batched product.
 
 Legend: T rows of the batch, P pairs, I in, O out, N channels of a block.
 """
@@ -17,6 +17,7 @@ from torch.nn.functional import linear
 
 from timbre_methods.program import Block
 from timbre_server.operators.contract import Bound, Change, Meaning, Operator, Uses
+from timbre_server.operators.pooling import PoolRoom
 from timbre_server.operators.row_table import RowTable, Segment
 
 MIN_ROWS_ALONE = 4
@@ -35,7 +36,8 @@ class BlockOperator(Operator[Block]):
         return Meaning(change_TO=change_TO)
 
     def bind(self, uses: Uses[Block], table: RowTable) -> Bound:
-        return _BoundBlock([_bind_member(parts, table) for parts in uses])
+        room = PoolRoom()
+        return _BoundBlock([_bind_member(parts, table, room) for parts in uses])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,15 +86,19 @@ class _Pool:
         return Change(z, self.rows_P)
 
 
-def _bind_member(parts_by_slot: Mapping[int, Sequence[Block]], table: RowTable) -> list[_Alone | _Pool]:
+def _bind_member(
+    parts_by_slot: Mapping[int, Sequence[Block]], table: RowTable, room: PoolRoom
+) -> list[_Alone | _Pool]:
     bound: list[_Alone | _Pool] = []
     pooled: dict[tuple[str, tuple[int, ...]], list[tuple[Segment, Block]]] = {}
     for segment in table.segments:
         for part in parts_by_slot.get(segment.slot, ()):
-            if len(segment.rows_N) >= MIN_ROWS_ALONE or part.block.numel() > MAX_POOLED_VALUES:
-                bound.append(_Alone(segment, part))
-            else:
+            count = len(segment.rows_N)
+            is_small = count < MIN_ROWS_ALONE and part.block.numel() <= MAX_POOLED_VALUES
+            if is_small and room.take(count * (part.block.nbytes + part.index_N.nbytes)):
                 pooled.setdefault((part.side, tuple(part.block.shape)), []).append((segment, part))
+            else:
+                bound.append(_Alone(segment, part))
     return bound + [_Pool.of(pairs) for pairs in pooled.values()]
 
 

@@ -34,6 +34,11 @@ def csr(row_ends: Tensor, columns_Z: Tensor, values_Z: Tensor, shape: tuple[int,
         )
 
 
+def pooled_bytes(non_zeros: int, shape: tuple[int, int]) -> int:
+    """What one pair takes in a `BlockDiagonal`: its matrix, its input and its output."""
+    return 8 * non_zeros + 4 * (2 * shape[0] + shape[1])
+
+
 class BlockDiagonal:
     """Sparse matrices [O, I] of P pairs, applied to P inputs at once."""
 

@@ -2,7 +2,8 @@
 
 The input's pieces are transformed once for all adapters of equal block size and every member of the group,
 products of all adapters add up as spectra, and each member's sums are transformed back once. An adapter with
-several rows gets one product for each frequency; the others run as (row, adapter) pairs in one batched one.
+several rows, or without room for copies, gets one product for each frequency; the others run as
+(row, adapter) pairs in one batched one.
 
 Legend: T rows of the batch, U rows that use one block size b, P pairs, I in, O out, K = b/2 + 1 frequencies,
 N = I/b and M = O/b pieces.
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from timbre_methods.program import Circulant
 from timbre_server.operators.contract import Bound, Change, Meaning, Operator, Uses
+from timbre_server.operators.pooling import PoolRoom
 from timbre_server.operators.row_table import RowTable, Segment
 
 MIN_ROWS_ALONE = 4
@@ -40,14 +42,15 @@ class CirculantOperator(Operator[Circulant]):
             for slot in table.slots:
                 for part in parts_by_slot.get(slot, ()):
                     slots_by_size.setdefault(part.block_size, set()).add(slot)
+        room = PoolRoom()
         return _BoundCirculant(
-            len(uses), [_bind_size(b, uses, table, slots) for b, slots in slots_by_size.items()]
+            len(uses), [_bind_size(b, uses, table, slots, room) for b, slots in slots_by_size.items()]
         )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Alone:
-    """One adapter with several rows."""
+    """One adapter by itself."""
 
     segment: Segment
     g_KNM: Tensor
@@ -98,13 +101,13 @@ class _BlockSize:
         return [None if member is None else self.change(member, z_UKN) for member in self.members]
 
 
-def _bind_size(b: int, uses: Uses[Circulant], table: RowTable, slots: set[int]) -> _BlockSize:
+def _bind_size(b: int, uses: Uses[Circulant], table: RowTable, slots: set[int], room: PoolRoom) -> _BlockSize:
     rows_U, segments = table.compact(slots)
-    return _BlockSize(b, rows_U, [_bind_member(b, parts_by_slot, segments) for parts_by_slot in uses])
+    return _BlockSize(b, rows_U, [_bind_member(b, parts_by_slot, segments, room) for parts_by_slot in uses])
 
 
 def _bind_member(
-    b: int, parts_by_slot: Mapping[int, Sequence[Circulant]], segments: Sequence[Segment]
+    b: int, parts_by_slot: Mapping[int, Sequence[Circulant]], segments: Sequence[Segment], room: PoolRoom
 ) -> _Member | None:
     products: list[_Alone | _Pairs] = []
     pairs: list[tuple[Segment, Tensor]] = []
@@ -115,14 +118,16 @@ def _bind_member(
                 continue
             g_KMN = torch.view_as_complex(part.spectrum_KMN2)
             num_pieces = g_KMN.shape[1]
-            if len(segment.rows_N) >= MIN_ROWS_ALONE:
-                products.append(_Alone(segment, g_KMN.transpose(1, 2)))
-            else:
+            count = len(segment.rows_N)
+            if count < MIN_ROWS_ALONE and room.take(count * g_KMN.nbytes):
                 pairs.append((segment, g_KMN))
+            else:
+                products.append(_Alone(segment, g_KMN.transpose(1, 2)))
     if pairs:
         rows_P = torch.cat([segment.rows_N for segment, _ in pairs])
-        weighted = [g_KMN * weight for segment, g_KMN in pairs for weight in segment.weights_N]
-        products.append(_Pairs(rows_P, torch.stack(weighted)))
+        weights_P = torch.cat([segment.weights_N for segment, _ in pairs])
+        g_PKMN = torch.stack([g_KMN for segment, g_KMN in pairs for _ in range(len(segment.rows_N))])
+        products.append(_Pairs(rows_P, g_PKMN.mul_(weights_P.view(-1, 1, 1, 1))))
     return _Member(num_pieces, products) if products else None
 
 

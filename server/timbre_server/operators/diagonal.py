@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from timbre_methods.program import Diagonal
+from timbre_server.operators import pooling
 from timbre_server.operators.contract import Bound, Change, Meaning, Operator, Uses
 from timbre_server.operators.row_table import Pairs, RowTable
 
@@ -72,20 +73,24 @@ def _gains(parts_by_slot: Mapping[int, Sequence[Diagonal]], side: str, table: Ro
     mix_P = torch.tensor([mix for mix, _, _ in uses], device=table.device)
     weights_P1 = torch.tensor([weight for _, weight, _ in uses], device=table.device).unsqueeze(1)
 
-    def summed(values_PD: Tensor) -> Tensor:
+    def summed(values: Sequence[Tensor], less: float) -> Tensor:
         # Not a product with a matrix of weights: there a mix would meet 0 times another's infinity.
-        sums_MD = values_PD.new_zeros(len(mixes), values_PD.shape[1])
-        return sums_MD.index_add_(0, mix_P, values_PD * weights_P1)
+        sums_MD = values[0].new_zeros(len(mixes), len(values[0]))
+        step = max(1, pooling.MAX_POOLED_BYTES // values[0].nbytes)
+        for start in range(0, len(values), step):
+            piece = slice(start, start + step)
+            values_PD = torch.stack(list(values[piece])) - less
+            sums_MD.index_add_(0, mix_P[piece], values_PD * weights_P1[piece])
+        return sums_MD
 
     shift_MD = None
     if any(part.shift is not None for part in parts):
-        shift_MD = summed(
-            torch.stack([torch.zeros_like(p.gain) if p.shift is None else p.shift for p in parts])
-        )
+        none_D = torch.zeros_like(parts[0].gain)
+        shift_MD = summed([none_D if part.shift is None else part.shift for part in parts], 0.0)
     return _Gains(
         table.rows_using(on_side),
         torch.tensor(mix_of_row, device=table.device),
-        summed(torch.stack([part.gain for part in parts]) - 1),
+        summed([part.gain for part in parts], 1.0),
         shift_MD,
     )
 

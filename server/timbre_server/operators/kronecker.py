@@ -1,7 +1,8 @@
 """`Kronecker`: ``Y = w1 X w2ᵀ`` on a row read as a matrix.
 
-An adapter with several rows gets products of its own. The others (decode: a row or two each) run as
-(row, adapter) pairs in batched products, one batch for each member and set of shapes that occurs.
+An adapter with several rows, or without room for copies, gets products of its own. The others (decode: a row
+or two each) run as (row, adapter) pairs in batched products, one batch for each member and set of shapes that
+occurs.
 
 Legend: T rows of the batch, B rows of one adapter, P pairs, I in, O out; L, M, K, N, R as in
 `timbre_methods.program.Kronecker`.
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from timbre_methods.program import Kronecker
 from timbre_server.operators.contract import Bound, Change, Meaning, Operator, Uses
+from timbre_server.operators.pooling import PoolRoom
 from timbre_server.operators.row_table import RowTable, Segment
 
 MIN_ROWS_ALONE = 4
@@ -31,16 +33,18 @@ class KroneckerOperator(Operator[Kronecker]):
         return Meaning(change_TO=x_TI @ torch.kron(part.w1_LM, w2_KN).T)
 
     def bind(self, uses: Uses[Kronecker], table: RowTable) -> Bound:
+        room = PoolRoom()
         members: list[list[_Alone | _Pairs]] = []
         for parts_by_slot in uses:
             blocks: list[_Alone | _Pairs] = []
             pairs: dict[tuple[torch.Size | None, ...], list[tuple[Segment, Kronecker]]] = {}
             for segment in table.segments:
                 for part in parts_by_slot.get(segment.slot, ()):
-                    if len(segment.rows_N) >= MIN_ROWS_ALONE:
-                        blocks.append(_Alone(segment, part))
-                    else:
+                    count = len(segment.rows_N)
+                    if count < MIN_ROWS_ALONE and room.take(count * _bytes(part)):
                         pairs.setdefault(_shapes(part), []).append((segment, part))
+                    else:
+                        blocks.append(_Alone(segment, part))
             members.append(blocks + [_Pairs.of(own, table) for own in pairs.values()])
         return _BoundKronecker(members)
 
@@ -48,6 +52,10 @@ class KroneckerOperator(Operator[Kronecker]):
 def _shapes(part: Kronecker) -> tuple[torch.Size | None, ...]:
     inner = None if part.w2_RN is None else part.w2_RN.shape
     return part.w1_LM.shape, part.w2_KR.shape, inner
+
+
+def _bytes(part: Kronecker) -> int:
+    return part.w1_LM.nbytes + part.w2_KR.nbytes + (0 if part.w2_RN is None else part.w2_RN.nbytes)
 
 
 def _applied(w1: Tensor, w2_KR: Tensor, w2_RN: Tensor | None, x: Tensor) -> Tensor:
@@ -61,7 +69,7 @@ def _applied(w1: Tensor, w2_KR: Tensor, w2_RN: Tensor | None, x: Tensor) -> Tens
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Alone:
-    """One adapter with several rows."""
+    """One adapter by itself."""
 
     segment: Segment
     part: Kronecker
@@ -92,7 +100,7 @@ class _Pairs:
         return _Pairs(
             rows_P,
             torch.equal(rows_P, torch.arange(table.num_rows, device=rows_P.device)),
-            torch.stack([part.w1_LM for part in each]) * weights_P.view(-1, 1, 1),
+            torch.stack([part.w1_LM for part in each]).mul_(weights_P.view(-1, 1, 1)),
             torch.stack([part.w2_KR for part in each]),
             torch.stack(inner) if inner else None,
         )

@@ -1,12 +1,12 @@
 """`LowRank`: ``y += B (A x)``, for rows with different A, B and ranks.
 
-An adapter with several rows gets two matrix products of its own. The others (decode: a row or two each)
-run as (row, adapter) pairs in batched products, one batch for each rank that occurs: ranks are never
-padded, and a mix is more than one pair of a row. Members of a group share the shrink, their A stacked.
-`routed` runs the same blocks with a gate for each row and rank.
+An adapter with several rows, or without room for a copy, gets two matrix products of its own. The others
+(decode: a row or two each) run in batched products, one batch for each rank and number of rows that occurs:
+ranks are never padded, and a mix is more than one adapter of a row. Members of a group share the shrink,
+their A stacked. `routed` runs the same blocks with a gate for each row and rank.
 
-Legend: T rows of the batch, N rows of one adapter, P pairs, I in, O out, R ranks of one adapter at all
-members of the group together.
+Legend: T rows of the batch, N rows of one adapter, P rows of all adapters of a batch, S adapters of a batch
+with M rows each, I in, O out, R ranks of one adapter at all members of the group together.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch.nn.functional import linear
 
 from timbre_methods.program import LowRank
 from timbre_server.operators.contract import Bound, Change, Meaning, Operator, Uses
+from timbre_server.operators.pooling import PoolRoom
 from timbre_server.operators.row_table import RowTable, Segment
 
 MIN_ROWS_ALONE = 4
@@ -38,19 +39,22 @@ class LowRankOperator(Operator[LowRank]):
 
 def low_rank_blocks(
     uses: Uses[LowRank], table: RowTable, kind_of: Callable[[int], Hashable] = lambda slot: None
-) -> list[Alone | Pairs]:
+) -> list[Alone | Stacked]:
     """All rows and factors in blocks; adapters of one block are of one kind, by slot."""
+    room = PoolRoom()
     alone: list[Alone] = []
-    pairs: dict[Hashable, list[tuple[Segment, _Factors]]] = {}
+    stacked: dict[Hashable, list[tuple[Segment, _Factors]]] = {}
     for segment in table.segments:
         factors = _factors(uses, segment.slot)
         if factors is None:
             continue
-        if len(segment.rows_N) >= MIN_ROWS_ALONE:
-            alone.append(Alone(segment, factors))
+        count = len(segment.rows_N)
+        if count < MIN_ROWS_ALONE and room.take(factors.nbytes):
+            kind = count, factors.ranks, kind_of(segment.slot)
+            stacked.setdefault(kind, []).append((segment, factors))
         else:
-            pairs.setdefault((factors.ranks, kind_of(segment.slot)), []).append((segment, factors))
-    return [*alone, *(Pairs.of(own, table) for own in pairs.values())]
+            alone.append(Alone(segment, factors))
+    return [*alone, *(Stacked.of(own, table) for own in stacked.values())]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,6 +64,10 @@ class _Factors:
     a_RI: Tensor
     b_RO: tuple[Tensor | None, ...]
     ranks: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return self.a_RI.nbytes + sum(b.nbytes for b in self.b_RO if b is not None)
 
     def expand(self, z_NR: Tensor) -> list[Tensor | None]:
         """Each member's own ranks through its own B; works on a batch of adapters as well."""
@@ -86,7 +94,7 @@ def _joined(blocks: Sequence[Tensor]) -> Tensor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Alone:
-    """One adapter with several rows."""
+    """One adapter by itself."""
 
     segment: Segment
     factors: _Factors
@@ -105,45 +113,45 @@ class Alone:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Pairs:
-    """Adapters of equal ranks with few rows: their factors stacked, once for each row that uses them."""
+class Stacked:
+    """Adapters of equal ranks with as many rows each, few: their factors stacked."""
 
     segments: tuple[Segment, ...]
     rows_P: Tensor
     is_whole_batch: bool
-    weights_P11: Tensor
+    weights_SM1: Tensor
     factors: _Factors
 
     @staticmethod
-    def of(pairs: Sequence[tuple[Segment, _Factors]], table: RowTable) -> Pairs:
-        each = [factors for segment, factors in pairs for _ in range(len(segment.rows_N))]
-        rows_P = torch.cat([segment.rows_N for segment, _ in pairs])
+    def of(own: Sequence[tuple[Segment, _Factors]], table: RowTable) -> Stacked:
+        segments, each = zip(*own, strict=True)
+        rows_P = torch.cat([segment.rows_N for segment in segments])
         every_row = torch.arange(table.num_rows, device=rows_P.device)
         members = zip(*(factors.b_RO for factors in each), strict=True)
         stacked = _Factors(
             torch.stack([factors.a_RI for factors in each]),
             tuple(
-                torch.stack([b for b in own if b is not None]) if own[0] is not None else None
-                for own in members
+                torch.stack([b for b in of_member if b is not None]) if of_member[0] is not None else None
+                for of_member in members
             ),
             each[0].ranks,
         )
-        weights_P = torch.cat([segment.weights_N for segment, _ in pairs])
-        segments = tuple(segment for segment, _ in pairs)
-        return Pairs(segments, rows_P, torch.equal(rows_P, every_row), weights_P.view(-1, 1, 1), stacked)
+        weights_SM1 = torch.stack([segment.weights_N for segment in segments]).unsqueeze(2)
+        return Stacked(segments, rows_P, torch.equal(rows_P, every_row), weights_SM1, stacked)
 
     def changes(self, x_TI: Tensor, gates_PR: Tensor | None = None) -> list[Change | None]:
-        """As `Alone.changes`; pairs in the order of the segments and their rows."""
-        x_P1I = (x_TI if self.is_whole_batch else x_TI[self.rows_P]).unsqueeze(1)
-        z_P1R = torch.bmm(x_P1I, self.factors.a_RI.transpose(1, 2)) * self.weights_P11
+        """As `Alone.changes`; rows in the order of the segments."""
+        num_adapters, num_rows, _ = self.weights_SM1.shape
+        x_SMI = (x_TI if self.is_whole_batch else x_TI[self.rows_P]).view(num_adapters, num_rows, -1)
+        z_SMR = torch.bmm(x_SMI, self.factors.a_RI.transpose(1, 2)) * self.weights_SM1
         if gates_PR is not None:
-            z_P1R = z_P1R * gates_PR.unsqueeze(1)
+            z_SMR = z_SMR * gates_PR.view_as(z_SMR)
         rows = None if self.is_whole_batch else self.rows_P
-        return [None if y is None else Change(y.squeeze(1), rows) for y in self.factors.expand(z_P1R)]
+        return [None if y is None else Change(y.flatten(0, 1), rows) for y in self.factors.expand(z_SMR)]
 
 
 class _BoundLowRank(Bound):
-    def __init__(self, num_members: int, blocks: Sequence[Alone | Pairs]) -> None:
+    def __init__(self, num_members: int, blocks: Sequence[Alone | Stacked]) -> None:
         self._num_members = num_members
         self._blocks = blocks
 

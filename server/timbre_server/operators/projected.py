@@ -21,13 +21,14 @@ from torch.nn.functional import linear
 
 from timbre_methods.program import Projected
 from timbre_server.operators.contract import Bound, Change, Meaning, Operator, Uses
+from timbre_server.operators.pooling import PoolRoom
 from timbre_server.operators.row_table import RowTable, Segment
 
 MIN_ROWS_ALONE = 4
 """From this many rows on, a dense core gets a product of its own; below, cores are stacked for each row."""
 
 MAX_CELLS = 2**23
-"""Numbers in one piece of what needs a row for each block: 32 MiB."""
+"""Numbers in one piece of what needs a row for each block, or place of a core: 32 MiB."""
 
 Rows = Tensor | slice
 Core = Callable[[Tensor], Tensor]
@@ -56,8 +57,8 @@ class ProjectedOperator(Operator[Projected]):
         return Meaning(change_TO=y_NTO.sum(0))
 
     def bind(self, uses: Uses[Projected], table: RowTable) -> Bound:
-        shrinks = _shrinks(uses, table)
-        return _BoundProjected(shrinks, [_batches(parts_by_slot, shrinks, table) for parts_by_slot in uses])
+        shrinks, room = _shrinks(uses, table), PoolRoom()
+        return _BoundProjected(shrinks, [_batches(parts, shrinks, table, room) for parts in uses])
 
 
 def _shrunk(p_NPI: Tensor, x_TI: Tensor) -> Tensor:
@@ -150,16 +151,31 @@ class _PerUse:
         return self.values_A if self.part_U is None else self.values_A[self.part_U]
 
 
-def _core(parts: Sequence[Projected], counts: list[int]) -> Core:
+def _num_stacked(parts: Sequence[Projected], counts: list[int], room: PoolRoom) -> int:
+    """How many of the first parts have few rows, and room to copy their cores for each."""
+    for place, (part, count) in enumerate(zip(parts, counts, strict=True)):
+        if count >= MIN_ROWS_ALONE or not room.take(count * part.core.nbytes):
+            return place
+    return len(parts)
+
+
+def _core(parts: Sequence[Projected], counts: list[int], room: PoolRoom) -> Core:
     """The cores of parts of one form; of dense ones those with few rows come first."""
     if parts[0].form == "diagonal":
         diagonals = _PerUse.of([part.core for part in parts], counts)
         return lambda z_UNP: z_UNP * diagonals.values()
     if parts[0].form == "sparse":
+        steps = [max(1, MAX_CELLS // max(1, len(part.core))) for part in parts]
+        pieces = [
+            (part, min(step, count - start))
+            for part, count, step in zip(parts, counts, steps, strict=True)
+            for start in range(0, count, step)
+        ]
+        owners, sizes = [part for part, _ in pieces], [size for _, size in pieces]
         return lambda z_UNP: torch.cat(
-            [_scattered(part, z) for part, z in zip(parts, z_UNP.split_with_sizes(counts), strict=True)]
+            [_scattered(part, z) for part, z in zip(owners, z_UNP.split_with_sizes(sizes), strict=True)]
         )
-    num_few = sum(count < MIN_ROWS_ALONE for count in counts)
+    num_few = _num_stacked(parts, counts, room)
     few = [part.core for part, count in zip(parts[:num_few], counts, strict=False) for _ in range(count)]
     few_UPQ = torch.stack(few).transpose(1, 2) if few else None
 
@@ -190,7 +206,7 @@ class _Batch:
     outer: _PerUse | None
 
     @staticmethod
-    def of(own: Sequence[tuple[Segment, Projected]], shrinks: Shrinks) -> _Batch:
+    def of(own: Sequence[tuple[Segment, Projected]], shrinks: Shrinks, room: PoolRoom) -> _Batch:
         if own[0][1].form == "dense":
             own = sorted(own, key=lambda use: len(use[0].rows_N) >= MIN_ROWS_ALONE)
         parts = [part for _, part in own]
@@ -212,7 +228,7 @@ class _Batch:
             num_rows=len(rows_are),
             places=_picking(rows_U if place_T is None else place_T[rows_U]),
             weights_U11=weights_U.view(-1, 1, 1),
-            core=_core(parts, counts),
+            core=_core(parts, counts, room),
             distinct_U=distinct_U,
             outer=outer,
         )
@@ -257,13 +273,13 @@ def _expanded_alone(part: Projected, h_CNQ: Tensor) -> Tensor:
 
 
 def _batches(
-    parts_by_slot: Mapping[int, Sequence[Projected]], shrinks: Shrinks, table: RowTable
+    parts_by_slot: Mapping[int, Sequence[Projected]], shrinks: Shrinks, table: RowTable, room: PoolRoom
 ) -> list[_Batch]:
     batches: dict[tuple[object, ...], list[tuple[Segment, Projected]]] = {}
     for segment in table.segments:
         for part in parts_by_slot.get(segment.slot, ()):
             batches.setdefault(_alike(part), []).append((segment, part))
-    return [_Batch.of(own, shrinks) for own in batches.values()]
+    return [_Batch.of(own, shrinks, room) for own in batches.values()]
 
 
 def _alike(part: Projected) -> tuple[object, ...]:

@@ -1,7 +1,8 @@
 """`Rotation`: small blocks that turn the input or the base's output, one factor after the other.
 
-An adapter with several rows gets batched products of its own. The others (decode) run as (row, adapter)
-pairs, their blocks stacked, one batch for each shape that occurs: the blocks of all pairs in one product.
+An adapter with several rows, or without room for copies, gets batched products of its own. The others
+(decode) run as (row, adapter) pairs, their blocks stacked, one batch for each shape that occurs: the blocks
+of all pairs in one product.
 
 Legend: T rows of the batch, N some of them, D features (in or out), I in, O out; G adapters that are turned
 together and M rows of each, F factors, S stored blocks, B their size, K uses of one block in a vector.
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from timbre_methods.program import Rotation
 from timbre_server.operators.contract import Bound, Change, Meaning, Operator, OwnProduct, Uses
+from timbre_server.operators.pooling import PoolRoom
 from timbre_server.operators.row_table import RowTable, Segment
 
 MIN_ROWS_ALONE = 4
@@ -40,9 +42,10 @@ class RotationOperator(Operator[Rotation]):
         return Meaning(input_change_TI=turned_TI - x_TI, own_product=own)
 
     def bind(self, uses: Uses[Rotation], table: RowTable) -> Bound:
+        room = PoolRoom()
         return _BoundRotation(
-            [_batches(parts, "input", table) for parts in uses],
-            [_batches(parts, "output", table) for parts in uses],
+            [_batches(parts, "input", table, room) for parts in uses],
+            [_batches(parts, "output", table, room) for parts in uses],
         )
 
 
@@ -115,19 +118,22 @@ def _multiplied(v_GMD: Tensor, blocks_GSBB: Tensor) -> Tensor:
     return turned_XYB.view(groups, stored, rows, -1, size).transpose(1, 2).reshape_as(v_GMD)
 
 
-def _batches(parts_by_slot: Mapping[int, Sequence[Rotation]], side: str, table: RowTable) -> list[_Batch]:
+def _batches(
+    parts_by_slot: Mapping[int, Sequence[Rotation]], side: str, table: RowTable, room: PoolRoom
+) -> list[_Batch]:
     batches: list[_Batch] = []
     pairs: dict[tuple[object, ...], list[tuple[Segment, Rotation]]] = {}
     for segment in table.segments:
         for part in parts_by_slot.get(segment.slot, ()):
             if part.side != side:
                 continue
-            is_large = part.blocks_FSBB.shape[-1] > MAX_STACKED_BLOCK
-            if is_large or len(segment.rows_N) >= MIN_ROWS_ALONE:
-                batches.append(_alone(segment, part))
-            else:
+            count = len(segment.rows_N)
+            is_small = count < MIN_ROWS_ALONE and part.blocks_FSBB.shape[-1] <= MAX_STACKED_BLOCK
+            if is_small and room.take(count * part.blocks_FSBB.nbytes):
                 shape = (part.blocks_FSBB.shape, part.chunks, part.scale_O is None)
                 pairs.setdefault(shape, []).append((segment, part))
+            else:
+                batches.append(_alone(segment, part))
     return [*batches, *(_paired(own, table) if own[1:] else _alone(*own[0]) for own in pairs.values())]
 
 

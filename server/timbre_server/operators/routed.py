@@ -21,7 +21,7 @@ from torch import Tensor
 from timbre_methods.program import Diagonal, FromInput, LowRank, Part
 from timbre_methods.routing import Routed, Router
 from timbre_server.operators.contract import Bound, Change, Meaning, Operator, Uses
-from timbre_server.operators.low_rank import Alone, Pairs, low_rank_blocks
+from timbre_server.operators.low_rank import Alone, Stacked, low_rank_blocks
 from timbre_server.operators.router import BoundRouters, router_gates
 from timbre_server.operators.row_table import RowTable, Segment, Span
 from timbre_server.operators.step_routing import RouterCall, StepRouting
@@ -152,7 +152,7 @@ class _LowRankExperts:
                     parts_by_slot.setdefault(expert.slot, []).append(part)
                     columns.setdefault(expert.slot, []).extend([expert.column] * len(part.a_RI))
         blocks = low_rank_blocks(uses, table, lambda slot: tuple(columns[slot]))
-        self._blocks: list[tuple[Alone | Pairs, Tensor]] = [
+        self._blocks: list[tuple[Alone | Stacked, Tensor]] = [
             (block, torch.tensor(columns[block.segments[0].slot], device=table.device)) for block in blocks
         ]
 

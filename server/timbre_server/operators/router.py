@@ -1,7 +1,8 @@
 """Routers: the gates of experts, row by row, for many adapters at once.
 
 Adapters with a row or two each run as (row, router) pairs in one batched product for each shape and rule;
-those with more rows get a product of their own. `timbre_methods.routing.Rule` says what is computed.
+those with more rows, or without room for copies, get a product of their own. `timbre_methods.routing.Rule`
+says what is computed.
 
 Legend: T rows of the batch, N rows of one adapter, P pairs, I in, E experts.
 """
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import layer_norm
 
 from timbre_methods.routing import Router, Rule
+from timbre_server.operators.pooling import PoolRoom
 from timbre_server.operators.row_table import Segment
 
 MIN_ROWS_ALONE = 4
@@ -26,11 +28,12 @@ class BoundRouters:
     """Some routers, each with the rows of its adapter, ready for one table."""
 
     def __init__(self, routers: Sequence[tuple[Segment, Router]]) -> None:
-        self._num_routers = len(routers)
+        self._num_routers, room = len(routers), PoolRoom()
         self._batches: list[_Alone | _Pairs] = []
         pooled: dict[object, list[tuple[int, Segment, Router]]] = {}
         for place, (segment, router) in enumerate(routers):
-            if len(segment.rows_N) >= MIN_ROWS_ALONE:
+            count = len(segment.rows_N)
+            if count >= MIN_ROWS_ALONE or not room.take(count * router.weight_EI.nbytes):
                 self._batches.append(_Alone(place, segment, router))
             else:
                 with_terms = (router.bias_E is None, router.preference_E is None)
@@ -48,7 +51,7 @@ class BoundRouters:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Alone:
-    """One adapter with several rows."""
+    """One adapter by itself."""
 
     place: int
     segment: Segment

@@ -23,17 +23,25 @@ Pairs = tuple[tuple[int, float], ...]
 class Span:
     """``num_rows`` consecutive rows that use the same adapters with the same weights.
 
-    With ``virtual_from`` they stand for the virtual tokens of their one adapter, from that one on.
+    Its slots are distinct: who builds a span adds the weights of equal adapters first. So a segment has no
+    row twice, and may be written to by its rows. With ``virtual_from`` they stand for the virtual tokens of
+    their one adapter, from that one on.
     """
 
     num_rows: int
     pairs: Pairs = ()
     virtual_from: int | None = None
 
+    def __post_init__(self) -> None:
+        assert len(self.pairs) < 2 or len(dict(self.pairs)) == len(self.pairs), (
+            f"a slot occurs twice among the pairs of a span: {self.pairs}"
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class Segment:
-    """All rows of a batch that use one adapter: ``rows_N`` int64, increasing, and ``weights_N`` float32."""
+    """All rows of a batch that use one adapter, each once: ``rows_N`` int64, increasing, and ``weights_N``
+    float32."""
 
     slot: int
     rows_N: Tensor

@@ -1,7 +1,7 @@
 """`Sparse`: ``y += S x`` with S in CSR, for rows with different S.
 
-An adapter with many rows, or with a matrix too large to be worth copying, gets one sparse product of its
-own over all its rows; small ones are laid along one block diagonal.
+An adapter with many rows, or with a matrix too large to be worth copying or for the room that is left, gets
+one sparse product of its own over all its rows; small ones are laid along one block diagonal.
 
 Legend: T rows of the batch, N rows of one adapter, P pooled (row, adapter) pairs, I in, O out.
 """
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from timbre_methods.program import Sparse
-from timbre_server.operators.block_diagonal import BlockDiagonal, Csr, csr
+from timbre_server.operators.block_diagonal import BlockDiagonal, Csr, csr, pooled_bytes
 from timbre_server.operators.contract import Bound, Change, Meaning, Operator, Uses
+from timbre_server.operators.pooling import PoolRoom
 from timbre_server.operators.row_table import RowTable, Segment
 
 MIN_ROWS_ALONE = 8
@@ -34,7 +35,8 @@ class SparseOperator(Operator[Sparse]):
         )
 
     def bind(self, uses: Uses[Sparse], table: RowTable) -> Bound:
-        return _BoundSparse([_bind_member(parts, table) for parts in uses])
+        room = PoolRoom()
+        return _BoundSparse([_bind_member(parts, table, room) for parts in uses])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,17 +70,19 @@ class _Pool:
         )
 
 
-def _bind_member(parts_by_slot: Mapping[int, Sequence[Sparse]], table: RowTable) -> list[_Alone | _Pool]:
+def _bind_member(
+    parts_by_slot: Mapping[int, Sequence[Sparse]], table: RowTable, room: PoolRoom
+) -> list[_Alone | _Pool]:
     bound: list[_Alone | _Pool] = []
     pooled: list[tuple[Segment, Sparse]] = []
     for segment in table.segments:
         for part in parts_by_slot.get(segment.slot, ()):
-            if len(segment.rows_N) >= MIN_ROWS_ALONE or len(part.values_N) > MAX_POOLED_NON_ZEROS:
-                shape = (len(part.row_ends) - 1, part.in_features)
-                matrix = csr(part.row_ends, part.columns_N, part.values_N, shape)
-                bound.append(_Alone(segment, matrix))
-            else:
+            count, shape = len(segment.rows_N), (len(part.row_ends) - 1, part.in_features)
+            is_small = count < MIN_ROWS_ALONE and len(part.values_N) <= MAX_POOLED_NON_ZEROS
+            if is_small and room.take(count * pooled_bytes(len(part.values_N), shape)):
                 pooled.append((segment, part))
+            else:
+                bound.append(_Alone(segment, csr(part.row_ends, part.columns_N, part.values_N, shape)))
     return [*bound, _Pool.of(pooled, table)] if pooled else bound
 
 

@@ -12,14 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
 
 from timbre_methods.program import Places, Spectral
-from timbre_server.operators.block_diagonal import BlockDiagonal, Csr, csr
+from timbre_server.operators.block_diagonal import BlockDiagonal, Csr, csr, pooled_bytes
 from timbre_server.operators.contract import Bound, Change, Meaning, Operator, Uses
+from timbre_server.operators.pooling import PoolRoom
 from timbre_server.operators.row_table import RowTable, Segment
 from timbre_server.operators.transforms import Transform, transform
 
@@ -54,19 +55,24 @@ class SpectralOperator(Operator[Spectral]):
                 for part in parts_by_slot.get(slot, ()):
                     own = by_name.setdefault(_name(part.places), [{} for _ in uses])
                     own[member].setdefault(slot, []).append(part)
-        bounds = [self._bind_transform(own, table) for own in by_name.values()]
+        room = PoolRoom()
+        bounds = [self._bind_transform(own, table, room) for own in by_name.values()]
         return bounds[0] if len(bounds) == 1 else _BoundTransforms(bounds)
 
-    def _bind_transform(self, uses: Uses[Spectral], table: RowTable) -> _BoundTransform:
+    def _bind_transform(self, uses: Uses[Spectral], table: RowTable, room: PoolRoom) -> _BoundTransform:
         """``uses`` all have the same transform."""
         rows_U, segments = table.compact({slot for parts_by_slot in uses for slot in parts_by_slot})
         num_rows = table.num_rows if rows_U is None else len(rows_U)
-        members = [self._bind_member(parts, segments, num_rows) for parts in uses]
+        members = [self._bind_member(parts, segments, num_rows, room) for parts in uses]
         places = next(part.places for parts in uses for own in parts.values() for part in own)
         return _BoundTransform(rows_U, self._transform(places, places.in_features, table.device), members)
 
     def _bind_member(
-        self, parts_by_slot: Mapping[int, Sequence[Spectral]], segments: Sequence[Segment], num_rows: int
+        self,
+        parts_by_slot: Mapping[int, Sequence[Spectral]],
+        segments: Sequence[Segment],
+        num_rows: int,
+        room: PoolRoom,
     ) -> _Member | None:
         """``segments`` count rows among the ``num_rows`` that use the transform."""
         cores: list[_Alone | _Pool] = []
@@ -77,10 +83,11 @@ class SpectralOperator(Operator[Spectral]):
                 device = part.c_N.device
                 outer = outer or self._transform(part.places, part.places.out_features, device)
                 pattern = self._pattern(part.places, device)
-                if len(segment.rows_N) >= MIN_ROWS_ALONE:
-                    cores.append(_Alone.of(pattern, segment, part.c_N))
-                else:
+                count = len(segment.rows_N)
+                if count < MIN_ROWS_ALONE and room.take(count * pattern.pooled_bytes):
                     pooled.append((segment, pattern, part.c_N))
+                else:
+                    cores.append(_Alone.of(pattern, segment, part.c_N, room))
         if outer is None:
             return None
         if pooled:
@@ -116,8 +123,8 @@ class _Pattern:
     source: Tensor
     factor: Tensor
     shape: tuple[int, int]
-    laid_out: tuple[int, Tensor, Tensor] | None = None
-    """The pattern laid along a diagonal, so many times; fewer times is a prefix of it."""
+    latest: ref[_LaidOut] | None = None
+    """What binds share as long as one of them uses it."""
 
     @staticmethod
     def of(places: Places, inner: Transform, outer: Transform, device: torch.device) -> _Pattern:
@@ -131,39 +138,61 @@ class _Pattern:
         return _Pattern(
             row_ends.to(device, torch.int32),
             columns[order].to(device, torch.int32),
-            (order // rows_NE.shape[1]).to(device),
+            (order // rows_NE.shape[1]).to(device, torch.int32),
             factor[order].to(device, torch.float32),
             shape,
         )
 
     def values(self, c_N: Tensor) -> Tensor:
         """The matrix's values, of one adapter or, with leading dimensions, of several."""
-        return c_N.index_select(-1, self.source) * self.factor
+        return c_N.index_select(-1, self.source).mul_(self.factor)
 
-    def repeated(self, pairs: int) -> tuple[Tensor, Tensor]:
-        """Row ends and columns of the pattern once for each pair."""
-        if self.laid_out is None or self.laid_out[0] < pairs:
-            laid_out = BlockDiagonal.repeated(self.row_ends, self.columns, pairs, self.shape)
-            self.laid_out = pairs, *laid_out
-        _, row_ends, columns = self.laid_out
-        return row_ends[: pairs * self.shape[0] + 1], columns[: pairs * len(self.columns)]
+    def matrix(self, c_N: Tensor) -> Tensor:
+        return csr(self.row_ends, self.columns, self.values(c_N), self.shape)
+
+    @property
+    def pooled_bytes(self) -> int:
+        """Of one pair."""
+        return pooled_bytes(len(self.columns), self.shape)
+
+    def laid_out(self, pairs: int) -> _LaidOut:
+        """For so many pairs or more."""
+        known = None if self.latest is None else self.latest()
+        if known is None or known.pairs < pairs:
+            repeated = BlockDiagonal.repeated(self.row_ends, self.columns, pairs, self.shape)
+            known = _LaidOut(pairs, *repeated)
+            self.latest = ref(known)
+        return known
+
+
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class _LaidOut:
+    """A pattern along a diagonal, once for each pair: a prefix is that of fewer pairs."""
+
+    pairs: int
+    row_ends: Tensor
+    columns: Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Alone:
-    """One adapter with many rows: its core, applied to all of them at once."""
+    """One adapter by itself: its core, applied to all of its rows at once; made anew each time where there
+    is no room to keep it."""
 
+    pattern: _Pattern
     segment: Segment
-    matrix: Tensor
+    c_N: Tensor
+    kept: Tensor | None
 
     @staticmethod
-    def of(pattern: _Pattern, segment: Segment, c_N: Tensor) -> _Alone:
-        matrix = csr(pattern.row_ends, pattern.columns, pattern.values(c_N), pattern.shape)
-        return _Alone(segment, matrix)
+    def of(pattern: _Pattern, segment: Segment, c_N: Tensor, room: PoolRoom) -> _Alone:
+        kept = pattern.matrix(c_N) if room.take(pattern.factor.nbytes) else None
+        return _Alone(pattern, segment, c_N, kept)
 
     def add(self, z_UC: Tensor, h_UC: Tensor) -> None:
         index = self.segment.index
-        h_CN = self.matrix @ z_UC[index].T.contiguous()
+        matrix = self.pattern.matrix(self.c_N) if self.kept is None else self.kept
+        h_CN = matrix @ z_UC[index].T.contiguous()
         h_UC[index] += h_CN.T * self.segment.weights_N.unsqueeze(1)
 
 
@@ -174,27 +203,33 @@ class _Pool:
     rows_P: Tensor
     is_every_row: bool
     cores: BlockDiagonal
+    laid_out: _LaidOut | None
+    """What its indices are a prefix of, for later binds to find."""
 
     @staticmethod
     def of(uses: Sequence[tuple[Segment, _Pattern, Tensor]], num_rows: int) -> _Pool:
         rows_P = torch.cat([segment.rows_N for segment, _, _ in uses])
         is_every_row = torch.equal(rows_P, torch.arange(num_rows, device=rows_P.device))
         first = uses[0][1]
-        is_one_pattern = all(pattern is first for _, pattern, _ in uses)
-        return _Pool(rows_P, is_every_row, (_repeated if is_one_pattern else _stacked)(uses))
+        if any(pattern is not first for _, pattern, _ in uses):
+            return _Pool(rows_P, is_every_row, _stacked(uses), None)
+        laid_out = first.laid_out(len(rows_P))
+        return _Pool(rows_P, is_every_row, _repeated(uses, laid_out), laid_out)
 
     def add(self, z_UC: Tensor, h_UC: Tensor) -> None:
         h_UC.index_add_(0, self.rows_P, self.cores(z_UC[self.rows_P]))
 
 
-def _repeated(uses: Sequence[tuple[Segment, _Pattern, Tensor]]) -> BlockDiagonal:
+def _repeated(uses: Sequence[tuple[Segment, _Pattern, Tensor]], laid_out: _LaidOut) -> BlockDiagonal:
     """One pattern for all: only values are made."""
     pattern = uses[0][1]
     weights_P = torch.cat([segment.weights_N for segment, _, _ in uses])
     repeats = torch.tensor([len(segment.rows_N) for segment, _, _ in uses], device=weights_P.device)
     c_PN = torch.stack([c_N for _, _, c_N in uses]).repeat_interleave(repeats, 0) * weights_P.unsqueeze(1)
     values, pairs = pattern.values(c_PN).flatten(), len(weights_P)
-    return BlockDiagonal(*pattern.repeated(pairs), values, pairs=pairs, shape=pattern.shape)
+    row_ends = laid_out.row_ends[: pairs * pattern.shape[0] + 1]
+    columns = laid_out.columns[: pairs * len(pattern.columns)]
+    return BlockDiagonal(row_ends, columns, values, pairs=pairs, shape=pattern.shape)
 
 
 def _stacked(uses: Sequence[tuple[Segment, _Pattern, Tensor]]) -> BlockDiagonal:
