@@ -1,9 +1,10 @@
 """`Routed`: ``y += Σ_e g_e(x) · E_e(x)``, for rows with different mixtures of experts.
 
 Experts of low rank are one low-rank part of all their ranks together, with a gate for each row and rank
-between shrink and expand: no row is sorted and no expert is looped over. Experts that scale the output mix
-their gains. All others go through their own operators, each expert's rows multiplied by its gates: what is
-linear in x does not care where a gate multiplies.
+between shrink and expand: no row is sorted and no expert is looped over. Spectral experts run on a table
+whose weights are the gates, so that a row is transformed once for all of its experts. Experts that scale the
+output mix their gains. All others go through their own operators, each expert's rows multiplied by its gates:
+what is linear in x does not care where a gate multiplies.
 
 Legend: T rows of the batch, N rows of one adapter, P rows of other experts, I in, O out, E experts, R ranks
 of one adapter at all members, K gates of one adapter at a group.
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from timbre_methods.program import Diagonal, FromInput, LowRank, Part
+from timbre_methods.program import Diagonal, FromInput, LowRank, Part, Spectral
 from timbre_methods.routing import Routed, Router
 from timbre_server.operators.contract import Bound, Change, Meaning, Operator, Uses
 from timbre_server.operators.low_rank import Alone, Stacked, low_rank_blocks
@@ -50,10 +51,11 @@ class RoutedOperator(Operator[Routed]):
     def bind(self, uses: Uses[Routed], table: RowTable) -> Bound:
         gates = _Gates(uses, table, self._step)
         experts = [_experts(parts_by_slot, gates) for parts_by_slot in uses]
+        spectral = _SpectralExperts(self._inner[Spectral], experts, gates, table)
         low_rank = _LowRankExperts(experts, gates, table)
         gains = [_Gains.of(own, gates) for own in experts]
         others = [list(self._others(own, table)) for own in experts]
-        return _BoundRouted(gates, low_rank, gains, others)
+        return _BoundRouted(gates, low_rank, spectral, gains, others)
 
     def _others(self, experts: Sequence[_Expert], table: RowTable) -> Iterator[_OtherExperts]:
         """One for each further kind of part that one member's experts have."""
@@ -61,7 +63,7 @@ class RoutedOperator(Operator[Routed]):
         by_kind: dict[type[Part], list[tuple[_Expert, list[FromInput]]]] = {}
         for expert in experts:
             for kind in dict.fromkeys(type(part) for part in expert.parts):
-                if kind not in (LowRank, Diagonal):
+                if kind not in (LowRank, Spectral, Diagonal):
                     own = [p for p in expert.parts if type(p) is kind and not isinstance(p, Diagonal)]
                     by_kind.setdefault(kind, []).append((expert, own))
         for part_kind, found in by_kind.items():
@@ -164,6 +166,48 @@ class _LowRankExperts:
             yield block.changes(x_TI, of_block_NK.index_select(1, column_R))
 
 
+class _SpectralExperts:
+    """All spectral experts at a group: each as an adapter of its own, with its gates for weights."""
+
+    def __init__(
+        self,
+        operator: Operator[Spectral],
+        members: Sequence[Sequence[_Expert]],
+        gates: _Gates,
+        table: RowTable,
+    ) -> None:
+        self._gates = gates
+        numbers: dict[tuple[int, int], int] = {}
+        uses: list[dict[int, list[Spectral]]] = [{} for _ in members]
+        for own, parts_by_number in zip(members, uses, strict=True):
+            for expert in own:
+                parts = [part for part in expert.parts if isinstance(part, Spectral)]
+                if parts:
+                    number = numbers.setdefault((expert.slot, expert.column), len(numbers))
+                    parts_by_number.setdefault(number, []).extend(parts)
+        spans = [
+            Span(
+                span.num_rows,
+                tuple((numbers[key], 1.0) for slot, _ in span.pairs for key in numbers if key[0] == slot),
+            )
+            for span in table.spans
+        ]
+        gated = RowTable(spans, table.device, is_gated=True)
+        self._bound = operator.bind(uses, gated) if numbers else None
+        before = {segment.slot: segment for segment in table.segments}
+        after = {segment.slot: segment for segment in gated.segments}
+        self._experts = [
+            (after[number].weights_N, before[slot], column) for (slot, column), number in numbers.items()
+        ]
+
+    def sums(self, x_TI: Tensor) -> Sequence[Sequence[Change]]:
+        if self._bound is None:
+            return ()
+        for weights_N, segment, column in self._experts:
+            torch.mul(self._gates.of(segment.slot)[:, column], segment.weights_N, out=weights_N)
+        return self._bound.sums(x_TI)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Gains:
     """Experts of one member that scale and shift its output."""
@@ -221,6 +265,7 @@ class _OtherExperts:
 class _BoundRouted(Bound):
     gates: _Gates
     low_rank: _LowRankExperts
+    spectral: _SpectralExperts
     gains: Sequence[_Gains | None]
     others: Sequence[Sequence[_OtherExperts]]
 
@@ -231,6 +276,8 @@ class _BoundRouted(Bound):
     def sums(self, x_TI: Tensor) -> Sequence[Sequence[Change]]:
         self.gates.compute(x_TI)
         changes = [[c for other in own for c in other.changes(x_TI, self.gates)] for own in self.others]
+        for own, more in zip(changes, self.spectral.sums(x_TI), strict=False):
+            own.extend(more)
         for of_block in self.low_rank.changes(x_TI):
             for own, change in zip(changes, of_block, strict=True):
                 if change is not None:

@@ -61,10 +61,15 @@ class Segment:
 
 
 class RowTable:
-    """The pairs of every row of one step. Immutable; what is derived from it is derived once."""
+    """The pairs of every row of one step. Immutable but for gates; what follows from it is derived once."""
 
-    def __init__(self, spans: Sequence[Span], device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, spans: Sequence[Span], device: torch.device | str = "cpu", *, is_gated: bool = False
+    ) -> None:
+        """``is_gated``: a router writes the segments' weights anew before each run of what is bound to the
+        table, so that an operator may read them only then. The spans' weights are 1."""
         self.spans = tuple(spans)
+        self.is_gated = is_gated
         self.device = torch.device(device)
         self.num_rows = sum(span.num_rows for span in self.spans)
 

@@ -11,7 +11,7 @@ E entries of one coefficient, I in, O out, C coordinates of a spectrum (of the i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -63,22 +63,18 @@ class SpectralOperator(Operator[Spectral]):
         """``uses`` all have the same transform."""
         rows_U, segments = table.compact({slot for parts_by_slot in uses for slot in parts_by_slot})
         num_rows = table.num_rows if rows_U is None else len(rows_U)
-        members = [self._bind_member(parts, segments, num_rows, room) for parts in uses]
+        crowd = _Crowd(segments, num_rows, table.is_gated)
+        members = [self._bind_member(parts, crowd, room) for parts in uses]
         places = next(part.places for parts in uses for own in parts.values() for part in own)
         return _BoundTransform(rows_U, self._transform(places, places.in_features, table.device), members)
 
     def _bind_member(
-        self,
-        parts_by_slot: Mapping[int, Sequence[Spectral]],
-        segments: Sequence[Segment],
-        num_rows: int,
-        room: PoolRoom,
+        self, parts_by_slot: Mapping[int, Sequence[Spectral]], crowd: _Crowd, room: PoolRoom
     ) -> _Member | None:
-        """``segments`` count rows among the ``num_rows`` that use the transform."""
         cores: list[_Alone | _Pool] = []
         pooled: list[tuple[Segment, _Pattern, Tensor]] = []
         outer: Transform | None = None
-        for segment in segments:
+        for segment in crowd.segments:
             for part in parts_by_slot.get(segment.slot, ()):
                 device = part.c_N.device
                 outer = outer or self._transform(part.places, part.places.out_features, device)
@@ -91,7 +87,7 @@ class SpectralOperator(Operator[Spectral]):
         if outer is None:
             return None
         if pooled:
-            cores.append(_Pool.of(pooled, num_rows))
+            cores.append(_Pool.of(pooled, crowd))
         return _Member(outer, cores)
 
     def _pattern(self, places: Places, device: torch.device) -> _Pattern:
@@ -108,6 +104,15 @@ class SpectralOperator(Operator[Spectral]):
         if key not in self._transforms:
             self._transforms[key] = transform(places.transform, length, places.low_pass, device)
         return self._transforms[key]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Crowd:
+    """Who uses one transform: ``segments`` count rows among the ``num_rows`` that do."""
+
+    segments: Sequence[Segment]
+    num_rows: int
+    is_gated: bool
 
 
 def _name(places: Places) -> Name:
@@ -205,19 +210,28 @@ class _Pool:
     cores: BlockDiagonal
     laid_out: _LaidOut | None
     """What its indices are a prefix of, for later binds to find."""
+    gates_N: Sequence[Tensor] | None
+    """What multiplies each pair when it runs, where the table is gated: in the cores it is 1."""
 
     @staticmethod
-    def of(uses: Sequence[tuple[Segment, _Pattern, Tensor]], num_rows: int) -> _Pool:
+    def of(uses: Sequence[tuple[Segment, _Pattern, Tensor]], crowd: _Crowd) -> _Pool:
         rows_P = torch.cat([segment.rows_N for segment, _, _ in uses])
-        is_every_row = torch.equal(rows_P, torch.arange(num_rows, device=rows_P.device))
+        every_row = torch.arange(crowd.num_rows, device=rows_P.device)
+        is_every_row = torch.equal(rows_P, every_row) and not crowd.is_gated
+        gates_N = [s.weights_N for s, _, _ in uses] if crowd.is_gated else None
+        if gates_N is not None:
+            uses = [(replace(s, weights_N=torch.ones_like(s.weights_N)), p, c) for s, p, c in uses]
         first = uses[0][1]
         if any(pattern is not first for _, pattern, _ in uses):
-            return _Pool(rows_P, is_every_row, _stacked(uses), None)
+            return _Pool(rows_P, is_every_row, _stacked(uses), None, gates_N)
         laid_out = first.laid_out(len(rows_P))
-        return _Pool(rows_P, is_every_row, _repeated(uses, laid_out), laid_out)
+        return _Pool(rows_P, is_every_row, _repeated(uses, laid_out), laid_out, gates_N)
 
     def add(self, z_UC: Tensor, h_UC: Tensor) -> None:
-        h_UC.index_add_(0, self.rows_P, self.cores(z_UC[self.rows_P]))
+        z_PC = z_UC[self.rows_P]
+        if self.gates_N is not None:
+            z_PC = z_PC * torch.cat(list(self.gates_N)).unsqueeze(1)
+        h_UC.index_add_(0, self.rows_P, self.cores(z_PC))
 
 
 def _repeated(uses: Sequence[tuple[Segment, _Pattern, Tensor]], laid_out: _LaidOut) -> BlockDiagonal:
