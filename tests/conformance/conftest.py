@@ -19,7 +19,15 @@ from torch import Tensor
 
 from timbre_methods.contract import Method, Site, Sites
 from timbre_methods.program import AdapterProgram
-from timbre_methods.registry import check_adapter, compile_adapter, derive, methods, sites_of
+from timbre_methods.prompt_contract import AttentionLayer, Frame
+from timbre_methods.registry import (
+    check_adapter,
+    compile_adapter,
+    derive,
+    methods,
+    prompt_methods,
+    sites_of,
+)
 
 LINEAR = {
     "model.layers.0.self_attn.q_proj": (12, 12, True),
@@ -107,6 +115,36 @@ def make_example() -> Callable[[str, Sites, int], Example]:
         return Example(method, *method.example(own, torch.Generator().manual_seed(seed)))
 
     return make
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One layer of attention and its linear layers: all that a method of prompts needs of a base."""
+
+    sites: Sites
+    frame: Frame
+
+
+@pytest.fixture(scope="session")
+def attention() -> Attention:
+    layer = AttentionLayer("layers.0.attention", num_heads=2, num_kv_heads=2, key_dim=4, value_dim=4)
+    paths = [f"{layer.path}.{projection}_proj" for projection in "qkvo"]
+    return Attention({path: Site(path, torch.eye(8), torch.ones(8)) for path in paths}, Frame(8, (layer,)))
+
+
+@pytest.fixture
+def config_of(
+    all_sites: dict[str, Site], attention: Attention, make_example: Callable[..., Example]
+) -> Callable[[str], dict[str, Any]]:
+    """A valid ``adapter_config.json`` of a method of either kind, by name."""
+
+    def config(name: str) -> dict[str, Any]:
+        if name in methods():
+            return make_example(name, all_sites, 0).raw_config
+        generator = torch.Generator().manual_seed(0)
+        return dict(prompt_methods()[name].example(attention.sites, attention.frame, generator)[0])
+
+    return config
 
 
 @pytest.fixture(scope="session")
