@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
-from typing import Any, get_type_hints
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from hypothesis import strategies as st
 from timbre_methods.contract import Site
 from timbre_methods.errors import (
     AdapterMismatch,
-    InvalidConfig,
     InvalidTensors,
     MethodError,
     UnsupportedMethod,
@@ -188,33 +186,3 @@ def test_any_config_is_read_or_refused(
     except MethodError as error:
         refusal = str(error)
     assert len(refusal) < 600
-
-
-def number_fields() -> list[tuple[str, str, type]]:
-    """Method, key and type of every whole number and scale that a method reads."""
-    return [
-        (name, key, field.annotation)
-        for name in METHODS
-        for key, field in get_type_hints(methods()[name].parse)["return"].model_fields.items()
-        if field.annotation in (int, float)
-    ]
-
-
-@pytest.mark.parametrize(("name", "key", "kind"), number_fields())
-@pytest.mark.parametrize("wrong", ["8", True, -1, 1.5, float("nan"), float("inf"), [], 10**400], ids=repr)
-def test_a_number_out_of_its_bounds_is_refused_with_its_key(
-    name: str,
-    key: str,
-    kind: type,
-    wrong: object,
-    tiny_sites: dict[str, Site],
-    make_example: Callable[..., Any],
-) -> None:
-    example = make_example(name, tiny_sites, 0)
-    raw_config = {**example.raw_config, key: wrong}
-    if kind is float and wrong in (-1, 1.5):
-        with suppress(InvalidConfig):  # a share has bounds of its own
-            assert getattr(example.method.parse(raw_config), key) == wrong
-        return
-    with pytest.raises(InvalidConfig, match=key):
-        example.method.parse(raw_config)
