@@ -110,6 +110,8 @@ class Unilora(Method[UniloraConfig]):
             raise InvalidTensors(f"{THETA} is missing")
         check_tensor(THETA, tensors[THETA], (config.theta_d_length,))
         theta_D = tensors[THETA].to(torch.float32)
+        if config.save_indices and set(tensors) == {THETA}:
+            raise InvalidTensors(f"...{INDICES_A} is missing, while the config says save_indices=true")
         if _is_saved(config, tensors):
             by_site = tensors_by_site(tensors, sites, KEYS, beside=(THETA,))
             return AdapterProgram(
