@@ -141,29 +141,6 @@ def test_an_option_that_is_off_is_accepted(
     assert example.method.parse({**example.raw_config, option: off}) == example.config
 
 
-@each_method
-def test_what_training_alone_needs_is_not_looked_at(
-    name: str, tiny_sites: dict[str, Site], make_example: Callable[..., Any]
-) -> None:
-    example = make_example(name, tiny_sites, 0)
-    training = {
-        "target_modules": "(a+)+$",
-        "exclude_modules": ["x"] * 100_000,
-        "layers_to_transform": [0, 99],
-        "layers_pattern": "(((",
-        "auto_mapping": {"base_model_class": "Evil", "parent_library": "evil"},
-        "base_model_name_or_path": "/etc/passwd",
-        "revision": "main",
-        "peft_version": "99.0",
-        "task_type": "SEQ_CLS",
-        "inference_mode": False,
-        "fan_in_fan_out": True,
-    }
-    read = type(example.config).model_fields
-    training = {key: value for key, value in training.items() if key not in read}
-    assert example.method.parse({**example.raw_config, **training}) == example.config
-
-
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.just(10**400),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=10), inner, max_size=4),
