@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,13 +146,6 @@ def config_of(
 
 
 @pytest.fixture(scope="session")
-def evaluate() -> ModuleType:
+def evaluate(load_module: Callable[[Path], ModuleType]) -> ModuleType:
     """The method tests' evaluator of programs, by the semantics of `timbre_methods.program`."""
-    path = Path(__file__).parents[1] / "methods" / "evaluate.py"
-    spec = importlib.util.spec_from_file_location("conformance_evaluate", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_module(Path(__file__).parents[1] / "methods" / "evaluate.py")

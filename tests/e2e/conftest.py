@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
 import socket
@@ -84,15 +83,9 @@ def start_server(folder: Path, *flags: object) -> LiveServer:
 
 
 @pytest.fixture(scope="session")
-def catalogue() -> ModuleType:
+def catalogue(load_module: Callable[[Path], ModuleType]) -> ModuleType:
     """`peft_catalogue.py` beside this file."""
-    path = Path(__file__).with_name("peft_catalogue.py")
-    spec = importlib.util.spec_from_file_location("e2e_peft_catalogue", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_module(Path(__file__).with_name("peft_catalogue.py"))
 
 
 @pytest.fixture(scope="session")
