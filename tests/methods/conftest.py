@@ -173,6 +173,19 @@ def peft_greedy() -> Callable[..., tuple[list[int], list[float]]]:
 
 
 @pytest.fixture
+def prompts(load_module: LoadModule) -> list[list[int]]:
+    """A short one, one of several blocks, and one of one token."""
+    found: list[list[int]] = load_module(HERE / "as_peft.py").PROMPTS
+    return found
+
+
+@pytest.fixture
+def as_peft(engine_bench: ModuleType, peft_greedy: Callable[..., Any], load_module: LoadModule) -> Any:
+    """Whole answers of the real engine, compared with PEFT's."""
+    return load_module(HERE / "as_peft.py").AsPeft(engine_bench, peft_greedy)
+
+
+@pytest.fixture
 def timbre_logits(
     evaluate: ModuleType, load_module: LoadModule
 ) -> Callable[[nn.Module, Written, Tensor], Tensor]:
