@@ -17,7 +17,8 @@ import httpx2
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 START_TIMEOUT_S = 240.0
 CHAT_TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
@@ -42,6 +43,15 @@ class LiveServer:
         }
         with self.client() as client:
             return client.post("/v1/adapters", data={"name": name}, files=files)
+
+    def prompt_logprobs(self, prompt_ids: list[int], **fields: object) -> Tensor:
+        """Of each next token of a prompt, which is echoed, in float64."""
+        body = {"prompt": prompt_ids, "max_tokens": 1, "echo": True, "logprobs": 0, **fields}
+        with self.client() as client:
+            answer = client.post("/v1/completions", json=body)
+        assert answer.status_code == 200, answer.text
+        found = answer.json()["choices"][0]["logprobs"]["token_logprobs"]
+        return torch.tensor(found[1 : len(prompt_ids)], dtype=torch.float64)
 
     def engine_pids(self) -> list[int]:
         """The server's child processes."""
@@ -89,6 +99,13 @@ def catalogue(load_module: Callable[[Path], ModuleType]) -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def prompt_ids(catalogue: ModuleType) -> list[int]:
+    """A prompt of twelve tokens of the tiny model."""
+    ids: list[int] = catalogue.PROMPT_IDS
+    return ids
+
+
+@pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama of two layers with a byte-level tokenizer, as an ordinary model folder."""
     folder = tmp_path_factory.mktemp("tiny-model")
@@ -114,6 +131,13 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def base(tiny_model: Path) -> nn.Module:
+    """The tiny model as PEFT gets it; not to be changed."""
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    return model
 
 
 @pytest.fixture(scope="session")
