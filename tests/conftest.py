@@ -5,9 +5,14 @@ Knows nothing of any room: shared builders live beside the tests that use them.
 
 from __future__ import annotations
 
+import importlib.util
 import ipaddress
 import os
 import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from types import ModuleType
 
 # Before torch or a tokenizer is imported anywhere, and inherited by every process that a test starts.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -44,6 +49,25 @@ def refuse_outside_connections(event: str, arguments: tuple[object, ...]) -> Non
     text = host.decode() if isinstance(host, bytes) else str(host)
     if not is_loopback(text):
         raise OutsideConnection(f"{event} to {text!r}: tests stay on this machine")
+
+
+@cache
+def module_at(path: Path) -> ModuleType:
+    """A module by its file."""
+    name = "_".join(path.relative_to(Path(__file__).parent).with_suffix("").parts)
+    spec = importlib.util.spec_from_file_location(f"of_tests_{name}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def load_module() -> Callable[[Path], ModuleType]:
+    """What stands in for an import between tests, whose folders are no packages. Each file is run once."""
+    return module_at
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -5,9 +5,8 @@ Legend: T rows, I in features, O out, D hidden size, E experts.
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -72,15 +71,9 @@ MLPS = {
 
 
 @pytest.fixture(scope="module")
-def gates() -> ModuleType:
+def gates(load_module: Callable[[Path], ModuleType]) -> ModuleType:
     """The tests' own reading of routers."""
-    path = Path(__file__).parents[1] / "methods" / "gates.py"
-    spec = importlib.util.spec_from_file_location("routed_block_gates", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_module(Path(__file__).parents[1] / "methods" / "gates.py")
 
 
 class Bench:

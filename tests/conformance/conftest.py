@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +17,15 @@ from torch import Tensor
 
 from timbre_methods.contract import Method, Site, Sites
 from timbre_methods.program import AdapterProgram
-from timbre_methods.registry import check_adapter, compile_adapter, derive, methods, sites_of
+from timbre_methods.prompt_contract import AttentionLayer, Frame
+from timbre_methods.registry import (
+    check_adapter,
+    compile_adapter,
+    derive,
+    methods,
+    prompt_methods,
+    sites_of,
+)
 
 LINEAR = {
     "model.layers.0.self_attn.q_proj": (12, 12, True),
@@ -109,14 +115,37 @@ def make_example() -> Callable[[str, Sites, int], Example]:
     return make
 
 
+@dataclass(frozen=True)
+class Attention:
+    """One layer of attention and its linear layers: all that a method of prompts needs of a base."""
+
+    sites: Sites
+    frame: Frame
+
+
 @pytest.fixture(scope="session")
-def evaluate() -> ModuleType:
+def attention() -> Attention:
+    layer = AttentionLayer("layers.0.attention", num_heads=2, num_kv_heads=2, key_dim=4, value_dim=4)
+    paths = [f"{layer.path}.{projection}_proj" for projection in "qkvo"]
+    return Attention({path: Site(path, torch.eye(8), torch.ones(8)) for path in paths}, Frame(8, (layer,)))
+
+
+@pytest.fixture
+def config_of(
+    all_sites: dict[str, Site], attention: Attention, make_example: Callable[..., Example]
+) -> Callable[[str], dict[str, Any]]:
+    """A valid ``adapter_config.json`` of a method of either kind, by name."""
+
+    def config(name: str) -> dict[str, Any]:
+        if name in methods():
+            return make_example(name, all_sites, 0).raw_config
+        generator = torch.Generator().manual_seed(0)
+        return dict(prompt_methods()[name].example(attention.sites, attention.frame, generator)[0])
+
+    return config
+
+
+@pytest.fixture(scope="session")
+def evaluate(load_module: Callable[[Path], ModuleType]) -> ModuleType:
     """The method tests' evaluator of programs, by the semantics of `timbre_methods.program`."""
-    path = Path(__file__).parents[1] / "methods" / "evaluate.py"
-    spec = importlib.util.spec_from_file_location("conformance_evaluate", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_module(Path(__file__).parents[1] / "methods" / "evaluate.py")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
 
-from timbre_methods.contract import Site
-from timbre_methods.prompt_contract import AttentionLayer, Frame
+from timbre_methods.contract import Reader, Site
 from timbre_methods.registry import compile_adapter, methods, prompt_methods
 
 PAGE = Path(__file__).parents[2] / "server" / "README.md"
@@ -27,38 +26,43 @@ def parts_of(name: str, sites: Mapping[str, Site], make_example: Callable[..., A
     return sorted(kinds)
 
 
-def prompt_parts_of(name: str) -> list[str]:
+def prompt_parts_of(name: str, attention: Any) -> list[str]:
     """The same, of a method of prompts and attention."""
-    layer = AttentionLayer("layers.0.attention", num_heads=2, num_kv_heads=2, key_dim=4, value_dim=4)
-    paths = [f"{layer.path}.{projection}_proj" for projection in "qkvo"]
-    sites = {path: Site(path, torch.eye(8), torch.ones(8)) for path in paths}
-    method, frame = prompt_methods()[name], Frame(8, (layer,))
-    config, tensors = method.example(sites, frame, torch.Generator().manual_seed(0))
-    program = compile_adapter(config, tensors, sites, frame)
+    generator = torch.Generator().manual_seed(0)
+    config, tensors = prompt_methods()[name].example(attention.sites, attention.frame, generator)
+    program = compile_adapter(config, tensors, attention.sites, attention.frame)
     return sorted({type(part).__name__ for _, part in program.placed_parts()})
 
 
-def table(sites: Mapping[str, Site], make_example: Callable[..., Any]) -> str:
-    lines = [
-        "| method | paper | family | operators | the file holds, of a layer | made again | checked against |",
-        "|---|---|---|---|---|---|---|",
-    ]
+def takes_a_bias(method: Reader[Any]) -> str:
+    """Whether a trained bias (PEFT's option ``bias``) may stand beside it in the file."""
+    is_served = get_type_hints(method.parse)["return"].takes_beside and not method.scales_bias
+    return "served" if is_served else "refused"
+
+
+def table(sites: Mapping[str, Site], attention: Any, make_example: Callable[..., Any]) -> str:
+    columns = ("method", "paper", "family", "operators", "the file holds, of a layer", "made again")
+    columns += ("a bias beside it", "checked against")
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     everything = {**methods(), **prompt_methods()}
     for name, method in sorted(everything.items()):
         family = type(method).__module__.split(".")[1].replace("_", " ")
-        kinds = parts_of(name, sites, make_example) if name in methods() else prompt_parts_of(name)
+        kinds = parts_of(name, sites, make_example) if name in methods() else prompt_parts_of(name, attention)
         operators = ", ".join(f"`{kind}`" for kind in kinds)
-        cells = (f"`{name}`", method.paper, family, operators, method.stored)
-        lines.append(f"| {' | '.join((*cells, method.regenerated, method.checked_against))} |")
+        cells = (f"`{name}`", method.paper, family, operators, method.stored, method.regenerated)
+        lines.append(f"| {' | '.join((*cells, takes_a_bias(method), method.checked_against))} |")
     return "\n".join(lines) + "\n"
 
 
 def test_the_table_of_methods_is_the_codes(
-    tiny_sites: Mapping[str, Site], make_example: Callable[..., Any], request: pytest.FixtureRequest
+    tiny_sites: Mapping[str, Site],
+    attention: Any,
+    make_example: Callable[..., Any],
+    request: pytest.FixtureRequest,
 ) -> None:
     before, _, rest = PAGE.read_text().partition(BEGIN)
     found, _, after = rest.partition(END)
-    expected = table(tiny_sites, make_example)
+    expected = table(tiny_sites, attention, make_example)
     if request.config.getoption("--write-tables"):
         PAGE.write_text(before + BEGIN + expected + END + after)
         return

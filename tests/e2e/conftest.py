@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
 import socket
@@ -18,7 +17,8 @@ import httpx2
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 START_TIMEOUT_S = 240.0
 CHAT_TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
@@ -43,6 +43,15 @@ class LiveServer:
         }
         with self.client() as client:
             return client.post("/v1/adapters", data={"name": name}, files=files)
+
+    def prompt_logprobs(self, prompt_ids: list[int], **fields: object) -> Tensor:
+        """Of each next token of a prompt, which is echoed, in float64."""
+        body = {"prompt": prompt_ids, "max_tokens": 1, "echo": True, "logprobs": 0, **fields}
+        with self.client() as client:
+            answer = client.post("/v1/completions", json=body)
+        assert answer.status_code == 200, answer.text
+        found = answer.json()["choices"][0]["logprobs"]["token_logprobs"]
+        return torch.tensor(found[1 : len(prompt_ids)], dtype=torch.float64)
 
     def engine_pids(self) -> list[int]:
         """The server's child processes."""
@@ -84,15 +93,16 @@ def start_server(folder: Path, *flags: object) -> LiveServer:
 
 
 @pytest.fixture(scope="session")
-def catalogue() -> ModuleType:
+def catalogue(load_module: Callable[[Path], ModuleType]) -> ModuleType:
     """`peft_catalogue.py` beside this file."""
-    path = Path(__file__).with_name("peft_catalogue.py")
-    spec = importlib.util.spec_from_file_location("e2e_peft_catalogue", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_module(Path(__file__).with_name("peft_catalogue.py"))
+
+
+@pytest.fixture(scope="session")
+def prompt_ids(catalogue: ModuleType) -> list[int]:
+    """A prompt of twelve tokens of the tiny model."""
+    ids: list[int] = catalogue.PROMPT_IDS
+    return ids
 
 
 @pytest.fixture(scope="session")
@@ -121,6 +131,13 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def base(tiny_model: Path) -> nn.Module:
+    """The tiny model as PEFT gets it; not to be changed."""
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    return model
 
 
 @pytest.fixture(scope="session")

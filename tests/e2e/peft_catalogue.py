@@ -13,7 +13,9 @@ from pathlib import Path
 import peft
 import torch
 from peft.tuners.lora.config import BdLoraConfig, KasaConfig
+from torch import Tensor
 
+PROMPT_IDS = [7, 80, 3, 200, 41, 41, 9, 120, 66, 5, 17, 230]
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 EVERY = {"target_modules": TARGETS}
 FEEDFORWARD = {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
@@ -70,6 +72,15 @@ ADAPTERS: dict[str, tuple[Make, float]] = {
 }
 """By the name of the method, or that and what is special."""
 
+MIXED: dict[str, tuple[Make, float]] = {
+    "mix-lora": (lambda: peft.LoraConfig(r=4, lora_alpha=6, **EVERY), 0.2),
+    "mix-narrow": (lambda: peft.LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj", "down_proj"]), 0.2),
+    "mix-fourierft": (lambda: peft.FourierFTConfig(n_frequency=200, scaling=40.0, **EVERY), 0.2),
+    "mix-shira": (lambda: peft.ShiraConfig(r=2, **EVERY), 0.2),
+    "mix-ia3": (lambda: peft.IA3Config(**FEEDFORWARD), 0.2),
+}
+"""Those that are mixed with one another."""
+
 
 def save_adapter(model: torch.nn.Module, make: Make, folder: Path, std: float, seed: int = 1) -> Path:
     """What PEFT saves for this config, with noise on every trainable value."""
@@ -82,3 +93,10 @@ def save_adapter(model: torch.nn.Module, make: Make, folder: Path, std: float, s
                 parameter.data += std * torch.randn(parameter.shape).to(parameter.dtype)
         wrapped.save_pretrained(str(folder))
     return folder
+
+
+def logprobs_of(model: torch.nn.Module, ids: list[int] = PROMPT_IDS) -> Tensor:
+    """Log-probabilities of each next token of a prompt, in float64."""
+    with torch.inference_mode():
+        rows = torch.log_softmax(model(torch.tensor([ids])).logits[0, :-1].double(), -1)
+    return rows.gather(1, torch.tensor(ids)[1:, None])[:, 0]

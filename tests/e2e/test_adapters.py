@@ -17,37 +17,19 @@ import peft
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
-
-PROMPT_IDS = [7, 80, 3, 200, 41, 41, 9, 120, 66, 5, 17, 230]
 
 
-def logprobs_of(model: torch.nn.Module) -> Tensor:
-    """Log-probabilities of each next token of the prompt."""
-    ids = torch.tensor([PROMPT_IDS])
-    with torch.inference_mode():
-        rows = torch.log_softmax(model(ids).logits[0, :-1].float(), -1)
-    return rows.gather(1, ids[0, 1:, None])[:, 0]
+@pytest.fixture
+def peft_logprobs(base: torch.nn.Module, catalogue: ModuleType) -> Callable[[Path], Tensor]:
+    """Of each next token of the prompt, by PEFT's own forward."""
 
+    def logprobs(folder: Path) -> Tensor:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(folder)).eval()
+            return catalogue.logprobs_of(model)
 
-def peft_logprobs(model: torch.nn.Module, folder: Path) -> Tensor:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return logprobs_of(peft.PeftModel.from_pretrained(copy.deepcopy(model), str(folder)).eval())
-
-
-def served_logprobs(server: Any, model: str) -> Tensor:
-    """The same through HTTP: the prompt is echoed with its log-probabilities."""
-    body = {"model": model, "prompt": PROMPT_IDS, "max_tokens": 1, "echo": True, "logprobs": 0}
-    with server.client() as client:
-        answer = client.post("/v1/completions", json=body)
-    assert answer.status_code == 200, answer.text
-    return torch.tensor(answer.json()["choices"][0]["logprobs"]["token_logprobs"][1 : len(PROMPT_IDS)])
-
-
-@pytest.fixture(scope="module")
-def base(tiny_model: Path) -> torch.nn.Module:
-    return AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    return logprobs
 
 
 @pytest.fixture
@@ -82,14 +64,20 @@ def uploaded(
 
 
 def test_every_family_in_one_batch_with_base_rows_equals_peft(
-    base: torch.nn.Module, tiny_server: Any, uploaded: dict[str, Path]
+    base: torch.nn.Module,
+    tiny_server: Any,
+    uploaded: dict[str, Path],
+    catalogue: ModuleType,
+    peft_logprobs: Callable[[Path], Tensor],
 ) -> None:
     names = [*uploaded, "tiny"] * 2
     random.Random(5).shuffle(names)
     with ThreadPoolExecutor(len(names)) as pool:
-        served = list(pool.map(lambda name: served_logprobs(tiny_server, name), names))
-    expected = {name: peft_logprobs(base, folder) for name, folder in uploaded.items()}
-    expected["tiny"] = logprobs_of(base)
+        served = list(
+            pool.map(lambda name: tiny_server.prompt_logprobs(catalogue.PROMPT_IDS, model=name), names)
+        )
+    expected = {name: peft_logprobs(folder) for name, folder in uploaded.items()}
+    expected["tiny"] = catalogue.logprobs_of(base)
     for name, logprobs in zip(names, served, strict=True):
         torch.testing.assert_close(logprobs, expected[name], atol=1e-4, rtol=1e-4)
         if name != "tiny":
@@ -108,7 +96,7 @@ def test_an_answer_says_which_adapter_gave_it(tiny_server: Any, uploaded: dict[s
     assert answer.headers["x-timbre-adapter-digest"] == manifest["digest"]
 
 
-def greedy(server: Any, model: str, prompt: list[int] = PROMPT_IDS) -> str:
+def greedy(server: Any, model: str, prompt: list[int]) -> str:
     body = {"model": model, "prompt": prompt, "max_tokens": 12, "temperature": 0, "ignore_eos": True}
     with server.client() as client:
         answer = client.post("/v1/completions", json=body)
@@ -117,9 +105,9 @@ def greedy(server: Any, model: str, prompt: list[int] = PROMPT_IDS) -> str:
 
 
 def test_a_new_version_never_meets_the_old_ones_cache(
-    save_lora: Callable[..., Path], tiny_server: Any, tmp_path: Path
+    save_lora: Callable[..., Path], tiny_server: Any, tmp_path: Path, prompt_ids: list[int]
 ) -> None:
-    prompt = PROMPT_IDS * 4
+    prompt = prompt_ids * 4
     old = save_lora(tmp_path / "old", seed=2)
     new = save_lora(tmp_path / "new", seed=3)
     assert tiny_server.upload("changing", old).json()["version"] == 1
@@ -132,20 +120,23 @@ def test_a_new_version_never_meets_the_old_ones_cache(
     assert after == greedy(tiny_server, "only-new", prompt)
 
 
-def test_an_alias_moves_between_requests(tiny_server: Any, uploaded: dict[str, Path]) -> None:
+def test_an_alias_moves_between_requests(
+    tiny_server: Any, uploaded: dict[str, Path], prompt_ids: list[int]
+) -> None:
     with tiny_server.client() as client:
         for target in ("lora", "shira"):
             answer = client.put(f"/v1/adapters/{target}/alias", json={"alias": "voice"})
             assert answer.status_code == 200, answer.text
-            assert greedy(tiny_server, "voice") == greedy(tiny_server, target)
+            voice, itself = (greedy(tiny_server, name, prompt_ids) for name in ("voice", target))
+            assert voice == itself
 
 
 def test_a_deleted_adapter_is_gone_at_once(
-    save_lora: Callable[..., Path], tiny_server: Any, tmp_path: Path
+    save_lora: Callable[..., Path], tiny_server: Any, tmp_path: Path, prompt_ids: list[int]
 ) -> None:
     folder = save_lora(tmp_path / "gone", seed=4)
     tiny_server.upload("gone", folder)
-    greedy(tiny_server, "gone")
+    greedy(tiny_server, "gone", prompt_ids)
     with tiny_server.client() as client:
         assert client.delete("/v1/adapters/gone").status_code in (200, 204)
         answer = client.post("/v1/completions", json={"model": "gone", "prompt": "Hi"})
@@ -169,11 +160,12 @@ def test_a_bad_adapter_is_refused_by_name_and_leaves_nothing(
 
 
 def test_more_adapters_than_memory_are_all_served_right(
-    base: torch.nn.Module,
+    peft_logprobs: Callable[[Path], Tensor],
     save_lora: Callable[..., Path],
     serve: Callable[..., Any],
     tiny_model: Path,
     tmp_path: Path,
+    prompt_ids: list[int],
 ) -> None:
     """Twelve adapters of some 700 KiB each, one MiB for all: one at a time is resident, none is wrong."""
     server = serve(
@@ -189,6 +181,6 @@ def test_more_adapters_than_memory_are_all_served_right(
         assert answer.status_code == 201, answer.text
         assert 512 << 10 < answer.json()["prepared_bytes"] <= 1 << 20
     with ThreadPoolExecutor(12) as pool:
-        served = list(pool.map(lambda name: served_logprobs(server, name), names * 2))
+        served = list(pool.map(lambda name: server.prompt_logprobs(prompt_ids, model=name), names * 2))
     for name, logprobs in zip(names * 2, served, strict=True):
-        torch.testing.assert_close(logprobs, peft_logprobs(base, folders[name]), atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(logprobs, peft_logprobs(folders[name]), atol=1e-3, rtol=1e-3)

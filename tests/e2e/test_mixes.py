@@ -6,24 +6,14 @@ import copy
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import peft
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-CONFIGS: dict[str, peft.PeftConfig] = {
-    "mix-lora": peft.LoraConfig(r=4, lora_alpha=6, target_modules=TARGETS),
-    "mix-narrow": peft.LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj", "down_proj"]),
-    "mix-fourierft": peft.FourierFTConfig(n_frequency=200, scaling=40.0, target_modules=TARGETS),
-    "mix-shira": peft.ShiraConfig(r=2, target_modules=TARGETS),
-    "mix-ia3": peft.IA3Config(
-        target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]
-    ),
-}
 Mix = dict[str, float]
 TWO_LORAS: Mix = {"mix-lora": 0.7, "mix-narrow": 0.5}
 MIXES: list[Mix] = [
@@ -36,14 +26,14 @@ MIXES: list[Mix] = [
     {"mix-ia3": 1},
     {"mix-narrow": -2},
 ]
-PROMPT_IDS = [7, 80, 3, 200, 41, 41, 9, 120, 66, 5, 17, 230]
 
 
 class Oracle:
     """The tiny model in float64, and each adapter's weights as PEFT merges them."""
 
-    def __init__(self, model: Path, folders: dict[str, Path]) -> None:
-        self._base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64).eval()
+    def __init__(self, base: nn.Module, folders: dict[str, Path], catalogue: ModuleType) -> None:
+        self._base = copy.deepcopy(base).double()
+        self._catalogue = catalogue
         self._own = _weights(self._base)
         self._adapted = {name: self._merged(folder) for name, folder in folders.items()}
 
@@ -59,18 +49,13 @@ class Oracle:
         for path, own in self._own.items():
             change = sum((w * (self._adapted[name][path] - own) for name, w in mix.items()), 0.0)
             model.get_submodule(path).weight.data = own + change
-        return logprobs_of(model, ids)
+        logprobs: Tensor = self._catalogue.logprobs_of(model, ids)
+        return logprobs
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
     linears = ((path, each) for path, each in model.named_modules() if isinstance(each, nn.Linear))
     return {path: linear.weight.data.clone() for path, linear in linears}
-
-
-def logprobs_of(model: nn.Module, ids: list[int]) -> Tensor:
-    with torch.inference_mode():
-        rows = torch.log_softmax(model(torch.tensor([ids])).logits[0, :-1].double(), -1)
-    return rows.gather(1, torch.tensor(ids)[1:, None])[:, 0]
 
 
 def asked_for(mix: Mix) -> list[dict[str, Any]]:
@@ -85,43 +70,39 @@ def answered(server: Any, mix: Mix, **fields: Any) -> dict[str, Any]:
     return dict(answer.json())
 
 
-def prompt_logprobs(server: Any, mix: Mix) -> Tensor:
-    answer = answered(server, mix, prompt=PROMPT_IDS, max_tokens=1, echo=True, logprobs=0)
-    found = answer["choices"][0]["logprobs"]["token_logprobs"]
-    return torch.tensor(found[1 : len(PROMPT_IDS)], dtype=torch.float64)
+def prompt_logprobs(server: Any, mix: Mix, prompt_ids: list[int]) -> Tensor:
+    logprobs: Tensor = server.prompt_logprobs(prompt_ids, model="tiny", adapters=asked_for(mix) or None)
+    return logprobs
 
 
 @pytest.fixture(scope="module")
-def folders(tiny_model: Path, tiny_server: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def folders(
+    base: nn.Module, tiny_server: Any, catalogue: ModuleType, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
     """One random adapter of each kind, in the store by its name."""
-    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    made = {name: tmp_path_factory.mktemp(name) for name in CONFIGS}
-    for seed, (name, config) in enumerate(CONFIGS.items()):
-        torch.manual_seed(seed)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            wrapped = peft.get_peft_model(copy.deepcopy(base), copy.deepcopy(config))
-            for parameter in filter(lambda each: each.requires_grad, wrapped.parameters()):
-                centre = 1.0 if isinstance(config, peft.IA3Config) else 0.0
-                parameter.data = centre + 0.2 * torch.randn(parameter.shape)
-            wrapped.save_pretrained(str(made[name]))
-        answer = tiny_server.upload(name, made[name])
+    folder = tmp_path_factory.mktemp("mixes")
+    made = {
+        name: catalogue.save_adapter(base, make, folder / name, std, seed)
+        for seed, (name, (make, std)) in enumerate(catalogue.MIXED.items())
+    }
+    for name, adapter in made.items():
+        answer = tiny_server.upload(name, adapter)
         assert answer.status_code == 201, answer.text
     return made
 
 
 @pytest.fixture(scope="module")
-def oracle(tiny_model: Path, folders: dict[str, Path]) -> Oracle:
-    return Oracle(tiny_model, folders)
+def oracle(base: nn.Module, folders: dict[str, Path], catalogue: ModuleType) -> Oracle:
+    return Oracle(base, folders, catalogue)
 
 
 def test_every_mix_in_one_batch_with_others_has_exactly_its_effective_weights(
-    tiny_server: Any, oracle: Oracle
+    tiny_server: Any, oracle: Oracle, prompt_ids: list[int]
 ) -> None:
     mixes = MIXES * 3
     with ThreadPoolExecutor(len(mixes)) as pool:
-        served = list(pool.map(lambda mix: prompt_logprobs(tiny_server, mix), mixes))
-    expected = [oracle.logprobs(mix, PROMPT_IDS) for mix in MIXES]
+        served = list(pool.map(lambda mix: prompt_logprobs(tiny_server, mix, prompt_ids), mixes))
+    expected = [oracle.logprobs(mix, prompt_ids) for mix in MIXES]
     for found, wanted in zip(served, expected * 3, strict=True):
         torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
     for one in range(len(MIXES)):
@@ -130,26 +111,25 @@ def test_every_mix_in_one_batch_with_others_has_exactly_its_effective_weights(
 
 
 def test_two_loras_mix_as_peft_concatenates_them(
-    tiny_model: Path, tiny_server: Any, folders: dict[str, Path]
+    base: nn.Module, tiny_server: Any, folders: dict[str, Path], catalogue: ModuleType
 ) -> None:
-    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         first, second = TWO_LORAS
-        model = peft.PeftModel.from_pretrained(base, str(folders[first]), adapter_name=first)
+        model = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(folders[first]), adapter_name=first)
         model.load_adapter(str(folders[second]), adapter_name=second)
         model.add_weighted_adapter(
             list(TWO_LORAS), list(TWO_LORAS.values()), "together", combination_type="cat"
         )
         model.set_adapter("together")
-    expected = logprobs_of(model, PROMPT_IDS)
-    torch.testing.assert_close(prompt_logprobs(tiny_server, TWO_LORAS), expected, atol=1e-4, rtol=0)
+    found = prompt_logprobs(tiny_server, TWO_LORAS, catalogue.PROMPT_IDS)
+    torch.testing.assert_close(found, catalogue.logprobs_of(model), atol=1e-4, rtol=0)
 
 
 def test_a_mix_never_reads_the_cache_of_the_same_adapters_with_other_weights(
-    tiny_server: Any, oracle: Oracle
+    tiny_server: Any, oracle: Oracle, prompt_ids: list[int]
 ) -> None:
-    prompt = PROMPT_IDS * 4
+    prompt = prompt_ids * 4
     same = {"max_tokens": 4, "temperature": 0, "ignore_eos": True, "logprobs": 0, "return_token_ids": True}
     cached = []
     for mix in (
@@ -168,7 +148,9 @@ def test_a_mix_never_reads_the_cache_of_the_same_adapters_with_other_weights(
     assert cached == [0, 32, 0, 0, 32]
 
 
-def test_metrics_count_a_mix_for_each_of_its_adapters(tiny_server: Any, oracle: Oracle) -> None:
+def test_metrics_count_a_mix_for_each_of_its_adapters(
+    tiny_server: Any, oracle: Oracle, prompt_ids: list[int]
+) -> None:
     def counts() -> dict[str, float]:
         with tiny_server.client() as client:
             lines = client.get("/metrics").text.splitlines()
@@ -176,6 +158,6 @@ def test_metrics_count_a_mix_for_each_of_its_adapters(tiny_server: Any, oracle: 
         return {row.split('"')[1]: float(row.rsplit(" ", 1)[1]) for row in rows}
 
     before = counts()
-    answered(tiny_server, TWO_LORAS, prompt=PROMPT_IDS, max_tokens=1)
+    answered(tiny_server, TWO_LORAS, prompt=prompt_ids, max_tokens=1)
     after = counts()
     assert after == before | {name: before.get(name, 0) + 1 for name in TWO_LORAS}

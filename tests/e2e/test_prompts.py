@@ -7,15 +7,14 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 INVOCATION = [66, 5]
-PROMPT = [7, 80, 3, 200, 41, 41, 9, 120, 66, 5, 17, 230]
 COUNT = 6
 CONFIGS: dict[str, Callable[[], peft.PeftConfig]] = {
     "prompt_tuning": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=20),
@@ -33,34 +32,23 @@ CONFIGS: dict[str, Callable[[], peft.PeftConfig]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def base(tiny_model: Path) -> torch.nn.Module:
-    return AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
-
-
-def save(model: torch.nn.Module, config: peft.PeftConfig, folder: Path) -> Path:
-    torch.manual_seed(4)
-    wrapped = peft.get_peft_model(copy.deepcopy(model), config)
-    for parameter in wrapped.parameters():
-        if parameter.requires_grad:
-            parameter.data = 0.5 * torch.randn(parameter.shape)
-    wrapped.save_pretrained(str(folder))
-    return folder
-
-
 @torch.no_grad()
-def peft_text(model: torch.nn.Module, folder: Path) -> list[int]:
+def peft_text(model: torch.nn.Module, folder: Path, prompt_ids: list[int]) -> list[int]:
     """Greedy tokens. An aLoRA's place is that of the prompt, whatever is generated."""
     wrapped: Any = peft.PeftModel.from_pretrained(copy.deepcopy(model), str(folder)).eval()
-    tokens = list(PROMPT)
+    tokens = list(prompt_ids)
     for _ in range(COUNT):
-        place = {"alora_offsets": [len(tokens) - PROMPT.index(66)]} if folder.name == "alora" else {}
+        place = (
+            {"alora_offsets": [len(tokens) - prompt_ids.index(INVOCATION[0])]}
+            if folder.name == "alora"
+            else {}
+        )
         tokens.append(int(wrapped(torch.tensor([tokens]), **place).logits[0, -1].argmax()))
-    return tokens[len(PROMPT) :]
+    return tokens[len(prompt_ids) :]
 
 
-def served(server: Any, model: str, **fields: Any) -> dict[str, Any]:
-    body = {"model": model, "prompt": PROMPT, "max_tokens": COUNT, "temperature": 0, "ignore_eos": True}
+def served(server: Any, model: str, prompt: list[int], **fields: Any) -> dict[str, Any]:
+    body = {"model": model, "prompt": prompt, "max_tokens": COUNT, "temperature": 0, "ignore_eos": True}
     with server.client() as client:
         answer = client.post("/v1/completions", json={**body, "return_token_ids": True, **fields})
     return {"status": answer.status_code, **answer.json()}
@@ -68,12 +56,13 @@ def served(server: Any, model: str, **fields: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def uploaded(
-    base: torch.nn.Module, tiny_server: Any, tmp_path_factory: pytest.TempPathFactory
+    base: torch.nn.Module, tiny_server: Any, catalogue: ModuleType, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("prompts")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        folders = {name: save(base, make(), folder / name) for name, make in CONFIGS.items()}
+    folders = {
+        name: catalogue.save_adapter(base, make, folder / name, std=0.5, seed=4)
+        for name, make in CONFIGS.items()
+    }
     for name, adapter in folders.items():
         answer = tiny_server.upload(f"p-{name}", adapter)
         assert answer.status_code == 201, answer.text
@@ -82,19 +71,19 @@ def uploaded(
 
 
 def test_every_kind_at_once_gives_peft_s_text(
-    base: torch.nn.Module, tiny_server: Any, uploaded: dict[str, Path]
+    base: torch.nn.Module, tiny_server: Any, uploaded: dict[str, Path], prompt_ids: list[int]
 ) -> None:
     names = list(uploaded) * 3
     with ThreadPoolExecutor(len(names)) as pool:
-        answers = list(pool.map(lambda name: served(tiny_server, f"p-{name}"), names))
+        answers = list(pool.map(lambda name: served(tiny_server, f"p-{name}", prompt_ids), names))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        expected = {name: peft_text(base, folder) for name, folder in uploaded.items()}
+        expected = {name: peft_text(base, folder, prompt_ids) for name, folder in uploaded.items()}
     for name, answer in zip(names, answers, strict=True):
         assert answer["choices"][0]["token_ids"] == expected[name], name
-        assert answer["choices"][0]["prompt_token_ids"] == PROMPT
-        assert answer["usage"]["prompt_tokens"] == len(PROMPT)
-        assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] <= len(PROMPT)
+        assert answer["choices"][0]["prompt_token_ids"] == prompt_ids
+        assert answer["usage"]["prompt_tokens"] == len(prompt_ids)
+        assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] <= len(prompt_ids)
     assert len({tuple(tokens) for tokens in expected.values()}) == len(expected)
 
 
@@ -110,11 +99,12 @@ def test_manifests_say_what_a_client_must_know(tiny_server: Any, uploaded: dict[
 
 
 def test_what_cannot_be_answered_in_the_adapter_s_name_is_refused(
-    tiny_server: Any, uploaded: dict[str, Path]
+    tiny_server: Any, uploaded: dict[str, Path], prompt_ids: list[int]
 ) -> None:
-    without = served(tiny_server, "p-alora", prompt=[1, 2, 3])
+    without = served(tiny_server, "p-alora", [1, 2, 3])
     assert (without["status"], without["error"]["param"]) == (400, "prompt")
     assert "p-alora@1" in without["error"]["message"]
-    most = 256 - 20 - len(PROMPT)
-    assert served(tiny_server, "p-prompt_tuning", max_tokens=most + 1)["status"] == 400
-    assert len(served(tiny_server, "p-prompt_tuning", max_tokens=most)["choices"][0]["token_ids"]) == most
+    most = 256 - 20 - len(prompt_ids)
+    assert served(tiny_server, "p-prompt_tuning", prompt_ids, max_tokens=most + 1)["status"] == 400
+    whole = served(tiny_server, "p-prompt_tuning", prompt_ids, max_tokens=most)
+    assert len(whole["choices"][0]["token_ids"]) == most

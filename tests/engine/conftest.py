@@ -5,8 +5,6 @@ Weights are drawn wide, so that the most likely token is clear and depends on th
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -89,14 +87,6 @@ def model_of() -> Callable[[PreTrainedConfig], PreTrainedModel]:
 
 
 @pytest.fixture(scope="session")
-def stand_ins() -> ModuleType:
+def stand_ins(load_module: Callable[[Path], ModuleType]) -> ModuleType:
     """The runner and the adapters that play a part in tests of the loop; real parts, but for the model."""
-    spec = importlib.util.spec_from_file_location(
-        "engine_stand_ins", Path(__file__).with_name("stand_ins.py")
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_module(Path(__file__).with_name("stand_ins.py"))

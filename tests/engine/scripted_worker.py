@@ -6,12 +6,12 @@ they start; "slow" starts when it is told to leave; "dies" is gone at its first 
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
+
+import stand_ins  # beside this file, which runs as a program
 
 from timbre_server.adapters.derivation import Derivations
 from timbre_server.engine.core import EngineCore
@@ -19,15 +19,6 @@ from timbre_server.engine.messages import Ready
 from timbre_server.engine.options import EngineOptions
 from timbre_server.engine.worker import run_worker
 from timbre_server.errors import UnsupportedModel
-
-specification = importlib.util.spec_from_file_location(
-    "engine_stand_ins", Path(__file__).with_name("stand_ins.py")
-)
-assert specification is not None
-assert specification.loader is not None
-stand_ins = importlib.util.module_from_spec(specification)
-sys.modules[specification.name] = stand_ins
-specification.loader.exec_module(stand_ins)
 
 
 def assemble(

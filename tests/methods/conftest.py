@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import os
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -23,33 +21,26 @@ from torch import Tensor, nn
 
 from timbre_methods.contract import Site
 
-
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"methods_{name}", Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+HERE = Path(__file__).parent
+LoadModule = Callable[[Path], ModuleType]
 
 
 @pytest.fixture(scope="session")
-def evaluate() -> ModuleType:
+def evaluate(load_module: LoadModule) -> ModuleType:
     """The tests' own evaluator of programs."""
-    return _load("evaluate")
+    return load_module(HERE / "evaluate.py")
 
 
 @pytest.fixture(scope="session")
-def engine_bench() -> ModuleType:
+def engine_bench(load_module: LoadModule) -> ModuleType:
     """The real engine around a tiny model, for methods that act on whole requests."""
-    return _load("engine_bench")
+    return load_module(HERE / "engine_bench.py")
 
 
 @pytest.fixture(scope="session")
-def tiny_models() -> ModuleType:
+def tiny_models(load_module: LoadModule) -> ModuleType:
     """The models' makers."""
-    return _load("tiny_models")
+    return load_module(HERE / "tiny_models.py")
 
 
 @pytest.fixture(scope="session")
@@ -182,9 +173,26 @@ def peft_greedy() -> Callable[..., tuple[list[int], list[float]]]:
 
 
 @pytest.fixture
-def timbre_logits(evaluate: ModuleType) -> Callable[[nn.Module, Written, Tensor], Tensor]:
+def prompts(load_module: LoadModule) -> list[list[int]]:
+    """A short one, one of several blocks, and one of one token."""
+    found: list[list[int]] = load_module(HERE / "as_peft.py").PROMPTS
+    return found
+
+
+@pytest.fixture
+def as_peft(engine_bench: ModuleType, peft_greedy: Callable[..., Any], load_module: LoadModule) -> Any:
+    """Whole answers of the real engine, compared with PEFT's."""
+    return load_module(HERE / "as_peft.py").AsPeft(engine_bench, peft_greedy)
+
+
+@pytest.fixture
+def timbre_logits(
+    evaluate: ModuleType, load_module: LoadModule
+) -> Callable[[nn.Module, Written, Tensor], Tensor]:
     """The logits of the base with our reading of the adapter's two files."""
     from timbre_methods.registry import check_adapter, compile_adapter, derive
+
+    adapted_copy = load_module(HERE / "adapted_copy.py").adapted_copy
 
     @torch.no_grad()
     def logits(model: nn.Module, written: Written, token_ids: Tensor) -> Tensor:
@@ -192,7 +200,7 @@ def timbre_logits(evaluate: ModuleType) -> Callable[[nn.Module, Written, Tensor]
         check_adapter(written.config, written.tensors, sites)
         tensors = {**written.tensors, **derive(written.config, written.tensors, sites)}
         program = compile_adapter(written.config, tensors, sites)
-        return _load("adapted_copy").adapted_copy(evaluate, model, program)(token_ids).logits
+        return adapted_copy(evaluate, model, program)(token_ids).logits
 
     return logits
 

@@ -2,39 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
 from peft import AdaptionPromptConfig, LoraConfig
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from timbre_methods.errors import AdapterMismatch, InvalidTensors
 from timbre_methods.registry import inspect_adapter
 from timbre_server.engine.messages import AdapterUse, SamplingParams, Submit
 
-PROMPTS = [[7, 3, 20, 41], [9, 12, 6, 5, 17, 23, 30, 31, 2, 44, 51, 13, 8], [58]]
-
 
 @pytest.fixture
-def plain_llama() -> LlamaForCausalLM:
+def plain_llama(tiny_models: ModuleType) -> nn.Module:
     """Without biases: nothing is added twice."""
-    torch.manual_seed(14)
-    config = LlamaConfig(
-        vocab_size=61,
-        hidden_size=48,
-        intermediate_size=70,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=64,
-        initializer_range=0.15,
-    )
-    return LlamaForCausalLM(config).eval()
+    model: nn.Module = tiny_models.plain_llama()
+    return model
 
 
 def adaption(layers: int) -> AdaptionPromptConfig:
@@ -44,98 +29,55 @@ def adaption(layers: int) -> AdaptionPromptConfig:
 @pytest.mark.parametrize("budget", [64, 3], ids="budget {}".format)
 @pytest.mark.parametrize("layers", [1, 2])
 def test_greedy_text_is_peft_s_with_its_second_bias(
-    llama: nn.Module,
-    engine_bench: ModuleType,
-    write_with_peft: Callable[..., Any],
-    peft_greedy: Callable[..., Any],
-    layers: int,
-    budget: int,
+    llama: nn.Module, write_with_peft: Callable[..., Any], as_peft: Any, layers: int, budget: int
 ) -> None:
-    written = write_with_peft(llama, adaption(layers), std=1.0)
-    bench = engine_bench.EngineBench(llama, budget=budget)
-    program = bench.put("x", written.config, written.tensors)
+    program = as_peft.serves(llama, write_with_peft(llama, adaption(layers), std=1.0), budget=budget)
     assert list(program.attention) == [0, 1][-layers:]
     assert list(program.sites) == [f"model.layers.{at}.self_attn.o_proj" for at in program.attention]
-    ids = [bench.submit(prompt, "x") for prompt in PROMPTS]
-    answers = bench.run()
-    for prompt, request_id in zip(PROMPTS, ids, strict=True):
-        tokens, logprobs = peft_greedy(llama, written.folder, prompt, 8)
-        assert answers[request_id].token_ids == tokens
-        assert answers[request_id].logprobs == pytest.approx(logprobs, abs=1e-4)
-        assert tokens != bench.answer(prompt).token_ids
 
 
 def test_a_model_without_biases_gives_peft_s_text(
-    plain_llama: nn.Module,
-    engine_bench: ModuleType,
-    write_with_peft: Callable[..., Any],
-    peft_greedy: Callable[..., Any],
+    plain_llama: nn.Module, write_with_peft: Callable[..., Any], as_peft: Any
 ) -> None:
     written = write_with_peft(plain_llama, adaption(2), std=1.0)
-    bench = engine_bench.EngineBench(plain_llama, budget=4)
-    assert not bench.put("x", written.config, written.tensors).sites
-    tokens, logprobs = peft_greedy(plain_llama, written.folder, PROMPTS[1], 8)
-    answer = bench.answer(PROMPTS[1], "x")
-    assert answer.token_ids == tokens
-    assert answer.logprobs == pytest.approx(logprobs, abs=1e-4)
+    assert not as_peft.serves(plain_llama, written, budget=4).sites
 
 
 def test_each_row_of_a_batch_attends_to_its_own_prompt(
-    llama: nn.Module,
-    engine_bench: ModuleType,
-    write_with_peft: Callable[..., Any],
-    peft_greedy: Callable[..., Any],
+    llama: nn.Module, write_with_peft: Callable[..., Any], as_peft: Any
 ) -> None:
     written = {
         "one": write_with_peft(llama, adaption(1), std=1.0),
         "two": write_with_peft(llama, adaption(2), std=0.6),
         "lora": write_with_peft(llama, LoraConfig(r=4, target_modules=["q_proj", "o_proj"])),
     }
-    bench = engine_bench.EngineBench(llama, num_blocks=16, budget=9, max_len=40)
-    for name, each in written.items():
-        bench.put(name, each.config, each.tensors)
-    asked = [(prompt, name) for prompt in PROMPTS for name in (*written, None)]
-    ids = [bench.submit(prompt, name, 10) for prompt, name in asked]
-    answers = bench.run()
-    assert bench.num_preemptions > 0
-    alone = engine_bench.EngineBench(llama)
-    for (prompt, name), request_id in zip(asked, ids, strict=True):
-        if name is None:
-            expected = alone.answer(prompt, num_tokens=10).token_ids
-        else:
-            expected = peft_greedy(llama, written[name].folder, prompt, 10)[0]
-        assert answers[request_id].token_ids == expected, (prompt, name)
+    as_peft.serves_beside_the_base(llama, written, 16, budget=9, num_tokens=10)
 
 
 def test_a_weight_scales_what_it_adds(
-    plain_llama: nn.Module, engine_bench: ModuleType, write_with_peft: Callable[..., Any]
+    plain_llama: nn.Module,
+    engine_bench: ModuleType,
+    write_with_peft: Callable[..., Any],
+    prompts: list[list[int]],
 ) -> None:
     written = write_with_peft(plain_llama, adaption(1), std=1.0)
     gates = {key: tensor * 0.5 if "gate" in key else tensor for key, tensor in written.tensors.items()}
     bench = engine_bench.EngineBench(plain_llama)
     bench.put("x", written.config, written.tensors)
     bench.put("half", written.config, gates)
-    half = bench.answer(PROMPTS[0], "half")
-    weighted = bench.answer(PROMPTS[0], AdapterUse("x", 0.5))
+    half = bench.answer(prompts[0], "half")
+    weighted = bench.answer(prompts[0], AdapterUse("x", 0.5))
     assert weighted.logprobs == pytest.approx(half.logprobs, abs=1e-4)
     greedy = SamplingParams(max_tokens=8, temperature=0.0, logprobs=0)
     mix = (AdapterUse("x", 0.25), AdapterUse("half", 0.5))
-    bench.scheduler.add(Submit("mix", PROMPTS[0], greedy, mix))
+    bench.scheduler.add(Submit("mix", prompts[0], greedy, mix))
     assert bench.run()["mix"].logprobs == pytest.approx(half.logprobs, abs=1e-4)
 
 
 def test_a_bf16_base_gives_what_peft_gives(
-    llama: nn.Module,
-    engine_bench: ModuleType,
-    write_with_peft: Callable[..., Any],
-    peft_greedy: Callable[..., Any],
+    llama: nn.Module, write_with_peft: Callable[..., Any], as_peft: Any
 ) -> None:
-    rounded = copy.deepcopy(llama).to(torch.bfloat16)
-    written = write_with_peft(rounded, adaption(2), std=1.0)
-    bench = engine_bench.EngineBench(rounded)
-    bench.put("x", written.config, written.tensors)
-    answer = bench.answer(PROMPTS[0], "x", num_tokens=1)
-    assert answer.logprobs == pytest.approx(peft_greedy(rounded, written.folder, PROMPTS[0], 1)[1], abs=0.1)
+    as_peft.serves_in_bf16(llama, write_with_peft(llama, adaption(2), std=1.0))
 
 
 def test_a_fused_attention_is_refused(

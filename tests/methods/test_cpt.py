@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
-import pytest
-import torch
 from peft import CPTConfig
 from torch import nn
 
-PROMPT = [7, 3, 20, 41]
 
-
-def test_greedy_text_is_peft_s(
-    llama: nn.Module,
-    engine_bench: ModuleType,
-    write_with_peft: Callable[..., Any],
-    peft_greedy: Callable[..., Any],
-) -> None:
+def test_greedy_text_is_peft_s(llama: nn.Module, write_with_peft: Callable[..., Any], as_peft: Any) -> None:
     config = CPTConfig(
         task_type="CAUSAL_LM",
         cpt_token_ids=[5, 9, 1, 30],
@@ -30,10 +20,4 @@ def test_greedy_text_is_peft_s(
     written = write_with_peft(llama, config)
     moves = written.tensors["prompt_embeddings"] - llama.get_input_embeddings().weight[[5, 9, 1, 30]]
     assert moves[:3].norm(dim=1).min() > 0.1, "the move must show"
-    bench = engine_bench.EngineBench(llama, budget=3)
-    bench.put("x", written.config, written.tensors)
-    answer = bench.answer(PROMPT, "x")
-    with torch.no_grad():
-        tokens, logprobs = peft_greedy(llama, written.folder, PROMPT, 8)
-    assert answer.token_ids == tokens
-    assert answer.logprobs == pytest.approx(logprobs, abs=1e-4)
+    as_peft.serves(llama, written, budget=3)

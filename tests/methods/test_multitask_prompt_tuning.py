@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,8 +13,6 @@ from torch import nn
 from timbre_methods.errors import UnsupportedMethod
 from timbre_methods.registry import method_for
 
-PROMPT = [7, 3, 20, 41]
-
 
 def config_of(tasks: int) -> MultitaskPromptTuningConfig:
     return MultitaskPromptTuningConfig(
@@ -23,20 +20,9 @@ def config_of(tasks: int) -> MultitaskPromptTuningConfig:
     )
 
 
-def test_greedy_text_is_peft_s(
-    llama: nn.Module,
-    engine_bench: ModuleType,
-    write_with_peft: Callable[..., Any],
-    peft_greedy: Callable[..., Any],
-) -> None:
+def test_greedy_text_is_peft_s(llama: nn.Module, write_with_peft: Callable[..., Any], as_peft: Any) -> None:
     written = write_with_peft(llama, config_of(1), std=0.8)
-    bench = engine_bench.EngineBench(llama, budget=4)
-    bench.put("x", written.config, written.tensors)
-    answer = bench.answer(PROMPT, "x")
-    tokens, logprobs = peft_greedy(llama, written.folder, PROMPT, 8, task_ids=torch.tensor([0]))
-    assert answer.token_ids == tokens
-    assert answer.logprobs == pytest.approx(logprobs, abs=1e-4)
-    assert tokens != bench.answer(PROMPT).token_ids
+    as_peft.serves(llama, written, budget=4, task_ids=torch.tensor([0]))
 
 
 def test_several_tasks_are_refused(llama: nn.Module, write_with_peft: Callable[..., Any]) -> None:

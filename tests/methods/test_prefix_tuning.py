@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable
 from types import ModuleType
@@ -12,11 +11,10 @@ import pytest
 import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig
 from torch import nn
-from transformers import Gemma3nForCausalLM, Gemma3nTextConfig, MistralConfig, MistralForCausalLM
+from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
 
 from timbre_methods.errors import AdapterMismatch, InvalidConfig, InvalidTensors
 
-PROMPTS = [[7, 3, 20, 41], [9, 12, 6, 5, 17, 23, 30, 31, 2, 44, 51, 13, 8], [58]]
 V = 6
 
 
@@ -30,70 +28,34 @@ def prefix(llama: nn.Module, write_with_peft: Callable[..., Any]) -> Any:
 
 
 @pytest.fixture
-def mistral() -> MistralForCausalLM:
-    """All layers see 8 tokens back."""
-    torch.manual_seed(13)
-    config = MistralConfig(
-        vocab_size=61,
-        hidden_size=48,
-        intermediate_size=70,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.15,
-        sliding_window=8,
-    )
-    return MistralForCausalLM(config).eval()
+def mistral(tiny_models: ModuleType) -> nn.Module:
+    model: nn.Module = tiny_models.mistral()
+    return model
 
 
 @pytest.mark.parametrize("budget", [64, 4, 1], ids="budget {}".format)
 def test_greedy_text_is_peft_s_also_in_chunks_smaller_than_the_prefix(
-    llama: nn.Module, engine_bench: ModuleType, prefix: Any, peft_greedy: Callable[..., Any], budget: int
+    llama: nn.Module, prefix: Any, as_peft: Any, budget: int
 ) -> None:
-    bench = engine_bench.EngineBench(llama, budget=budget)
-    bench.put("x", prefix.config, prefix.tensors)
-    ids = [bench.submit(prompt, "x") for prompt in PROMPTS]
-    answers = bench.run()
-    for prompt, request_id in zip(PROMPTS, ids, strict=True):
-        tokens, logprobs = peft_greedy(llama, prefix.folder, prompt, 8)
-        assert answers[request_id].token_ids == tokens
-        assert answers[request_id].logprobs == pytest.approx(logprobs, abs=1e-4)
-        assert tokens != bench.answer(prompt).token_ids
+    as_peft.serves(llama, prefix, budget=budget)
 
 
 def test_a_projection_of_training_is_not_needed(
-    llama: nn.Module,
-    engine_bench: ModuleType,
-    write_with_peft: Callable[..., Any],
-    peft_greedy: Callable[..., Any],
+    llama: nn.Module, write_with_peft: Callable[..., Any], as_peft: Any
 ) -> None:
-    written = write_with_peft(llama, prefix_config(prefix_projection=True, encoder_hidden_size=20))
-    bench = engine_bench.EngineBench(llama)
-    bench.put("x", written.config, written.tensors)
-    assert bench.answer(PROMPTS[0], "x").token_ids == peft_greedy(llama, written.folder, PROMPTS[0], 8)[0]
+    config = prefix_config(prefix_projection=True, encoder_hidden_size=20)
+    as_peft.serves(llama, write_with_peft(llama, config))
 
 
 @pytest.mark.parametrize("budget", [64, 3], ids="budget {}".format)
 def test_a_window_slides_off_the_prefix_as_peft_s_does(
-    mistral: nn.Module,
-    engine_bench: ModuleType,
-    write_with_peft: Callable[..., Any],
-    peft_greedy: Callable[..., Any],
-    budget: int,
+    mistral: nn.Module, write_with_peft: Callable[..., Any], as_peft: Any, budget: int
 ) -> None:
-    written = write_with_peft(mistral, prefix_config(), std=1.0)
-    bench = engine_bench.EngineBench(mistral, budget=budget)
-    bench.put("x", written.config, written.tensors)
-    for prompt in PROMPTS[:2]:
-        tokens, logprobs = peft_greedy(mistral, written.folder, prompt, 8)
-        answer = bench.answer(prompt, "x")
-        assert answer.token_ids == tokens
-        assert answer.logprobs == pytest.approx(logprobs, abs=1e-4)
+    as_peft.serves(mistral, write_with_peft(mistral, prefix_config(), std=1.0), budget=budget)
 
 
 def test_layers_without_keys_of_their_own_see_the_prefix_of_those_they_share(
-    engine_bench: ModuleType, write_with_peft: Callable[..., Any], peft_greedy: Callable[..., Any]
+    engine_bench: ModuleType, write_with_peft: Callable[..., Any], as_peft: Any
 ) -> None:
     torch.manual_seed(15)
     config = Gemma3nTextConfig(
@@ -120,24 +82,20 @@ def test_layers_without_keys_of_their_own_see_the_prefix_of_those_they_share(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Prefix tuning injected into layers")
         written = write_with_peft(model, prefix_config(), std=1.0)
-        tokens, logprobs = peft_greedy(model, written.folder, PROMPTS[1], 4)
-    bench = engine_bench.EngineBench(model, budget=4)
-    assert [layer.shares_with for layer in bench.frame.attention] == [None, None, 0, 1]
-    bench.put("x", written.config, written.tensors)
-    answer = bench.answer(PROMPTS[1], "x", num_tokens=4)
-    assert answer.token_ids == tokens
-    assert answer.logprobs == pytest.approx(logprobs, abs=1e-4)
+        as_peft.serves(model, written, budget=4, num_tokens=4)
+    shared = [layer.shares_with for layer in engine_bench.EngineBench(model).frame.attention]
+    assert shared == [None, None, 0, 1]
 
 
 def test_requests_of_one_prefix_share_its_blocks(
-    llama: nn.Module, engine_bench: ModuleType, prefix: Any
+    llama: nn.Module, engine_bench: ModuleType, prefix: Any, prompts: list[list[int]]
 ) -> None:
     bench = engine_bench.EngineBench(llama)
     bench.put("x", prefix.config, prefix.tensors)
     bench.put("y", prefix.config, {key: -tensor for key, tensor in prefix.tensors.items()})
-    long, short = bench.submit(PROMPTS[1], "x"), bench.submit(PROMPTS[0], "x")
+    long, short = bench.submit(prompts[1], "x"), bench.submit(prompts[0], "x")
     first = bench.run()
-    one, two = bench.submit(PROMPTS[1], "x"), bench.submit(PROMPTS[0], "x")
+    one, two = bench.submit(prompts[1], "x"), bench.submit(prompts[0], "x")
     bench.step()
     tables = [sequence.block_table for sequence in bench.scheduler._running]
     assert tables[0][0] == tables[1][0], "the block of the first 4 virtual tokens"
@@ -146,45 +104,22 @@ def test_requests_of_one_prefix_share_its_blocks(
     assert (answers[one].cached_tokens, answers[two].cached_tokens) == (0, 0), "told with the first token"
     assert first[long].token_ids[1:] == answers[one].token_ids
     assert first[short].token_ids[1:] == answers[two].token_ids
-    assert bench.answer(PROMPTS[1], "y").token_ids != first[long].token_ids
+    assert bench.answer(prompts[1], "y").token_ids != first[long].token_ids
 
 
 def test_every_kind_of_adapter_in_one_batch_and_through_preemption(
-    llama: nn.Module,
-    engine_bench: ModuleType,
-    prefix: Any,
-    write_with_peft: Callable[..., Any],
-    peft_greedy: Callable[..., Any],
+    llama: nn.Module, prefix: Any, write_with_peft: Callable[..., Any], as_peft: Any
 ) -> None:
     written = {
         "prefix": prefix,
         "prompt": write_with_peft(llama, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)),
         "lora": write_with_peft(llama, LoraConfig(r=4, target_modules=["q_proj", "o_proj", "down_proj"])),
     }
-    bench = engine_bench.EngineBench(llama, num_blocks=16, budget=9, max_len=40)
-    for name, each in written.items():
-        bench.put(name, each.config, each.tensors)
-    asked = [(prompt, name) for prompt in PROMPTS for name in (*written, None)]
-    ids = [bench.submit(prompt, name, 12) for prompt, name in asked]
-    answers = bench.run()
-    assert bench.num_preemptions > 0
-    alone = engine_bench.EngineBench(llama)
-    for (prompt, name), request_id in zip(asked, ids, strict=True):
-        if name is None:
-            expected = alone.answer(prompt, num_tokens=12).token_ids
-        else:
-            expected = peft_greedy(llama, written[name].folder, prompt, 12)[0]
-        assert answers[request_id].token_ids == expected, (prompt, name)
+    as_peft.serves_beside_the_base(llama, written, 16, budget=9, num_tokens=12)
 
 
-def test_a_bf16_base_gives_what_peft_gives(
-    llama: nn.Module, engine_bench: ModuleType, prefix: Any, peft_greedy: Callable[..., Any]
-) -> None:
-    rounded = copy.deepcopy(llama).to(torch.bfloat16)
-    bench = engine_bench.EngineBench(rounded)
-    bench.put("x", prefix.config, prefix.tensors)
-    answer = bench.answer(PROMPTS[0], "x", num_tokens=1)
-    assert answer.logprobs == pytest.approx(peft_greedy(rounded, prefix.folder, PROMPTS[0], 1)[1], abs=0.1)
+def test_a_bf16_base_gives_what_peft_gives(llama: nn.Module, prefix: Any, as_peft: Any) -> None:
+    as_peft.serves_in_bf16(llama, prefix)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -16,7 +15,6 @@ from timbre_methods.errors import InvalidConfig, InvalidTensors, UnsupportedMeth
 from timbre_methods.registry import method_for
 from timbre_server.engine.messages import AdapterUse
 
-PROMPTS = [[7, 3, 20, 41], [9, 12, 6, 5, 17, 23, 30, 31, 2, 44, 51, 13, 8], [58]]
 V = 6
 
 
@@ -31,23 +29,19 @@ def tuned(llama: nn.Module, write_with_peft: Callable[..., Any]) -> Any:
 
 @pytest.mark.parametrize("budget", [64, 4, 1], ids="budget {}".format)
 def test_greedy_text_is_peft_s_also_in_chunks_smaller_than_the_prompt(
-    llama: nn.Module, engine_bench: ModuleType, tuned: Any, peft_greedy: Callable[..., Any], budget: int
+    llama: nn.Module, tuned: Any, as_peft: Any, budget: int
 ) -> None:
-    bench = engine_bench.EngineBench(llama, budget=budget)
-    bench.put("x", tuned.config, tuned.tensors)
-    ids = [bench.submit(prompt, "x") for prompt in PROMPTS]
-    answers = bench.run()
-    for prompt, request_id in zip(PROMPTS, ids, strict=True):
-        tokens, logprobs = peft_greedy(llama, tuned.folder, prompt, 8)
-        assert answers[request_id].token_ids == tokens
-        assert answers[request_id].logprobs == pytest.approx(logprobs, abs=1e-4)
-        assert tokens != bench.answer(prompt).token_ids
+    as_peft.serves(llama, tuned, budget=budget)
 
 
 def test_prompt_logprobs_are_those_of_the_request_s_own_tokens(
-    llama: nn.Module, engine_bench: ModuleType, tuned: Any, peft_logits: Callable[..., Any]
+    llama: nn.Module,
+    engine_bench: ModuleType,
+    tuned: Any,
+    peft_logits: Callable[..., Any],
+    prompts: list[list[int]],
 ) -> None:
-    prompt = PROMPTS[1]
+    prompt = prompts[1]
     expected_TV = peft_logits(llama, tuned.folder, torch.tensor([prompt]))[0, V:].log_softmax(1)
     wanted = [float(expected_TV[at, token]) for at, token in enumerate(prompt[1:])]
     for budget in (64, 5, 1):
@@ -59,48 +53,29 @@ def test_prompt_logprobs_are_those_of_the_request_s_own_tokens(
 
 
 def test_requests_of_one_adapter_share_its_blocks_and_are_not_told_of_them(
-    llama: nn.Module, engine_bench: ModuleType, tuned: Any
+    llama: nn.Module, engine_bench: ModuleType, tuned: Any, prompts: list[list[int]]
 ) -> None:
     bench = engine_bench.EngineBench(llama)
     bench.put("x", tuned.config, tuned.tensors)
     bench.put("y", tuned.config, {key: -tensor for key, tensor in tuned.tensors.items()})
-    first = bench.answer(PROMPTS[1], "x")
-    bench.submit(PROMPTS[0], "x")
+    first = bench.answer(prompts[1], "x")
+    bench.submit(prompts[0], "x")
     bench.step()
     assert bench.scheduler.counts.prefix_hit_tokens == 4  # One block of 4 of the 6 virtual tokens.
     bench.run()
-    again = bench.answer(PROMPTS[1], "x")
+    again = bench.answer(prompts[1], "x")
     assert (again.token_ids, again.cached_tokens) == (first.token_ids, 16 - V)
-    other = bench.answer(PROMPTS[1], "y")
-    base = bench.answer([0] * V + PROMPTS[1])
+    other = bench.answer(prompts[1], "y")
+    base = bench.answer([0] * V + prompts[1])
     assert (other.cached_tokens, base.cached_tokens) == (0, 0)
     assert first.token_ids != other.token_ids != base.token_ids
 
 
 def test_text_survives_preemption_beside_base_and_lora_rows(
-    llama: nn.Module,
-    engine_bench: ModuleType,
-    tuned: Any,
-    write_with_peft: Callable[..., Any],
-    peft_greedy: Callable[..., Any],
+    llama: nn.Module, tuned: Any, write_with_peft: Callable[..., Any], as_peft: Any
 ) -> None:
     lora = write_with_peft(llama, LoraConfig(r=4, target_modules=["q_proj", "o_proj", "down_proj"]))
-    bench = engine_bench.EngineBench(llama, num_blocks=14, budget=7, max_len=40)
-    bench.put("x", tuned.config, tuned.tensors)
-    bench.put("lora", lora.config, lora.tensors)
-    asked = [(prompt, name) for prompt in PROMPTS for name in ("x", "lora", None)]
-    ids = [bench.submit(prompt, name, 12) for prompt, name in asked]
-    answers = bench.run()
-    assert bench.num_preemptions > 0
-    folders = {"x": tuned.folder, "lora": lora.folder}
-    for (prompt, name), request_id in zip(asked, ids, strict=True):
-        alone = engine_bench.EngineBench(llama)
-        expected = (
-            peft_greedy(llama, folders[name], prompt, 12)[0]
-            if name
-            else alone.answer(prompt, None, num_tokens=12).token_ids
-        )
-        assert answers[request_id].token_ids == expected, (prompt, name)
+    as_peft.serves_beside_the_base(llama, {"x": tuned, "lora": lora}, 14, budget=7, num_tokens=12)
 
 
 def test_penalties_and_bias_see_the_request_s_own_tokens_alone(
@@ -131,14 +106,8 @@ def test_a_prompt_in_a_mix_is_refused(llama: nn.Module, engine_bench: ModuleType
     assert "no sum" in bench.answer([1], AdapterUse("x", 0.5, virtual_tokens=V)).error
 
 
-def test_a_bf16_base_gives_what_peft_gives(
-    llama: nn.Module, engine_bench: ModuleType, tuned: Any, peft_greedy: Callable[..., Any]
-) -> None:
-    rounded = copy.deepcopy(llama).to(torch.bfloat16)
-    bench = engine_bench.EngineBench(rounded)
-    bench.put("x", tuned.config, tuned.tensors)
-    answer = bench.answer(PROMPTS[0], "x", num_tokens=1)
-    assert answer.logprobs == pytest.approx(peft_greedy(rounded, tuned.folder, PROMPTS[0], 1)[1], abs=0.1)
+def test_a_bf16_base_gives_what_peft_gives(llama: nn.Module, tuned: Any, as_peft: Any) -> None:
+    as_peft.serves_in_bf16(llama, tuned)
 
 
 @pytest.mark.parametrize(

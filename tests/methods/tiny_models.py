@@ -13,7 +13,22 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
 )
+
+VOCABULARY, HIDDEN, LAYERS, HEADS, LONGEST, STD = 61, 48, 2, 4, 64, 0.15
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 70,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": LONGEST,
+    "initializer_range": STD,
+}
+"""Of all families but GPT-2, which has names of its own; few are powers of two."""
 
 
 def llama() -> LlamaForCausalLM:
@@ -28,31 +43,33 @@ def tied_llama() -> LlamaForCausalLM:
 
 def _llama(is_tied: bool) -> LlamaForCausalLM:
     torch.manual_seed(11)
-    config = LlamaConfig(
-        vocab_size=61,
-        hidden_size=48,
-        intermediate_size=70,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        attention_bias=True,
-        tie_word_embeddings=is_tied,
-        initializer_range=0.15,
-    )
+    config = LlamaConfig(**SIZES, attention_bias=True, tie_word_embeddings=is_tied)
     return _with_random_biases(LlamaForCausalLM(config))
+
+
+def plain_llama() -> LlamaForCausalLM:
+    """Three layers without biases, as many key and value heads as query heads."""
+    torch.manual_seed(14)
+    config = LlamaConfig(**{**SIZES, "num_hidden_layers": 3, "num_key_value_heads": HEADS})
+    return LlamaForCausalLM(config).eval()
+
+
+def mistral() -> MistralForCausalLM:
+    """All layers see 8 tokens back."""
+    torch.manual_seed(13)
+    return MistralForCausalLM(MistralConfig(**SIZES, sliding_window=8)).eval()
 
 
 def gpt2() -> GPT2LMHeadModel:
     """Two layers of `Conv1D`, all with biases."""
     torch.manual_seed(12)
     config = GPT2Config(
-        vocab_size=61,
-        n_positions=64,
-        n_embd=48,
-        n_layer=2,
-        n_head=4,
-        initializer_range=0.15,
+        vocab_size=VOCABULARY,
+        n_positions=LONGEST,
+        n_embd=HIDDEN,
+        n_layer=LAYERS,
+        n_head=HEADS,
+        initializer_range=STD,
         bos_token_id=0,
         eos_token_id=0,
     )
@@ -62,18 +79,7 @@ def gpt2() -> GPT2LMHeadModel:
 def gemma2() -> Gemma2ForCausalLM:
     """Scaled embeddings, tied; norms that multiply by 1 + w, with a w other than zero."""
     torch.manual_seed(13)
-    config = Gemma2Config(
-        vocab_size=61,
-        hidden_size=48,
-        intermediate_size=70,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=12,
-        max_position_embeddings=64,
-        initializer_range=0.15,
-        attn_implementation="eager",
-    )
+    config = Gemma2Config(**SIZES, head_dim=HIDDEN // HEADS, attn_implementation="eager")
     model = Gemma2ForCausalLM(config)
     for name, parameter in model.named_parameters():
         if "norm" in name:

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -12,15 +10,9 @@ from timbre_methods.program import Part
 
 
 @pytest.fixture(scope="session")
-def parts() -> ModuleType:
+def parts(load_module: Callable[[Path], ModuleType]) -> ModuleType:
     """The makers of random parts."""
-    spec = importlib.util.spec_from_file_location("operator_parts", Path(__file__).with_name("parts.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_module(Path(__file__).with_name("parts.py"))
 
 
 @pytest.fixture(scope="session")

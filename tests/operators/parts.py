@@ -26,6 +26,7 @@ from timbre_methods.program import (
     Spectral,
 )
 from timbre_methods.routing import Routed, Router, Rule
+from timbre_methods.spectral.wavelets import LOW_PASS
 from timbre_server.operators.contract import Operator
 
 
@@ -53,14 +54,13 @@ def low_rank(draw: Draw) -> Part:
 
 
 TRANSFORMS: tuple[Literal["dft", "dct", "hartley", "dwt"], ...] = ("dft", "dct", "hartley", "dwt")
-DB2 = (0.48296291314453416, 0.8365163037378079, 0.2241438680420134, -0.12940952255126037)
 
 
 def spectral(draw: Draw) -> Part:
     """One of the four transforms; equal places happen."""
     count = 4 * draw.count()
     name = TRANSFORMS[draw.count() % 4]
-    low_pass = DB2 if name == "dwt" else ()
+    low_pass = LOW_PASS["db2"] if name == "dwt" else ()
     sizes = [n + 2 + n % 2 if name == "dwt" else n for n in (draw.out_features, draw.in_features)]
     rows, columns = (draw.integers(size, count) for size in sizes)
     places = Places(name, draw.out_features, draw.in_features, rows, columns, low_pass)

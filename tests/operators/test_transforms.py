@@ -12,14 +12,12 @@ from torch import Tensor
 from timbre_methods.spectral.wavelets import LOW_PASS
 from timbre_server.operators.transforms import Entries, Transform, transform
 
-HAAR = (1 / math.sqrt(2), 1 / math.sqrt(2))
-DB2 = (0.48296291314453416, 0.8365163037378079, 0.2241438680420134, -0.12940952255126037)
 NAMES = {
     "dft": (),
     "dct": (),
     "hartley": (),
-    "dwt, two taps": HAAR,
-    "dwt, four taps": DB2,
+    "dwt, two taps": LOW_PASS["db1"],
+    "dwt, four taps": LOW_PASS["db2"],
     "dwt, twenty taps": LOW_PASS["sym10"],
 }
 LENGTHS = [1, 2, 3, 4, 5, 8, 9, 15, 16, 22, 27, 96]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -13,14 +12,9 @@ from timbre_store.store import Store
 
 
 @pytest.fixture(scope="session")
-def samples() -> ModuleType:
+def samples(load_module: Callable[[Path], ModuleType]) -> ModuleType:
     """`samples.py` beside this file, which child processes import too."""
-    spec = importlib.util.spec_from_file_location("store_samples", Path(__file__).with_name("samples.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_module(Path(__file__).with_name("samples.py"))
 
 
 @pytest.fixture

@@ -37,6 +37,7 @@ class LnTuning(Method[LnTuningConfig]):
     paper = "arXiv 2312.11420"
     stored = "weight [d] of a norm; bias [d] where the base has one"
     checked_against = "PEFT"
+    scales_bias = True
     kinds = frozenset({"linear", "embedding", "norm"})
 
     def claims(self, raw_config: Mapping[str, Any]) -> bool:

@@ -21,7 +21,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from timbre_methods.config import Finite, PeftConfig, Rank, is_on, read_config, shown
+from timbre_methods.config import Finite, PeftConfig, Rank, RankPattern, is_on, read_config, shown
 from timbre_methods.contract import Method, Site, Sites, Tensors
 from timbre_methods.errors import InvalidTensors, UnsupportedMethod
 from timbre_methods.examples import chosen_sites, coin, peft_file, random_tensor, whole_number
@@ -92,7 +92,7 @@ class LoraConfig(PeftConfig):
     lora_alpha: Finite = 8.0
     use_rslora: bool = False
     lora_bias: bool = False
-    rank_pattern: dict[str, Rank] | None = None
+    rank_pattern: RankPattern | None = None
     alpha_pattern: dict[str, Finite] | None = None
     monteclora_config: dict[str, Any] | None = None
     velora_config: dict[str, Any] | None = None

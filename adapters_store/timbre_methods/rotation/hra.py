@@ -37,11 +37,11 @@ LEAST_SPREAD = 1e-5
 
 
 class HraConfig(PeftConfig):
-    """How many reflections, and whether their vectors are made orthonormal."""
+    """How many reflections, and whether their vectors are made orthonormal. The defaults are PEFT's."""
 
     inert = frozenset({"init_weights"})
 
-    r: Rank
+    r: Rank = 8
     apply_GS: bool = False
 
 

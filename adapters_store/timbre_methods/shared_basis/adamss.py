@@ -69,7 +69,6 @@ class Adamss(Method[AdamssConfig]):
     paper = "AdaMSS, NeurIPS 2025"
     stored = "N [r, in]; A [rank, r], B [rows, rank] for each cluster of rows"
     regenerated = "which rows each cluster has, from the base"
-    scales_bias = True
     checked_against = "PEFT"
 
     def claims(self, raw_config: Mapping[str, Any]) -> bool:

@@ -20,10 +20,10 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from torch import Tensor
 
-from timbre_methods.config import Count, PeftConfig, Rank, Seed, read_config, shown
+from timbre_methods.config import Count, PeftConfig, Rank, Seed, is_on, read_config, shown
 from timbre_methods.contract import DERIVED, Method, Site, Sites, Tensors
 from timbre_methods.errors import AdapterMismatch, InvalidConfig, InvalidTensors, UnsupportedMethod
 from timbre_methods.examples import chosen_sites, coin, peft_file, random_tensor, whole_number
@@ -54,6 +54,10 @@ _PLAIN_NAME = re.compile(r"[A-Za-z0-9_.-]{1,512}", re.ASCII)
 Names = list[Annotated[str, Field(max_length=512)]] | Annotated[str, Field(max_length=512)]
 
 
+LayerNumber = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Saved = Annotated[list[str], Field(max_length=1024)]
+
+
 class UniloraConfig(PeftConfig):
     """The fields that matter at inference. The defaults are PEFT's."""
 
@@ -64,8 +68,10 @@ class UniloraConfig(PeftConfig):
     theta_d_length: Count = 256
     save_indices: bool = False
     target_modules: Names | None = None
-    layers_to_transform: list[int] | int | None = None
-    modules_to_save: Annotated[list[str], Field(max_length=1024)] | None = None
+    layers_to_transform: Annotated[list[LayerNumber], Field(max_length=4096)] | LayerNumber | None = None
+    modules_to_save: Annotated[
+        Saved | None, BeforeValidator(lambda given: given if is_on(given) else None)
+    ] = None
 
 
 class Unilora(Method[UniloraConfig]):
@@ -104,6 +110,8 @@ class Unilora(Method[UniloraConfig]):
             raise InvalidTensors(f"{THETA} is missing")
         check_tensor(THETA, tensors[THETA], (config.theta_d_length,))
         theta_D = tensors[THETA].to(torch.float32)
+        if config.save_indices and set(tensors) == {THETA}:
+            raise InvalidTensors(f"...{INDICES_A} is missing, while the config says save_indices=true")
         if _is_saved(config, tensors):
             by_site = tensors_by_site(tensors, sites, KEYS, beside=(THETA,))
             return AdapterProgram(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import httpx2
@@ -30,16 +30,8 @@ from timbre_store.manifest import Manifest
 from timbre_store.names import Reference
 from timbre_store.records import AdapterRecord, Page
 
-_spec = importlib.util.spec_from_file_location(
-    "openai_scripted_engine", Path(__file__).with_name("scripted_engine.py")
-)
-assert _spec is not None
-assert _spec.loader is not None
-scripted_engine = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(scripted_engine)
-
-BASE: str = scripted_engine.BASE
-BASE_DIGEST: str = scripted_engine.BASE_DIGEST
+BASE = "tiny-base"
+BASE_DIGEST = "sha256:" + "b" * 64
 TEMPLATE = (
     "{% for m in messages %}{% if m.role not in ['system', 'user', 'assistant'] or '!!' in m.content %}"
     "{{ raise_exception('no such role') }}{% endif %}"
@@ -170,12 +162,12 @@ class Rig:
         return self
 
 
-def new_rig(codec: TextCodec, *, with_text: bool = True) -> Rig:
-    engine, gate, shelf = scripted_engine.ScriptedEngine(codec), Gate(), Shelf()
+def new_rig(engine: Any, *, with_text: bool = True) -> Rig:
+    gate, shelf = Gate(), Shelf()
     records: list[RequestRecord] = []
     context = ServingContext(
         engine=engine,
-        text=codec if with_text else None,
+        text=engine.codec if with_text else None,
         resolve=shelf.resolve,
         list_adapters=shelf.page,
         base_names=(BASE, "org/" + BASE),
@@ -196,8 +188,13 @@ def logged() -> Iterator[list[Any]]:
 
 
 @pytest.fixture(scope="session")
-def codec() -> Iterator[TextCodec]:
-    made = codec_of(scripted_engine.byte_level_tokenizer())
+def scripted_engine(load_module: Callable[[Path], ModuleType]) -> ModuleType:
+    return load_module(Path(__file__).with_name("scripted_engine.py"))
+
+
+@pytest.fixture(scope="session")
+def codec(tokenizer: Tokenizer) -> Iterator[TextCodec]:
+    made = codec_of(tokenizer)
     yield made
     made.close()
 
@@ -208,21 +205,27 @@ def make_codec() -> Callable[[Tokenizer, str | None], TextCodec]:
 
 
 @pytest.fixture(scope="session")
-def tokenizer() -> Tokenizer:
-    return scripted_engine.byte_level_tokenizer()
+def tokenizer(scripted_engine: ModuleType) -> Tokenizer:
+    made: Tokenizer = scripted_engine.byte_level_tokenizer()
+    return made
 
 
 @pytest.fixture(scope="session")
-def make_rig(codec: TextCodec) -> Callable[[], Rig]:
+def make_engine(scripted_engine: ModuleType, codec: TextCodec) -> Callable[[], Any]:
+    return lambda: scripted_engine.ScriptedEngine(codec, BASE, BASE_DIGEST)
+
+
+@pytest.fixture(scope="session")
+def make_rig(make_engine: Callable[[], Any]) -> Callable[[], Rig]:
     """For property tests, which need a new one for each example."""
-    return lambda: new_rig(codec)
+    return lambda: new_rig(make_engine())
 
 
 @pytest.fixture
-def rig(codec: TextCodec) -> Rig:
-    return new_rig(codec)
+def rig(make_engine: Callable[[], Any]) -> Rig:
+    return new_rig(make_engine())
 
 
 @pytest.fixture
-def rig_without_text(codec: TextCodec) -> Rig:
-    return new_rig(codec, with_text=False)
+def rig_without_text(make_engine: Callable[[], Any]) -> Rig:
+    return new_rig(make_engine(), with_text=False)

@@ -19,8 +19,6 @@ from timbre_server.engine.messages import (
 )
 from timbre_server.http.text import TextCodec
 
-BASE = "tiny-base"
-BASE_DIGEST = "sha256:" + "b" * 64
 MAX_MODEL_LEN = 512
 EOS = "<|im_end|>"
 MERGES = [("h", "e"), ("l", "l"), ("he", "ll"), ("ð", "Ł"), ("ĺ", "Ģ"), ("Ã", "©"), ("Ġ", "ð"), ("o", "Ã")]
@@ -42,12 +40,12 @@ def byte_level_tokenizer() -> Tokenizer:
 class ScriptedEngine:
     """Says what ``reply`` says, in events of the sizes of ``event_sizes``, then the end token."""
 
-    def __init__(self, codec: TextCodec) -> None:
+    def __init__(self, codec: TextCodec, model_name: str, model_digest: str) -> None:
         eos = codec.encode(EOS, add_special_tokens=False)[0]
         self.info = Ready(
-            model_name=BASE, model_digest=BASE_DIGEST, model_type="llama", dtype="float32", device="cpu",
-            vocab_size=eos + 1, max_model_len=MAX_MODEL_LEN, eos_token_ids=(eos,), sites=(), block_size=16,
-            num_kv_blocks=10, kv_cache_bytes=1, model_bytes=1, adapter_budget_bytes=1,
+            model_name=model_name, model_digest=model_digest, model_type="llama", dtype="float32",
+            device="cpu", vocab_size=eos + 1, max_model_len=MAX_MODEL_LEN, eos_token_ids=(eos,), sites=(),
+            block_size=16, num_kv_blocks=10, kv_cache_bytes=1, model_bytes=1, adapter_budget_bytes=1,
         )  # fmt: skip
         self.latest = StepStats()
         self.alive = True
