@@ -21,7 +21,10 @@ from timbre_server.engine.probe import probe
 from timbre_server.engine.runner import Runner, RunnerOptions
 from timbre_server.engine.scheduler import Scheduler, SchedulerLimits
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2")
+FAMILIES = (
+    *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2"),
+    *("qwen3_moe", "mixtral", "gpt_oss"),
+)
 BLOCK_SIZE = 4
 MAX_TOKENS = 13
 VOCAB_SIZE = 131
