@@ -82,7 +82,7 @@ def served(model: PreTrainedModel, num_blocks: int, limits: SchedulerLimits) -> 
     install_attention(model)
     probed = probe(model)
     packer = LinearPacker(model.dtype, model.device)
-    adapted = AdaptedModel(model, probed.groups, packer.product_of, probed.lone)
+    adapted = AdaptedModel(model, probed.groups, packer.product_of, probed.lone, parameters=probed.parameters)
     options = RunnerOptions(
         block_size=BLOCK_SIZE,
         kv_cache_bytes=num_blocks * bytes_per_block(probed.kv_shapes, BLOCK_SIZE, model.dtype),
