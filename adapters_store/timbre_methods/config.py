@@ -44,7 +44,7 @@ REASONS: Mapping[str, str] = {
     "trust_remote_code": "an adapter never brings code",
     "_attn_implementation_internal": "an adapter never chooses the attention code",
     "layer_replication": "it lays the base model out anew",
-    "target_parameters": "adapters on bare parameters are not served; target linear layers",
+    "target_parameters": "of all methods plain LoRA alone adapts bare parameters; target layers",
 }
 """What to add to the refusal of an option that several methods share."""
 

@@ -34,7 +34,7 @@ when only shapes are asked)."""
 DERIVED = "derived."
 """Derived tensors are named ``derived.<module path>.<key>``. No file may hold such a name."""
 
-SiteKind = Literal["linear", "embedding", "norm", "block"]
+SiteKind = Literal["linear", "embedding", "norm", "block", "parameter"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,6 +49,9 @@ class Site:
     * ``block``: a module of the base with linear layers in it and no attention, that turns one tensor of rows
       into one of the same shape (an MLP). It has no weight of its own: ``weight_OI`` is a meta tensor that
       only says its size. What acts there is a `RoutedBlock`.
+    * ``parameter``: a bare matrix of a module, or a stack of them such as the weights of its experts, under
+      the parameter's own name. ``weight_OI`` is its ``slices`` below each other, as stored; what the module
+      does with it is the base's own affair, and adapters change the values alone.
 
     ``weight_OI`` [O, I] and ``bias_O`` [O] or None, in the base's dtype. They are meta tensors where only
     shapes are known (at upload), real ones where the adapter is loaded. Read-only: a method never writes to
@@ -60,9 +63,12 @@ class Site:
     bias_O: Tensor | None
     kind: SiteKind = "linear"
     is_transposed: bool = False
-    """Whether the base, and so a file, stores [I, O]: a `Conv1D` or an embedding."""
+    """Whether the base, and so a file, stores [I, O]: a `Conv1D` or an embedding. Of a parameter, whether the
+    module reads its slices so; they lie in ``weight_OI`` as they are."""
     tied_to: str | None = None
     """The embedding whose very table this head multiplies by."""
+    slices: int = 1
+    """Of a parameter [slices, rows, I]; one with two dimensions has a single slice."""
 
     @property
     def in_features(self) -> int:
@@ -139,7 +145,8 @@ class Method(Reader[Config]):
     def reference(self, config: Config, tensors: Tensors, site: Site, x_TI: Tensor) -> Tensor:
         """The paper's formula at one site, densely, in x's dtype: the adapted layer's output y [T, O] with
         bias. Shares no arithmetic with `compile`. A site that the adapter does not touch gives
-        ``W x + b``. For an embedding x is one-hot rows (or any others), for a norm it is normalised.
+        ``W x + b``. For an embedding x is one-hot rows (or any others), for a norm it is normalised; a
+        parameter is multiplied by x as if it were a linear layer.
 
         Of a block it is what the router there gives, [T, E], and zeros [T, 1] where there is none. At a site
         whose gates come from a block each expert has gate 1: no site knows what its block has read."""

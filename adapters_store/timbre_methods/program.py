@@ -6,6 +6,7 @@ norm (x is normalised, W diagonal). Every part stands for a change that is **add
 parts of one adapter, and of several adapters in a mix, combine by weighted sums and in any order::
 
     x' = x + Σ w · input_change(x)          Diagonal and Rotation with side="input"
+    W' = W + Σ w · change                   SlicedLowRank, at a bare parameter
     y  = W x' + b + Σ w · change(x, y0)      all others
 
 This module knows no file format, no method's name and no batch.
@@ -211,8 +212,18 @@ class TokenRows:
     rows_KO: Tensor
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class SlicedLowRank:
+    """At a bare parameter alone: ``W[e] += B[e] A[e]`` for each slice; the module runs with the changed W.
+    ``a_ERI`` [slices, R, I] and ``b_EOR`` [slices, O, R], float32, with every scale in B; O and I are a
+    slice's rows and columns, as it is stored."""
+
+    a_ERI: Tensor
+    b_EOR: Tensor
+
+
 FromInput = LowRank | Spectral | Circulant | Sparse | Block | Dense | Kronecker | Projected | TokenRows
-Part = FromInput | Diagonal | Rotation | Routed | RoutedBlock
+Part = FromInput | Diagonal | Rotation | Routed | RoutedBlock | SlicedLowRank
 
 
 AnyPart = Part | Prompt | AttentionPrompt

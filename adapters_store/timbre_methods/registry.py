@@ -197,7 +197,8 @@ def _divided(method: AnyMethod, raw_config: Mapping[str, Any], tensors: Tensors,
     if isinstance(method, PromptMethod):
         return Beside(own=dict(tensors))
     layers = {path: site for path, site in sites.items() if site.kind != "block"}
-    beside = read_beside(raw_config, tensors, layers)
+    replaceable = {path: site for path, site in layers.items() if site.kind != "parameter"}
+    beside = read_beside(raw_config, tensors, replaceable)
     for name in beside.own:
         path = name.removeprefix(PREFIX)
         while path and path not in layers:

@@ -23,6 +23,7 @@ NOUNS: Mapping[SiteKind, str] = {
     "embedding": "embedding",
     "norm": "norm",
     "block": "block",
+    "parameter": "parameter",
 }
 """What a site of each kind is called."""
 
@@ -62,6 +63,8 @@ class SiteTensors:
     tensors: Mapping[str, Tensor]
     derived: Mapping[str, Tensor] = field(default_factory=dict)
     """What `Method.derive` added for this site, by key."""
+    stem: str | None = None
+    """What stands in the file for the site's path, where it is not the path itself."""
 
     def get(
         self, key: str, shape: tuple[int | str, ...], dtypes: tuple[torch.dtype, ...] = FLOATS
@@ -83,13 +86,13 @@ class SiteTensors:
         """As `get`, and a missing tensor is refused too."""
         tensor = self.get(key, shape, dtypes)
         if tensor is None:
-            found = ", ".join(self.name_of(other) for other in self.tensors)
+            found = ", ".join(self.name_of(other) for other in self.tensors) or "nothing else of it"
             raise InvalidTensors(f"{self.name_of(key)} is missing, while the file holds {found}")
         return tensor
 
     def name_of(self, key: str) -> str:
         """The tensor's name in the file."""
-        return f"{PREFIX}{self.site.path}.{key}"
+        return f"{PREFIX}{self.site.path if self.stem is None else self.stem}.{key}"
 
 
 def tensors_by_site(

@@ -41,12 +41,19 @@ EMBEDDING = "model.embed_tokens"
 NORMS = {"model.layers.0.input_layernorm": True, "model.layers.1.input_layernorm": False, "model.norm": True}
 """Whether there is a bias."""
 BLOCK = "model.layers.0.mlp"
+PARAMETERS = {
+    "model.layers.0.mlp.gate.weight": (1, 4, 12, False),
+    "model.layers.0.mlp.experts.gate_up_proj": (4, 10, 12, False),
+    "model.layers.0.mlp.experts.down_proj": (4, 12, 5, False),
+    "model.layers.1.mlp.experts.gate_up_proj": (3, 12, 10, True),
+}
+"""Slices, rows and columns, and whether the module reads a slice as [in, out]; two are of one module."""
 
 
 @pytest.fixture
 def all_sites() -> dict[str, Site]:
     """Random float32 sites of a make-believe base, square, wide and tall, with and without a bias; its
-    embedding, to which the head is tied, norms and a block."""
+    embedding, to which the head is tied, norms, a block, and parameters of experts and a router."""
     generator = torch.Generator().manual_seed(17)
 
     def site(path: str, out_features: int, in_features: int, has_bias: bool) -> Site:
@@ -62,6 +69,9 @@ def all_sites() -> dict[str, Site]:
         weight, bias = torch.randn(2, 12, generator=generator)
         sites[path] = Site(path, weight, bias if has_bias else None, "norm")
     sites[BLOCK] = Site(BLOCK, torch.empty(12, 12, device="meta"), None, "block")
+    for path, (slices, rows, columns, is_transposed) in PARAMETERS.items():
+        stacked = torch.randn(slices * rows, columns, generator=generator)
+        sites[path] = Site(path, stacked, None, "parameter", is_transposed=is_transposed, slices=slices)
     return sites
 
 

@@ -13,13 +13,21 @@ from torch import Tensor, nn
 from timbre_methods.contract import Site
 from timbre_methods.registry import compile_adapter, methods
 from timbre_server.adapters.adapted_model import AdaptedModel
-from timbre_server.adapters.groups import LinearGroup, LoneLayer
+from timbre_server.adapters.groups import LinearGroup, LoneLayer, ParameterModule
 from timbre_server.operators.row_table import Pairs, RowTable, Span
 
 METHODS = sorted(methods())
 EXAMPLES_EACH = 3
 QK = ("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj")
 Maker = Callable[[str, Mapping[str, Site], int], Any]
+
+
+class Matrices(nn.Module):
+    """A module with parameters of its own, each of which it multiplies by rows, all slices one by one."""
+
+    def forward(self, x: Tensor, name: str) -> Tensor:
+        parameter: Tensor = getattr(self, name)
+        return x @ parameter.flatten(0, -2).mT
 
 
 def network(sites: Mapping[str, Site]) -> nn.Module:
@@ -30,9 +38,13 @@ def network(sites: Mapping[str, Site]) -> nn.Module:
         parent = root
         for step in parents:
             if not hasattr(parent, step):
-                parent.add_module(step, nn.Module())
+                parent.add_module(step, Matrices())
             parent = parent.get_submodule(step)
-        parent.add_module(name, layer(site))
+        if site.kind == "parameter":
+            sizes = (site.slices, -1, site.in_features) if site.slices > 1 else site.weight_OI.shape
+            parent.register_parameter(name, nn.Parameter(site.weight_OI.view(sizes)))
+        else:
+            parent.add_module(name, layer(site))
     return root
 
 
@@ -72,7 +84,14 @@ class Crowd:
         lone = [
             LoneLayer(path, site.kind) for path, site in sites.items() if site.kind in ("embedding", "norm")
         ]
-        self.model = AdaptedModel(self.net, [LinearGroup(QK), *alone], lone=lone)
+        matrices = [path.rpartition(".")[0::2] for path, site in sites.items() if site.kind == "parameter"]
+        modules = [
+            ParameterModule(
+                module, tuple(name for other, name in matrices if other == module), (1, None), (1,)
+            )
+            for module in dict.fromkeys(module for module, _ in matrices)
+        ]
+        self.model = AdaptedModel(self.net, [LinearGroup(QK), *alone], lone=lone, parameters=modules)
         for slot, example in enumerate(self.examples):
             program = compile_adapter(example.raw_config, example.completed(sites), sites)
             self.model.put(slot, program)
@@ -83,9 +102,15 @@ class Crowd:
         self.model.set_rows(table, table)
         shared = {path: inputs[QK[0]] if path in QK else inputs[path] for path in self.sites}
         with torch.inference_mode():
-            outputs = {path: self.net.get_submodule(path)(x.unsqueeze(0))[0] for path, x in shared.items()}
+            outputs = {path: self._output(path, x.unsqueeze(0))[0] for path, x in shared.items()}
         self.model.clear_rows()
         return outputs
+
+    def _output(self, path: str, x: Tensor) -> Tensor:
+        if self.sites[path].kind != "parameter":
+            return self.net.get_submodule(path)(x)
+        module, _, name = path.rpartition(".")
+        return self.net.get_submodule(module)(x, name)
 
     def expected(self, path: str, pairs: Pairs, x_TI: Tensor) -> Tensor:
         """W + Σ w (W_k − W), from the methods' reference formulas in float64."""

@@ -16,13 +16,16 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 VOCAB_SIZE = 131
@@ -63,6 +66,18 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=0,
+    ),
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **_SHARED, head_dim=16, moe_intermediate_size=20, num_experts=6, num_experts_per_tok=2
+    ),
+    "mixtral": lambda: MixtralConfig(**_SHARED, num_local_experts=4, num_experts_per_tok=2),
+    "gpt_oss": lambda: GptOssConfig(
+        **_SHARED,
+        **_SLIDING,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        layer_types=_LAYERS,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     ),
 }
 

@@ -1,4 +1,4 @@
-"""Embeddings, norms and heads of a model in a real folder, adapted through the whole engine.
+"""Embeddings, norms, heads and experts of a model in a real folder, adapted through the whole engine.
 
 What each row gets is compared with transformers' own model, its weights overwritten: the log probabilities of
 the prompt, and the text.
@@ -37,7 +37,7 @@ Weights = dict[str, Tensor]
 
 def adapters_of(model: PreTrainedModel) -> list[tuple[dict[str, Any], Weights, Weights]]:
     """(config, tensors, the weights that they mean): LoRA on the embedding beside norms and head of its own,
-    and rows for some tokens."""
+    rows for some tokens, and LoRA on the experts where there are any."""
     generator = torch.Generator().manual_seed(3)
 
     def noise(shape: tuple[int, ...], std: float) -> Tensor:
@@ -69,7 +69,31 @@ def adapters_of(model: PreTrainedModel) -> list[tuple[dict[str, Any], Weights, W
     if model.get_output_embeddings().weight is table:
         meant["lm_head.weight"] = changed
     tokens = {"peft_type": "TRAINABLE_TOKENS", "token_indices": TOKENS}
-    return [(lora, tensors, own | saved), (tokens, {f"{stem}.trainable_tokens_delta": rows}, meant)]
+    found = [(lora, tensors, own | saved), (tokens, {f"{stem}.trainable_tokens_delta": rows}, meant)]
+    experts = {name: value for name, value in model.named_parameters() if value.ndim == 3}
+    return [*found, experts_adapter(experts, noise)] if experts else found
+
+
+def experts_adapter(
+    experts: Weights, noise: Callable[[tuple[int, ...], float], Tensor]
+) -> tuple[dict[str, Any], Weights, Weights]:
+    """LoRA of rank 2 on stacks of [out, in], two of each module."""
+    config = {
+        "peft_type": "LORA",
+        "r": 2,
+        "lora_alpha": 2,
+        "target_parameters": ["gate_up_proj", "down_proj"],
+    }
+    tensors, meant = {}, {}
+    for name, value in experts.items():
+        count, outs, ins = value.shape
+        a_ERI, b_EOR = noise((count, 2, ins), 0.2), noise((count, outs, 2), 0.2)
+        meant[name] = value + b_EOR @ a_ERI
+        module, _, own = name.rpartition(".")
+        stem = f"base_model.model.{module}" + (".base_layer" if own == "gate_up_proj" else "")
+        tensors[f"{stem}.lora_A.weight"] = a_ERI.flatten(0, 1)
+        tensors[f"{stem}.lora_B.weight"] = b_EOR.permute(1, 2, 0).flatten(1)
+    return config, tensors, meant
 
 
 def merged(model: PreTrainedModel, mix: Mapping[int, float], meant: list[Weights]) -> PreTrainedModel:
@@ -133,8 +157,8 @@ def served(core: EngineCore, requests: list[Submit]) -> tuple[dict[str, list[int
     return outputs, scores
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt2"])
-def test_rows_with_other_embeddings_norms_and_heads_get_the_text_of_a_merged_model(
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt2", "qwen3_moe"])
+def test_rows_with_other_embeddings_norms_heads_and_experts_get_the_text_of_a_merged_model(
     family: str, tiny_model: Callable[[str], PreTrainedModel], tmp_path: Path
 ) -> None:
     model = tiny_model(family)
@@ -157,6 +181,7 @@ def test_rows_with_other_embeddings_norms_and_heads_get_the_text_of_a_merged_mod
         with pytest.raises(InvalidAdapter, match="found other values than this base has"):
             registered(store, "another", config, other, ready.model_digest)
     mixes: list[dict[int, float]] = [{}, {0: 1.0}, {1: 1.0}, {0: 0.5, 1: 0.75}]
+    mixes += [{2: 1.0}, {0: 0.75, 2: -0.5}] if len(adapters) > 2 else []
     sampling = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0, prompt_logprobs=0)
     requests = [
         Submit(str(at), PROMPT, sampling, tuple(AdapterUse(digests[k], w) for k, w in mix.items()))

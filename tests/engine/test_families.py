@@ -21,7 +21,10 @@ from timbre_server.engine.probe import probe
 from timbre_server.engine.runner import Runner, RunnerOptions
 from timbre_server.engine.scheduler import Scheduler, SchedulerLimits
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2")
+FAMILIES = (
+    *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2"),
+    *("qwen3_moe", "mixtral", "gpt_oss"),
+)
 BLOCK_SIZE = 4
 MAX_TOKENS = 13
 VOCAB_SIZE = 131
@@ -79,7 +82,7 @@ def served(model: PreTrainedModel, num_blocks: int, limits: SchedulerLimits) -> 
     install_attention(model)
     probed = probe(model)
     packer = LinearPacker(model.dtype, model.device)
-    adapted = AdaptedModel(model, probed.groups, packer.product_of, probed.lone)
+    adapted = AdaptedModel(model, probed.groups, packer.product_of, probed.lone, parameters=probed.parameters)
     options = RunnerOptions(
         block_size=BLOCK_SIZE,
         kv_cache_bytes=num_blocks * bytes_per_block(probed.kv_shapes, BLOCK_SIZE, model.dtype),

@@ -70,13 +70,16 @@ def gemma2(tiny_models: ModuleType) -> nn.Module:
 @contextmanager
 def warnings_of_others() -> Iterator[None]:
     """PEFT uses a renamed attribute, takes lora_B.bias for a torn matrix and AdaLoRA's masks for patterns,
-    makes unchecked sparse tensors."""
+    does not look for parameters where it checks patterns, makes unchecked sparse tensors."""
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", ".*have invalid shape: .*lora_B.bias", peft.utils.warning.PeftWarning
         )
         warnings.filterwarnings("ignore", "Sparse invariant checks are implicitly disabled", UserWarning)
         warnings.filterwarnings("ignore", r"The following rank_pattern keys .*\.lora_E'", RuntimeWarning)
+        warnings.filterwarnings(
+            "ignore", r"The following (rank|alpha)_pattern keys .*experts", RuntimeWarning
+        )
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         warnings.filterwarnings(
             "ignore", "(?s).*(tie_word_embeddings|save_embedding_layers|ensure_weight_tying)", UserWarning

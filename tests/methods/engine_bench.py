@@ -85,6 +85,7 @@ class EngineBench:
             lone=probed.lone,
             blocks=probed.blocks,
             embedding=self.model.get_input_embeddings(),
+            parameters=probed.parameters,
         )
         block_bytes = bytes_per_block(probed.kv_shapes, BLOCK_SIZE, self.model.dtype)
         prepared = PreparedModel(LoadedModel(self.model, "tiny", "sha256:0"), probed)

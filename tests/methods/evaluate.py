@@ -29,6 +29,7 @@ from timbre_methods.program import (
     Part,
     Projected,
     Rotation,
+    SlicedLowRank,
     Sparse,
     Spectral,
     TokenRows,
@@ -117,10 +118,8 @@ def change(part: Part, x_TI: Tensor, y0_TO: Tensor) -> Tensor:
         return torch.stack(rows, dim=-1)
     if isinstance(part, Block):
         matrix_OI = torch.zeros(part.out_features, x_TI.shape[-1], dtype=dtype)
-        if part.side == "input":
-            matrix_OI[:, part.index_N] = part.block.to(dtype)
-        else:
-            matrix_OI[part.index_N] = part.block.to(dtype)
+        channels = (slice(None), part.index_N) if part.side == "input" else part.index_N
+        matrix_OI[channels] = part.block.to(dtype)
         return x_TI @ matrix_OI.T
     if isinstance(part, Dense):
         return x_TI @ part.delta_OI.to(dtype).T
@@ -133,6 +132,8 @@ def change(part: Part, x_TI: Tensor, y0_TO: Tensor) -> Tensor:
         return projected(part, x_TI)
     if isinstance(part, Rotation):
         return y0_TO @ rotation_matrix(part, y0_TO).T - y0_TO
+    if isinstance(part, SlicedLowRank):
+        return x_TI @ (part.b_EOR.to(dtype) @ part.a_ERI.to(dtype)).flatten(0, 1).T
     if isinstance(part, TokenRows):
         return x_TI[..., part.tokens_K] @ part.rows_KO.to(dtype)
     if isinstance(part, Routed):

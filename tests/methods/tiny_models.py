@@ -11,10 +11,16 @@ from transformers import (
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 VOCABULARY, HIDDEN, LAYERS, HEADS, LONGEST, STD = 61, 48, 2, 4, 64, 0.15
@@ -84,6 +90,59 @@ def gemma2() -> Gemma2ForCausalLM:
     for name, parameter in model.named_parameters():
         if "norm" in name:
             nn.init.normal_(parameter.data, std=0.3)
+    return model.eval()
+
+
+_OF_EXPERTS: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 48,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.15,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "attn_implementation": "eager",
+}
+
+
+def qwen3_moe() -> Qwen3MoeForCausalLM:
+    """Two layers with five experts each, whose matrices lie as [out, in]."""
+    torch.manual_seed(14)
+    config = Qwen3MoeConfig(**_OF_EXPERTS, head_dim=12, moe_intermediate_size=24, num_experts=5)
+    return _with_clear_choices(Qwen3MoeForCausalLM(config))
+
+
+def mixtral() -> MixtralForCausalLM:
+    """The same with the whole width in each of four experts."""
+    torch.manual_seed(15)
+    return _with_clear_choices(MixtralForCausalLM(MixtralConfig(**_OF_EXPERTS, num_local_experts=4)))
+
+
+def gpt_oss() -> GptOssForCausalLM:
+    """Experts whose matrices lie as [in, out], with matrices of biases; attention sinks and a window."""
+    torch.manual_seed(16)
+    config = GptOssConfig(
+        **_OF_EXPERTS,
+        head_dim=12,
+        num_local_experts=4,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"],
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )
+    return _with_clear_choices(GptOssForCausalLM(config))
+
+
+def _with_clear_choices(model: Any) -> Any:
+    """Random values everywhere, and routers that choose by more than rounding."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(("bias", "sinks")):
+            nn.init.normal_(parameter.data, std=0.2)
+        elif name.endswith(("gate.weight", "router.weight")):
+            nn.init.normal_(parameter.data, std=1.0)
     return model.eval()
 
 

@@ -41,6 +41,7 @@ VARIANTS = frozenset(
         "alora_invocation_tokens",
         "arrow_config",
         "kasa_config",
+        "target_parameters",
         "use_bdlora",
         "use_dora",
         "use_qalora",

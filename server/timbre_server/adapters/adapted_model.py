@@ -16,7 +16,8 @@ from timbre_server.adapters.active_rows import ActiveRows
 from timbre_server.adapters.adapted_embedding import AdaptedEmbedding
 from timbre_server.adapters.adapted_linear import AdaptedGroup, AdaptedLinear
 from timbre_server.adapters.adapted_norm import AdaptedNorm
-from timbre_server.adapters.groups import Block, LinearGroup, LoneLayer
+from timbre_server.adapters.adapted_parameters import AdaptedParameters
+from timbre_server.adapters.groups import Block, LinearGroup, LoneLayer, ParameterModule
 from timbre_server.adapters.prompts import StepPrompts
 from timbre_server.adapters.routed_block import RoutedBlockLayer
 from timbre_server.adapters.routing_report import Choice, choices_of, expert_tokens, router_places
@@ -36,8 +37,10 @@ class AdaptedModel:
         lone: Sequence[LoneLayer] = (),
         blocks: Sequence[Block] = (),
         embedding: nn.Module | None = None,
+        parameters: Sequence[ParameterModule] = (),
     ) -> None:
-        """Replace the layers of ``groups`` and the ``lone`` ones in place; routers may choose for ``blocks``.
+        """Replace the layers of ``groups``, the ``lone`` ones and the modules of ``parameters`` in place;
+        routers may choose for ``blocks``.
 
         ``product_of`` gives the fastest ``W x + b`` of a linear layer; without ``embedding``, the base's
         layer of token embeddings, no adapter may bring virtual tokens."""
@@ -71,6 +74,13 @@ class AdaptedModel:
             )
             for block in blocks
         }
+        self._parameters = [self._adapted_parameters(model, facts) for facts in parameters]
+
+    def _adapted_parameters(self, model: nn.Module, facts: ParameterModule) -> AdaptedParameters:
+        base = model.get_submodule(facts.path)
+        adapted = AdaptedParameters(base, facts, self._body_rows[1], self._programs)
+        _put_in_place(model, facts.path, adapted)
+        return adapted
 
     @property
     def attention_prompts(self) -> StepPrompts | None:
@@ -123,6 +133,8 @@ class AdaptedModel:
             group.forget()
         for block in self._blocks.values():
             block.forget()
+        for module in self._parameters:
+            module.forget()
 
 
 def _put_in_place(model: nn.Module, path: str, layer: nn.Module) -> None:

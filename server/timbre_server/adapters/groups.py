@@ -39,3 +39,22 @@ class Block:
     features: int
     last: str | None = None
     """The linear layer whose very output is the block's."""
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterModule:
+    """A module with matrices, or stacks of them, that belong to no layer of a known kind (experts, a router).
+
+    Found by the probe: every call gives it the tokens' rows in order, and what it does to one row does not
+    depend on the others.
+    """
+
+    path: str
+    names: tuple[str, ...]
+    """Of the parameters, in the order of their definition."""
+    axes: tuple[int | None, ...]
+    """Which axis of each argument of a call, positional ones first, holds the rows; None: it has none."""
+    result_axes: tuple[int, ...]
+    """The same of each tensor that it returns."""
+    num_bytes: int = 0
+    """Of the parameters."""

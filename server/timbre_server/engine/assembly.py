@@ -23,6 +23,7 @@ from timbre_server.engine.messages import Ready, SiteShape
 from timbre_server.engine.model_loader import prepare_model
 from timbre_server.engine.options import EngineOptions
 from timbre_server.engine.packed_linear import LinearPacker
+from timbre_server.engine.parameters import parameter_weight_of
 from timbre_server.engine.runner import Runner, RunnerOptions
 from timbre_server.engine.scheduler import Scheduler, SchedulerLimits
 
@@ -46,8 +47,9 @@ def assemble(
     on_progress("Preparing the layers for adapters")
     sites = base_sites(layers_of(model, probed.sites))
     packer = LinearPacker(model.dtype, model.device)
+    embedding = model.get_input_embeddings()
     adapted = AdaptedModel(
-        model, probed.groups, packer.product_of, probed.lone, probed.blocks, model.get_input_embeddings()
+        model, probed.groups, packer.product_of, probed.lone, probed.blocks, embedding, probed.parameters
     )
     runner = Runner(
         prepared,
@@ -86,6 +88,9 @@ def layers_of(
 ) -> Iterable[tuple[SiteShape, torch.Tensor, torch.Tensor | None]]:
     """Each with its values, as `base_sites` takes them; a block has none."""
     for shape in shapes:
+        if shape.kind == "parameter":
+            yield shape, parameter_weight_of(model.get_parameter(shape.path)), None
+            continue
         module = model.get_submodule(shape.path)
         if shape.kind == "block":
             yield shape, torch.empty(shape.out_features, shape.in_features, device="meta"), None

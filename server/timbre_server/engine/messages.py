@@ -119,11 +119,13 @@ class SiteShape(msgspec.Struct, frozen=True):
     out_features: int
     in_features: int
     has_bias: bool
-    kind: Literal["linear", "embedding", "norm", "block"] = "linear"
+    kind: Literal["linear", "embedding", "norm", "block", "parameter"] = "linear"
     is_transposed: bool = False
     """Whether the base stores the weight [in, out]."""
     tied_to: str | None = None
     """The embedding whose very table this head multiplies by."""
+    slices: int = 1
+    """Of a parameter, whose ``out_features`` are the rows of all its slices."""
 
 
 class AttentionShape(msgspec.Struct, frozen=True):

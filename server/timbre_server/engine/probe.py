@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from timbre_server.adapters.groups import Block, LinearGroup, LoneLayer
+from timbre_server.adapters.groups import Block, LinearGroup, LoneLayer, ParameterModule
 from timbre_server.engine.batch import run_model
 from timbre_server.engine.blocks import BlockCalls, block_shape
 from timbre_server.engine.context import AttentionCall
@@ -29,6 +29,7 @@ from timbre_server.engine.linears import bias_of, features, is_linear, stores_tr
 from timbre_server.engine.lone_layers import lone_layer, lone_shape, may_be_lone
 from timbre_server.engine.messages import AttentionShape, SiteShape
 from timbre_server.engine.paged_attention import exact_attention
+from timbre_server.engine.parameters import ParameterCalls, parameter_shapes
 from timbre_server.errors import UnsupportedModel
 
 _TOKEN_IDS = (1, 2, 3, 4, 5, 6, 7)
@@ -68,14 +69,21 @@ class ProbeResult:
     """Embeddings of the tokens, and norms, in call order."""
     blocks: tuple[Block, ...]
     """In the order in which they end."""
+    parameters: tuple[ParameterModule, ...]
+    """Modules with bare parameters, in call order."""
     sites: tuple[SiteShape, ...]
-    """The members of all groups, in their order, the lone layers and the blocks."""
+    """The members of all groups, in their order, the lone layers, the blocks and the parameters."""
     hidden_size: int
     """Of what the embedding layer puts out."""
 
     @property
     def kv_shapes(self) -> tuple[LayerShape, ...]:
         return tuple(layer.shape for layer in self.layers)
+
+    @property
+    def changed_bytes(self) -> int:
+        """The most that changed parameters take beside the base's own while a step runs."""
+        return max((module.num_bytes for module in self.parameters), default=0)
 
 
 class Recording:
@@ -117,8 +125,9 @@ class _Reads:
     lone: list[tuple[str, Tensor]] = field(default_factory=list)
     """Of layers that may be embeddings or norms and were given one tensor."""
 
-    def note(self, path: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if args:
+    def note(self, path: str, module: nn.Module, args: tuple[Tensor, ...], result: object) -> None:
+        """What gives more than one tensor (a router, which looks like a linear layer) is none."""
+        if args and isinstance(result, Tensor):
             self.entries.append((path, args[0]))
 
     def note_lone(
@@ -136,9 +145,10 @@ def probe(model: PreTrainedModel) -> ProbeResult:
     """
     family = family_name(model.config)
     _refuse_by_signature(model, family)
-    recording, reads, calls = Recording(), _Reads(), BlockCalls()
+    recording, reads = Recording(), _Reads()
+    block_calls, parameter_calls = BlockCalls(), ParameterCalls()
     hooks = [
-        module.register_forward_pre_hook(partial(reads.note, path))
+        module.register_forward_hook(partial(reads.note, path))
         for path, module in model.named_modules()
         if is_linear(module)
     ]
@@ -152,7 +162,8 @@ def probe(model: PreTrainedModel) -> ProbeResult:
         for path, module in model.named_modules()
         if hasattr(module, "layer_idx")
     ]
-    hooks += calls.watch(model)
+    hooks += block_calls.watch(model)
+    hooks += parameter_calls.watch(model)
     hooks.append(model.get_input_embeddings().register_forward_hook(recording.note_embedding))
     try:
         with torch.inference_mode():
@@ -163,14 +174,17 @@ def probe(model: PreTrainedModel) -> ProbeResult:
         for hook in hooks:
             hook.remove()
     groups, lone = _groups(model, reads.entries), _lone(model, reads.lone)
+    parameters = parameter_calls.found(model, _NUM_ROWS)
     embeddings = [layer.path for layer in lone if layer.kind == "embedding"]
     tables = {id(model.get_submodule(path).weight): path for path in embeddings}
     sites = [_site(path, model.get_submodule(path), tables) for group in groups for path in group.paths]
     sites += [lone_shape(layer, model.get_submodule(layer.path)) for layer in lone]
-    blocks = calls.blocks(_NUM_ROWS, set(recording.paths.values()))
+    blocks = block_calls.blocks(_NUM_ROWS, set(recording.paths.values()))
     sites += map(block_shape, blocks)
+    for facts in parameters:
+        sites += parameter_shapes(facts, model.get_submodule(facts.path))
     layers = _layers(model, family, recording)
-    return ProbeResult(layers, groups, lone, blocks, tuple(sites), recording.hidden_size)
+    return ProbeResult(layers, groups, lone, blocks, parameters, tuple(sites), recording.hidden_size)
 
 
 def _refuse_by_signature(model: PreTrainedModel, family: str) -> None:

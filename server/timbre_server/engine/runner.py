@@ -283,7 +283,8 @@ def _kv_size(prepared: PreparedModel, options: RunnerOptions) -> KVSize:
     )
     on_gpu = model.device.type == "cuda"
     free_bytes = torch.cuda.mem_get_info(model.device)[0] if on_gpu else _available_cpu_bytes()
-    default = default_kv_bytes(free_bytes, reserved_bytes=options.adapter_memory_bytes, on_gpu=on_gpu)
+    reserved_bytes = options.adapter_memory_bytes + prepared.probed.changed_bytes
+    default = default_kv_bytes(free_bytes, reserved_bytes=reserved_bytes, on_gpu=on_gpu)
     return size_kv_cache(request, default)
 
 

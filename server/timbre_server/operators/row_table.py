@@ -109,6 +109,16 @@ class RowTable:
         position_T[rows_U] = torch.arange(len(rows_U), device=self.device)
         return rows_U, [segment.moved(position_T) for segment in segments]
 
+    def by_mix(self, slots: Collection[int]) -> dict[Pairs, Tensor]:
+        """The rows, int64 increasing, of each distinct mix of these slots; those of none under ``()``."""
+        rows: dict[Pairs, list[int]] = {}
+        start = 0
+        for span in self.spans:
+            own = tuple(sorted(pair for pair in span.pairs if pair[0] in slots))
+            rows.setdefault(own, []).extend(range(start, start + span.num_rows))
+            start += span.num_rows
+        return {own: torch.tensor(found, device=self.device) for own, found in rows.items()}
+
     @cached_property
     def segments(self) -> tuple[Segment, ...]:
         """The same pairs sorted by adapter: one segment for each distinct slot."""
