@@ -95,6 +95,8 @@ class Reader(ABC, Generic[Config]):
     """Where the numbers of its golden test come from: ``PEFT``, or ``the paper's formula``."""
     scales_bias: ClassVar[bool] = False
     """Whether it changes what the base's bias adds, so that no other bias can take its place."""
+    may_be_stacked: ClassVar[bool] = False
+    """Whether its configs may say that layers of the base are repeated (`layer_stack`)."""
     kinds: ClassVar[frozenset[SiteKind]] = frozenset({"linear"})
     """The kinds of layers that it adapts; it never sees a site of another."""
 

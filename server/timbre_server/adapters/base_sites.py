@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -32,6 +32,10 @@ def base_sites(layers: Iterable[tuple[LayerFacts, Tensor, Tensor | None]]) -> Si
     }
 
 
-def base_frame(hidden_size: int, attention: Iterable[tuple[str, int, int, int, int, int | None]]) -> Frame:
-    """From the fields of each `AttentionLayer`, in layer order."""
-    return Frame(hidden_size, tuple(AttentionLayer(*layer) for layer in attention))
+def base_frame(
+    hidden_size: int,
+    attention: Iterable[tuple[str, int, int, int, int, int | None]],
+    stack: Sequence[int] = (),
+) -> Frame:
+    """From the fields of each `AttentionLayer`, in layer order; ``stack`` as in `Frame`."""
+    return Frame(hidden_size, tuple(AttentionLayer(*layer) for layer in attention), tuple(stack))

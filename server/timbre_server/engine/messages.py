@@ -143,7 +143,7 @@ class Ready(Message, frozen=True):
 
     model_name: str
     model_digest: str
-    """SHA-256 over the base's config and weights' names and shapes: adapters are bound to it."""
+    """SHA-256 over the base's config, weights' names and shapes, and stack: adapters are bound to it."""
     model_type: str
     dtype: str
     device: str
@@ -159,6 +159,8 @@ class Ready(Message, frozen=True):
     hidden_size: int = 0
     attention: tuple[AttentionShape, ...] = ()
     """In layer order."""
+    stack: tuple[int, ...] = ()
+    """The checkpoint's layer at each place, where not each stands once and in order."""
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True):
