@@ -63,6 +63,8 @@ class Site:
     """Whether the base, and so a file, stores [I, O]: a `Conv1D` or an embedding."""
     tied_to: str | None = None
     """The embedding whose very table this head multiplies by."""
+    scale: float = 1.0
+    """By what an embedding multiplies what it looks up, and what is added to its table."""
 
     @property
     def in_features(self) -> int:

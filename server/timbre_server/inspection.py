@@ -51,6 +51,7 @@ def _meta_site(shape: SiteShape) -> Site:
         kind=shape.kind,
         is_transposed=shape.is_transposed,
         tied_to=shape.tied_to,
+        scale=shape.scale,
     )
 
 

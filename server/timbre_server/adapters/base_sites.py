@@ -22,12 +22,16 @@ class LayerFacts(Protocol):
     def is_transposed(self) -> bool: ...
     @property
     def tied_to(self) -> str | None: ...
+    @property
+    def scale(self) -> float: ...
 
 
 def base_sites(layers: Iterable[tuple[LayerFacts, Tensor, Tensor | None]]) -> Sites:
     """From each layer's weight [O, I] (of a norm [D]) and bias [O]; the model's own tensors, never copies."""
     return {
-        facts.path: Site(facts.path, weight, bias_O, facts.kind, facts.is_transposed, facts.tied_to)
+        facts.path: Site(
+            facts.path, weight, bias_O, facts.kind, facts.is_transposed, facts.tied_to, facts.scale
+        )
         for facts, weight, bias_O in layers
     }
 

@@ -124,6 +124,8 @@ class SiteShape(msgspec.Struct, frozen=True):
     """Whether the base stores the weight [in, out]."""
     tied_to: str | None = None
     """The embedding whose very table this head multiplies by."""
+    scale: float = 1.0
+    """By what an embedding multiplies what it looks up."""
 
 
 class AttentionShape(msgspec.Struct, frozen=True):
