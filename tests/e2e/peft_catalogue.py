@@ -33,6 +33,7 @@ ADAPTERS: dict[str, tuple[Make, float]] = {
     "pissa": (lambda: peft.LoraConfig(r=3, init_lora_weights="pissa", **EVERY), 0.05),
     "olora": (lambda: peft.LoraConfig(r=3, init_lora_weights="olora", **EVERY), 0.05),
     "kasa": (lambda: peft.LoraConfig(r=3, kasa_config=KasaConfig(), **EVERY), 0.2),
+    "qalora": (lambda: peft.LoraConfig(r=4, use_qalora=True, qalora_group_size=2, **EVERY), 0.2),
     "bdlora": (lambda: peft.LoraConfig(r=4, use_bdlora=BLOCKS, **EVERY), 0.2),
     "ln_tuning": (lambda: peft.LNTuningConfig(target_modules=["input_layernorm", "norm"]), 0.2),
     "trainable_tokens": (lambda: peft.TrainableTokensConfig(token_indices=[7, 41, 200]), 0.3),
