@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from timbre_methods.prompt_contract import Frame
 from timbre_methods.registry import methods
 from timbre_server.engine.messages import SiteShape
 from timbre_server.example_adapters import register_examples
@@ -46,6 +47,21 @@ def register(store: Store, folder: Path) -> list[str]:
 
 def names(store: Store) -> list[str]:
     return [record.name for record in store.list(10).items]
+
+
+def test_an_example_of_a_base_that_is_laid_out_otherwise_is_left_out_and_said_so(tmp_path: Path) -> None:
+    put_example(tmp_path / "examples" / "pirate")
+    inspect = inspector(
+        SITES,
+        budget_bytes=1 << 20,
+        derive=lambda *_: pytest.fail("nothing to derive"),
+        frame=Frame(16, (), stack=(0, 0)),
+    )
+    with Store(tmp_path / "store", inspect=inspect, limits=StoreLimits()) as store:
+        assert "left out: the adapter was trained on each of the base's layers once" in "".join(
+            register(store, tmp_path / "examples")
+        )
+        assert names(store) == []
 
 
 def test_every_folder_with_both_files_becomes_an_adapter_of_its_name(store: Store, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from timbre_server.launch import engine_options
 from timbre_server.settings import (
     LOOPBACK_HOSTS,
     Settings,
@@ -53,6 +54,18 @@ def test_a_flag_wins_over_a_variable_and_that_over_the_file(
     assert (settings.port, settings.max_num_seqs, settings.num_threads) == (3, 2, 1)
 
 
+def test_the_stack_of_layers_is_json_in_a_flag_and_a_variable_and_an_array_in_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "timbre.toml"
+    file.write_text("layer_replication = [[0, 4], [2, 5]]\n")
+    assert load_settings({"config": str(file)}).layer_replication == ((0, 4), (2, 5))
+    monkeypatch.setenv("TIMBRE_LAYER_REPLICATION", "[[0, 3]]")
+    assert load_settings({}).layer_replication == ((0, 3),)
+    assert load_settings({"layer_replication": "[[1, 2]]"}).layer_replication == ((1, 2),)
+    assert engine_options(load_settings({}), "m").layer_replication == ((0, 3),)
+
+
 def test_the_flag_names_the_file_too(tmp_path: Path) -> None:
     file = tmp_path / "timbre.toml"
     file.write_text('device = "cpu"\napi_keys = ["key-one-1", "key-two-2"]\n')
@@ -68,6 +81,8 @@ def test_the_flag_names_the_file_too(tmp_path: Path) -> None:
         ({"max_num_seqs": "0"}, "greater than or equal to 1"),
         ({"max_num_seq": "1"}, "max_num_seq: there is no such setting"),
         ({"dtype": "int8"}, "'bfloat16'"),
+        ({"layer_replication": "0-4"}, "--layer-replication"),
+        ({"layer_replication": "[[0, 1, 2]]"}, "at most 2 items"),
         ({"max_logprobs": "-2"}, "greater than or equal to -1"),
         ({"examples_dir": "/no/such/folder"}, "examples_dir: there is no folder"),
         ({"lora_path_root": "/no/such/folder"}, "lora_path_root: there is no folder"),

@@ -43,7 +43,7 @@ REASONS: Mapping[str, str] = {
     "auto_map": "an adapter never brings code",
     "trust_remote_code": "an adapter never brings code",
     "_attn_implementation_internal": "an adapter never chooses the attention code",
-    "layer_replication": "it lays the base model out anew",
+    "layer_replication": "on repeated layers only LoRA, DoRA, aLoRA and BD-LoRA are served",
     "target_parameters": "of all methods plain LoRA alone adapts bare parameters; target layers",
 }
 """What to add to the refusal of an option that several methods share."""

@@ -69,6 +69,8 @@ class Site:
     """The embedding whose very table this head multiplies by."""
     slices: int = 1
     """Of a parameter [slices, rows, I]; one with two dimensions has a single slice."""
+    scale: float = 1.0
+    """By what an embedding multiplies what it looks up, and what is added to its table."""
 
     @property
     def in_features(self) -> int:
@@ -101,6 +103,8 @@ class Reader(ABC, Generic[Config]):
     """Where the numbers of its golden test come from: ``PEFT``, or ``the paper's formula``."""
     scales_bias: ClassVar[bool] = False
     """Whether it changes what the base's bias adds, so that no other bias can take its place."""
+    may_be_stacked: ClassVar[bool] = False
+    """Whether its configs may say that layers of the base are repeated (`layer_stack`)."""
     kinds: ClassVar[frozenset[SiteKind]] = frozenset({"linear"})
     """The kinds of layers that it adapts; it never sees a site of another."""
 

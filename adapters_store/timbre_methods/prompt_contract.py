@@ -46,6 +46,8 @@ class Frame:
     """Of the embeddings."""
     attention: tuple[AttentionLayer, ...]
     """Layer i at i."""
+    stack: tuple[int, ...] = ()
+    """The checkpoint's layer that stands at each place, where not each stands once and in order."""
 
 
 NO_FRAME = Frame(0, ())

@@ -22,6 +22,7 @@ from timbre_methods.beside import BIAS, Beside, check_copies, read_beside
 from timbre_methods.config import MAX_CONFIG_KEYS, is_on, shown
 from timbre_methods.contract import DERIVED, Method, Reader, Site, Sites, Tensors
 from timbre_methods.errors import AdapterMismatch, InvalidConfig, InvalidTensors, UnsupportedMethod
+from timbre_methods.layer_stack import check_stack, without_stack
 from timbre_methods.program import AdapterProgram
 from timbre_methods.prompt_contract import NO_FRAME, Frame, PromptMethod
 from timbre_methods.refusals import unknown_kind
@@ -164,7 +165,7 @@ def check_adapter(
     method = method_for(raw_config)
     if isinstance(method, Method):
         own = _divided(method, raw_config, tensors, sites).own
-        method.check_values(method.parse(raw_config), own, sites_of(method, sites))
+        method.check_values(_parsed(method, raw_config), own, sites_of(method, sites))
     return inspection
 
 
@@ -177,7 +178,7 @@ def derive(raw_config: Mapping[str, Any], tensors: Tensors, sites: Sites) -> dic
     method = method_for(raw_config)
     beside = _divided(method, raw_config, tensors, sites)
     check_copies(beside.copies, sites)
-    return _derived(method, method.parse(raw_config), beside.own, sites)
+    return _derived(method, _parsed(method, raw_config), beside.own, sites)
 
 
 def compile_adapter(
@@ -188,8 +189,13 @@ def compile_adapter(
     ``tensors`` are the file's and what `derive` gave. Raises what `Method.parse` and `Method.compile` raise.
     """
     method = method_for(raw_config)
-    config = method.parse(raw_config)
+    config = _parsed(method, raw_config)
+    check_stack(raw_config, frame)
     return _compiled(method, config, _divided(method, raw_config, tensors, sites), sites, frame)
+
+
+def _parsed(method: AnyMethod, raw_config: Mapping[str, Any]) -> Any:
+    return method.parse(without_stack(method, raw_config))
 
 
 def _divided(method: AnyMethod, raw_config: Mapping[str, Any], tensors: Tensors, sites: Sites) -> Beside:
@@ -245,7 +251,8 @@ def _derived(method: AnyMethod, config: Any, own: Tensors, sites: Sites) -> dict
 def _inspection(raw_config: Mapping[str, Any], tensors: Tensors, sites: Sites, frame: Frame) -> Inspection:
     shapes = {path: _meta_site(site) for path, site in sites.items()}
     method = method_for(raw_config)
-    config = method.parse(raw_config)
+    config = _parsed(method, raw_config)
+    check_stack(raw_config, frame)
     beside = _divided(method, raw_config, tensors, shapes)
     derived = _derived(method, config, beside.own, shapes)
     beside.own |= derived

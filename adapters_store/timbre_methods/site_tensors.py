@@ -33,7 +33,6 @@ _REFUSED_ENDINGS: Mapping[str, str] = {
     "base_layer.bias": 'it would replace a bias of the base; train with bias="none"',
     "lora_embedding_A": _ON_EMBEDDINGS,
     "lora_embedding_B": _ON_EMBEDDINGS,
-    "oft_embedding_R.weight": _ON_EMBEDDINGS,
 }
 
 

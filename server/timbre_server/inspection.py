@@ -52,12 +52,14 @@ def _meta_site(shape: SiteShape) -> Site:
         is_transposed=shape.is_transposed,
         tied_to=shape.tied_to,
         slices=shape.slices,
+        scale=shape.scale,
     )
 
 
 def frame_of(info: Ready) -> Frame:
-    """What prompts meet of the base."""
-    return Frame(info.hidden_size, tuple(AttentionLayer(*astuple(layer)) for layer in info.attention))
+    """What the linear layers stand in."""
+    attention = tuple(AttentionLayer(*astuple(layer)) for layer in info.attention)
+    return Frame(info.hidden_size, attention, info.stack)
 
 
 def warm_up() -> None:

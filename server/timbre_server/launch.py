@@ -157,6 +157,7 @@ def engine_options(settings: Settings, model: str) -> EngineOptions:
     step_tokens = settings.max_num_batched_tokens or (GPU_STEP_TOKENS if has_gpu else CPU_STEP_TOKENS)
     return EngineOptions(
         model=model,
+        layer_replication=settings.layer_replication,
         adapters_dir=str(settings.store_dir),
         dtype=settings.dtype,
         device=settings.device,

@@ -8,6 +8,7 @@ its title in ``timbre serve --help``; a field's docstring is its help.
 
 from __future__ import annotations
 
+import json
 import os
 import tomllib
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     SecretStr,
@@ -23,9 +25,9 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
-from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, InitSettingsSource, NoDecode, SettingsConfigDict
+from pydantic_settings import PydanticBaseSettingsSource as Source
 
 ENV_PREFIX = "TIMBRE_"
 EMBEDDED_MODEL = "embedded"
@@ -37,6 +39,10 @@ MIN_API_KEY_LENGTH = 8
 
 class SettingsError(ValueError):
     """Settings that cannot be used; the message names each one, where it may be set and what was expected."""
+
+
+def _read_json(value: object) -> object:
+    return json.loads(value) if isinstance(value, str) else value
 
 
 class _Group(BaseModel):
@@ -53,6 +59,9 @@ class ModelSettings(_Group):
     with the package."""
     served_model_name: str | None = Field(None, pattern="^[A-Za-z0-9][A-Za-z0-9._/:-]{0,127}$")
     """Name that requests use for the base model (default: the model's own name)."""
+    layer_replication: Annotated[tuple[tuple[int, int], ...], NoDecode, BeforeValidator(_read_json)] = ()
+    """Run layers again, sharing their weights: '[[0, 4], [2, 5]]' is layers 0 to 3, then 2 to 4. Serves the
+    adapters that PEFT trained with this layer_replication, and no others (default: each layer once)."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Type of weights and activations; 'auto' takes what suits the device."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -181,13 +190,13 @@ class Settings(
     def settings_customise_sources(
         cls,
         settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        init_settings: Source,
+        env_settings: Source,
+        dotenv_settings: Source,
+        file_secret_settings: Source,
+    ) -> tuple[Source, ...]:
         path = init_settings().get("config") or os.environ.get(f"{ENV_PREFIX}CONFIG")
-        file = _TomlFile(settings_cls, Path(path)) if path else None
+        file = InitSettingsSource(settings_cls, _values_in(Path(path))) if path else None
         return (init_settings, env_settings, file) if file else (init_settings, env_settings)
 
     @field_validator("api_keys", "allowed_hosts", mode="before")
@@ -246,21 +255,12 @@ class Settings(
         return LOOPBACK_HOSTS if local else ("*",)
 
 
-class _TomlFile(PydanticBaseSettingsSource):
-    """The values of one TOML file, below flags and variables."""
-
-    def __init__(self, settings_cls: type[BaseSettings], path: Path) -> None:
-        super().__init__(settings_cls)
-        try:
-            self._values: dict[str, Any] = tomllib.loads(path.expanduser().read_text("utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise SettingsError(f"the settings file {path} cannot be read: {error}") from error
-
-    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
-        return self._values.get(field_name, field.default), field_name, False
-
-    def __call__(self) -> dict[str, Any]:
-        return self._values
+def _values_in(file: Path) -> dict[str, Any]:
+    """The values of a TOML file."""
+    try:
+        return tomllib.loads(file.expanduser().read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise SettingsError(f"the settings file {file} cannot be read: {error}") from error
 
 
 def load_settings(flags: Mapping[str, Any]) -> Settings:

@@ -150,11 +150,11 @@ def test_a_bad_adapter_is_refused_by_name_and_leaves_nothing(
     folder = tmp_path / "bad"
     shutil.copytree(uploaded["lora"], folder)
     config = json.loads((folder / "adapter_config.json").read_text())
-    config["use_qalora"] = True
+    config["arrow_config"] = {"top_k": 2}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     answer = tiny_server.upload("bad", folder)
     assert answer.status_code == 422
-    assert "use_qalora" in answer.json()["error"]["message"]
+    assert "arrow_config" in answer.json()["error"]["message"]
     with tiny_server.client() as client:
         assert client.get("/v1/adapters/bad").status_code == 404
 

@@ -189,20 +189,19 @@ def as_peft(engine_bench: ModuleType, peft_greedy: Callable[..., Any], load_modu
 
 
 @pytest.fixture
-def timbre_logits(
-    evaluate: ModuleType, load_module: LoadModule
-) -> Callable[[nn.Module, Written, Tensor], Tensor]:
+def timbre_logits(evaluate: ModuleType, load_module: LoadModule) -> Callable[..., Tensor]:
     """The logits of the base with our reading of the adapter's two files."""
+    from timbre_methods.prompt_contract import NO_FRAME, Frame
     from timbre_methods.registry import check_adapter, compile_adapter, derive
 
     adapted_copy = load_module(HERE / "adapted_copy.py").adapted_copy
 
     @torch.no_grad()
-    def logits(model: nn.Module, written: Written, token_ids: Tensor) -> Tensor:
+    def logits(model: nn.Module, written: Written, token_ids: Tensor, frame: Frame = NO_FRAME) -> Tensor:
         sites = evaluate.all_sites(model)
-        check_adapter(written.config, written.tensors, sites)
+        check_adapter(written.config, written.tensors, sites, frame)
         tensors = {**written.tensors, **derive(written.config, written.tensors, sites)}
-        program = compile_adapter(written.config, tensors, sites)
+        program = compile_adapter(written.config, tensors, sites, frame)
         return adapted_copy(evaluate, model, program)(token_ids).logits
 
     return logits

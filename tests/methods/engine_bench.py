@@ -23,6 +23,7 @@ from timbre_server.engine.assembly import layers_of
 from timbre_server.engine.attention import install_attention
 from timbre_server.engine.kv_blocks import BlockPool
 from timbre_server.engine.kv_cache import bytes_per_block
+from timbre_server.engine.layer_stack import Ranges, stack_layers
 from timbre_server.engine.messages import AdapterUse, SamplingParams, Submit, TokenEvent
 from timbre_server.engine.model_loader import LoadedModel, PreparedModel
 from timbre_server.engine.probe import probe
@@ -69,14 +70,21 @@ class EngineBench:
     """One engine; NaN lies wherever nobody has written a KV entry."""
 
     def __init__(
-        self, model: nn.Module, *, num_blocks: int = 64, budget: int = 64, max_len: int = 64
+        self,
+        model: nn.Module,
+        *,
+        num_blocks: int = 64,
+        budget: int = 64,
+        max_len: int = 64,
+        layers: Ranges = (),
     ) -> None:
         self.model: Any = copy.deepcopy(model)
+        stack = stack_layers(self.model, layers)
         install_attention(self.model)
         probed = probe(self.model)
         self.sites: Sites = base_sites(layers_of(self.model, probed.sites))
-        layers = (layer.attention for layer in probed.layers)
-        self.frame = base_frame(probed.hidden_size, map(msgspec.structs.astuple, layers))
+        attention = (layer.attention for layer in probed.layers)
+        self.frame = base_frame(probed.hidden_size, map(msgspec.structs.astuple, attention), stack)
         self.shelf = Shelf()
         self.uses: dict[str, AdapterUse] = {}
         self.adapted = AdaptedModel(

@@ -78,7 +78,8 @@ def all_sites(model: nn.Module) -> dict[str, Site]:
     sites = linear_sites(model) | block_sites(model)
     for path, module in model.named_modules():
         if is_embedding(path):
-            sites[path] = Site(path, module.weight.detach().T, None, "embedding", is_transposed=True)
+            table, scale = module.weight.detach().T, float(getattr(module, "embed_scale", 1.0))
+            sites[path] = Site(path, table, None, "embedding", is_transposed=True, scale=scale)
         elif is_norm(module):
             bias = getattr(module, "bias", None)
             sites[path] = Site(path, module.weight.detach(), None if bias is None else bias.detach(), "norm")

@@ -117,5 +117,5 @@ def test_what_dora_does_not_have_is_refused() -> None:
         method.parse({**RAW, "init_lora_weights": "pissa"})
     with pytest.raises(InvalidConfig, match="use_dora"):
         method.parse({**RAW, "use_dora": "yes"})
-    with pytest.raises(UnsupportedMethod, match=r"'use_qalora' on .*without it dora would"):
-        method_for({**RAW, "use_qalora": True})
+    with pytest.raises(UnsupportedMethod, match=r"'arrow_config' on .*without it dora would"):
+        method_for({**RAW, "arrow_config": {"top_k": 2}})

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -35,6 +36,32 @@ def test_hira_on_conv1d_gives_the_logits_of_peft(
     agrees_with_peft(gpt2, HiraConfig(r=3, target_modules=modules, fan_in_fan_out=True), std=0.3)
 
 
+@pytest.mark.parametrize("base", ["llama", "tied_llama", "gemma2"])
+def test_hira_on_an_embedding_gives_the_logits_of_peft(
+    base: str, request: pytest.FixtureRequest, agrees_with_peft: Callable[..., None]
+) -> None:
+    config = HiraConfig(r=3, target_modules=["embed_tokens", "v_proj"])
+    agrees_with_peft(request.getfixturevalue(base), config, std=0.4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_the_engine_gives_the_text_of_peft_with_an_adapted_embedding(
+    family: str,
+    request: pytest.FixtureRequest,
+    engine_bench: ModuleType,
+    write_with_peft: Callable[..., Any],
+    peft_greedy: Callable[..., Any],
+) -> None:
+    model = request.getfixturevalue(family)
+    written = write_with_peft(model, HiraConfig(r=3, target_modules=["embed_tokens"]), std=0.6)
+    bench = engine_bench.EngineBench(model, budget=4)
+    bench.put("x", written.config, written.tensors)
+    answer = bench.answer([7, 3, 20, 41, 5, 6], "x")
+    tokens, logprobs = peft_greedy(model, written.folder, [7, 3, 20, 41, 5, 6], 8)
+    assert answer.token_ids == tokens
+    assert answer.logprobs == pytest.approx(logprobs, abs=1e-4)
+
+
 def test_hira_on_a_bf16_base_is_as_near_as_peft(
     llama: nn.Module, agrees_in_bf16: Callable[..., None]
 ) -> None:
@@ -62,6 +89,7 @@ def test_what_hira_cannot_do_here_is_refused(site: Callable[..., Site]) -> None:
     base, method = site(), method_for(RAW)
     with pytest.raises(InvalidTensors, match=r"hira_A: found rank 3, the config says \[2\]"):
         method.compile(method.parse(RAW), tensors(3), {base.path: base})
-    embedding = {"base_model.model.model.embed_tokens.hira_embedding_A": torch.ones(2, 9)}
-    with pytest.raises(InvalidTensors, match=r"hira_embedding_A' is surplus"):
+    embedding = {f"{STEM}.hira_embedding_A": torch.ones(2, 9)}
+    reason = r"hira_embedding_A is surplus: a linear layer has hira_A and hira_B"
+    with pytest.raises(InvalidTensors, match=reason):
         method.compile(method.parse(RAW), {**tensors(2), **embedding}, {base.path: base})

@@ -37,6 +37,22 @@ def test_oft_gives_the_logits_of_peft(
     agrees_with_peft(llama, OFTConfig(**{"target_modules": LAYERS, **options}), std=0.15)
 
 
+@pytest.mark.parametrize("base", ["llama", "tied_llama", "gemma2"])
+@pytest.mark.parametrize(
+    "options",
+    [{"block_share": True}, {"coft": True, "eps": 0.6, "use_cayley_neumann": False}],
+    ids=["shared", "constrained"],
+)
+def test_oft_on_an_embedding_gives_the_logits_of_peft(
+    base: str,
+    options: dict[str, Any],
+    request: pytest.FixtureRequest,
+    agrees_with_peft: Callable[..., None],
+) -> None:
+    config = OFTConfig(oft_block_size=4, target_modules=["embed_tokens", "v_proj"], **options)
+    agrees_with_peft(request.getfixturevalue(base), config, std=0.15)
+
+
 def test_oft_on_a_bf16_base_is_as_near_as_peft(llama: nn.Module, agrees_in_bf16: Callable[..., None]) -> None:
     agrees_in_bf16(llama, OFTConfig(oft_block_size=2, target_modules=LAYERS), std=0.1)
 
@@ -86,6 +102,6 @@ def test_what_oft_does_not_have_is_refused(site: Callable[..., Site]) -> None:
             blocks(RAW, torch.zeros(shape), base)
     with pytest.raises(InvalidTensors, match=r"divides 6, shared by all"):
         blocks({**RAW, "block_share": True}, torch.zeros(3, 1), base)
-    name = "base_model.model.model.embed_tokens.oft_embedding_R.weight"
-    with pytest.raises(InvalidTensors, match="no adapters on embeddings"):
-        method_for(RAW).compile(method_for(RAW).parse(RAW), {name: torch.zeros(3, 1)}, {base.path: base})
+    both = {NAME: torch.zeros(3, 1), NAME.replace("oft_R", "oft_embedding_R"): torch.zeros(3, 1)}
+    with pytest.raises(InvalidTensors, match=r"oft_embedding_R\.weight is surplus: a linear layer has oft_R"):
+        method_for(RAW).compile(method_for(RAW).parse(RAW), both, {base.path: base})

@@ -47,8 +47,8 @@ def test_a_config_without_a_peft_type_is_refused(peft_type: object) -> None:
 
 
 def test_a_variant_that_no_method_reads_is_named() -> None:
-    with pytest.raises(UnsupportedMethod, match=r"'LORA' with 'use_qalora' on .*without it lora would"):
-        method_for({**LORA, "use_qalora": True})
+    with pytest.raises(UnsupportedMethod, match=r"'LORA' with 'arrow_config' on .*without it lora would"):
+        method_for({**LORA, "arrow_config": {"top_k": 2}})
 
 
 def test_a_config_of_endless_keys_is_refused() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from timbre_methods.program import Dense, Diagonal, LowRank, Part, TokenRows
+from timbre_methods.program import Dense, Diagonal, LowRank, Part, Rotation, TokenRows
 from timbre_server.operators.catalogue import all_operators, embedding_operators
 from timbre_server.operators.contract import Bound
 from timbre_server.operators.row_table import RowTable, Span
@@ -47,7 +47,11 @@ def total(bound: Bound, x: Tensor, num_rows: int) -> Tensor:
     return sums_TO
 
 
-@pytest.mark.parametrize("make", [low_rank, token_rows], ids=["low rank", "rows"])
+def dense(generator: torch.Generator) -> Dense:
+    return Dense(torch.randn(WIDTH, VOCABULARY, generator=generator))
+
+
+@pytest.mark.parametrize("make", [low_rank, dense, token_rows], ids=["low rank", "dense", "rows"])
 def test_a_lookup_is_the_linear_part_on_one_hot_tokens(make: Callable[[torch.Generator], Part]) -> None:
     generator = torch.Generator().manual_seed(1)
     parts = [make(generator), make(generator)]
@@ -79,4 +83,4 @@ def test_rows_that_are_not_finite_spoil_their_own_token_alone() -> None:
 
 
 def test_embeddings_have_the_operators_of_all_parts_that_act_on_outputs() -> None:
-    assert set(LOOKUPS) == {LowRank, TokenRows, Diagonal}
+    assert set(LOOKUPS) == {LowRank, Dense, TokenRows, Diagonal, Rotation}

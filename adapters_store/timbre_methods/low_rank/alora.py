@@ -51,6 +51,7 @@ class Alora(Method[AloraConfig]):
     paper = "arXiv 2504.12397"
     stored = "A [r, in], B [out, r]; c [out] with lora_bias"
     checked_against = "PEFT"
+    may_be_stacked = True
 
     def claims(self, raw_config: Mapping[str, Any]) -> bool:
         switches = {switch for switch in VARIANTS if is_on(raw_config.get(switch))}

@@ -55,6 +55,7 @@ class Bdlora(Method[BdloraConfig]):
     paper = "arXiv 2510.23346"
     stored = "A [r, in / N] or B [out, r / N], the other whole"
     checked_against = "PEFT"
+    may_be_stacked = True
 
     def claims(self, raw_config: Mapping[str, Any]) -> bool:
         switches = {switch for switch in VARIANTS if is_on(raw_config.get(switch))}

@@ -56,6 +56,7 @@ class Dora(Method[DoraConfig]):
     stored = "A [r, in], B [out, r], magnitude [out]"
     regenerated = "the lengths of the adapted rows, from the base"
     checked_against = "PEFT"
+    may_be_stacked = True
     kinds = frozenset({"linear", "embedding"})
 
     def claims(self, raw_config: Mapping[str, Any]) -> bool:

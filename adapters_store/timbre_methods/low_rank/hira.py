@@ -1,6 +1,7 @@
 """HiRA, as PEFT saves it: ``y = W x + b + (W * (B A)) x``, a low rank multiplied element-wise into the base.
 
-The change has the base's rank, so it is made once, when the adapter is loaded, and kept as it is.
+The change has the base's rank, so it is made once, when the adapter is loaded, and kept as it is. On an
+embedding that scales what it looks up, PEFT adds the change unscaled.
 
 Legend: T tokens, I in features, O out features, R rank.
 
@@ -17,12 +18,15 @@ from torch import Tensor
 
 from timbre_methods.config import PeftConfig, Rank, RankPattern, read_config
 from timbre_methods.contract import Method, Site, Sites, Tensors
+from timbre_methods.errors import InvalidTensors
 from timbre_methods.examples import chosen_sites, peft_file, random_tensor, whole_number
 from timbre_methods.low_rank.ranks import check_rank
 from timbre_methods.program import AdapterProgram, Dense
-from timbre_methods.site_tensors import PREFIX, SiteTensors, tensors_by_site, tensors_of_site
+from timbre_methods.site_tensors import PREFIX, SiteTensors, article, tensors_by_site, tensors_of_site
 
-KEYS = frozenset({"hira_A", "hira_B"})
+FACTORS = ("hira_A", "hira_B")
+EMBEDDING_FACTORS = ("hira_embedding_A", "hira_embedding_B")
+KEYS = frozenset({*FACTORS, *EMBEDDING_FACTORS})
 
 
 class HiraConfig(PeftConfig):
@@ -39,6 +43,7 @@ class Hira(Method[HiraConfig]):
     paper = "openreview TwJrTz9cRS"
     stored = "A [r, in], B [out, r]"
     checked_against = "PEFT"
+    kinds = frozenset({"linear", "embedding"})
 
     def claims(self, raw_config: Mapping[str, Any]) -> bool:
         return raw_config.get("peft_type") == "HIRA"
@@ -57,8 +62,9 @@ class Hira(Method[HiraConfig]):
         y_TO = torch.nn.functional.linear(x_TI, weight_OI, bias_O)
         own = {key: t.to(x_TI.dtype) for key, t in tensors_of_site(tensors, site, KEYS).items()}
         if own:
-            for a_I, b_O in zip(own["hira_A"], own["hira_B"].T, strict=True):
-                y_TO = y_TO + b_O * torch.einsum("oi,ti->to", weight_OI, a_I * x_TI)
+            a_RI, b_OR = (own[key] for key in factor_keys(site))
+            for a_I, b_O in zip(a_RI, b_OR.T, strict=True):
+                y_TO = y_TO + b_O / site.scale * torch.einsum("oi,ti->to", weight_OI, a_I * x_TI)
         return y_TO
 
     def example(self, sites: Sites, generator: torch.Generator) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -69,8 +75,9 @@ class Hira(Method[HiraConfig]):
             rank = other_r if number % 3 == 1 else r
             if rank != r:
                 ranks[site.path] = rank
-            tensors[f"{PREFIX}{site.path}.hira_A"] = random_tensor((rank, site.in_features), generator)
-            tensors[f"{PREFIX}{site.path}.hira_B"] = random_tensor((site.out_features, rank), generator)
+            key_a, key_b = factor_keys(site)
+            tensors[f"{PREFIX}{site.path}.{key_a}"] = random_tensor((rank, site.in_features), generator)
+            tensors[f"{PREFIX}{site.path}.{key_b}"] = random_tensor((site.out_features, rank), generator)
         options = {
             "r": r,
             "rank_pattern": ranks,
@@ -81,11 +88,20 @@ class Hira(Method[HiraConfig]):
         return peft_file("HIRA", chosen, options), tensors
 
 
+def factor_keys(site: Site) -> tuple[str, str]:
+    """The keys of A and B: on an embedding, whose in features are tokens, they have names of their own."""
+    return EMBEDDING_FACTORS if site.kind == "embedding" else FACTORS
+
+
 def _part(config: HiraConfig, found: SiteTensors) -> Dense:
     site = found.site
-    a_RI = found.need("hira_A", ("r", site.in_features))
+    key_a, key_b = factor_keys(site)
+    stray = next((key for key in found.tensors if key not in (key_a, key_b)), None)
+    if stray is not None:
+        raise InvalidTensors(f"{found.name_of(stray)} is surplus: {article(site)} has {key_a} and {key_b}")
+    a_RI = found.need(key_a, ("r", site.in_features))
     rank = a_RI.shape[0]
-    check_rank(found, "hira_A", rank, config.r, config.rank_pattern)
-    b_OR = found.need("hira_B", (site.out_features, rank))
-    delta_OI = b_OR.to(torch.float32) @ a_RI.to(torch.float32)
+    check_rank(found, key_a, rank, config.r, config.rank_pattern)
+    b_OR = found.need(key_b, (site.out_features, rank))
+    delta_OI = (b_OR.to(torch.float32) / site.scale) @ a_RI.to(torch.float32)
     return Dense(delta_OI.mul_(site.weight_OI.to(delta_OI.device)))

@@ -15,11 +15,11 @@ from torch import Tensor
 from timbre_methods.contract import Site, Sites
 from timbre_methods.errors import InvalidTensors
 from timbre_methods.examples import random_tensor
-from timbre_methods.low_rank.lora import LINEAR_KEYS, LoraConfig
-from timbre_methods.low_rank.moved_weight import DIAGONAL, MovedWeight
+from timbre_methods.low_rank.lora import LINEAR_KEYS
+from timbre_methods.low_rank.moved_weight import DIAGONAL, MovedWeight, MovedWeightConfig
 
 
-class KasaConfig(LoraConfig):
+class KasaConfig(MovedWeightConfig):
     """The weights of training's regularisers change nothing at inference."""
 
     kasa_config: dict[str, Any]

@@ -174,6 +174,7 @@ class Lora(Method[LoraConfig]):
     paper = "arXiv 2106.09685"
     stored = "A [r, in], B [out, r]; c [out] with lora_bias"
     checked_against = "PEFT"
+    may_be_stacked = True
     kinds = frozenset({"linear", "embedding"})
 
     def claims(self, raw_config: Mapping[str, Any]) -> bool:

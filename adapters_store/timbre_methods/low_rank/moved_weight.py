@@ -46,11 +46,20 @@ DIAGONAL = "lora_diag"
 MOVED_A, MOVED_B = "moved_A", "moved_B"
 
 
+class MovedWeightConfig(LoraConfig):
+    """LoRA's fields."""
+
+    reasons: ClassVar[Mapping[str, str]] = {
+        "layer_replication": "copies of a layer share one weight, and PEFT took a part out of it for each of "
+        "them; train a plain LoRA",
+    }
+
+
 class MovedWeight(Method[LoraConfig]):
     """What the three have in common. A subclass says which configs are its own and what M is."""
 
     keys: ClassVar[frozenset[str]] = LINEAR_KEYS
-    config: ClassVar[type[LoraConfig]] = LoraConfig
+    config: ClassVar[type[LoraConfig]] = MovedWeightConfig
     switches: ClassVar[frozenset[str]] = frozenset()
     """The switches of PEFT's LORA that are on in a config of this method."""
     initialisers: ClassVar[frozenset[str]]

@@ -2,9 +2,10 @@
 
     p = P ∘ (C_t R_t)      P [v, D], C_t [v, r] and R_t [r, D] of task t
 
-A request cannot say which task it is of, so only files of one task are served, where there is no choice.
+A request cannot say which task it is of, so the adapter does: ``task_id`` in its config, which PEFT neither
+writes nor reads, names t where the file holds several tasks. Each of them is an adapter of its own.
 
-Legend: V virtual tokens, D hidden size, R rank, S tasks.
+Legend: V virtual tokens, D hidden size, R rank.
 
 Paper: arXiv 2303.02861.
 """
@@ -12,14 +13,15 @@ Paper: arXiv 2303.02861.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from timbre_methods.config import Count, Rank, read_config
 from timbre_methods.contract import Sites, Tensors
-from timbre_methods.errors import UnsupportedMethod
+from timbre_methods.errors import InvalidConfig, UnsupportedMethod
 from timbre_methods.examples import random_tensor, whole_number
 from timbre_methods.program import AdapterProgram
 from timbre_methods.prompt.prompt_tuning import PromptTuningConfig, embeddings_example
@@ -35,12 +37,14 @@ class MultitaskConfig(PromptTuningConfig):
 
     num_ranks: Rank = 1
     num_tasks: Count = 1
+    task_id: Annotated[int, Field(ge=0)] | None = None
+    """Which task is served; None where there is one alone."""
 
 
 class MultitaskPromptTuning(PromptMethod[MultitaskConfig]):
     name = "multitask_prompt_tuning"
     paper = "arXiv 2303.02861"
-    stored = "embeddings [v, hidden], factors [1, v, r] and [1, r, hidden], once a model"
+    stored = "embeddings [v, hidden], factors [tasks, v, r] and [tasks, r, hidden], once a model"
     checked_against = "PEFT"
 
     def claims(self, raw_config: Mapping[str, Any]) -> bool:
@@ -48,10 +52,16 @@ class MultitaskPromptTuning(PromptMethod[MultitaskConfig]):
 
     def parse(self, raw_config: Mapping[str, Any]) -> MultitaskConfig:
         config = read_config(MultitaskConfig, raw_config)
-        if config.num_tasks != 1:
+        if config.task_id is None and config.num_tasks != 1:
             raise UnsupportedMethod(
-                f"MULTITASK_PROMPT_TUNING: num_tasks={config.num_tasks} is not served: a request cannot say "
-                "which task it is of; save each task's rows and columns as an adapter of num_tasks=1"
+                f"MULTITASK_PROMPT_TUNING: num_tasks={config.num_tasks} is not served without a task_id: a "
+                "request cannot say which task it is of; write task_id, a number from 0 to "
+                f"{config.num_tasks - 1}, into adapter_config.json, and upload each task on its own"
+            )
+        if config.task_id is not None and config.task_id >= config.num_tasks:
+            raise InvalidConfig(
+                f"adapter_config.json: task_id: found {config.task_id}, expected less than num_tasks, "
+                f"{config.num_tasks}"
             )
         return config
 
@@ -59,18 +69,21 @@ class MultitaskPromptTuning(PromptMethod[MultitaskConfig]):
         self, config: MultitaskConfig, tensors: Tensors, sites: Sites, frame: Frame
     ) -> AdapterProgram:
         count, rank, width = config.num_virtual_tokens, config.num_ranks, frame.hidden_size
+        tasks, task = config.num_tasks, config.task_id or 0
         found = take_all(
-            tensors, {EMBEDDINGS: (count, width), COLUMNS: (1, count, rank), ROWS: (1, rank, width)}
+            tensors, {EMBEDDINGS: (count, width), COLUMNS: (tasks, count, rank), ROWS: (tasks, rank, width)}
         )
-        factor_VD = found[COLUMNS][0].to(torch.float32) @ found[ROWS][0].to(torch.float32)
+        factor_VD = found[COLUMNS][task].to(torch.float32) @ found[ROWS][task].to(torch.float32)
         return AdapterProgram({}, prompt=PromptEmbeddings(found[EMBEDDINGS].to(torch.float32) * factor_VD))
 
     def example(
         self, sites: Sites, frame: Frame, generator: torch.Generator
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        rank = whole_number(1, 3, generator)
-        options = {"num_ranks": rank, "num_tasks": 1, "prompt_tuning_init_task": 0}
+        rank, tasks = whole_number(1, 3, generator), whole_number(1, 3, generator)
+        options = {"num_ranks": rank, "num_tasks": tasks, "prompt_tuning_init_task": 0}
+        if tasks > 1:
+            options["task_id"] = whole_number(0, tasks - 1, generator)
         config, tensors = embeddings_example("MULTITASK_PROMPT_TUNING", options, frame, generator)
-        tensors[COLUMNS] = random_tensor((1, config["num_virtual_tokens"], rank), generator)
-        tensors[ROWS] = random_tensor((1, rank, frame.hidden_size), generator)
+        tensors[COLUMNS] = random_tensor((tasks, config["num_virtual_tokens"], rank), generator)
+        tensors[ROWS] = random_tensor((tasks, rank, frame.hidden_size), generator)
         return config, tensors

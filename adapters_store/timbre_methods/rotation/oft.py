@@ -9,6 +9,8 @@ diagonal, row by row:
     coft                      Q no longer than eps / sqrt(stored blocks), by Frobenius
     block_share               one block for all
 
+On an embedding it is what was looked up that is rotated: ``y = R (W x)``, with blocks of the output.
+
 Legend: T tokens, I in features, O out features, N stored blocks, B their size, E entries above the diagonal.
 
 Paper: arXiv 2306.07280; the series: 2506.19847.
@@ -19,7 +21,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -31,10 +33,11 @@ from timbre_methods.errors import InvalidTensors, UnsupportedMethod
 from timbre_methods.examples import chosen_sites, coin, peft_file, random_tensor, whole_number
 from timbre_methods.program import AdapterProgram, Rotation
 from timbre_methods.rotation.cayley import cayley, cayley_series
-from timbre_methods.site_tensors import PREFIX, SiteTensors, tensors_by_site, tensors_of_site
+from timbre_methods.site_tensors import PREFIX, SiteTensors, article, tensors_by_site, tensors_of_site
 
 KEY = "oft_R.weight"
-KEYS = frozenset({KEY})
+EMBEDDING_KEY = "oft_embedding_R.weight"
+KEYS = frozenset({KEY, EMBEDDING_KEY})
 FIRST_VERSION_OF_THE_SERIES = (0, 18)
 
 
@@ -53,8 +56,9 @@ class OftConfig(PeftConfig):
 class Oft(Method[OftConfig]):
     name = "oft"
     paper = "arXiv 2306.07280"
-    stored = "skew-symmetric blocks of the input [in / b, b (b - 1) / 2]"
+    stored = "skew-symmetric blocks of the input, an embedding's output, [in / b, b (b - 1) / 2]"
     checked_against = "PEFT"
+    kinds = frozenset({"linear", "embedding"})
 
     def claims(self, raw_config: Mapping[str, Any]) -> bool:
         return raw_config.get("peft_type") == "OFT"
@@ -76,15 +80,18 @@ class Oft(Method[OftConfig]):
 
     def reference(self, config: OftConfig, tensors: Tensors, site: Site, x_TI: Tensor) -> Tensor:
         own = tensors_of_site(tensors, site, KEYS)
-        rotation_II = torch.eye(site.in_features, dtype=x_TI.dtype)
+        rotation_DD = torch.eye(_turned_features(site), dtype=x_TI.dtype)
         if own:
-            stored = [_reference_block(config, row, len(own[KEY])) for row in own[KEY].to(x_TI.dtype)]
+            entries_NE = own[key_of(site)].to(x_TI.dtype)
+            stored = [_reference_block(config, row, len(entries_NE)) for row in entries_NE]
             size = len(stored[0])
-            for n in range(site.in_features // size):
+            for n in range(len(rotation_DD) // size):
                 place = slice(n * size, (n + 1) * size)
-                rotation_II[place, place] = stored[0 if config.block_share else n]
+                rotation_DD[place, place] = stored[0 if config.block_share else n]
+        if site.kind == "embedding":
+            return x_TI @ site.weight_OI.to(x_TI.dtype).T @ rotation_DD
         bias_O = None if site.bias_O is None else site.bias_O.to(x_TI.dtype)
-        return torch.nn.functional.linear(x_TI @ rotation_II, site.weight_OI.to(x_TI.dtype), bias_O)
+        return torch.nn.functional.linear(x_TI @ rotation_DD, site.weight_OI.to(x_TI.dtype), bias_O)
 
     def example(self, sites: Sites, generator: torch.Generator) -> tuple[dict[str, Any], dict[str, Tensor]]:
         chosen = chosen_sites(sites, generator)
@@ -102,13 +109,23 @@ class Oft(Method[OftConfig]):
         }
         tensors = {}
         for site in chosen:
-            sizes = [b for b in range(2, site.in_features + 1) if site.in_features % b == 0]
+            features = _turned_features(site)
+            sizes = [b for b in range(2, features + 1) if features % b == 0]
             size = sizes[whole_number(0, len(sizes) - 1, generator)]
-            count = 1 if options["block_share"] else site.in_features // size
+            count = 1 if options["block_share"] else features // size
             entries_NE = random_tensor((count, size * (size - 1) // 2), generator) * 0.6
             entries_NE[0] *= 0.02 / entries_NE[0].norm() if options["coft"] else 1.0
-            tensors[f"{PREFIX}{site.path}.{KEY}"] = entries_NE
+            tensors[f"{PREFIX}{site.path}.{key_of(site)}"] = entries_NE
         return peft_file("OFT", chosen, options), tensors
+
+
+def key_of(site: Site) -> str:
+    """On an embedding the blocks have a name of their own."""
+    return EMBEDDING_KEY if site.kind == "embedding" else KEY
+
+
+def _turned_features(site: Site) -> int:
+    return site.out_features if site.kind == "embedding" else site.in_features
 
 
 def _has_the_series(version: object) -> bool:
@@ -119,14 +136,18 @@ def _has_the_series(version: object) -> bool:
 
 
 def _rotation(config: OftConfig, found: SiteTensors) -> Rotation:
-    entries_NE = found.need(KEY, ("blocks", "entries")).to(torch.float32)
+    key = key_of(found.site)
+    stray = next((other for other in found.tensors if other != key), None)
+    if stray is not None:
+        raise InvalidTensors(f"{found.name_of(stray)} is surplus: {article(found.site)} has {key}")
+    entries_NE = found.need(key, ("blocks", "entries")).to(torch.float32)
     stored, entries = entries_NE.shape
     size = (1 + math.isqrt(1 + 8 * entries)) // 2
-    features = found.site.in_features
+    features = _turned_features(found.site)
     expected = 1 if config.block_share else features // size
     if size * (size - 1) != 2 * entries or features % size or stored != expected:
         raise InvalidTensors(
-            f"{found.name_of(KEY)}: found shape {[stored, entries]}, expected [blocks, b (b - 1) / 2] with "
+            f"{found.name_of(key)}: found shape {[stored, entries]}, expected [blocks, b (b - 1) / 2] with "
             f"blocks of a size b that divides {features}, "
             + ("shared by all" if config.block_share else "each")
         )
@@ -138,7 +159,8 @@ def _rotation(config: OftConfig, found: SiteTensors) -> Rotation:
         if config.use_cayley_neumann
         else cayley(skew_NBB)
     )
-    return Rotation("input", turned_NBB.transpose(1, 2).unsqueeze(0).contiguous(), (size,))
+    side: Literal["input", "output"] = "output" if found.site.kind == "embedding" else "input"
+    return Rotation(side, turned_NBB.transpose(1, 2).unsqueeze(0).contiguous(), (size,))
 
 
 def _skew(entries_NE: Tensor, size: int) -> Tensor:

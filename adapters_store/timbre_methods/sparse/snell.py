@@ -43,15 +43,13 @@ ROWS_AT_ONCE = 256
 """Rows of K whose distances are widened together, so that a large layer needs little memory beside K."""
 
 
+Threshold = Annotated[float, Field(ge=0, lt=1)]
+
+
 class SnellConfig(PeftConfig):
     """The field that matters at inference: ``init_thres`` of the released code."""
 
-    threshold: Annotated[float, Field(ge=0, lt=1)] = 0.0
-
-    def survivors(self, site: Site) -> int:
-        """How many entries lie above the quantile, if no two are equal."""
-        size = site.out_features * site.in_features
-        return size if self.threshold == 0 else size - 1 - math.floor(self.threshold * (size - 1))
+    threshold: Threshold = 0.0
 
 
 class Snell(Method[SnellConfig]):
@@ -96,7 +94,19 @@ class Snell(Method[SnellConfig]):
 
 
 def _part(config: SnellConfig, found: SiteTensors) -> Dense | Sparse:
-    site, size = found.site, found.site.out_features * found.site.in_features
+    kernel_OI = kernel_of(found)
+    return Dense(kernel_OI) if config.threshold == 0 else sparsified(found, kernel_OI, config.threshold)
+
+
+def num_survivors(site: Site, threshold: float) -> int:
+    """How many entries lie above the quantile, if no two are equal."""
+    size = site.out_features * site.in_features
+    return size - 1 - math.floor(threshold * (size - 1))
+
+
+def kernel_of(found: SiteTensors) -> Tensor:
+    """K [O, I] of one site, in float32."""
+    site = found.site
     q_2ID = found.need(IN_POINTS, (2, site.in_features, "q / 2"))
     if q_2ID.shape[2] > MAX_DIMENSIONS:
         raise InvalidTensors(
@@ -104,15 +114,18 @@ def _part(config: SnellConfig, found: SiteTensors) -> Dense | Sparse:
             f"expected at most {MAX_DIMENSIONS}"
         )
     p_2OD = found.need(OUT_POINTS, (2, site.out_features, q_2ID.shape[2]))
-    kernel_OI = _kernel(p_2OD, q_2ID)
-    if config.threshold == 0:
-        return Dense(kernel_OI)
+    return _kernel(p_2OD, q_2ID)
+
+
+def sparsified(found: SiteTensors, kernel_OI: Tensor, threshold: float) -> Dense | Sparse:
+    """``K |K|`` where ``|K|`` is above its quantile, and 0 elsewhere."""
+    site, size = found.site, kernel_OI.numel()
     if size > MAX_RANKED:
         raise InvalidTensors(
             f"{found.name_of(IN_POINTS)}: found a layer of {size} weights with a threshold, "
             f"expected at most {MAX_RANKED}; leave this layer out"
         )
-    count = config.survivors(site)
+    count = num_survivors(site, threshold)
     first = torch.topk(kernel_OI.flatten().abs(), count + 1)
     cells_N = first.indices[:count]
     values_N = kernel_OI.flatten()[cells_N]

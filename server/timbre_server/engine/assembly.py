@@ -41,6 +41,7 @@ def assemble(
         dtype=options.dtype,
         device=options.device,
         check=options.self_check,
+        layers=options.layer_replication,
         on_progress=on_progress,
     )
     model, probed = prepared.loaded.model, prepared.probed
@@ -62,7 +63,7 @@ def assemble(
         ),
     )
     ready = runner.info()
-    frame = base_frame(ready.hidden_size, map(msgspec.structs.astuple, ready.attention))
+    frame = base_frame(ready.hidden_size, map(msgspec.structs.astuple, ready.attention), ready.stack)
     loader = AdapterLoader(Path(options.adapters_dir), ready.model_digest, sites, model.device, frame)
     adapters = AdapterRuntime(adapted, loader, options.adapter_memory_bytes, on_load_ended)
     limits = SchedulerLimits(

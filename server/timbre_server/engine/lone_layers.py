@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from timbre_server.adapters.adapted_embedding import scale_of
 from timbre_server.adapters.adapted_norm import is_norm_of
 from timbre_server.adapters.groups import LoneLayer
 from timbre_server.engine.linears import bias_of
@@ -42,6 +43,7 @@ def lone_shape(layer: LoneLayer, module: nn.Module) -> SiteShape:
         bias_of(module) is not None,
         kind=layer.kind,
         is_transposed=is_embedding,
+        scale=scale_of(module) if is_embedding else 1.0,
     )
 
 

@@ -126,6 +126,8 @@ class SiteShape(msgspec.Struct, frozen=True):
     """The embedding whose very table this head multiplies by."""
     slices: int = 1
     """Of a parameter, whose ``out_features`` are the rows of all its slices."""
+    scale: float = 1.0
+    """By what an embedding multiplies what it looks up."""
 
 
 class AttentionShape(msgspec.Struct, frozen=True):
@@ -145,7 +147,7 @@ class Ready(Message, frozen=True):
 
     model_name: str
     model_digest: str
-    """SHA-256 over the base's config and weights' names and shapes: adapters are bound to it."""
+    """SHA-256 over the base's config, weights' names and shapes, and stack: adapters are bound to it."""
     model_type: str
     dtype: str
     device: str
@@ -161,6 +163,8 @@ class Ready(Message, frozen=True):
     hidden_size: int = 0
     attention: tuple[AttentionShape, ...] = ()
     """In layer order."""
+    stack: tuple[int, ...] = ()
+    """The checkpoint's layer at each place, where not each stands once and in order."""
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True):

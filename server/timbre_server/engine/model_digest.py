@@ -3,13 +3,15 @@
 SHA-256 over the checkpoint as it lies on disk, not as it was loaded: the configuration without the entries
 that say nothing of the computation, then of every tensor in name order its name, stored dtype and shape
 and three samples of 64 bytes (beginning, middle, end). So the dtype and the device that serve it, and how
-the tensors are spread over files, do not change it; another fine-tune of the same shapes does.
+the tensors are spread over files, do not change it; another fine-tune of the same shapes does, and so does
+another stack of its layers.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,13 @@ def model_digest(folder: Path) -> str:
         digest.update(f"\n{name} {description} ".encode())
         digest.update(sample)
     return f"sha256:{digest.hexdigest()}"
+
+
+def stacked_digest(digest: str, stack: Sequence[int]) -> str:
+    """Of a checkpoint whose layers are laid out anew; the same where ``stack`` is empty."""
+    if not stack:
+        return digest
+    return f"sha256:{hashlib.sha256(f'{digest} layers {list(stack)}'.encode()).hexdigest()}"
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -19,7 +19,8 @@ from transformers.utils.hub import cached_file
 from timbre_server.engine import self_check
 from timbre_server.engine.attention import install_attention
 from timbre_server.engine.deny_list import refuse_by_config
-from timbre_server.engine.model_digest import model_digest
+from timbre_server.engine.layer_stack import Ranges, stack_layers
+from timbre_server.engine.model_digest import model_digest, stacked_digest
 from timbre_server.engine.options import Device, Dtype
 from timbre_server.engine.probe import ProbeResult, probe
 from timbre_server.errors import UnsupportedModel
@@ -31,11 +32,13 @@ _BFLOAT16_CPU_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model in memory. ``name`` is what the operator asked for; ``digest`` is the checkpoint's identity."""
+    """A model in memory. ``name`` is what the operator asked for; ``digest`` is the identity of the
+    checkpoint and of its ``stack``: the layer at each place, empty where each stands once."""
 
     model: PreTrainedModel
     name: str
     digest: str
+    stack: tuple[int, ...] = ()
 
     @property
     def num_bytes(self) -> int:
@@ -53,15 +56,24 @@ class PreparedModel:
 
 
 def prepare_model(
-    name: str, *, dtype: Dtype, device: Device, check: bool, on_progress: Progress = lambda text: None
+    name: str,
+    *,
+    dtype: Dtype,
+    device: Device,
+    check: bool,
+    layers: Ranges = (),
+    on_progress: Progress = lambda text: None,
 ) -> PreparedModel:
-    """Load a model, install our attention, probe it and, with ``check``, compare it with itself as shipped.
+    """Load a model, lay its ``layers`` out (`stack_layers`), install our attention, probe it and, with
+    ``check``, compare it with itself as shipped.
 
     Raises:
         UnsupportedModel: it cannot be loaded or cannot be served; names it and the reason.
     """
     on_progress(f"Loading {name}")
-    loaded = load_model(name, dtype=dtype, device=device)
+    loaded = load_model(name, dtype=dtype, device=device, layers=layers)
+    if loaded.stack:
+        on_progress(f"Running {len(loaded.stack)} layers of the model's {max(loaded.stack) + 1}")
     expected = self_check.plain_logits(loaded.model) if check else ()
     on_progress("Probing the model's layers")
     install_attention(loaded.model)
@@ -72,7 +84,7 @@ def prepare_model(
     return PreparedModel(loaded, probed)
 
 
-def load_model(name: str, *, dtype: Dtype, device: Device) -> LoadedModel:
+def load_model(name: str, *, dtype: Dtype, device: Device, layers: Ranges = ()) -> LoadedModel:
     """Read a model as it is, with the attention that transformers calls eager.
 
     Raises:
@@ -93,7 +105,8 @@ def load_model(name: str, *, dtype: Dtype, device: Device) -> LoadedModel:
     except (OSError, ValueError) as error:
         raise UnsupportedModel(f"{name}: could not be loaded as a causal language model. {error}") from error
     cast(nn.Module, model).to(target).eval().requires_grad_(False)
-    return LoadedModel(model, name, model_digest(_checkpoint_folder(name)))
+    stack = stack_layers(model, layers)
+    return LoadedModel(model, name, stacked_digest(model_digest(_checkpoint_folder(name)), stack), stack)
 
 
 def chosen_device(device: Device) -> torch.device:

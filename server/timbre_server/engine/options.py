@@ -22,6 +22,8 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """A folder or a hub id. (A GGUF file was made a folder before.)"""
     adapters_dir: str
     """The adapter store's root; read only."""
+    layer_replication: tuple[tuple[int, int], ...] = ()
+    """Ranges of layers that run one after the other; none: each layer once."""
     dtype: Dtype = "auto"
     device: Device = "auto"
     max_model_len: int | None = None

@@ -2,8 +2,9 @@
 
 oneDNN's packed products are reached through operators that are private to torch, so they are tried out
 when a `LinearPacker` is made: where they are missing, refuse, or compute something else than `F.linear`,
-nothing is packed and everything works as before. A packed weight is a second copy; the module's own weight
-is neither freed nor written, since it may be tied to the embedding and adapters may read it.
+nothing is packed and everything works as before. A packed weight is a second copy, one for all layers that
+share it; the module's own weight is neither freed nor written, since it may be tied to the embedding and
+adapters may read it.
 
 Legend: T rows, I in, O out.
 """
@@ -33,6 +34,8 @@ class LinearPacker:
         self._dtype = dtype
         self.works = device.type == "cpu" and dtype in _TOLERANCE and _computes_linear(dtype)
         """Whether anything will be packed."""
+        self._packed: dict[int, tuple[Tensor, Tensor]] = {}
+        """By where a weight lies: it, so that the place stays its own, and its packed copy."""
 
     def pack(self, module: nn.Module) -> Callable[[Tensor], Tensor] | None:
         """``x -> W x + b`` of the module on a packed copy of its weight. None: use the module itself."""
@@ -42,7 +45,10 @@ class LinearPacker:
         if weight.dtype is not self._dtype or weight.device.type != "cpu":
             return None
         plain_rows = _PLAIN_ROWS_FLOAT32 if self._dtype is torch.float32 else 0
-        return PackedLinear(module, _reordered(weight.detach()), plain_rows)
+        place = weight.data_ptr()
+        if place not in self._packed:
+            self._packed[place] = weight, _reordered(weight.detach())
+        return PackedLinear(module, self._packed[place][1], plain_rows)
 
     def product_of(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
         """`pack`, or the module itself."""

@@ -146,6 +146,7 @@ class Runner:
             adapter_budget_bytes=self._options.adapter_memory_bytes,
             hidden_size=self._hidden_size,
             attention=self._attention,
+            stack=self._loaded.stack,
         )
 
     def execute(self, plan: StepPlan) -> StepResult:

@@ -10,7 +10,7 @@ from timbre_server.operators.contract import Operator
 from timbre_server.operators.dense import DenseOperator
 from timbre_server.operators.diagonal import DiagonalOperator
 from timbre_server.operators.kronecker import KroneckerOperator
-from timbre_server.operators.lookup import LookupLowRank, LookupTokenRows
+from timbre_server.operators.lookup import LookupDense, LookupLowRank, LookupTokenRows
 from timbre_server.operators.low_rank import LowRankOperator
 from timbre_server.operators.projected import ProjectedOperator
 from timbre_server.operators.rotation import RotationOperator
@@ -42,4 +42,4 @@ def all_operators(step: StepRouting | None = None) -> tuple[Operator[Any], ...]:
 
 def embedding_operators() -> tuple[Operator[Any], ...]:
     """The same for layers whose input is token ids, of the parts that methods have there."""
-    return (LookupLowRank(), LookupTokenRows(), DiagonalOperator())
+    return (LookupLowRank(), LookupDense(), LookupTokenRows(), DiagonalOperator(), RotationOperator())

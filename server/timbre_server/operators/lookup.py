@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from timbre_methods.program import LowRank, TokenRows
+from timbre_methods.program import Dense, LowRank, TokenRows
 from timbre_server.operators.by_segment import SumsBySegment
 from timbre_server.operators.contract import Bound, Meaning, Operator, Uses
 from timbre_server.operators.row_table import RowTable
@@ -30,6 +30,18 @@ class LookupLowRank(Operator[LowRank]):
         return SumsBySegment(
             lambda part, ids_N: linear(part.a_RI.index_select(1, ids_N).T, part.b_OR), uses, table
         )
+
+
+class LookupDense(Operator[Dense]):
+    """``y += Δ[:, token]``."""
+
+    part = Dense
+
+    def meaning(self, part: Dense, x_TI: Tensor, y_TO: Tensor) -> Meaning:
+        return Meaning(change_TO=part.delta_OI[:, x_TI].T)
+
+    def bind(self, uses: Uses[Dense], table: RowTable) -> Bound:
+        return SumsBySegment(lambda part, ids_N: part.delta_OI.index_select(1, ids_N).T, uses, table)
 
 
 class LookupTokenRows(Operator[TokenRows]):

@@ -74,6 +74,17 @@ def test_snell(tmp_path: Path) -> None:
     assert part.delta_OI.tolist() == [[5.0 if row == 3 else 0.0] * 6 for row in range(8)]
 
 
+def test_snella(tmp_path: Path) -> None:
+    of_in, of_out = np.zeros((2, 6, 1)), np.zeros((2, 8, 1))
+    of_out[0, 3, 0] = 50.0
+    points = {UP: (of_in, of_out)}
+    kernels = {UP: (0.0, 1.0, 0.5)}
+    (part,) = parts(sparse.snella(tmp_path, thresholds={UP: 0}, points=points, kernels=kernels), "snella")[UP]
+    assert part.delta_OI.tolist() == [[30.25 if row == 3 else 0.0] * 6 for row in range(8)]
+    with pytest.raises(ValueError, match="expected the same ones in all three"):
+        sparse.snella(tmp_path, thresholds={Q: 0.5}, points=points, kernels=kernels)
+
+
 def test_spt(tmp_path: Path) -> None:
     pair = (np.ones((2, 6)), np.ones((4, 2)), np.arange(4.0))
     folder = sparse.spt(tmp_path, sparse={UP: ([7], [2.0]), Q: ([0], [1.0])}, low_rank={Q: pair})

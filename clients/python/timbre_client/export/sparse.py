@@ -66,6 +66,28 @@ def snell(folder: str | Path, *, threshold: float, points: Mapping[str, tuple[Ar
     return write_folder(folder, "SNELL", {"threshold": float(threshold)}, layers)
 
 
+def snella(
+    folder: str | Path,
+    *,
+    thresholds: Mapping[str, float],
+    points: Mapping[str, tuple[ArrayLike, ArrayLike]],
+    kernels: Mapping[str, tuple[float, float, float]],
+) -> Path:
+    """SNELLA: by module path, ``init_thres`` in [0, 1), ``In_Qs`` [2, in, q/2] and ``Out_Qs`` [2, out, q/2],
+    and ``alpha``, ``gamma`` and ``beta`` of the released code.
+
+    Raises ValueError if the three name different layers.
+    """
+    if not thresholds.keys() == points.keys() == kernels.keys():
+        raise ValueError("found layers of which some are missing, expected the same ones in all three")
+    layers: dict[str, dict[str, ArrayLike]] = {}
+    for path, (of_in, of_out) in points.items():
+        layers[path] = {"snell_in": of_in, "snell_out": of_out}
+        for name, value in zip(("alpha", "gamma", "beta"), kernels[path], strict=True):
+            layers[path][f"snella_{name}"] = [float(value)]
+    return write_folder(folder, "SNELLA", {"thresholds": dict(thresholds)}, layers)
+
+
 Pair = tuple[ArrayLike, ArrayLike] | tuple[ArrayLike, ArrayLike, ArrayLike]
 
 
