@@ -17,6 +17,8 @@ from timbre_methods.errors import AdapterMismatch, InvalidTensors
 
 PREFIX = "base_model.model."
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+NAMES_SHOWN = 4
+"""Of those that a site has where another is missing."""
 
 NOUNS: Mapping[SiteKind, str] = {
     "linear": "linear layer",
@@ -62,6 +64,8 @@ class SiteTensors:
     tensors: Mapping[str, Tensor]
     derived: Mapping[str, Tensor] = field(default_factory=dict)
     """What `Method.derive` added for this site, by key."""
+    stem: str = ""
+    """What the tensors' names begin with, where that is not `PREFIX` and the site's path."""
 
     def get(
         self, key: str, shape: tuple[int | str, ...], dtypes: tuple[torch.dtype, ...] = FLOATS
@@ -83,13 +87,13 @@ class SiteTensors:
         """As `get`, and a missing tensor is refused too."""
         tensor = self.get(key, shape, dtypes)
         if tensor is None:
-            found = ", ".join(self.name_of(other) for other in self.tensors)
+            found = ", ".join(self.name_of(other) for other in list(self.tensors)[:NAMES_SHOWN])
             raise InvalidTensors(f"{self.name_of(key)} is missing, while the file holds {found}")
         return tensor
 
     def name_of(self, key: str) -> str:
         """The tensor's name in the file."""
-        return f"{PREFIX}{self.site.path}.{key}"
+        return f"{self.stem or PREFIX + self.site.path}.{key}"
 
 
 def tensors_by_site(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from timbre_methods.contract import Site
 from timbre_methods.registry import compile_adapter, methods
 from timbre_server.adapters.adapted_model import AdaptedModel
-from timbre_server.adapters.groups import LinearGroup, LoneLayer
+from timbre_server.adapters.groups import Block, LinearGroup, LoneLayer
 from timbre_server.operators.row_table import Pairs, RowTable, Span
 
 METHODS = sorted(methods())
@@ -72,7 +72,8 @@ class Crowd:
         lone = [
             LoneLayer(path, site.kind) for path, site in sites.items() if site.kind in ("embedding", "norm")
         ]
-        self.model = AdaptedModel(self.net, [LinearGroup(QK), *alone], lone=lone)
+        blocks = [Block(path, site.in_features) for path, site in sites.items() if site.kind == "block"]
+        self.model = AdaptedModel(self.net, [LinearGroup(QK), *alone], lone=lone, blocks=blocks)
         for slot, example in enumerate(self.examples):
             program = compile_adapter(example.raw_config, example.completed(sites), sites)
             self.model.put(slot, program)
