@@ -47,6 +47,12 @@ def engine_bench() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def mlp() -> ModuleType:
+    """An MLP of the base under programs of mixtures."""
+    return _load("mlp")
+
+
+@pytest.fixture(scope="session")
 def tiny_models() -> ModuleType:
     """The models' makers."""
     return _load("tiny_models")
