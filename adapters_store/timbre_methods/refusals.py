@@ -28,9 +28,6 @@ REFUSED: Mapping[str, str] = MappingProxyType(
             "its router averages over all tokens of a batch, so that an answer would depend on its "
             "neighbours; train a LoRA"
         ),
-        "LORAMOE": _ROUTED,
-        "MIXLORA": _ROUTED,
-        "MOLA": _ROUTED,
         "PHATGOOSE": _ROUTED,
         "POLY": (
             "it mixes its LoRAs by a task number that requests do not have; fold the mix of one task into a "

@@ -17,6 +17,8 @@ from timbre_methods.errors import AdapterMismatch, InvalidTensors
 
 PREFIX = "base_model.model."
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+NAMES_SHOWN = 4
+"""Of those that a site has where another is missing."""
 
 NOUNS: Mapping[SiteKind, str] = {
     "linear": "linear layer",
@@ -63,7 +65,7 @@ class SiteTensors:
     derived: Mapping[str, Tensor] = field(default_factory=dict)
     """What `Method.derive` added for this site, by key."""
     stem: str | None = None
-    """What stands in the file for the site's path, where it is not the path itself."""
+    """What the tensors' names begin with, where that is not `PREFIX` and the site's path."""
 
     def get(
         self, key: str, shape: tuple[int | str, ...], dtypes: tuple[torch.dtype, ...] = FLOATS
@@ -85,13 +87,14 @@ class SiteTensors:
         """As `get`, and a missing tensor is refused too."""
         tensor = self.get(key, shape, dtypes)
         if tensor is None:
-            found = ", ".join(self.name_of(other) for other in self.tensors) or "nothing else of it"
+            shown = [self.name_of(other) for other in list(self.tensors)[:NAMES_SHOWN]]
+            found = ", ".join(shown) or "nothing else of it"
             raise InvalidTensors(f"{self.name_of(key)} is missing, while the file holds {found}")
         return tensor
 
     def name_of(self, key: str) -> str:
         """The tensor's name in the file."""
-        return f"{PREFIX}{self.site.path if self.stem is None else self.stem}.{key}"
+        return f"{PREFIX + self.site.path if self.stem is None else self.stem}.{key}"
 
 
 def tensors_by_site(

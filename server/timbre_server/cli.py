@@ -10,6 +10,7 @@ from importlib import metadata
 
 from pydantic.fields import FieldInfo
 
+from timbre_server.convert import Conversion, ConversionError, add_arguments, convert
 from timbre_server.settings import Settings, SettingsError, load_settings, setting_groups, unknown_variables
 
 DESCRIPTION = "Serves one language model with any number of adapters on it, through the OpenAI API."
@@ -17,7 +18,7 @@ EPILOG = (
     "Each option is also a variable (--max-num-seqs: TIMBRE_MAX_NUM_SEQS) and a line of the TOML file given "
     "by --config (max_num_seqs = 64). A flag wins over a variable, a variable over the file."
 )
-USAGE_ERROR = 2
+FAILURE, USAGE_ERROR = 1, 2
 METAVARS = {"int": "N", "float": "SECONDS", "Path": "PATH", "tuple": "LIST"}
 
 
@@ -28,6 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command == "version":
         print(version())
         return 0
+    if command == "convert":
+        return _convert(Conversion(**options))
     try:
         settings = load_settings(options)
     except SettingsError as error:
@@ -38,6 +41,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from timbre_server.launch import serve  # Slower to import than --help should be.
 
     return serve(settings, _say)
+
+
+def _convert(wanted: Conversion) -> int:
+    try:
+        _say(convert(wanted))
+    except ConversionError as error:
+        print(f"timbre convert: {error}", file=sys.stderr)
+        return FAILURE
+    return 0
 
 
 def _say(text: str) -> None:
@@ -68,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         group = serve.add_argument_group(title)
         for name in names:
             _add_option(group, name, Settings.model_fields[name])
+    add_arguments(commands.add_parser("convert", help="make an adapter of a pickle", allow_abbrev=False))
     commands.add_parser("version", help="print the version")
     return parser
 

@@ -16,11 +16,17 @@ BROAD_HANDLERS: Mapping[str, str] = {
     "timbre_server.engine.worker:run_worker": "the end of the engine process: logged, told to the server",
     "timbre_server.http.errors:ErrorBoundary.__call__": "the request boundary: logged, answered with 500",
     "timbre_server.http.sse:encoded": "the request boundary after the status: logged, told in the stream",
+    "timbre_server.unpickle:main": "the end of a process that reads a hostile file: told to its parent",
 }
 
 # These can run code from a file.
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 UNSAFE_CALLS = {"torch.load", "numpy.load", "np.load", "yaml.load", "eval", "exec", "compile"}
+
+# Where one of them is called all the same, and what keeps the file's code from running.
+CAGED_CALLS: Mapping[str, str] = {
+    "timbre_server.unpickle:read": "weights_only=True, in a process of its own under limits",
+}
 
 
 def dotted(node: ast.expr) -> str:
@@ -79,15 +85,26 @@ def test_broad_handlers_stand_only_where_a_reason_is_given(packages: Mapping[str
 
 
 def test_nothing_that_runs_code_from_a_file_is_used(packages: Mapping[str, ast.Module]) -> None:
-    unsafe = []
-    for module, _, node in nodes_of(packages):
+    unsafe, caged = [], set()
+    for module, scope, node in nodes_of(packages):
         if isinstance(node, ast.Import):
             unsafe += [f"{module}:{node.lineno} {a.name}" for a in node.names if a.name in UNSAFE_MODULES]
         elif isinstance(node, ast.ImportFrom) and node.module in UNSAFE_MODULES:
             unsafe.append(f"{module}:{node.lineno} {node.module}")
         elif isinstance(node, ast.Call) and dotted(node.func) in UNSAFE_CALLS:
-            unsafe.append(f"{module}:{node.lineno} {dotted(node.func)}")
+            if scope in CAGED_CALLS and _says_weights_only(node):
+                caged.add(scope)
+            else:
+                unsafe.append(f"{module}:{node.lineno} {dotted(node.func)}")
     assert unsafe == []
+    assert caged == set(CAGED_CALLS)
+
+
+def _says_weights_only(call: ast.Call) -> bool:
+    return any(
+        keyword.arg == "weights_only" and ast.dump(keyword.value) == ast.dump(ast.Constant(True))
+        for keyword in call.keywords
+    )
 
 
 def test_no_part_is_there_in_name_only(packages: Mapping[str, ast.Module]) -> None:

@@ -82,7 +82,12 @@ EDGES: Mapping[str, frozenset[str]] = {
             " timbre_server.http timbre_server.engine.client timbre_server.engine.options timbre_server.build"
             " timbre_server.errors timbre_store"
         ),
-        "timbre_server.cli": "timbre_server.settings timbre_server.launch timbre_server.errors",
+        # Another program of the same command, and the file that it runs in a process of its own.
+        "timbre_server.convert": "",
+        "timbre_server.unpickle": "",
+        "timbre_server.cli": (
+            "timbre_server.settings timbre_server.launch timbre_server.convert timbre_server.errors"
+        ),
         "timbre_server.__main__": "timbre_server.cli",
     }.items()
 }
@@ -172,6 +177,14 @@ def test_importing_this_module_leaves_torch_unloaded(module: str) -> None:
     program = f"import sys, {module}; print(sorted({{'torch', 'transformers'}} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (result.stdout, result.stderr) == ("[]\n", "")
+
+
+def test_nothing_imports_what_reads_pickles(packages: Mapping[str, ast.Module]) -> None:
+    reader = "timbre_server.unpickle"
+    importers = [
+        name for name, tree in packages.items() if reader in {n for _, n in imported_names(tree, packages)}
+    ]
+    assert (reader in packages, importers) == (True, [])
 
 
 def test_the_store_knows_no_tensor_library(packages: Mapping[str, ast.Module]) -> None:

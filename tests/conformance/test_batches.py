@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from timbre_methods.contract import Site
 from timbre_methods.registry import compile_adapter, methods
 from timbre_server.adapters.adapted_model import AdaptedModel
-from timbre_server.adapters.groups import LinearGroup, LoneLayer, ParameterModule
+from timbre_server.adapters.groups import Block, LinearGroup, LoneLayer, ParameterModule
 from timbre_server.operators.row_table import Pairs, RowTable, Span
 
 METHODS = sorted(methods())
@@ -91,7 +91,10 @@ class Crowd:
             )
             for module in dict.fromkeys(module for module, _ in matrices)
         ]
-        self.model = AdaptedModel(self.net, [LinearGroup(QK), *alone], lone=lone, parameters=modules)
+        blocks = [Block(path, site.in_features) for path, site in sites.items() if site.kind == "block"]
+        self.model = AdaptedModel(
+            self.net, [LinearGroup(QK), *alone], lone=lone, blocks=blocks, parameters=modules
+        )
         for slot, example in enumerate(self.examples):
             program = compile_adapter(example.raw_config, example.completed(sites), sites)
             self.model.put(slot, program)

@@ -38,6 +38,12 @@ def engine_bench(load_module: LoadModule) -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def mlp(load_module: LoadModule) -> ModuleType:
+    """An MLP of the base under programs of mixtures."""
+    return load_module(HERE / "mlp.py")
+
+
+@pytest.fixture(scope="session")
 def tiny_models(load_module: LoadModule) -> ModuleType:
     """The models' makers."""
     return load_module(HERE / "tiny_models.py")

@@ -14,7 +14,6 @@ from torch import nn
 from timbre_methods.errors import InvalidConfig, UnsupportedMethod
 from timbre_methods.registry import method_for
 
-
 PROMPT = [9, 12, 6, 5, 17, 23, 30]
 
 

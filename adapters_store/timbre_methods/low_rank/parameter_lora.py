@@ -68,7 +68,7 @@ class _Target:
     def found_in(self, tensors: Tensors) -> SiteTensors:
         names = {key: f"{PREFIX}{self.stem}.{key}" for key in FACTORS}
         own = {key: tensors[name] for key, name in names.items() if name in tensors}
-        return SiteTensors(self.site, own, stem=self.stem)
+        return SiteTensors(self.site, own, stem=PREFIX + self.stem)
 
 
 class ParameterLora(Method[ParameterLoraConfig]):
