@@ -6,7 +6,7 @@ are adapted. Every tensor is taken by a site or refused by name. This module kno
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,8 +17,8 @@ from timbre_methods.errors import AdapterMismatch, InvalidTensors
 
 PREFIX = "base_model.model."
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-NAMES_SHOWN = 4
-"""Of those that a site has where another is missing."""
+MAX_KEY_STEPS = 6
+"""No method's key has more names between its dots."""
 
 NOUNS: Mapping[SiteKind, str] = {
     "linear": "linear layer",
@@ -87,8 +87,7 @@ class SiteTensors:
         """As `get`, and a missing tensor is refused too."""
         tensor = self.get(key, shape, dtypes)
         if tensor is None:
-            shown = [self.name_of(other) for other in list(self.tensors)[:NAMES_SHOWN]]
-            found = ", ".join(shown) or "nothing else of it"
+            found = _first_of([self.name_of(other) for other in self.tensors]) or "nothing else of it"
             raise InvalidTensors(f"{self.name_of(key)} is missing, while the file holds {found}")
         return tensor
 
@@ -156,7 +155,7 @@ def nearest_fact(path: str, sites: Sites) -> str:
         if below:
             break
     children = list(dict.fromkeys(site.removeprefix(parent).lstrip(".").split(".")[0] for site in below))
-    shown = ", ".join(children[:8]) + (f", ... {children[-1]}" if len(children) > 8 else "")
+    shown = _first_of(children)
     nouns = " or ".join(dict.fromkeys(NOUNS[site.kind] for site in sites.values()))
     is_site = f"{parent!r} is {article(sites[parent])} itself" if parent in sites else ""
     return f"this base has no {nouns} {path[:120]!r}; {is_site or f'below {parent!r} it has {shown}'}"
@@ -170,14 +169,21 @@ def article(site: Site) -> str:
 
 def _split(name: str, keys: frozenset[str]) -> tuple[str, str]:
     if name.startswith(PREFIX):
-        for key in keys:
-            if name.endswith("." + key):
-                return name[len(PREFIX) : -len(key) - 1], key
+        path, *steps = name[len(PREFIX) :].rsplit(".", MAX_KEY_STEPS)
+        while steps:
+            if (key := ".".join(steps)) in keys:
+                return path, key
+            path = f"{path}.{steps.pop(0)}"
     for ending, reason in _REFUSED_ENDINGS.items():
         if name.endswith(ending):
             raise InvalidTensors(f"{name[:200]} is not served: {reason}")
-    endings = ", ".join(sorted(keys))
+    endings = _first_of(sorted(keys))
     raise InvalidTensors(
         f"{name[:200]!r} is surplus: no layer takes it; "
         f"expected names like '{PREFIX}<module path>.<key>' with one of the keys {endings}"
     )
+
+
+def _first_of(names: Sequence[str]) -> str:
+    """Names as a message may list them."""
+    return ", ".join(names[:8]) + (f", ... {names[-1]}" if len(names) > 8 else "")

@@ -32,16 +32,17 @@ def _row(router: Router, x_I: Tensor) -> Tensor:
     scaled_E = logits_E * rule.scale
     kept = _kept(router, scaled_E)
     softmax_E = torch.softmax(scaled_E, 0)
+    gates_E = {
+        "softmax": lambda: softmax_E,
+        "renormalised": lambda: softmax_E / softmax_E[kept].sum(),
+        "softmax_twice": lambda: softmax_E.exp() / softmax_E[kept].exp().sum(),
+        "sigmoid": lambda: torch.sigmoid(scaled_E),
+        "one": lambda: torch.ones_like(scaled_E),
+    }[rule.gate]()
     found_E = torch.zeros_like(scaled_E)
     for e in kept:
         if rule.floor is None or logits_E[e] >= rule.floor:
-            found_E[e] = {
-                "softmax": softmax_E[e],
-                "renormalised": softmax_E[e] / softmax_E[kept].sum(),
-                "softmax_twice": softmax_E[e].exp() / softmax_E[kept].exp().sum(),
-                "sigmoid": torch.sigmoid(scaled_E[e]),
-                "one": torch.ones((), dtype=dtype),
-            }[rule.gate]
+            found_E[e] = gates_E[e]
     return found_E
 
 
