@@ -18,20 +18,10 @@ _ROUTED = (
 
 REFUSED: Mapping[str, str] = MappingProxyType(
     {
-        "ARROW": _ROUTED,
         "BONE": "PEFT replaced it by MISS; turn it into one with PEFT's scripts/convert-bone-to-miss.py",
         "INTLORA": (
             "its update is rounded together with every weight of its own quantised base, so that nothing is "
             "left to add to this one; merge it into its base and serve that as a model"
-        ),
-        "LILY": (
-            "its router averages over all tokens of a batch, so that an answer would depend on its "
-            "neighbours; train a LoRA"
-        ),
-        "PHATGOOSE": _ROUTED,
-        "POLY": (
-            "it mixes its LoRAs by a task number that requests do not have; fold the mix of one task into a "
-            "LoRA and upload that"
         ),
         "SHADOW": (
             "it runs a second network with a key-value cache of its own beside the base, and this server has "
