@@ -80,7 +80,7 @@ def merge(
         proceed()
         present = [each for each in ingredients if path in each.program.sites]
         found[path] = _at_site(numbers, present, sites[path], rank, generator)
-        _check_finite(path, found[path].a_RI, found[path].b_OR)
+        check_finite(path, found[path].a_RI, found[path].b_OR)
     whole = sum(each.whole for each in found.values())
     left_out = sum(each.left_out for each in found.values())
     return Merged(
@@ -170,12 +170,12 @@ def _at_site(
         else:
             whole = task_vectors.merged(numbers.kind, deltas, weights, numbers.density, generator)
         del deltas
-        _check_finite(site.path, whole)
+        check_finite(site.path, whole)
         return truncated(whole, rank)
     pairs = [factors_at(each, site.path) for each in present]
     a_CI = torch.cat([a for a, _ in pairs])
     b_OC = torch.cat([weight * b for (_, b), weight in zip(pairs, weights, strict=True)], dim=1)
-    _check_finite(site.path, a_CI, b_OC)
+    check_finite(site.path, a_CI, b_OC)
     if numbers.kind == "svd":
         return truncated_factors(a_CI, b_OC, rank)
     if numbers.kind == "lorahub":
@@ -186,7 +186,7 @@ def _at_site(
     return Truncated(a_RI, b_OR, square_norm_of_product(a_CI, b_OC), left_out=difference)
 
 
-def _check_finite(path: str, *tensors: Tensor) -> None:
+def check_finite(path: str, *tensors: Tensor) -> None:
     """Finite values may overflow where they are multiplied, and no decomposition takes what comes of it."""
     if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
         raise InvalidRecipe(
