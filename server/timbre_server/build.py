@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from timbre_server.http.app import add_routes
 from timbre_server.http.blobs import blob_router
 from timbre_server.http.chat import chat_router
 from timbre_server.http.completions import completions_router
+from timbre_server.http.compression import compression_router
 from timbre_server.http.context import ServingContext, ServingLimits
 from timbre_server.http.limits import Admission
 from timbre_server.http.models import models_router
@@ -116,7 +117,8 @@ class Rooms:
         context, room = self._serving_context(), self._adapter_room()
         routers = [completions_router(context), chat_router(context), models_router(context)]
         routers += [adapter_router(room), blob_router(room.store, max_upload_bytes=room.max_upload_bytes)]
-        routers.append(recipe_router(self._recipe_room()))
+        recipes = self._recipe_room()
+        routers += [recipe_router(recipes), compression_router(recipes)]
         if self._settings.lora_path_root is not None:
             routers.append(vllm_router(room, self._settings.lora_path_root, self._parts.engine.load_adapter))
         add_routes(app, routers)
@@ -185,6 +187,7 @@ class Rooms:
             base_digest=self._parts.engine.info.model_digest,
             adapter_budget_bytes=self._parts.engine.info.adapter_budget_bytes,
             merge=self._merges.merge,
+            compress=self._merges.compress,
             on_recipe=self._on_recipe,
         )
 
@@ -200,10 +203,10 @@ class Rooms:
             self._names.note(record.digest, record.name)
         self.tally.on_upload(None if record is None else record.manifest.stored_bytes)
 
-    def _on_recipe(self, kind: str, record: AdapterRecord | None) -> None:
-        if record is not None:
+    def _on_recipe(self, kind: str, records: Sequence[AdapterRecord]) -> None:
+        for record in records:
             self._names.note(record.digest, record.name)
-        self.tally.on_recipe(kind, is_stored=record is not None)
+        self.tally.on_recipe(kind, is_stored=bool(records))
 
     async def _keep_up(self) -> None:
         """Removes files that nothing refers to any more, now and then."""

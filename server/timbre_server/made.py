@@ -21,7 +21,19 @@ class MadeFiles:
     """Of the result to what was asked for, in Frobenius norms over all sites."""
 
 
+@dataclass(frozen=True, slots=True)
+class MadeCollection:
+    """Adapters that share one basis, in the order of the recipe's parents."""
+
+    members: tuple[MadeFiles, ...]
+    basis_bytes: int
+    """Memory that the basis takes, once for all of them."""
+
+
 Merge = Callable[[Recipe, Sequence[AdapterRecord]], Awaitable[MadeFiles]]
 """``merge(recipe, parents)``: parents in the recipe's order, none of them a mix.
 
 Raises: MethodError for what does not go together; QueueFull; StoreError."""
+
+Compress = Callable[[Recipe, Sequence[AdapterRecord]], Awaitable[MadeCollection]]
+"""``compress(recipe, parents)``, as `Merge`: one adapter for each parent."""

@@ -11,10 +11,11 @@ import asyncio
 import json
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors.torch import load_file, save
@@ -22,11 +23,14 @@ from safetensors.torch import load_file, save
 from timbre_methods.contract import Sites
 from timbre_methods.errors import AdapterMismatch, MethodError
 from timbre_methods.merging.changes import Ingredient
+from timbre_methods.merging.compress import compress
+from timbre_methods.merging.joint_basis import Form
+from timbre_methods.merging.lora_file import AdapterFile
 from timbre_methods.merging.merge import MergeNumbers, merge
 from timbre_methods.prompt_contract import Frame
 from timbre_methods.registry import compile_adapter
 from timbre_server.errors import Draining, QueueFull
-from timbre_server.made import MadeFiles
+from timbre_server.made import MadeCollection, MadeFiles
 from timbre_store.reader import open_adapter, verify_blob
 from timbre_store.recipe import Recipe
 from timbre_store.records import AdapterRecord
@@ -35,6 +39,10 @@ MAX_OPEN = 4
 """Merges that run or wait; a further one is sent away, for each may take minutes."""
 RETRY_S = 30.0
 LOWEST_PRIORITY = 19
+FORMS: Mapping[str, Form] = {"joint_full": "full", "joint_diagonal": "diagonal"}
+"""Recipes of collections, by the form of a member's core."""
+
+Made = TypeVar("Made")
 
 
 class Merges:
@@ -50,12 +58,24 @@ class Merges:
 
     async def merge(self, recipe: Recipe, parents: Sequence[AdapterRecord]) -> MadeFiles:
         """See `timbre_server.made.Merge`."""
+        return await self._in_turn(self._merged, recipe, parents)
+
+    async def compress(self, recipe: Recipe, parents: Sequence[AdapterRecord]) -> MadeCollection:
+        """See `timbre_server.made.Compress`."""
+        return await self._in_turn(self._compressed, recipe, parents)
+
+    async def _in_turn(
+        self,
+        make: Callable[[Recipe, Sequence[AdapterRecord]], Made],
+        recipe: Recipe,
+        parents: Sequence[AdapterRecord],
+    ) -> Made:
         self._proceed()
         if not self._places.acquire(blocking=False):
             raise QueueFull(
                 f"{MAX_OPEN} recipes are being made; try again when one is", retry_after_s=RETRY_S
             )
-        future = self._thread.submit(self._merged, recipe, tuple(parents))
+        future = self._thread.submit(make, recipe, tuple(parents))
         future.add_done_callback(lambda _: self._places.release())
         return await asyncio.wrap_future(future)
 
@@ -76,15 +96,26 @@ class Merges:
             density=1.0 if recipe.density is None else recipe.density,
             seed=recipe.seed or 0,
         )
-        weights = [parent.weight for parent in recipe.parents]
-        ingredients = [self._read(each, weight) for each, weight in zip(parents, weights, strict=True)]
-        made = merge(numbers, ingredients, self._sites, self._proceed)
-        return MadeFiles(
-            config=json.dumps(made.file.config).encode(),
-            tensors=save(made.file.tensors),
-            recipe=replace(recipe, rank=made.rank),
-            relative_error=made.relative_error,
-        )
+        made = merge(numbers, self._ingredients(recipe, parents), self._sites, self._proceed)
+        return _files(made.file, replace(recipe, rank=made.rank), made.relative_error)
+
+    @torch.inference_mode()
+    def _compressed(self, recipe: Recipe, parents: Sequence[AdapterRecord]) -> MadeCollection:
+        ingredients = self._ingredients(recipe, parents)
+        assert recipe.rank is not None
+        form = FORMS[recipe.kind]
+        made = compress(ingredients, self._sites, recipe.rank, form, self._proceed)
+        members = [
+            _files(each.file, replace(recipe, member=parent.digest), each.relative_error)
+            for each, parent in zip(made, recipe.parents, strict=True)
+        ]
+        paths = {path for each in ingredients for path in each.program.sites}
+        widths = (self._sites[path].in_features + self._sites[path].out_features for path in paths)
+        return MadeCollection(tuple(members), sum(widths) * recipe.rank * torch.float32.itemsize)
+
+    def _ingredients(self, recipe: Recipe, parents: Sequence[AdapterRecord]) -> list[Ingredient]:
+        pairs = zip(parents, recipe.parents, strict=True)
+        return [self._read(record, parent.weight) for record, parent in pairs]
 
     def _read(self, record: AdapterRecord, weight: float) -> Ingredient:
         self._proceed()
@@ -105,6 +136,10 @@ class Merges:
                 "needs a change that stands by itself; mix it with kind 'linear'"
             ) from error
         return Ingredient(label, method, program, weight)
+
+
+def _files(file: AdapterFile, recipe: Recipe, relative_error: float) -> MadeFiles:
+    return MadeFiles(json.dumps(file.config).encode(), save(file.tensors), recipe, relative_error)
 
 
 def give_way() -> None:

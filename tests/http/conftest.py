@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from timbre_server.errors import AdapterLoadFailed
 from timbre_server.http.adapters import AdapterRoom, Retirement, adapter_router
 from timbre_server.http.app import AppOptions, Surroundings, add_routes, create_app
 from timbre_server.http.blobs import blob_router
+from timbre_server.http.compression import compression_router
 from timbre_server.http.drain import Lifecycle, Phase
 from timbre_server.http.probes import Probes
 from timbre_server.http.recipes import RecipeRoom, recipe_router
@@ -114,7 +115,7 @@ class Served:
     retirement: Retirement
     answered: list[tuple[str, int]]
     uploads: list[AdapterRecord | None]
-    recipes: list[tuple[str, AdapterRecord | None]]
+    recipes: list[tuple[str, Sequence[AdapterRecord]]]
     lora_root: Path
 
     async def upload(self, files: AdapterFiles, **changes: object) -> httpx2.Response:
@@ -177,10 +178,11 @@ def serve(store: Store, tmp_path: Path) -> Iterator[Callable[..., Served]]:
         app = create_app(AppOptions(**{"max_upload_bytes": MAX_UPLOAD_BYTES, **options}), surroundings)
         retirement = Retirement(engine.unload_adapter)
         room = AdapterRoom(store, ("tiny",), BASE_DIGEST, MAX_UPLOAD_BYTES, retirement, uploads.append)
-        recipes: list[tuple[str, AdapterRecord | None]] = []
-        recipe_room = RecipeRoom(
-            store, ("tiny",), BASE_DIGEST, 1 << 20, merges.merge, lambda *pair: recipes.append(pair)
-        )
+        recipes: list[tuple[str, Sequence[AdapterRecord]]] = []
+        kitchen = RecipeRoom(
+            store, ("tiny",), BASE_DIGEST, 1 << 20, merges.merge, merges.compress,
+            lambda *pair: recipes.append(pair),
+        )  # fmt: skip
         root = tmp_path / "loras"
         root.mkdir()
         if serving:
@@ -190,7 +192,8 @@ def serve(store: Store, tmp_path: Path) -> Iterator[Callable[..., Served]]:
                     adapter_router(room),
                     blob_router(store, max_upload_bytes=MAX_UPLOAD_BYTES),
                     vllm_router(room, root, engine.load_adapter),
-                    recipe_router(recipe_room),
+                    recipe_router(kitchen),
+                    compression_router(kitchen),
                 ),
             )
             lifecycle.phase = Phase.SERVING

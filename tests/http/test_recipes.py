@@ -83,7 +83,7 @@ async def test_a_merge_is_an_ordinary_adapter_that_says_how_it_was_made(stocked:
     recipes = {item["name"]: item["recipe"] for item in listed}
     assert recipes.pop("made") == answer["recipe"]
     assert set(recipes.values()) == {None}
-    assert [(kind, record.name) for kind, record in stocked.recipes] == [("svd", "made")]
+    assert [(kind, [each.name for each in found]) for kind, found in stocked.recipes] == [("svd", ["made"])]
     assert stocked.store.check_integrity() == ()
 
 
@@ -214,7 +214,7 @@ async def test_a_bad_recipe_is_told_what_is_wrong_and_changes_nothing(stocked: A
     assert wrong == []
     assert stocked.stored_files() == before
     assert stocked.store.versions("made") == ()
-    assert all(record is None for _, record in stocked.recipes[1:])
+    assert {len(found) for _, found in stocked.recipes[1:]} == {0}
 
 
 async def test_a_weight_that_is_no_number_is_refused(stocked: Any) -> None:

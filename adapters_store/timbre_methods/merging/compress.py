@@ -31,6 +31,10 @@ class Compressed:
     """Of its change, in Frobenius norms over all its sites."""
 
 
+MAX_CELLS = 2**27
+"""The most numbers that the changes of one site may have in the span of their factors, together."""
+
+
 def compress(
     ingredients: Sequence[Ingredient],
     sites: Sites,
@@ -50,6 +54,13 @@ def compress(
         most = min(site.out_features, site.in_features)
         if rank > most:
             raise InvalidRecipe(f"rank is {rank}, but at {path} at most {most} is possible")
+        widths = [factors_at(each, path)[0].shape[0] for each in ingredients if path in each.program.sites]
+        spans = min(sum(widths), site.out_features) * min(sum(widths), site.in_features)
+        if len(widths) * spans > MAX_CELLS:
+            raise InvalidRecipe(
+                f"at {path} {len(widths)} adapters of {sum(widths)} ranks together take "
+                f"{len(widths) * spans} numbers, but at most {MAX_CELLS} are computed with; compress fewer"
+            )
     bases: dict[str, JointBasis] = {}
     for path in paths:
         proceed()

@@ -24,7 +24,7 @@ from timbre_server.http.json_bodies import JSON_ONLY, JsonRoute
 from timbre_server.http.mixes import Wanted, WeightedAdapter, expanded, refuse_twins, summable
 from timbre_server.http.openai_schema import MAX_MIX, MAX_WEIGHT
 from timbre_server.http.upload import MAX_TEXT_BYTES
-from timbre_server.made import MadeFiles, Merge
+from timbre_server.made import Compress, MadeFiles, Merge
 from timbre_store.errors import NameConflict, NotFound, StoreError
 from timbre_store.names import check_name
 from timbre_store.recipe import Parent, Recipe
@@ -59,20 +59,21 @@ class RecipeRoom:
     base_digest: str
     adapter_budget_bytes: int
     merge: Merge
-    on_recipe: Callable[[str, AdapterRecord | None], None]
-    """Told the kind and the adapter that came of it; None for one that was refused."""
+    compress: Compress
+    on_recipe: Callable[[str, Sequence[AdapterRecord]], None]
+    """Told the kind and what came of it; nothing where it was refused."""
 
 
-class _Body(BaseModel):
+class RecipePart(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class ParentBody(_Body):
+class ParentBody(RecipePart):
     name: str = Field(max_length=MAX_TEXT_BYTES)
     weight: float = Field(1.0, ge=-MAX_WEIGHT, le=MAX_WEIGHT)
 
 
-class RecipeBody(_Body):
+class RecipeBody(RecipePart):
     name: str = Field(max_length=MAX_TEXT_BYTES)
     kind: Kind
     parents: Annotated[list[ParentBody], Field(min_length=1, max_length=MAX_MIX, fail_fast=True)]
@@ -90,9 +91,9 @@ def recipe_router(room: RecipeRoom) -> APIRouter:
         try:
             record, relative_error = await _created(room, body)
         except (StoreError, ServerError, MethodError, HTTPException):
-            room.on_recipe(body.kind, None)
+            room.on_recipe(body.kind, ())
             raise
-        room.on_recipe(body.kind, record)
+        room.on_recipe(body.kind, (record,))
         headers = {"Location": f"/v1/adapters/{record.name}@{record.version}"}
         answer = {**adapter_json(record), "relative_error": relative_error}
         return JSONResponse(answer, status_code=201, headers=headers)
@@ -110,9 +111,9 @@ async def _created(room: RecipeRoom, body: RecipeBody) -> tuple[AdapterRecord, f
     parents = await resolve_parents(room, wanted)
     if body.kind == "linear":
         return await _named_mix(room, body.name, parents), 0.0
-    _refuse_mixes(parents, wanted)
+    refuse_mixes(parents, wanted)
     recipe = replace(
-        _recipe(body.kind, parents),
+        recipe_of(body.kind, parents),
         rank=body.rank,
         density=body.density,
         seed=(body.seed or 0) if "seed" in NUMBERS[body.kind] else None,
@@ -167,7 +168,7 @@ async def resolve_parents(room: RecipeRoom, wanted: Sequence[Wanted]) -> list[We
     return found
 
 
-def _refuse_mixes(parents: Sequence[WeightedAdapter], wanted: Sequence[Wanted]) -> None:
+def refuse_mixes(parents: Sequence[WeightedAdapter], wanted: Sequence[Wanted]) -> None:
     for parent, asked in zip(parents, wanted, strict=True):
         if parent.adapter.parts:
             raise InvalidRequest(
@@ -176,7 +177,7 @@ def _refuse_mixes(parents: Sequence[WeightedAdapter], wanted: Sequence[Wanted]) 
             )
 
 
-def _recipe(kind: str, parents: Sequence[WeightedAdapter]) -> Recipe:
+def recipe_of(kind: str, parents: Sequence[WeightedAdapter]) -> Recipe:
     return Recipe(kind, tuple(Parent(parent.adapter.digest, parent.weight) for parent in parents))
 
 
@@ -185,7 +186,7 @@ async def _named_mix(room: RecipeRoom, name: str, parents: Sequence[WeightedAdap
     acting = summable(expanded(parents, "parents"), room.adapter_budget_bytes, "parents")
     if not acting:
         raise InvalidRequest("every weight is 0: that is the base model itself", param="parents")
-    recipe = _recipe("linear", acting)
+    recipe = recipe_of("linear", acting)
     return await run_in_threadpool(room.store.register_mix, name, recipe, room.base_digest)
 
 

@@ -151,5 +151,14 @@ def test_what_does_not_fit_is_named_before_anything_is_computed() -> None:
     table = {**SITES, "v": Site("v", torch.empty(SHAPE, device="meta"), None, "embedding")}
     with pytest.raises(AdapterMismatch, match=r"one@1 \(lora\) adapts v"):
         compress(ingredients(), table, 2, "full", stopping)
+    many = [
+        Ingredient(
+            f"{n}@1", "lora", AdapterProgram({"q": (LowRank(torch.ones(99, 2048), torch.ones(2048, 99)),)})
+        )
+        for n in range(40)
+    ]
+    wide = {"q": Site("q", torch.empty(2048, 2048, device="meta"), None)}
+    with pytest.raises(InvalidRecipe, match="at q 40 adapters of 3960 ranks together"):
+        compress(many, wide, 2, "full", stopping)
     with pytest.raises(InterruptedError):
         compress(ingredients(), SITES, 2, "full", stopping)
