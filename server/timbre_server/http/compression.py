@@ -44,9 +44,9 @@ class CompressBody(RecipePart):
 
 
 def compression_router(room: RecipeRoom) -> APIRouter:
-    router = APIRouter(prefix="/v1/recipes", tags=["recipes"], route_class=JsonRoute)
+    router = APIRouter(tags=["recipes"], route_class=JsonRoute)
 
-    @router.post("/compress", status_code=201, dependencies=[JSON_ONLY])
+    @router.post("/v1/recipes/compress", status_code=201, dependencies=[JSON_ONLY])
     async def compress(body: CompressBody) -> Response:
         """Stores each member's approximation in the shared basis; all of them or none."""
         try:
