@@ -13,6 +13,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -143,5 +144,7 @@ def _files(file: AdapterFile, recipe: Recipe, relative_error: float) -> MadeFile
 
 
 def give_way() -> None:
-    """Puts the calling thread, and those that it will start, behind all others."""
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
+    """Puts the calling thread, and those that it will start, behind all others. Linux alone has priorities of
+    threads; elsewhere nothing changes."""
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from timbre_methods.errors import AdapterMismatch
 from timbre_methods.merging.changes import Additive, Ingredient, as_factors, delta_at
 from timbre_methods.program import AdapterProgram, Part
-from timbre_methods.registry import compile_adapter, derive, methods
+from timbre_methods.registry import compile_adapter, derive, methods, sites_of
 
 
 def without_ties(shape: torch.Size) -> Tensor:
@@ -33,7 +33,7 @@ def parts(llama: nn.Module, evaluate: ModuleType) -> dict[type, list[tuple[str, 
     found: dict[type, list[tuple[str, str, Part]]] = {}
     for name, method in methods().items():
         for seed in range(3):
-            own = {path: site for path, site in sites.items() if site.kind in method.kinds}
+            own = sites_of(method, sites)
             config, tensors = method.example(own, torch.Generator().manual_seed(seed))
             program = compile_adapter(config, {**tensors, **derive(config, tensors, sites)}, sites)
             for path, here in program.sites.items():
