@@ -123,6 +123,7 @@ def failed() -> Subject:
     tally.on_finished(replace(RECORD, first_token_s=None, generation_tokens=0, finish_reason="error"))
     tally.on_rejected("tokens")
     tally.on_answered("_unmatched", 404)
+    tally.on_recipe("ties", is_stored=False)
     tally.on_upload(None)
     return subject
 
@@ -215,6 +216,7 @@ def test_failures_are_counted_where_they_belong() -> None:
     assert subject.value("timbre_adapter_evictions_total", {"reason": "evicted"}) == 1
     assert subject.value("timbre_upload_total", {"result": "refused"}) == 1
     assert subject.value("timbre_upload_bytes_total") == 0
+    assert subject.value("timbre_recipes_total", {"kind": "ties", "result": "refused"}) == 1
 
 
 def test_a_thousand_adapters_have_a_bounded_number_of_series_and_nothing_is_lost() -> None:

@@ -4,7 +4,8 @@ MethodError
 ├── UnsupportedMethod      no method reads this peft_type, or an option that is on is not served
 ├── InvalidConfig          a field of the config is missing, mistyped or out of bounds
 ├── AdapterMismatch        sites or shapes do not fit this base model
-└── InvalidTensors         a tensor is missing, surplus, misshapen or holds impossible values
+├── InvalidTensors         a tensor is missing, surplus, misshapen or holds impossible values
+└── InvalidRecipe          the numbers of a merge do not fit what it is made of
 """
 
 
@@ -25,4 +26,8 @@ class AdapterMismatch(MethodError):
 
 
 class InvalidTensors(MethodError):
+    pass
+
+
+class InvalidRecipe(MethodError):
     pass

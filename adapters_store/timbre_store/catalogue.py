@@ -6,26 +6,35 @@ Every change is one transaction: after a crash it happened or it did not. Laws b
 * a name is an adapter's or an alias's, never both;
 * a version number of a name is given once, even after it was deleted;
 * an alias always resolves;
-* a manifest has a row here if and only if a version refers to it.
+* a manifest has a row here if and only if a version refers to it;
+* so have all that a mix's manifest stands on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from threading import Lock
 
 from sqlalchemy import Connection, Engine, delete, exists, func, insert, or_, select
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
 from timbre_store.catalogue_file import translated_errors
-from timbre_store.catalogue_reads import aliases_of, find_alias, find_record, record_of, select_records
+from timbre_store.catalogue_reads import (
+    aliases_of,
+    find_alias,
+    find_record,
+    parts_of,
+    record_of,
+    select_records,
+)
 from timbre_store.errors import AdapterInUse, NameConflict, NotFound
 from timbre_store.failpoints import Reach
 from timbre_store.manifest import Manifest
 from timbre_store.names import Reference
 from timbre_store.records import AdapterRecord, Alias, Page
-from timbre_store.tables import aliases, counters, manifests, versions
+from timbre_store.tables import aliases, counters, manifests, mixes, versions
 
 
 class Catalogue:
@@ -54,7 +63,8 @@ class Catalogue:
     def resolve(self, reference: Reference) -> AdapterRecord:
         """Raises: NotFound."""
         with self.reading() as connection:
-            return find_record(connection, reference)
+            record = find_record(connection, reference)
+            return replace(record, parts=parts_of(connection, record))
 
     def versions_of(self, name: str) -> tuple[AdapterRecord, ...]:
         """Oldest first; empty for a name that has none."""
@@ -106,24 +116,18 @@ class Catalogue:
         with self.reading() as connection:
             return bool(connection.scalar(select(exists().where(manifests.c.digest == digest))))
 
-    def add_version(self, name: str, manifest: Manifest, created_s: float) -> AdapterRecord:
-        """A new version of the name, or its latest one if that is this very manifest.
+    def add_versions(
+        self, arrivals: Sequence[tuple[str, Manifest]], created_s: float
+    ) -> tuple[AdapterRecord, ...]:
+        """A new version of each name, or its latest one if that is this very manifest; all of them or none.
 
-        Raises: NameConflict if the name is an alias.
+        Raises: NameConflict if a name is an alias; NotFound if a mix's parent is not there.
         """
-        digest = manifest.digest
         with self._writing() as connection:
-            _refuse_alias(connection, name)
-            latest = find_record(connection, Reference(name), missing_ok=True)
-            if latest is not None and latest.digest == digest:
-                return latest
-            _add_manifest(connection, manifest, digest)
-            version = _next_version(connection, name)
-            row = {"name": name, "version": version, "digest": digest, "created_s": created_s}
-            connection.execute(insert(versions).values(row))
+            records = [_add_version(connection, name, manifest, created_s) for name, manifest in arrivals]
             self._reach("version.inserted")
         self._reach("version.committed")
-        return AdapterRecord(name, version, digest, created_s, manifest)
+        return tuple(records)
 
     def set_alias(self, alias: str, target: Reference) -> AdapterRecord:
         """Point the alias, new or old, at a name or at one version of it. What it points at now.
@@ -169,6 +173,19 @@ def _refuse_alias(connection: Connection, name: str) -> None:
         )
 
 
+def _add_version(connection: Connection, name: str, manifest: Manifest, created_s: float) -> AdapterRecord:
+    _refuse_alias(connection, name)
+    latest = find_record(connection, Reference(name), missing_ok=True)
+    digest = manifest.digest
+    if latest is not None and latest.digest == digest:
+        return latest
+    _add_manifest(connection, manifest, digest)
+    version = _next_version(connection, name)
+    row = {"name": name, "version": version, "digest": digest, "created_s": created_s}
+    connection.execute(insert(versions).values(row))
+    return AdapterRecord(name, version, digest, created_s, manifest)
+
+
 def _add_manifest(connection: Connection, manifest: Manifest, digest: str) -> None:
     row = {
         "digest": digest,
@@ -178,6 +195,12 @@ def _add_manifest(connection: Connection, manifest: Manifest, digest: str) -> No
         "derived_digest": manifest.derived_digest,
     }
     connection.execute(sqlite_insert(manifests).values(row).on_conflict_do_nothing())
+    if manifest.recipe is not None and manifest.recipe.is_mix:
+        for parent in manifest.recipe.parents:
+            if connection.scalar(select(~exists().where(manifests.c.digest == parent.digest))):
+                raise NotFound(f"the adapter {parent.digest} of the mix was deleted")
+            pair = {"digest": digest, "parent": parent.digest}
+            connection.execute(sqlite_insert(mixes).values(pair).on_conflict_do_nothing())
 
 
 def _next_version(connection: Connection, name: str) -> int:
@@ -212,6 +235,17 @@ def _delete_versions(connection: Connection, reference: Reference) -> tuple[Mani
             raise AdapterInUse(
                 f"alias {alias.alias!r} points at {alias.target!r}; move or delete the alias first"
             )
+    return _drop_unreferenced(connection)
+
+
+def _drop_unreferenced(connection: Connection) -> tuple[Manifest, ...]:
+    """The manifests that no version refers to any more. Raises: AdapterInUse if a mix stands on one."""
     unreferenced = ~exists().where(versions.c.digest == manifests.c.digest)
+    digests = select(manifests.c.digest).where(unreferenced)
+    connection.execute(delete(mixes).where(mixes.c.digest.in_(digests)))
+    standing = select(versions.c.name, versions.c.version).join(mixes, mixes.c.digest == versions.c.digest)
+    mix = connection.execute(standing.where(mixes.c.parent.in_(digests)).limit(1)).one_or_none()
+    if mix is not None:
+        raise AdapterInUse(f"the mix {mix.name}@{mix.version} is made of it; delete the mix first")
     gone = connection.execute(delete(manifests).where(unreferenced).returning(manifests.c.content)).all()
     return tuple(Manifest.from_bytes(row.content) for row in gone)

@@ -15,7 +15,7 @@ from timbre_store.durable import full_disk_as_store_full, sync_folder
 from timbre_store.errors import StoreFull, StoreUnavailable
 from timbre_store.failpoints import Reach
 from timbre_store.layout import FILE_MODE
-from timbre_store.tables import APPLICATION_ID, SCHEMA_VERSION, manifests, metadata, open_engine
+from timbre_store.tables import APPLICATION_ID, SCHEMA_VERSION, manifests, metadata, mixes, open_engine
 
 _FULL_OR_FAILING = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY})
 _DAMAGED = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CANTOPEN})
@@ -58,13 +58,14 @@ def _check_or_create(engine: Engine, *, may_create: bool) -> None:
             connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA_VERSION}")
         elif application != APPLICATION_ID:
             raise StoreUnavailable("catalogue.sqlite3 is another program's database; choose another folder")
-        elif schema == 1:
-            _to_version_2(connection)
-        elif schema != SCHEMA_VERSION:
+        elif not 1 <= schema <= SCHEMA_VERSION:
             raise StoreUnavailable(
                 f"the catalogue has schema version {schema}; this version reads {SCHEMA_VERSION}. "
                 "Use the version that wrote it, or restore a backup"
             )
+        else:
+            for step in (_to_version_2, _to_version_3)[schema - 1 :]:
+                step(connection)
 
 
 def _to_version_2(connection: Connection) -> None:
@@ -73,6 +74,12 @@ def _to_version_2(connection: Connection) -> None:
     index = next(index for index in manifests.indexes if "derived_digest" in index.columns)
     index.create(connection)
     connection.exec_driver_sql("PRAGMA user_version = 2")
+
+
+def _to_version_3(connection: Connection) -> None:
+    """Manifests may be mixes of others; none is yet."""
+    mixes.create(connection)
+    connection.exec_driver_sql("PRAGMA user_version = 3")
 
 
 @contextmanager

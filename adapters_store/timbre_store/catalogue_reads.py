@@ -9,7 +9,7 @@ from sqlalchemy import Connection, Row, Select, select
 from timbre_store.errors import NotFound
 from timbre_store.manifest import Manifest
 from timbre_store.names import Reference
-from timbre_store.records import AdapterRecord, Alias
+from timbre_store.records import AdapterRecord, Alias, MixPart
 from timbre_store.tables import aliases, counters, manifests, versions
 
 RecordRow = tuple[str, int, str, float, bytes]
@@ -28,6 +28,19 @@ def select_records() -> Select[Any]:
 
 def record_of(row: Row[Any]) -> AdapterRecord:
     return AdapterRecord(row.name, row.version, row.digest, row.created_s, Manifest.from_bytes(row.content))
+
+
+def parts_of(connection: Connection, record: AdapterRecord) -> tuple[MixPart, ...]:
+    """What a mix stands for, each part under the first name that leads to it; empty for other adapters."""
+    recipe = record.manifest.recipe
+    if recipe is None or not recipe.is_mix:
+        return ()
+    parts = []
+    for parent in recipe.parents:
+        query = select_records().where(versions.c.digest == parent.digest)
+        row = connection.execute(query.order_by(versions.c.name, versions.c.version).limit(1)).one()
+        parts.append(MixPart(record_of(row), parent.weight))
+    return tuple(parts)
 
 
 def find_alias(connection: Connection, alias: str) -> Alias | None:

@@ -8,7 +8,7 @@ StoreError
 │   └── UnexpectedTensor    for `Inspect`: tensors or sites do not fit the base
 ├── NotFound                no such name, version, alias, digest or blob
 ├── NameConflict            a name would be adapter and alias at once
-│   └── AdapterInUse        an alias would be left pointing at nothing
+│   └── AdapterInUse        an alias or a mix would be left pointing at nothing
 ├── DigestMismatch          bytes are not what their digest says
 ├── BlobTooLarge            more bytes than the limit, noticed while they arrive
 ├── StoreFull               the disk has no room, or fails to write

@@ -14,7 +14,7 @@ from timbre_store.layout import Layout
 from timbre_store.manifest import Manifest
 from timbre_store.names import Reference
 from timbre_store.reader import open_adapter
-from timbre_store.tables import counters, manifests, versions
+from timbre_store.tables import counters, manifests, mixes, versions
 
 
 def find_faults(catalogue: Catalogue, layout: Layout) -> tuple[str, ...]:
@@ -60,6 +60,10 @@ def _adapters(connection: Connection, layout: Layout) -> Iterator[str]:
         found = (row.config_digest, row.tensors_digest, row.derived_digest)
         if found != (manifest.config_digest, manifest.tensors_digest, manifest.derived_digest):
             yield f"the catalogue's digests of the files of {row.digest} are not the manifest's"
+        recipe = manifest.recipe
+        parents = {parent.digest for parent in recipe.parents} if recipe and recipe.is_mix else set()
+        if parents != set(connection.scalars(select(mixes.c.parent).where(mixes.c.digest == row.digest))):
+            yield f"the catalogue's parents of {row.digest} are not the manifest's"
 
 
 def _files(layout: Layout) -> Iterator[str]:

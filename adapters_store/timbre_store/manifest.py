@@ -20,14 +20,16 @@ from typing import Any
 
 from timbre_store.digests import digest_of_bytes, is_digest
 from timbre_store.errors import UnsafeFile
+from timbre_store.recipe import Recipe
 from timbre_store.strict_json import read_object
 
 FORMAT = 1
 OPTIONAL: Mapping[str, object] = {
     "derived_digest": None,
-    "virtual_tokens": 0,
     "invocation_tokens": (),
+    "recipe": None,
     "row_copies": 1,
+    "virtual_tokens": 0,
 }
 """Fields that are left out where they say nothing, and what they hold then."""
 
@@ -57,6 +59,8 @@ class Manifest:
     """It acts only from their last occurrence in a prompt on."""
     row_copies: int = 1
     """How many times a token runs through a block of the base, once for each expert that a router keeps."""
+    recipe: Recipe | None = None
+    """How the server made it of others; None for an adapter that was uploaded."""
     format: int = FORMAT
 
     def to_bytes(self) -> bytes:
@@ -71,14 +75,15 @@ class Manifest:
     @staticmethod
     def from_bytes(content: bytes) -> Manifest:
         """Raises: UnsafeFile for another format, a missing, surplus or mistyped field, or other spelling."""
-        raw = read_object(content, what="the manifest", max_depth=2)
+        raw = read_object(content, what="the manifest", max_depth=4)
         if raw.get("format") != FORMAT:
             raise UnsafeFile(
                 f"the manifest has format {raw.get('format')!r}; this version reads format {FORMAT}"
             )
         _check_fields(raw)
         lists = {name: tuple(raw[name]) for name in raw.keys() & {"sites", "invocation_tokens"}}
-        manifest = Manifest(**{**raw, **lists})
+        recipe = Recipe.from_raw(raw["recipe"]) if "recipe" in raw else None
+        manifest = Manifest(**{**raw, **lists, "recipe": recipe})
         if manifest.to_bytes() != content:
             raise UnsafeFile("the manifest is not in canonical form: keys sorted, no spaces, ASCII")
         return manifest

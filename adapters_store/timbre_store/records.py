@@ -20,6 +20,14 @@ class AdapterRecord:
     created_s: float
     """Unix time."""
     manifest: Manifest
+    parts: tuple[MixPart, ...] = ()
+    """What a mix stands for, where it was resolved; empty for an adapter with tensors of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class MixPart:
+    adapter: AdapterRecord
+    weight: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,12 +9,9 @@ from __future__ import annotations
 import fcntl
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from uuid import uuid4
 from weakref import finalize
 
 from timbre_store.catalogue import Catalogue
@@ -22,19 +19,17 @@ from timbre_store.catalogue_file import open_catalogue
 from timbre_store.content import ContentFolder, Removed
 from timbre_store.durable import full_disk_as_store_full, make_folder
 from timbre_store.errors import StoreUnavailable
-from timbre_store.examine import UploadedFiles, examine
 from timbre_store.failpoints import Reach, pass_by
 from timbre_store.inspection import Inspect
 from timbre_store.integrity import find_faults
 from timbre_store.layout import FILE_MODE, FOLDER_MODE, Layout
 from timbre_store.limits import StoreLimits
-from timbre_store.manifest import Manifest
 from timbre_store.names import Reference, check_name
+from timbre_store.recipe import Recipe
 from timbre_store.records import AdapterRecord, Alias, Page
-from timbre_store.upload import Upload
+from timbre_store.registrar import Registrar
+from timbre_store.upload import Arrival, Upload
 from timbre_store.writer import BlobWriter
-
-PIECE_BYTES = 1 << 20
 
 
 class Store:
@@ -86,6 +81,16 @@ class Store:
         self._manifests = ContentFolder(
             manifests, self._layout.tmp, catalogue.refers_to_manifest, self._reach
         )
+        self._registrar = Registrar(
+            blobs=self._blobs,
+            manifests=self._manifests,
+            catalogue=catalogue,
+            tmp=self._layout.tmp,
+            inspect=self._inspect,
+            limits=self._limits,
+            clock=self._clock,
+            reach=self._reach,
+        )
 
     def close(self) -> None:
         """Let another process open the store. Nothing may be in progress."""
@@ -131,51 +136,20 @@ class Store:
         Raises: InvalidAdapter or a subclass; NotFound for an absent blob; NameConflict if the name is an
         alias; DigestMismatch for a damaged blob; StoreFull.
         """
-        check_name(name)
-        self._catalogue.check_name_is_free_for_adapter(name)
-        with (
-            self._blobs.holding(config_digest, tensors_digest),
-            self.begin_upload() as upload,
-            self._scratch_file() as scratch,
-        ):
-            files = UploadedFiles(
-                config_digest,
-                self._blobs.require(config_digest),
-                tensors_digest,
-                self._blobs.require(tensors_digest),
-                scratch,
-            )
-            self._offer_known(files, base_model)
-            manifest = examine(files, base_model, self._inspect, self._limits)
-            if files.derived_path.exists():
-                manifest = replace(manifest, derived_digest=_taken_in(files.derived_path, upload))
-            self._reach("register.examined")
-            return self._record(name, manifest)
+        return self.register_all([Arrival(name, config_digest, tensors_digest)], base_model)[0]
 
-    @contextmanager
-    def _scratch_file(self) -> Iterator[Path]:
-        """A path in ``tmp`` where nothing is; what is there in the end is removed."""
-        path = self._layout.tmp / f"derived-{uuid4().hex}"
-        try:
-            yield path
-        finally:
-            path.unlink(missing_ok=True)
+    def register_all(self, arrivals: Sequence[Arrival], base_model: str | None) -> tuple[AdapterRecord, ...]:
+        """As `register`, each of them; a refusal of one stores none."""
+        return self._registrar.register(arrivals, base_model)
 
-    def _offer_known(self, files: UploadedFiles, base_model: str | None) -> None:
-        """Lay down what was derived for the same files on the same base before: it is not computed again."""
-        known = self._catalogue.derived_digest_of(files.config_digest, files.tensors_digest, base_model)
-        if known is not None and self._blobs.has(known):
-            with full_disk_as_store_full():
-                files.derived_path.hardlink_to(self._blobs.path(known))
+    def register_mix(self, name: str, recipe: Recipe, base_model: str | None) -> AdapterRecord:
+        """Give the name a version that stands for the weighted sum of stored adapters, none of them a mix.
 
-    def _record(self, name: str, manifest: Manifest) -> AdapterRecord:
-        """The manifest's file first, then the row: a row never refers to a file that is not durable."""
-        content = manifest.to_bytes()
-        with Upload(self._manifests, len(content)) as upload:
-            with upload.begin_blob() as writer:
-                writer.write(content)
-                writer.commit()
-            return self._catalogue.add_version(name, manifest, self._clock())
+        They cannot be deleted before it. Raises: NotFound for one that is gone; NameConflict if the name is
+        an alias; StoreFull.
+        """
+        record = self._registrar.register_mix(name, recipe, base_model)
+        return self.resolve(f"{name}@{record.version}")
 
     def resolve(self, reference: str) -> AdapterRecord:
         """What ``name``, ``name@3``, ``name@sha256:…`` or an alias means now. Raises: NotFound."""
@@ -232,14 +206,6 @@ class Store:
     def check_integrity(self) -> tuple[str, ...]:
         """Every fault found, in words; empty when all is well. Hashes every file: slow on a large store."""
         return find_faults(self._catalogue, self._layout)
-
-
-def _taken_in(path: Path, upload: Upload) -> str:
-    """The digest of a file that is now a blob of the upload. Raises: BlobTooLarge, StoreFull."""
-    with path.open("rb") as file, upload.begin_blob() as writer:
-        while piece := file.read(PIECE_BYTES):
-            writer.write(piece)
-        return writer.commit()
 
 
 def _take_lock(path: Path) -> int:

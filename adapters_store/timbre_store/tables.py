@@ -26,7 +26,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.engine import URL
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 APPLICATION_ID = 0x54494D42
 """``TIMB``, in SQLite's header: tells our file from any other database."""
 
@@ -44,6 +44,14 @@ manifests = Table(
     Column("derived_digest", Text, index=True),
 )
 """One row for each digest that a version refers to; the same bytes as the manifest's file."""
+
+mixes = Table(
+    "mixes",
+    metadata,
+    Column("digest", Text, ForeignKey("manifests.digest"), primary_key=True),
+    Column("parent", Text, ForeignKey("manifests.digest"), primary_key=True, index=True),
+)
+"""Which manifests a mix's stands on: they cannot be deleted before it."""
 
 versions = Table(
     "versions",

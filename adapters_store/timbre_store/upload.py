@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from threading import Lock
 from types import TracebackType
 
 from timbre_store.content import ContentFolder
+from timbre_store.recipe import Recipe
 from timbre_store.writer import BlobWriter
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """Two stored blobs that shall become a version of a name."""
+
+    name: str
+    config_digest: str
+    tensors_digest: str
+    recipe: Recipe | None = None
+    """Where the server made them of other adapters."""
 
 
 class Upload:

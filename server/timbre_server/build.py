@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,12 +22,15 @@ from timbre_server.http.app import add_routes
 from timbre_server.http.blobs import blob_router
 from timbre_server.http.chat import chat_router
 from timbre_server.http.completions import completions_router
+from timbre_server.http.compression import compression_router
 from timbre_server.http.context import ServingContext, ServingLimits
 from timbre_server.http.limits import Admission
 from timbre_server.http.models import models_router
+from timbre_server.http.recipes import RecipeRoom, recipe_router
 from timbre_server.http.text import TextCodec, load_text_codec
 from timbre_server.http.vllm_compat import vllm_router
 from timbre_server.inspection import derive_in_engine, frame_of, inspector, meta_sites, warm_up
+from timbre_server.merging import Merges
 from timbre_server.metrics import Metrics
 from timbre_server.model_source import base_names, codec_folder
 from timbre_server.series import RecentNames
@@ -104,6 +107,7 @@ class Rooms:
         self.tally = Tally(parts.base_names[0], info.max_model_len, max_adapters=most)
         self.metrics = Metrics(self.tally, info, name_of=self._names.get, max_adapters=most)
         self._retirement = Retirement(parts.engine.unload_adapter)
+        self._merges = Merges(parts.store.root, meta_sites(info.sites), frame_of(info))
         self._log = structlog.get_logger("timbre.store")
         self._upkeep: asyncio.Task[None] | None = None
 
@@ -113,6 +117,8 @@ class Rooms:
         context, room = self._serving_context(), self._adapter_room()
         routers = [completions_router(context), chat_router(context), models_router(context)]
         routers += [adapter_router(room), blob_router(room.store, max_upload_bytes=room.max_upload_bytes)]
+        recipes = self._recipe_room()
+        routers += [recipe_router(recipes), compression_router(recipes)]
         if self._settings.lora_path_root is not None:
             routers.append(vllm_router(room, self._settings.lora_path_root, self._parts.engine.load_adapter))
         add_routes(app, routers)
@@ -122,6 +128,7 @@ class Rooms:
         """Ends what runs in the background."""
         if self._upkeep is not None:
             self._upkeep.cancel()
+        self._merges.close()
         await self._retirement.close()
 
     def close_files(self) -> None:
@@ -173,16 +180,33 @@ class Rooms:
             on_upload=self._on_upload,
         )
 
+    def _recipe_room(self) -> RecipeRoom:
+        return RecipeRoom(
+            store=self._parts.store,
+            base_names=self._parts.base_names,
+            base_digest=self._parts.engine.info.model_digest,
+            adapter_budget_bytes=self._parts.engine.info.adapter_budget_bytes,
+            merge=self._merges.merge,
+            compress=self._merges.compress,
+            on_recipe=self._on_recipe,
+        )
+
     def _resolve(self, reference: str) -> AdapterRecord:
         """`Store.resolve`, remembering which name a digest was asked for by. On any thread."""
         record = self._parts.store.resolve(reference)
-        self._names.note(record.digest, record.name)
+        for each in (record, *(part.adapter for part in record.parts)):
+            self._names.note(each.digest, each.name)
         return record
 
     def _on_upload(self, record: AdapterRecord | None) -> None:
         if record is not None:
             self._names.note(record.digest, record.name)
         self.tally.on_upload(None if record is None else record.manifest.stored_bytes)
+
+    def _on_recipe(self, kind: str, records: Sequence[AdapterRecord]) -> None:
+        for record in records:
+            self._names.note(record.digest, record.name)
+        self.tally.on_recipe(kind, is_stored=bool(records))
 
     async def _keep_up(self) -> None:
         """Removes files that nothing refers to any more, now and then."""

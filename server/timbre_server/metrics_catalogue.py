@@ -82,6 +82,7 @@ COUNTERS = {
         (("evicted",), ("unloaded",)),
     ),
     "timbre_upload": CounterSpec("Uploads of adapters by result.", ("result",), (("ok",), ("refused",))),
+    "timbre_recipes": CounterSpec("Recipes by kind and result.", ("kind", "result"), ()),
     "timbre_upload_bytes": CounterSpec("Bytes of adapters stored.", ()),
 }
 

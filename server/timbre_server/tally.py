@@ -150,6 +150,10 @@ class Tally:
         self._count("timbre_upload", "refused" if stored_bytes is None else "ok")
         self._count("timbre_upload_bytes", amount=stored_bytes or 0)
 
+    def on_recipe(self, kind: str, *, is_stored: bool) -> None:
+        """Counts a recipe of one of the kinds, or its refusal."""
+        self._count("timbre_recipes", kind, "ok" if is_stored else "refused")
+
     def _count(self, name: str, *values: str, amount: float = 1) -> None:
         self.counters[name].add(self.label_values(COUNTERS[name].labels, *values), amount)
 

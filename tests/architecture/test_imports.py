@@ -31,6 +31,8 @@ EDGES: Mapping[str, frozenset[str]] = {
         "timbre_server.logs": "",
         # What HTTP tells metrics and logs about a request that ended.
         "timbre_server.request_record": "",
+        # What HTTP gets of a recipe before it is registered.
+        "timbre_server.made": "timbre_store",
         # The waist between runner, adapters and operators: rows, and nothing about where they came from.
         "timbre_server.operators.row_table": "",
         "timbre_server.adapters.groups": "",
@@ -58,7 +60,7 @@ EDGES: Mapping[str, frozenset[str]] = {
         # HTTP names the errors of every package, to give each its status in one table.
         "timbre_server.http": (
             "timbre_server.engine.messages timbre_server.engine.client timbre_store"
-            " timbre_methods.errors timbre_server.request_record timbre_server.errors"
+            " timbre_methods.errors timbre_server.request_record timbre_server.made timbre_server.errors"
         ),
         "timbre_server.metrics_catalogue": "",
         "timbre_server.tally": (
@@ -72,6 +74,10 @@ EDGES: Mapping[str, frozenset[str]] = {
         "timbre_server.inspection": (
             "timbre_server.engine.messages timbre_server.engine.client timbre_methods"
             " timbre_methods.errors timbre_methods.program timbre_store timbre_server.errors"
+        ),
+        # Merges need both as well, to read adapters and to make one of them.
+        "timbre_server.merging": (
+            "timbre_methods timbre_methods.errors timbre_store timbre_server.made timbre_server.errors"
         ),
         "timbre_server.model_source": "timbre_server.settings timbre_server.engine",
         "timbre_server.example_adapters": "timbre_store",

@@ -20,11 +20,17 @@ from safetensors.numpy import save_file
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from timbre_client import Timbre
+from timbre_methods.prompt_contract import NO_FRAME
+from timbre_server.engine.messages import SiteShape
 from timbre_server.errors import ContextLengthExceeded, QueueFull
 from timbre_server.http.adapters import AdapterRoom, Retirement, adapter_router
 from timbre_server.http.blobs import blob_router
+from timbre_server.http.compression import compression_router
 from timbre_server.http.errors import install_error_handlers
+from timbre_server.http.recipes import RecipeRoom, recipe_router
 from timbre_server.http.server import HttpServer, ServerOptions
+from timbre_server.inspection import meta_sites
+from timbre_server.merging import Merges
 from timbre_store.inspection import Inspection
 from timbre_store.limits import StoreLimits
 from timbre_store.store import Store
@@ -40,9 +46,9 @@ USAGE = {
 
 
 def inspect(config: dict[str, Any], header: object, tensors: Path, derived: Path) -> Inspection:
-    if config.get("peft_type") != "LORA":
+    if config.get("peft_type") not in ("LORA", "LORA_XS"):
         raise ValueError(f"peft_type is {config.get('peft_type')!r}; expected LORA")
-    return Inspection("lora", ("model.layers.0.q_proj",), 6, 24)
+    return Inspection(config["peft_type"].lower(), ("model.layers.0.q_proj",), 6, 24)
 
 
 def text_event(**fields: Any) -> bytes:
@@ -110,6 +116,12 @@ def make_app(store: Store, seen: list[dict[str, Any]]) -> FastAPI:
     install_error_handlers(app)
     room = AdapterRoom(store, ("base",), BASE_DIGEST, 1 << 30, Retirement(unload), lambda stored: None)
     app.include_router(adapter_router(room))
+    merges = Merges(store.root, meta_sites([SiteShape("model.layers.0.q_proj", 8, 8, False)]), NO_FRAME)
+    kitchen = RecipeRoom(
+        store, ("base",), BASE_DIGEST, 1 << 30, merges.merge, merges.compress, lambda kind, made: None
+    )
+    app.include_router(recipe_router(kitchen))
+    app.include_router(compression_router(kitchen))
     app.include_router(blob_router(store, max_upload_bytes=1 << 30))
     add_completions(app, seen)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import torch
 from fastapi import FastAPI
 from safetensors.torch import save
 
+from timbre_methods.prompt_contract import NO_FRAME
 from timbre_methods.registry import methods
 from timbre_server.engine.messages import (
     AdapterLoaded,
@@ -28,10 +29,13 @@ from timbre_server.errors import AdapterLoadFailed
 from timbre_server.http.adapters import AdapterRoom, Retirement, adapter_router
 from timbre_server.http.app import AppOptions, Surroundings, add_routes, create_app
 from timbre_server.http.blobs import blob_router
+from timbre_server.http.compression import compression_router
 from timbre_server.http.drain import Lifecycle, Phase
 from timbre_server.http.probes import Probes
+from timbre_server.http.recipes import RecipeRoom, recipe_router
 from timbre_server.http.vllm_compat import vllm_router
 from timbre_server.inspection import inspector, meta_sites
+from timbre_server.merging import Merges
 from timbre_store.limits import StoreLimits
 from timbre_store.records import AdapterRecord
 from timbre_store.store import Store
@@ -111,6 +115,7 @@ class Served:
     retirement: Retirement
     answered: list[tuple[str, int]]
     uploads: list[AdapterRecord | None]
+    recipes: list[tuple[str, Sequence[AdapterRecord]]]
     lora_root: Path
 
     async def upload(self, files: AdapterFiles, **changes: object) -> httpx2.Response:
@@ -154,8 +159,10 @@ def store(tmp_path: Path) -> Iterator[Store]:
 
 
 @pytest.fixture
-def serve(store: Store, tmp_path: Path) -> Callable[..., Served]:
+def serve(store: Store, tmp_path: Path) -> Iterator[Callable[..., Served]]:
     """Builds an application around the store, with any `AppOptions`."""
+
+    merges = Merges(store.root, meta_sites(SITES), NO_FRAME)
 
     def build(*, serving: bool = True, **options: object) -> Served:
         engine, lifecycle = FakeEngine(), Lifecycle()
@@ -171,6 +178,11 @@ def serve(store: Store, tmp_path: Path) -> Callable[..., Served]:
         app = create_app(AppOptions(**{"max_upload_bytes": MAX_UPLOAD_BYTES, **options}), surroundings)
         retirement = Retirement(engine.unload_adapter)
         room = AdapterRoom(store, ("tiny",), BASE_DIGEST, MAX_UPLOAD_BYTES, retirement, uploads.append)
+        recipes: list[tuple[str, Sequence[AdapterRecord]]] = []
+        kitchen = RecipeRoom(
+            store, ("tiny",), BASE_DIGEST, 1 << 20, merges.merge, merges.compress,
+            lambda *pair: recipes.append(pair),
+        )  # fmt: skip
         root = tmp_path / "loras"
         root.mkdir()
         if serving:
@@ -180,12 +192,17 @@ def serve(store: Store, tmp_path: Path) -> Callable[..., Served]:
                     adapter_router(room),
                     blob_router(store, max_upload_bytes=MAX_UPLOAD_BYTES),
                     vllm_router(room, root, engine.load_adapter),
+                    recipe_router(kitchen),
+                    compression_router(kitchen),
                 ),
             )
             lifecycle.phase = Phase.SERVING
             probes.watch(engine)
         transport = httpx2.ASGITransport(app, raise_app_exceptions=False)
         client = httpx2.AsyncClient(transport=transport, base_url="http://timbre")
-        return Served(app, client, engine, store, lifecycle, probes, retirement, answered, uploads, root)
+        return Served(
+            app, client, engine, store, lifecycle, probes, retirement, answered, uploads, recipes, root
+        )
 
-    return build
+    yield build
+    merges.close()

@@ -6,6 +6,7 @@ import io
 import pickle
 import zipfile
 from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,8 @@ async def test_an_adapter_larger_than_all_adapter_memory_is_refused(
 
     served = serve()
     sites = meta_sites(served.engine.info.sites)
-    store._inspect = inspector(sites, budget_bytes=8, derive=lambda *_: None)
+    inspect = inspector(sites, budget_bytes=8, derive=lambda *_: None)
+    store._registrar = replace(store._registrar, inspect=inspect)
     response = await served.upload(adapter_files())
     assert response.status_code == 422
     assert "adapter_memory_mib" in response.json()["error"]["message"]

@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 
 from timbre_store.errors import StoreUnavailable
+from timbre_store.recipe import Parent, Recipe
 
 
 def test_a_catalogue_of_another_schema_version_is_refused(tmp_path: Path, samples: ModuleType) -> None:
@@ -18,7 +19,7 @@ def test_a_catalogue_of_another_schema_version_is_refused(tmp_path: Path, sample
     catalogue.execute("PRAGMA user_version = 7")
     catalogue.close()
     for _ in range(2):
-        with pytest.raises(StoreUnavailable, match="schema version 7; this version reads 2"):
+        with pytest.raises(StoreUnavailable, match="schema version 7; this version reads 3"):
             samples.open_store(tmp_path)
 
 
@@ -28,6 +29,7 @@ def test_a_catalogue_of_the_first_schema_version_is_brought_up_to_date(
     with samples.open_store(tmp_path) as store:
         before = samples.upload(store, "a", 1)
     catalogue = sqlite3.connect(tmp_path / "catalogue.sqlite3")
+    catalogue.execute("DROP TABLE mixes")
     catalogue.execute("DROP INDEX ix_manifests_derived_digest")
     catalogue.execute("ALTER TABLE manifests DROP COLUMN derived_digest")
     catalogue.execute("PRAGMA user_version = 1")
@@ -37,6 +39,23 @@ def test_a_catalogue_of_the_first_schema_version_is_brought_up_to_date(
             assert store.get("a") == before
             samples.upload(store, "b", seed)
             store.collect_garbage(0)
+            assert store.check_integrity() == ()
+
+
+def test_a_catalogue_of_the_second_schema_version_learns_of_mixes(
+    tmp_path: Path, samples: ModuleType
+) -> None:
+    with samples.open_store(tmp_path) as store:
+        before = samples.upload(store, "a", 1)
+    catalogue = sqlite3.connect(tmp_path / "catalogue.sqlite3")
+    catalogue.execute("DROP TABLE mixes")
+    catalogue.execute("PRAGMA user_version = 2")
+    catalogue.close()
+    for name in ("b", "c"):
+        with samples.open_store(tmp_path) as store:
+            assert store.get("a") == before
+            recipe = Recipe("linear", (Parent(before.digest, 0.5),))
+            assert store.register_mix(name, recipe, samples.BASE).parts[0].adapter == before
             assert store.check_integrity() == ()
 
 

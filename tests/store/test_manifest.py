@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from timbre_store.errors import UnsafeFile
 from timbre_store.manifest import Manifest
+from timbre_store.recipe import Parent, Recipe
 
 DIGEST = "sha256:" + "0a" * 32
 WRITTEN = (
@@ -19,6 +20,16 @@ WRITTEN = (
 )
 DIGESTS = st.binary(min_size=32, max_size=32).map(lambda raw: f"sha256:{raw.hex()}")
 COUNTS = st.integers(min_value=0, max_value=2**63)
+NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
+RECIPES = st.builds(
+    Recipe,
+    kind=st.text(),
+    parents=st.lists(st.builds(Parent, DIGESTS, NUMBERS), min_size=1, max_size=3).map(tuple),
+    rank=st.none() | COUNTS,
+    density=st.none() | NUMBERS,
+    seed=st.none() | COUNTS,
+    member=st.none() | DIGESTS,
+)
 MANIFESTS = st.builds(
     Manifest,
     method=st.text(),
@@ -33,6 +44,7 @@ MANIFESTS = st.builds(
     virtual_tokens=st.just(0) | COUNTS,
     invocation_tokens=st.lists(COUNTS, max_size=3).map(tuple),
     row_copies=st.just(1) | COUNTS,
+    recipe=st.none() | RECIPES,
 )
 
 
@@ -115,3 +127,44 @@ def test_a_missing_field_is_refused_by_name(field: str) -> None:
 def test_another_spelling_of_a_manifest_is_refused(content: bytes) -> None:
     with pytest.raises(UnsafeFile, match="canonical"):
         Manifest.from_bytes(content)
+
+
+RECIPE = {
+    "density": 0.5, "kind": "ties", "member": None, "parents": [{"digest": DIGEST, "weight": 1.0}], "rank": 4,
+    "seed": None,
+}  # fmt: skip
+
+
+def with_recipe(**changes: Any) -> bytes:
+    raw = {**json.loads(WRITTEN), "recipe": {**RECIPE, **changes}}
+    return json.dumps(raw, sort_keys=True, separators=(",", ":")).encode()
+
+
+def test_a_recipe_says_what_the_adapter_was_made_of() -> None:
+    recipe = Manifest.from_bytes(with_recipe()).recipe
+    assert recipe == Recipe("ties", (Parent(DIGEST, 1.0),), rank=4, density=0.5)
+    assert not recipe.is_mix
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"kind": 3},
+        {"kind": None},
+        {"rank": 4.0},
+        {"rank": True},
+        {"density": "0.5"},
+        {"seed": [1]},
+        {"member": "pirate"},
+        {"parents": []},
+        {"parents": "pirate"},
+        {"parents": [{"digest": DIGEST, "weight": 1}]},
+        {"parents": [{"digest": "pirate", "weight": 1.0}]},
+        {"parents": [{"digest": DIGEST}]},
+        {"extra": 1},
+    ],
+    ids=str,
+)
+def test_a_recipe_of_another_shape_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(UnsafeFile, match="the manifest's recipe"):
+        Manifest.from_bytes(with_recipe(**changes))

@@ -16,27 +16,33 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from timbre_store.errors import InvalidAdapter, NameConflict, NotFound
+from timbre_store.errors import AdapterInUse, InvalidAdapter, NameConflict, NotFound
 from timbre_store.reader import open_adapter
+from timbre_store.recipe import Parent, Recipe
+from timbre_store.records import AdapterRecord
 from timbre_store.store import Store
 
 NAMES = st.sampled_from(["a", "b", "c"])
 SEEDS = st.integers(0, 3)
+Content = int | tuple[int, ...]
 PINS = st.none() | st.integers(1, 4)
 
 
 class StoreMachine(RuleBasedStateMachine):
-    """The model: versions as name -> {version: seed}, the last version of each name, aliases as written."""
+    """The model: versions as name -> {version: content}, the last version of each name, aliases as written.
+
+    The content is an upload's seed, or the seeds that a mix is made of.
+    """
 
     def __init__(self, root: Path, samples: ModuleType) -> None:
         super().__init__()
         self.root = root
         self.samples = samples
         self.store: Store = samples.open_store(root)
-        self.versions: dict[str, dict[int, int]] = {}
+        self.versions: dict[str, dict[int, Content]] = {}
         self.last_version: dict[str, int] = {}
         self.aliases: dict[str, tuple[str, int | None]] = {}
-        self.digests: dict[int, str] = {}
+        self.digests: dict[Content, str] = {}
 
     def meant(self, name: str, pin: int | None) -> tuple[str, int] | None:
         """What a reference means in the model."""
@@ -52,13 +58,30 @@ class StoreMachine(RuleBasedStateMachine):
             with pytest.raises(NameConflict):
                 self.samples.upload(self.store, name, seed)
             return
+        self.count(name, seed, self.samples.upload(self.store, name, seed))
+
+    def count(self, name: str, content: Content, record: AdapterRecord) -> None:
+        """Adds a version to the model, which the store's answer must be."""
         own = self.versions.setdefault(name, {})
-        if not own or own[max(own)] != seed:
+        if not own or own[max(own)] != content:
             self.last_version[name] = self.last_version.get(name, 0) + 1
-            own[self.last_version[name]] = seed
-        record = self.samples.upload(self.store, name, seed)
+            own[self.last_version[name]] = content
         assert (record.name, record.version) == (name, max(own))
-        assert self.digests.setdefault(seed, record.digest) == record.digest
+        assert self.digests.setdefault(content, record.digest) == record.digest
+
+    @rule(name=NAMES, seeds=st.lists(SEEDS, min_size=1, max_size=2, unique=True))
+    def mix(self, name: str, seeds: list[int]) -> None:
+        if any(seed not in self.digests for seed in seeds):
+            return
+        recipe = Recipe("linear", tuple(Parent(self.digests[seed], 0.5) for seed in seeds))
+        if name in self.aliases:
+            with pytest.raises(NameConflict):
+                self.store.register_mix(name, recipe, self.samples.BASE)
+        elif not self.contents_in_use() >= set(seeds):
+            with pytest.raises(NotFound):
+                self.store.register_mix(name, recipe, self.samples.BASE)
+        else:
+            self.count(name, tuple(seeds), self.store.register_mix(name, recipe, self.samples.BASE))
 
     @rule(name=NAMES)
     def upload_something_bad(self, name: str) -> None:
@@ -91,23 +114,30 @@ class StoreMachine(RuleBasedStateMachine):
                 self.store.delete(reference)
             return
         own = self.versions[name]
-        left = {} if pin is None else {version: seed for version, seed in own.items() if version != pin}
+        left = {} if pin is None else {number: content for number, content in own.items() if number != pin}
         pointers = [version for target, version in self.aliases.values() if target == name]
         if any(version not in left if version is not None else not left for version in pointers):
             with pytest.raises(NameConflict):
                 self.store.delete(reference)
             return
-        before = self.seeds_in_use()
+        before = self.contents_in_use()
         self.versions[name] = left
-        freed = {self.digests[seed] for seed in before - self.seeds_in_use()}
-        assert set(self.store.delete(reference)) == freed
+        after = self.contents_in_use()
+        if not after >= {seed for mix in after if isinstance(mix, tuple) for seed in mix}:
+            self.versions[name] = own
+            with pytest.raises(AdapterInUse, match="the mix"):
+                self.store.delete(reference)
+            return
+        assert set(self.store.delete(reference)) == {self.digests[content] for content in before - after}
 
     @rule()
     def collect_garbage(self) -> None:
         self.store.collect_garbage(min_age_s=-1)
-        in_use = self.seeds_in_use()
-        contents = {self.samples.adapter(seed)[part] for seed in in_use for part in (0, 1)}
-        assert len(self.samples.files_of(self.root)) == len(in_use) + len(contents)
+        in_use = self.contents_in_use()
+        mixes = {content for content in in_use if isinstance(content, tuple)}
+        files = {self.samples.adapter(seed)[part] for seed in in_use - mixes for part in (0, 1)}
+        of_mixes = len(mixes) + bool(mixes)  # A config each, and one file without tensors for all.
+        assert len(self.samples.files_of(self.root)) == len(in_use) + len(files) + of_mixes
         assert self.store.check_integrity() == ()
 
     @precondition(lambda self: any(self.versions.values()))
@@ -127,8 +157,11 @@ class StoreMachine(RuleBasedStateMachine):
                         self.store.resolve(reference)
                     continue
                 record = self.store.resolve(reference)
+                content = self.versions[record.name][record.version]
+                parts = [self.digests[seed] for seed in content] if isinstance(content, tuple) else []
+                assert [part.adapter.digest for part in record.parts] == parts
                 assert (record.name, record.version) == expected
-                assert record.digest == self.digests[self.versions[record.name][record.version]]
+                assert record.digest == self.digests[content]
 
     @invariant()
     def listings_and_files_agree(self) -> None:
@@ -137,11 +170,11 @@ class StoreMachine(RuleBasedStateMachine):
         assert {(a.alias, a.name, a.version) for a in self.store.aliases()} == {
             (alias, name, pin) for alias, (name, pin) in self.aliases.items()
         }
-        for seed in self.seeds_in_use():
-            open_adapter(self.root, self.digests[seed])
+        for content in self.contents_in_use():
+            open_adapter(self.root, self.digests[content])
 
-    def seeds_in_use(self) -> set[int]:
-        return {seed for own in self.versions.values() for seed in own.values()}
+    def contents_in_use(self) -> set[Content]:
+        return {content for own in self.versions.values() for content in own.values()}
 
     def teardown(self) -> None:
         assert self.store.check_integrity() == ()

@@ -12,7 +12,7 @@ from timbre_client.answers import (
     TextDelta,
     Usage,
 )
-from timbre_client.api import ChatMessage, Options
+from timbre_client.api import ChatMessage, CollectionKind, Options, RecipeKind, RecipeNumbers
 from timbre_client.async_client import AsyncTimbre
 from timbre_client.client import Timbre
 from timbre_client.errors import (
@@ -33,7 +33,18 @@ from timbre_client.errors import (
     TooLarge,
     UnexpectedStatus,
 )
-from timbre_client.records import Adapter, AdapterPage, Alias, Model, ModelPage, Version
+from timbre_client.records import (
+    Adapter,
+    AdapterPage,
+    Alias,
+    Collection,
+    MadeAdapter,
+    Model,
+    ModelPage,
+    Recipe,
+    RecipeParent,
+    Version,
+)
 from timbre_client.upload import Progress
 
 __all__ = [
@@ -48,11 +59,14 @@ __all__ = [
     "ChatChoice",
     "ChatDelta",
     "ChatMessage",
+    "Collection",
+    "CollectionKind",
     "Completion",
     "Conflict",
     "ConnectionFailed",
     "ContextLengthExceeded",
     "InvalidRequest",
+    "MadeAdapter",
     "Model",
     "ModelPage",
     "NotAllowed",
@@ -61,6 +75,10 @@ __all__ = [
     "Overloaded",
     "Progress",
     "RateLimited",
+    "Recipe",
+    "RecipeKind",
+    "RecipeNumbers",
+    "RecipeParent",
     "ServerFault",
     "StorageFull",
     "StreamFailed",

@@ -18,9 +18,9 @@ class AdapterStamp:
 
     @staticmethod
     def of(body: Mapping[str, Any]) -> AdapterStamp | None:
-        """None: the base model spoke, or a mix."""
+        """None: the base model spoke, or a mix without a name of its own."""
         stamp = body.get("adapter")
-        return None if stamp is None or "mix" in stamp else _stamp(stamp)
+        return None if stamp is None or "name" not in stamp else _stamp(stamp)
 
     @staticmethod
     def mix_of(body: Mapping[str, Any]) -> tuple[AdapterStamp, ...]:
@@ -71,7 +71,7 @@ class Completion:
     usage: Usage | None
     adapter: AdapterStamp | None
     mix: tuple[AdapterStamp, ...] = ()
-    """The adapters that spoke together, with their weights; ``adapter`` is None then."""
+    """The adapters that spoke together, with their weights; ``adapter`` is the mix's own, if it is stored."""
 
     @property
     def text(self) -> str:
@@ -111,7 +111,7 @@ class ChatAnswer:
     usage: Usage | None
     adapter: AdapterStamp | None
     mix: tuple[AdapterStamp, ...] = ()
-    """The adapters that spoke together, with their weights; ``adapter`` is None then."""
+    """The adapters that spoke together, with their weights; ``adapter`` is the mix's own, if it is stored."""
 
     @property
     def text(self) -> str:
@@ -149,7 +149,7 @@ class TextDelta:
     usage: Usage | None
     adapter: AdapterStamp | None
     mix: tuple[AdapterStamp, ...] = ()
-    """The adapters that spoke together, with their weights; ``adapter`` is None then."""
+    """The adapters that spoke together, with their weights; ``adapter`` is the mix's own, if it is stored."""
 
     @staticmethod
     def of(body: Mapping[str, Any]) -> tuple[TextDelta, ...]:
@@ -172,7 +172,7 @@ class ChatDelta:
     usage: Usage | None
     adapter: AdapterStamp | None
     mix: tuple[AdapterStamp, ...] = ()
-    """The adapters that spoke together, with their weights; ``adapter`` is None then."""
+    """The adapters that spoke together, with their weights; ``adapter`` is the mix's own, if it is stored."""
 
     @staticmethod
     def of(body: Mapping[str, Any]) -> tuple[ChatDelta, ...]:

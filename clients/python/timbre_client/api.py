@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 from urllib.parse import quote
 
 from timbre_client.answers import ChatAnswer, Completion
 from timbre_client.calls import Call
-from timbre_client.records import Adapter, AdapterPage, ModelPage
+from timbre_client.records import Adapter, AdapterPage, Collection, MadeAdapter, ModelPage
 
 Prompt = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
+
+
+RecipeKind = Literal[
+    "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune", "svd", "lego", "lorahub"
+]  # fmt: skip
+CollectionKind = Literal["joint_full", "joint_diagonal"]
+
+
+class RecipeNumbers(TypedDict, total=False):
+    """What a kind reads beside its parents; the server refuses what it does not."""
+
+    rank: int
+    density: float
+    """The fraction of values that the kind keeps, above 0 and at most 1."""
+    seed: int
 
 
 class ChatMessage(TypedDict):
@@ -79,6 +94,21 @@ def delete_adapter(reference: str, wait: bool) -> Call[None]:
 
 def set_alias(alias: str, target: str) -> Call[Adapter]:
     return Call("PUT", f"{adapter_path(target)}/alias", Adapter.of, json={"alias": alias})
+
+
+def create_recipe(
+    name: str, kind: RecipeKind, parents: Mapping[str, float], numbers: RecipeNumbers
+) -> Call[MadeAdapter]:
+    named = [{"name": parent, "weight": weight} for parent, weight in parents.items()]
+    body = {"name": name, "kind": kind, "parents": named, **numbers}
+    return Call("POST", "/v1/recipes", MadeAdapter.of, json=body)
+
+
+def compress(members: Mapping[str, str], rank: int, kind: CollectionKind) -> Call[Collection]:
+    named = [{"parent": parent, "name": name} for parent, name in members.items()]
+    return Call(
+        "POST", "/v1/recipes/compress", Collection.of, json={"kind": kind, "rank": rank, "members": named}
+    )
 
 
 def is_ready() -> Call[bool]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
@@ -14,7 +14,7 @@ from timbre_client import api
 from timbre_client.answers import ChatAnswer, ChatDelta, Completion, TextDelta
 from timbre_client.calls import END_MARK, Call, cut_off, pieces
 from timbre_client.connection import DEFAULT_URL, connecting, headers_with, streaming, timeouts_of
-from timbre_client.records import Adapter, AdapterPage, ModelPage
+from timbre_client.records import Adapter, AdapterPage, Collection, MadeAdapter, ModelPage
 from timbre_client.upload import OnProgress, digest_of, upload
 
 Answer = TypeVar("Answer")
@@ -105,6 +105,20 @@ class AsyncTimbre:
 
     async def set_alias(self, alias: str, target: str) -> Adapter:
         return await self._send(api.set_alias(alias, target))
+
+    async def create_recipe(
+        self,
+        name: str,
+        kind: api.RecipeKind,
+        parents: Mapping[str, float],
+        **numbers: Unpack[api.RecipeNumbers],
+    ) -> MadeAdapter:
+        return await self._send(api.create_recipe(name, kind, parents, numbers))
+
+    async def compress_adapters(
+        self, members: Mapping[str, str], *, rank: int, kind: api.CollectionKind = "joint_full"
+    ) -> Collection:
+        return await self._send(api.compress(members, rank, kind))
 
     async def is_ready(self) -> bool:
         return await self._send(api.is_ready())

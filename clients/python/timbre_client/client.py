@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
@@ -13,7 +13,7 @@ from timbre_client import api
 from timbre_client.answers import ChatAnswer, ChatDelta, Completion, TextDelta
 from timbre_client.calls import END_MARK, Call, cut_off, pieces
 from timbre_client.connection import DEFAULT_URL, connecting, headers_with, streaming, timeouts_of
-from timbre_client.records import Adapter, AdapterPage, ModelPage
+from timbre_client.records import Adapter, AdapterPage, Collection, MadeAdapter, ModelPage
 from timbre_client.upload import OnProgress, digest_of, upload
 
 Answer = TypeVar("Answer")
@@ -116,6 +116,26 @@ class Timbre:
     def set_alias(self, alias: str, target: str) -> Adapter:
         """Points an alias, new or old, at ``name`` (always its latest version) or ``name@version``."""
         return self._send(api.set_alias(alias, target))
+
+    def create_recipe(
+        self,
+        name: str,
+        kind: api.RecipeKind,
+        parents: Mapping[str, float],
+        **numbers: Unpack[api.RecipeNumbers],
+    ) -> MadeAdapter:
+        """Makes a new version of `name` of stored adapters, `parents` by name with their weights.
+
+        Kind ``linear`` is a named mix of any families, W + Σ weight · (W_adapter − W); the others make a
+        LoRA.
+        """
+        return self._send(api.create_recipe(name, kind, parents, numbers))
+
+    def compress_adapters(
+        self, members: Mapping[str, str], *, rank: int, kind: api.CollectionKind = "joint_full"
+    ) -> Collection:
+        """Stores LoRAs anew in one basis that they share: `members` has each one's new name by its name."""
+        return self._send(api.compress(members, rank, kind))
 
     def is_ready(self) -> bool:
         """Whether the server takes work now."""

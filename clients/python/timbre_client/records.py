@@ -21,6 +21,36 @@ class Alias:
 
 
 @dataclass(frozen=True, slots=True)
+class RecipeParent:
+    digest: str
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How the server made an adapter of others. Numbers that the kind does not use are None."""
+
+    kind: str
+    parents: tuple[RecipeParent, ...]
+    rank: int | None
+    density: float | None
+    seed: int | None
+    member: str | None
+    """Of a collection compressed together: the digest of the adapter whose place this one takes."""
+
+    @staticmethod
+    def of(body: Mapping[str, Any]) -> Recipe:
+        return Recipe(
+            kind=body["kind"],
+            parents=tuple(RecipeParent(item["digest"], item["weight"]) for item in body["parents"]),
+            rank=body.get("rank"),
+            density=body.get("density"),
+            seed=body.get("seed"),
+            member=body.get("member"),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Adapter:
     """One version of an adapter. The digest is its identity; name and version lead to it."""
 
@@ -44,6 +74,8 @@ class Adapter:
     """Positions of every request's context that are the adapter's."""
     invocation_tokens: tuple[int, ...] = ()
     """Every prompt must hold them: the adapter acts from their last occurrence on."""
+    recipe: Recipe | None = None
+    """None for an adapter that was uploaded."""
     versions: tuple[Version, ...] = ()
     """Filled by `get_adapter`."""
     aliases: tuple[Alias, ...] = ()
@@ -67,9 +99,36 @@ class Adapter:
             files=dict(body["files"]),
             virtual_tokens=body.get("virtual_tokens", 0),
             invocation_tokens=tuple(body.get("invocation_tokens", ())),
+            recipe=None if body.get("recipe") is None else Recipe.of(body["recipe"]),
             versions=tuple(Version(item["version"], item["digest"]) for item in body.get("versions", ())),
             aliases=tuple(Alias(item["alias"], item["target"]) for item in body.get("aliases", ())),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class MadeAdapter:
+    """What came of a recipe."""
+
+    adapter: Adapter
+    relative_error: float
+    """Of the result to what was asked for, in Frobenius norms over all sites."""
+
+    @staticmethod
+    def of(body: Mapping[str, Any]) -> MadeAdapter:
+        return MadeAdapter(Adapter.of(body), body["relative_error"])
+
+
+@dataclass(frozen=True, slots=True)
+class Collection:
+    """Adapters that share one basis, in the order in which they were asked for."""
+
+    members: tuple[MadeAdapter, ...]
+    basis_bytes: int
+    """Memory that the basis takes, once for all of them; a member's own is its ``prepared_bytes``."""
+
+    @staticmethod
+    def of(body: Mapping[str, Any]) -> Collection:
+        return Collection(tuple(map(MadeAdapter.of, body["data"])), body["basis_bytes"])
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,6 +80,7 @@ ERROR_KINDS: Mapping[type[Exception], ErrorKind] = {
     methods.InvalidConfig: _invalid("adapter_invalid", 422),
     methods.AdapterMismatch: _invalid("adapter_invalid", 422),
     methods.InvalidTensors: _invalid("adapter_invalid", 422),
+    methods.InvalidRecipe: _invalid("recipe_invalid", 422),
     methods.MethodError: _invalid("adapter_invalid", 422),
 }
 

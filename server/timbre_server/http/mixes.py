@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from timbre_server.errors import InvalidRequest, MixNotServed, UnsupportedParameter
-from timbre_server.http.openai_schema import GenerationRequest, MergedAdapters
-from timbre_store.records import AdapterRecord
+from timbre_server.http.openai_schema import MAX_MIX, GenerationRequest, MergedAdapters
+from timbre_store.records import AdapterRecord, MixPart
 
 LINEAR = "linear"
 MAX_ROW_COPIES = 32
@@ -87,6 +87,25 @@ def refuse_twins(mix: Sequence[WeightedAdapter], wanted: Sequence[Wanted]) -> No
                 "once, with the sum of the weights",
                 param=asked.param,
             )
+
+
+def expanded(mix: Sequence[WeightedAdapter], param: str) -> tuple[WeightedAdapter, ...]:
+    """With each named mix in its parts' place, and what then comes twice once, with the sum of its weights.
+
+    Raises: MixNotServed for too many in the end.
+    """
+    found: dict[str, WeightedAdapter] = {}
+    for each in mix:
+        for part in each.adapter.parts or (MixPart(each.adapter, 1.0),):
+            before = found.get(part.adapter.digest)
+            weight = each.weight * part.weight + (before.weight if before else 0.0)
+            found[part.adapter.digest] = WeightedAdapter(part.adapter, weight)
+    if len(found) > MAX_MIX:
+        raise MixNotServed(
+            f"with the named mixes in it these are {len(found)} adapters; at most {MAX_MIX} answer together",
+            param=param,
+        )
+    return tuple(found.values())
 
 
 def summable(mix: Sequence[WeightedAdapter], budget_bytes: int, param: str) -> tuple[WeightedAdapter, ...]:

@@ -53,7 +53,8 @@ def models_router(context: ServingContext) -> APIRouter:
         voice = await resolve_voice(context, model, None)
         if not voice.mix:
             return json_response(_base(context, model))
-        return json_response(_adapter(context, voice.mix[0].adapter, model), headers=voice.headers())
+        assert voice.alone is not None
+        return json_response(_adapter(context, voice.alone, model), headers=voice.headers())
 
     return router
 

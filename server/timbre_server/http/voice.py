@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from timbre_server.engine.messages import AdapterUse
 from timbre_server.errors import AdapterMismatch, AdapterNotFound, InvalidRequest
 from timbre_server.http.context import ServingContext
-from timbre_server.http.mixes import Wanted, WeightedAdapter, refuse_twins, summable
+from timbre_server.http.mixes import Wanted, WeightedAdapter, expanded, refuse_twins, summable
 from timbre_store.errors import NotFound
 from timbre_store.records import AdapterRecord
 
@@ -27,6 +27,8 @@ class Voice:
     model: str
     """As the client wrote it; echoed in the answer."""
     mix: tuple[WeightedAdapter, ...] = ()
+    named: AdapterRecord | None = None
+    """The stored mix that the request named, and that ``mix`` is the parts of."""
 
     def uses(self, prompt_token_ids: list[int]) -> tuple[AdapterUse, ...]:
         """What the engine is told for one prompt. Each adapter of a mix acts from its own position on.
@@ -51,14 +53,16 @@ class Voice:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Without versions, each once."""
+        """Without versions, each once; of a named mix its own."""
+        if self.named is not None:
+            return (self.named.name,)
         return tuple(dict.fromkeys(each.adapter.name for each in self.mix))
 
     @property
     def label(self) -> str | None:
         """``name@version``; of a mix ``name@version;weight=0.7, …``; None for the base."""
-        if self._is_plain:
-            return self.mix[0].label
+        if self.alone is not None:
+            return f"{self.alone.name}@{self.alone.version}"
         return ", ".join(f"{each.label};weight={each.weight!r}" for each in self.mix) or None
 
     @property
@@ -70,19 +74,24 @@ class Voice:
         """What stands under ``adapter`` in an answer."""
         if not self.mix:
             return None
-        if self._is_plain:
-            return _stamp(self.mix[0].adapter)
-        return {"mix": [{**_stamp(each.adapter), "weight": each.weight} for each in self.mix]}
+        if self.named is None and self.alone is not None:
+            return _stamp(self.alone)
+        mix = [{**_stamp(each.adapter), "weight": each.weight} for each in self.mix]
+        return {**(_stamp(self.named) if self.named else {}), "mix": mix}
 
     def headers(self) -> dict[str, str]:
         if self.label is None:
             return {}
-        digests = ", ".join(each.adapter.digest for each in self.mix)
+        each_digest = [each.adapter.digest for each in self.mix]
+        digests = self.alone.digest if self.alone else ", ".join(each_digest)
         return {ADAPTER_HEADER: self.label, DIGEST_HEADER: digests}
 
     @property
-    def _is_plain(self) -> bool:
-        return len(self.mix) == 1 and self.mix[0].weight == 1
+    def alone(self) -> AdapterRecord | None:
+        """The one adapter or named mix that speaks; None for the base, and where weights were asked for."""
+        if self.named is None and len(self.mix) == 1 and self.mix[0].weight == 1:
+            return self.mix[0].adapter
+        return self.named
 
 
 def _stamp(adapter: AdapterRecord) -> dict[str, str | int]:
@@ -128,7 +137,7 @@ async def resolve_voice(
     by_model = await _adapter_of(context, model, "model") if model is not None else None
     if adapter_id is None:
         assert model is not None
-        return Voice(model, _alone(by_model))
+        return _alone(context, model, by_model)
     adapter = await _adapter_of(context, adapter_id, "adapter_id")
     if adapter is None:
         raise AdapterNotFound(f"{adapter_id!r} is the base model, not an adapter", param="adapter_id")
@@ -137,7 +146,7 @@ async def resolve_voice(
             f"model {model!r} and adapter_id {adapter_id!r} name different adapters; send one of them",
             param="adapter_id",
         )
-    return Voice(model if model is not None else adapter_id, _alone(adapter))
+    return _alone(context, model if model is not None else adapter_id, adapter)
 
 
 async def _mixed(
@@ -160,12 +169,17 @@ async def _mixed(
             raise AdapterNotFound(f"{each.name!r} is the base model, not an adapter", param=each.param)
         found.append(WeightedAdapter(adapter, each.weight))
     refuse_twins(found, wanted)
-    mix = summable(found, context.engine.info.adapter_budget_bytes, field)
+    mix = summable(expanded(found, field), context.engine.info.adapter_budget_bytes, field)
     return Voice(model if model is not None else base, mix)
 
 
-def _alone(adapter: AdapterRecord | None) -> tuple[WeightedAdapter, ...]:
-    return () if adapter is None else (WeightedAdapter(adapter, 1.0),)
+def _alone(context: ServingContext, model: str, adapter: AdapterRecord | None) -> Voice:
+    if adapter is None:
+        return Voice(model)
+    if not adapter.parts:
+        return Voice(model, (WeightedAdapter(adapter, 1.0),))
+    parts = tuple(WeightedAdapter(part.adapter, part.weight) for part in adapter.parts)
+    return Voice(model, summable(parts, context.engine.info.adapter_budget_bytes, "model"), named=adapter)
 
 
 async def _adapter_of(context: ServingContext, name: str, param: str) -> AdapterRecord | None:

@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from timbre_server.engine.messages import TokenEvent
+from timbre_store.records import MixPart
 
 PATH = "/v1/completions"
 PATHS = [PATH, "/v1/chat/completions"]
@@ -227,3 +228,65 @@ async def test_each_adapter_of_a_mix_begins_at_its_own_invocation(shelved: Any) 
     status, error = await shelved.refused(adapters=mix, prompt=[5, 6])
     assert (status, error["param"]) == (400, "prompt")
     assert "json@1" in error["message"]
+
+
+def named_mix(rig: Any, name: str, *parts: tuple[int, float]) -> Any:
+    """A stored mix of the shelf's adapters, by their places."""
+    record = rig.shelf.add(name)
+    mix = tuple(MixPart(rig.shelf.records[index], weight) for index, weight in parts)
+    rig.shelf.records[-1] = replace(record, parts=mix)
+    return rig.shelf.records[-1]
+
+
+@pytest.mark.parametrize("path", PATHS)
+async def test_a_named_mix_is_asked_for_by_its_name_and_answers_as_its_parts(shelved: Any, path: str) -> None:
+    mix = named_mix(shelved, "both", (0, 0.7), (2, -0.3))
+    default: dict[str, Any] = {"prompt": "hi"}
+    if "chat" in path:
+        default = {"messages": [{"role": "user", "content": "hi"}]}
+    response = await shelved.post(path, model="both", **default)
+    assert response.status_code == 200, response.text
+    (submitted,) = shelved.engine.submitted
+    pirate, json = digest(shelved, 0), digest(shelved, 2)
+    assert [(use.digest, use.weight) for use in submitted.adapters] == [(pirate, 0.7), (json, -0.3)]
+    assert response.json()["model"] == "both"
+    assert response.json()["adapter"] == {
+        "name": "both",
+        "version": 1,
+        "digest": mix.digest,
+        "mix": [
+            {"name": "pirate", "version": 1, "digest": pirate, "weight": 0.7},
+            {"name": "json", "version": 1, "digest": json, "weight": -0.3},
+        ],
+    }
+    assert response.headers["x-timbre-adapter"] == "both@1"
+    assert response.headers["x-timbre-adapter-digest"] == mix.digest
+    assert [record.adapters for record in shelved.records] == [("both",)]
+    model = (await shelved.get("/v1/models/both")).json()
+    assert (model["root"], model["adapter"]["digest"]) == (f"both@{mix.digest}", mix.digest)
+
+
+async def test_a_named_mix_within_a_mix_stands_for_its_parts(shelved: Any) -> None:
+    named_mix(shelved, "both", (0, 0.5), (2, -0.25))
+    answer = await shelved.complete(
+        adapters=[{"name": "both", "weight": 2}, {"name": "pirate@1", "weight": -0.5}, {"name": "extra-1"}]
+    )
+    mix = [(each["name"], each["weight"]) for each in answer["adapter"]["mix"]]
+    assert mix == [("pirate", 0.5), ("json", -0.5), ("extra-1", 1.0)]
+    cancelled = await shelved.complete(
+        adapters=[{"name": "both", "weight": 2}, {"name": "pirate@1", "weight": -1}]
+    )
+    assert [each["name"] for each in cancelled["adapter"]["mix"]] == ["json"]
+
+
+async def test_named_mixes_are_held_to_the_limits_of_every_mix(shelved: Any) -> None:
+    named_mix(shelved, "most", *((place, 0.1) for place in (0, 1, 2, 4, 5, 6, 7)))
+    status, error = await shelved.refused(
+        adapters=[{"name": "most"}, {"name": "extra-4"}, {"name": "extra-5"}]
+    )
+    assert (status, error["code"], error["param"]) == (422, "mix_not_served", "adapters")
+    assert "9 adapters; at most 8" in error["message"]
+    manifest_with(shelved, 0, prepared_bytes=BUDGET)
+    named_mix(shelved, "large", (0, 0.5), (2, 0.5))
+    status, error = await shelved.refused(model="large")
+    assert (status, error["code"], error["param"]) == (422, "mix_not_served", "model")

@@ -1,0 +1,103 @@
+"""From several compiled adapters to as many that share one basis: LoRA-XS files, ``ΔW_k = B S_k A``.
+
+Where an adapter does not adapt a site it has no core there, and the others share the basis. Every file holds
+the basis, since a file stands by itself; in memory equal bases are one (`timbre_methods.bases`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from timbre_methods.contract import Sites
+from timbre_methods.errors import AdapterMismatch, InvalidRecipe
+from timbre_methods.merging.changes import Ingredient, factors_at
+from timbre_methods.merging.joint_basis import Form, JointBasis, joint_basis
+from timbre_methods.merging.lora_file import AdapterFile, peft_config
+from timbre_methods.merging.merge import adapted_paths, check_finite
+from timbre_methods.shared_basis.lora_xs import AS_TRAINED, A, B
+from timbre_methods.site_tensors import PREFIX
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Compressed:
+    """One adapter of the collection."""
+
+    file: AdapterFile
+    relative_error: float
+    """Of its change, in Frobenius norms over all its sites."""
+
+
+MAX_CELLS = 2**27
+"""The most numbers that the changes of one site may have in the span of their factors, together."""
+
+
+def compress(
+    ingredients: Sequence[Ingredient],
+    sites: Sites,
+    rank: int,
+    form: Form,
+    proceed: Callable[[], None] = lambda: None,
+) -> list[Compressed]:
+    """In the order of the ingredients, whose weights are not looked at.
+
+    Raises `AdapterMismatch` for an adapter without a low-rank form, `InvalidRecipe` for a rank that a site
+    does not have; nothing is computed before all of them are known to fit.
+    """
+    paths = adapted_paths(ingredients, sites)
+    for path in paths:
+        site = sites[path]
+        _check_kind(ingredients, path, site.kind)
+        most = min(site.out_features, site.in_features)
+        if rank > most:
+            raise InvalidRecipe(f"rank is {rank}, but at {path} at most {most} is possible")
+        widths = [factors_at(each, path)[0].shape[0] for each in ingredients if path in each.program.sites]
+        spans = min(sum(widths), site.out_features) * min(sum(widths), site.in_features)
+        if len(widths) * spans > MAX_CELLS:
+            raise InvalidRecipe(
+                f"at {path} {len(widths)} adapters of {sum(widths)} ranks together take "
+                f"{len(widths) * spans} numbers, but at most {MAX_CELLS} are computed with; compress fewer"
+            )
+    bases: dict[str, JointBasis] = {}
+    for path in paths:
+        proceed()
+        present = [each for each in ingredients if path in each.program.sites]
+        pairs = [factors_at(each, path) for each in present]
+        check_finite(path, *(tensor for pair in pairs for tensor in pair))
+        bases[path] = joint_basis(pairs, rank, form)
+    return [_member(each, ingredients, bases, rank) for each in ingredients]
+
+
+def _check_kind(ingredients: Sequence[Ingredient], path: str, kind: str) -> None:
+    for each in ingredients:
+        if path in each.program.sites:
+            factors_at(each, path)
+            if kind != "linear":
+                raise AdapterMismatch(
+                    f"{each.label} ({each.method}) adapts {path}, and only linear layers share a basis here"
+                )
+
+
+def _member(
+    own: Ingredient, ingredients: Sequence[Ingredient], bases: dict[str, JointBasis], rank: int
+) -> Compressed:
+    tensors: dict[str, Tensor] = {}
+    whole = left_out = 0.0
+    for path, basis in bases.items():
+        if path not in own.program.sites:
+            continue
+        present = [each for each in ingredients if path in each.program.sites]
+        place = next(index for index, each in enumerate(present) if each is own)
+        stem = PREFIX + path
+        tensors[f"{stem}.{A}"] = basis.a_RI.contiguous().clone()
+        tensors[f"{stem}.{B}"] = basis.b_OR.contiguous().clone()
+        tensors[stem + AS_TRAINED] = basis.s_KRR[place].contiguous().clone()
+        whole += basis.whole_K[place]
+        left_out += basis.left_out_K[place]
+    paths = {path: None for path in bases if path in own.program.sites}
+    config = peft_config("LORA_XS", paths, {"r": rank, "lora_alpha": rank, "init_lora_weights": True})
+    error = math.sqrt(left_out / whole) if whole > 0 else 0.0
+    return Compressed(AdapterFile(config, tensors), error)

@@ -1,0 +1,208 @@
+"""``POST /v1/recipes``: a new adapter made of stored ones, under a name of its own.
+
+A recipe of kind ``linear`` is a named mix: nothing is computed, and a request that names it gets the weighted
+sum that it could have written out. All other kinds make tensors, which go through the registration of every
+upload. Nothing is stored unless all of it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
+
+from fastapi import APIRouter
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+from timbre_methods.errors import MethodError
+from timbre_server.errors import AdapterMismatch, AdapterNotFound, InvalidRequest, ServerError
+from timbre_server.http.adapters import adapter_json
+from timbre_server.http.json_bodies import JSON_ONLY, JsonRoute
+from timbre_server.http.mixes import Wanted, WeightedAdapter, expanded, refuse_twins, summable
+from timbre_server.http.openai_schema import MAX_MIX, MAX_WEIGHT
+from timbre_server.http.upload import MAX_TEXT_BYTES
+from timbre_server.made import Compress, MadeFiles, Merge
+from timbre_store.errors import NameConflict, NotFound, StoreError
+from timbre_store.names import check_name
+from timbre_store.recipe import Parent, Recipe
+from timbre_store.records import AdapterRecord
+from timbre_store.store import Store
+from timbre_store.upload import Arrival
+
+Kind = Literal[
+    "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune", "svd", "lego", "lorahub"
+]  # fmt: skip
+NUMBERS: Mapping[str, tuple[str, ...]] = {
+    "linear": (),
+    "ties": ("rank", "density"),
+    "dare_linear": ("rank", "density", "seed"),
+    "dare_ties": ("rank", "density", "seed"),
+    "magnitude_prune": ("rank", "density"),
+    "svd": ("rank",),
+    "lego": ("rank", "seed"),
+    "lorahub": (),
+}
+"""What each kind reads beside its parents; another number would be ignored, and is refused."""
+MAX_RANK = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class RecipeRoom:
+    """What the recipes' routes are given."""
+
+    store: Store
+    base_names: tuple[str, ...]
+    """No adapter may be called so."""
+    base_digest: str
+    adapter_budget_bytes: int
+    merge: Merge
+    compress: Compress
+    on_recipe: Callable[[str, Sequence[AdapterRecord]], None]
+    """Told the kind and what came of it; nothing where it was refused."""
+
+
+class RecipePart(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class ParentBody(RecipePart):
+    name: str = Field(max_length=MAX_TEXT_BYTES)
+    weight: float = Field(1.0, ge=-MAX_WEIGHT, le=MAX_WEIGHT)
+
+
+class RecipeBody(RecipePart):
+    name: str = Field(max_length=MAX_TEXT_BYTES)
+    kind: Kind
+    parents: Annotated[list[ParentBody], Field(min_length=1, max_length=MAX_MIX, fail_fast=True)]
+    rank: int | None = Field(None, ge=1, le=MAX_RANK)
+    density: float | None = Field(None, gt=0, le=1)
+    seed: int | None = Field(None, ge=0, lt=2**63)
+
+
+def recipe_router(room: RecipeRoom) -> APIRouter:
+    router = APIRouter(prefix="/v1/recipes", tags=["recipes"], route_class=JsonRoute)
+
+    @router.post("", status_code=201, dependencies=[JSON_ONLY])
+    async def create(body: RecipeBody) -> Response:
+        """Makes an adapter of others and stores it as the name's next version."""
+        try:
+            record, relative_error = await _created(room, body)
+        except (StoreError, ServerError, MethodError, HTTPException):
+            room.on_recipe(body.kind, ())
+            raise
+        room.on_recipe(body.kind, (record,))
+        headers = {"Location": f"/v1/adapters/{record.name}@{record.version}"}
+        answer = {**adapter_json(record), "relative_error": relative_error}
+        return JSONResponse(answer, status_code=201, headers=headers)
+
+    return router
+
+
+async def _created(room: RecipeRoom, body: RecipeBody) -> tuple[AdapterRecord, float]:
+    check_new_name(room, body.name)
+    _check_numbers(body)
+    wanted = [
+        Wanted(parent.name, parent.weight, f"parents.{index}.name")
+        for index, parent in enumerate(body.parents)
+    ]
+    parents = await resolve_parents(room, wanted)
+    if body.kind == "linear":
+        return await _named_mix(room, body.name, parents), 0.0
+    refuse_mixes(parents, wanted)
+    recipe = replace(
+        recipe_of(body.kind, parents),
+        rank=body.rank,
+        density=body.density,
+        seed=(body.seed or 0) if "seed" in NUMBERS[body.kind] else None,
+    )
+    made = await room.merge(recipe, [parent.adapter for parent in parents])
+    (record,) = await register_made(room, [(body.name, made)])
+    return record, made.relative_error
+
+
+def check_new_name(room: RecipeRoom, name: str) -> None:
+    """Before anything is computed. Raises: InvalidName, NameConflict."""
+    if check_name(name) in room.base_names:
+        raise NameConflict(f"{name!r} is the base model's name; choose another for the adapter")
+
+
+def _check_numbers(body: RecipeBody) -> None:
+    """Raises: InvalidRequest for a number that the kind does not read, or a density that it needs."""
+    read = NUMBERS[body.kind]
+    for name in ("rank", "density", "seed"):
+        if getattr(body, name) is not None and name not in read:
+            said = f"expected {' and '.join(read)} at most" if read else "it takes parents with weights alone"
+            raise InvalidRequest(f"{name} means nothing to the kind {body.kind!r}; {said}", param=name)
+    if "density" in read and body.density is None:
+        raise InvalidRequest(
+            f"density is required for the kind {body.kind!r}: the fraction of values that it keeps, above 0 "
+            "and at most 1",
+            param="density",
+        )
+
+
+async def resolve_parents(room: RecipeRoom, wanted: Sequence[Wanted]) -> list[WeightedAdapter]:
+    """The adapters of the names, in order.
+
+    Raises: AdapterNotFound; AdapterMismatch for one of another base; InvalidRequest for one named twice.
+    """
+    found = []
+    for each in wanted:
+        if each.name in room.base_names:
+            raise AdapterNotFound(f"{each.name!r} is the base model, not an adapter", param=each.param)
+        try:
+            adapter = await run_in_threadpool(room.store.resolve, each.name)
+        except NotFound as error:
+            raise AdapterNotFound(str(error), param=each.param) from error
+        if adapter.manifest.base_model_digest != room.base_digest:
+            raise AdapterMismatch(
+                f"adapter {adapter.name}@{adapter.version} was made for the base model "
+                f"{adapter.manifest.base_model_digest}; this server serves {room.base_digest}",
+                param=each.param,
+            )
+        found.append(WeightedAdapter(adapter, each.weight))
+    refuse_twins(found, wanted)
+    return found
+
+
+def refuse_mixes(parents: Sequence[WeightedAdapter], wanted: Sequence[Wanted]) -> None:
+    for parent, asked in zip(parents, wanted, strict=True):
+        if parent.adapter.parts:
+            raise InvalidRequest(
+                f"{parent.label} is a mix, which has no tensors of its own to merge; name its adapters",
+                param=asked.param,
+            )
+
+
+def recipe_of(kind: str, parents: Sequence[WeightedAdapter]) -> Recipe:
+    return Recipe(kind, tuple(Parent(parent.adapter.digest, parent.weight) for parent in parents))
+
+
+async def _named_mix(room: RecipeRoom, name: str, parents: Sequence[WeightedAdapter]) -> AdapterRecord:
+    """Raises: MixNotServed for what no request could mix; InvalidRequest where nothing has a weight."""
+    acting = summable(expanded(parents, "parents"), room.adapter_budget_bytes, "parents")
+    if not acting:
+        raise InvalidRequest("every weight is 0: that is the base model itself", param="parents")
+    recipe = recipe_of("linear", acting)
+    return await run_in_threadpool(room.store.register_mix, name, recipe, room.base_digest)
+
+
+async def register_made(room: RecipeRoom, made: Sequence[tuple[str, MadeFiles]]) -> tuple[AdapterRecord, ...]:
+    """All of them or none, checked as every upload is. Raises as `Store.register`."""
+
+    def register() -> tuple[AdapterRecord, ...]:
+        with room.store.begin_upload() as upload:
+            arrivals = []
+            for name, files in made:
+                digests = []
+                for content in (files.config, files.tensors):
+                    with upload.begin_blob() as writer:
+                        writer.write(content)
+                        digests.append(writer.commit())
+                arrivals.append(Arrival(name, digests[0], digests[1], files.recipe))
+            return room.store.register_all(arrivals, room.base_digest)
+
+    return await run_in_threadpool(register)

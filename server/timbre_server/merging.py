@@ -1,0 +1,150 @@
+"""Merges of stored adapters, on one thread of the server's process that gives way to everything else.
+
+Neither the engine's loop nor the event loop waits for it, and it runs at the lowest priority, so a step takes
+the processor from it whenever it likes. Adapters are compiled without the base's values, which lie in another
+process: those that are made of them when they are loaded are refused by name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors.torch import load_file, save
+
+from timbre_methods.contract import Sites
+from timbre_methods.errors import AdapterMismatch, MethodError
+from timbre_methods.merging.changes import Ingredient
+from timbre_methods.merging.compress import compress
+from timbre_methods.merging.joint_basis import Form
+from timbre_methods.merging.lora_file import AdapterFile
+from timbre_methods.merging.merge import MergeNumbers, merge
+from timbre_methods.prompt_contract import Frame
+from timbre_methods.registry import compile_adapter
+from timbre_server.errors import Draining, QueueFull
+from timbre_server.made import MadeCollection, MadeFiles
+from timbre_store.reader import open_adapter, verify_blob
+from timbre_store.recipe import Recipe
+from timbre_store.records import AdapterRecord
+
+MAX_OPEN = 4
+"""Merges that run or wait; a further one is sent away, for each may take minutes."""
+RETRY_S = 30.0
+LOWEST_PRIORITY = 19
+FORMS: Mapping[str, Form] = {"joint_full": "full", "joint_diagonal": "diagonal"}
+"""Recipes of collections, by the form of a member's core."""
+
+Made = TypeVar("Made")
+
+
+class Merges:
+    """For one base model and one store. `merge` belongs to the event loop."""
+
+    def __init__(self, store_root: Path, sites: Sites, frame: Frame) -> None:
+        self._store_root = store_root
+        self._sites = sites
+        self._frame = frame
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="merge", initializer=give_way)
+        self._places = threading.BoundedSemaphore(MAX_OPEN)
+        self._closing = threading.Event()
+
+    async def merge(self, recipe: Recipe, parents: Sequence[AdapterRecord]) -> MadeFiles:
+        """See `timbre_server.made.Merge`."""
+        return await self._in_turn(self._merged, recipe, parents)
+
+    async def compress(self, recipe: Recipe, parents: Sequence[AdapterRecord]) -> MadeCollection:
+        """See `timbre_server.made.Compress`."""
+        return await self._in_turn(self._compressed, recipe, parents)
+
+    async def _in_turn(
+        self,
+        make: Callable[[Recipe, Sequence[AdapterRecord]], Made],
+        recipe: Recipe,
+        parents: Sequence[AdapterRecord],
+    ) -> Made:
+        self._proceed()
+        if not self._places.acquire(blocking=False):
+            raise QueueFull(
+                f"{MAX_OPEN} recipes are being made; try again when one is", retry_after_s=RETRY_S
+            )
+        future = self._thread.submit(make, recipe, tuple(parents))
+        future.add_done_callback(lambda _: self._places.release())
+        return await asyncio.wrap_future(future)
+
+    def close(self) -> None:
+        """Gives up what runs, at its next site, and what waits."""
+        self._closing.set()
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _proceed(self) -> None:
+        if self._closing.is_set():
+            raise Draining("the server stops; the recipe was given up")
+
+    @torch.inference_mode()
+    def _merged(self, recipe: Recipe, parents: Sequence[AdapterRecord]) -> MadeFiles:
+        numbers = MergeNumbers(
+            recipe.kind,
+            rank=recipe.rank,
+            density=1.0 if recipe.density is None else recipe.density,
+            seed=recipe.seed or 0,
+        )
+        made = merge(numbers, self._ingredients(recipe, parents), self._sites, self._proceed)
+        return _files(made.file, replace(recipe, rank=made.rank), made.relative_error)
+
+    @torch.inference_mode()
+    def _compressed(self, recipe: Recipe, parents: Sequence[AdapterRecord]) -> MadeCollection:
+        ingredients = self._ingredients(recipe, parents)
+        assert recipe.rank is not None
+        form = FORMS[recipe.kind]
+        made = compress(ingredients, self._sites, recipe.rank, form, self._proceed)
+        members = [
+            _files(each.file, replace(recipe, member=parent.digest), each.relative_error)
+            for each, parent in zip(made, recipe.parents, strict=True)
+        ]
+        paths = {path for each in ingredients for path in each.program.sites}
+        widths = (self._sites[path].in_features + self._sites[path].out_features for path in paths)
+        return MadeCollection(tuple(members), sum(widths) * recipe.rank * torch.float32.itemsize)
+
+    def _ingredients(self, recipe: Recipe, parents: Sequence[AdapterRecord]) -> list[Ingredient]:
+        pairs = zip(parents, recipe.parents, strict=True)
+        return [self._read(record, parent.weight) for record, parent in pairs]
+
+    def _read(self, record: AdapterRecord, weight: float) -> Ingredient:
+        self._proceed()
+        label, method = f"{record.name}@{record.version}", record.manifest.method
+        files = open_adapter(self._store_root, record.digest)
+        verify_blob(files.tensors_path, files.manifest.tensors_digest)
+        tensors = load_file(files.tensors_path)
+        if files.derived_path is not None:
+            verify_blob(files.derived_path, files.manifest.derived_digest or "")
+            tensors |= load_file(files.derived_path)
+        try:
+            program = compile_adapter(files.config, tensors, self._sites, self._frame)
+        except MethodError as error:
+            raise AdapterMismatch(f"{label} ({method}) can no longer be read: {error}") from error
+        except RuntimeError as error:
+            raise AdapterMismatch(  # One of its tensors met one of the base's, which has no values here.
+                f"{label} ({method}) is made of the base's own weights when it is loaded, and this kind "
+                "needs a change that stands by itself; mix it with kind 'linear'"
+            ) from error
+        return Ingredient(label, method, program, weight)
+
+
+def _files(file: AdapterFile, recipe: Recipe, relative_error: float) -> MadeFiles:
+    return MadeFiles(json.dumps(file.config).encode(), save(file.tensors), recipe, relative_error)
+
+
+def give_way() -> None:
+    """Puts the calling thread, and those that it will start, behind all others. Linux alone has priorities of
+    threads; elsewhere nothing changes."""
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
