@@ -9,10 +9,8 @@ parts of one adapter, and of several adapters in a mix, combine by weighted sums
     W' = W + Σ w · change                   SlicedLowRank, at a bare parameter
     y  = W x' + b + Σ w · change(x, y0)      all others
 
-This module knows no file format, no method's name and no batch.
-
-`routing` has the parts of mixtures, whose weights each row has of its own, and `prompt_parts` what acts
-outside of sites.
+This module knows no file format, no method's name and no batch. `routing` has the parts of mixtures, whose
+weights each row has of its own, and `prompt_parts` what acts outside of sites.
 
 Legend: I in features, O out features, R rank, N stored coefficients or blocks, P and Q the sizes of a
 basis, K places of a sparse core or tokens, F factors, S stored blocks, B their size, M and N
@@ -27,7 +25,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from timbre_methods.prompt_parts import AttentionPrompt, Prompt, PromptEntries
+from timbre_methods.prompt_parts import AttentionPrompt, Prompt
 from timbre_methods.routing import Routed, RoutedBlock, Router
 
 SHARED = {"shared": True}
@@ -215,8 +213,7 @@ class TokenRows:
 @dataclass(frozen=True, slots=True, eq=False)
 class SlicedLowRank:
     """At a bare parameter alone: ``W[e] += B[e] A[e]`` for each slice; the module runs with the changed W.
-    ``a_ERI`` [slices, R, I] and ``b_EOR`` [slices, O, R], float32, with every scale in B; O and I are a
-    slice's rows and columns, as it is stored."""
+    ``a_ERI`` [slices, R, I] and ``b_EOR`` [slices, O, R], float32, every scale in B; a slice is [O, I]."""
 
     a_ERI: Tensor
     b_EOR: Tensor
@@ -224,8 +221,6 @@ class SlicedLowRank:
 
 FromInput = LowRank | Spectral | Circulant | Sparse | Block | Dense | Kronecker | Projected | TokenRows
 Part = FromInput | Diagonal | Rotation | Routed | RoutedBlock | SlicedLowRank
-
-
 AnyPart = Part | Prompt | AttentionPrompt
 
 
@@ -248,9 +243,7 @@ class AdapterProgram:
     @property
     def virtual_tokens(self) -> int:
         """V: positions of each request that are the adapter's."""
-        if isinstance(self.prompt, PromptEntries):
-            return self.prompt.keys_AVGE.shape[1]
-        return 0 if self.prompt is None else self.prompt.rows_VD.shape[0]
+        return 0 if self.prompt is None else self.prompt.num_tokens
 
     @property
     def row_copies(self) -> int:
@@ -301,8 +294,7 @@ def owned_tensors(part: AnyPart | Router) -> Iterator[Tensor]:
 
 
 def pattern_bytes(part: AnyPart) -> int:
-    """What operators keep beside own places: S as a sparse matrix of half spectra, three numbers of 32 bits
-    for each coefficient and one for each row's end."""
+    """What operators keep beside own places: S of half spectra in CSR, 12 bytes for each entry."""
     inner = [each for expert in part.experts for each in expert] if isinstance(part, Routed) else [part]
     own = [each.places for each in inner if isinstance(each, Spectral) and each.places.is_own]
     return sum(4 * (3 * len(each.rows_N) + 2 * (each.out_features // 2 + 1) + 1) for each in own)

@@ -20,6 +20,11 @@ class PromptEmbeddings:
 
     rows_VD: Tensor
 
+    @property
+    def num_tokens(self) -> int:
+        """V."""
+        return self.rows_VD.shape[0]
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PromptEntries:
@@ -28,6 +33,11 @@ class PromptEntries:
 
     keys_AVGE: Tensor
     values_AVGE: Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        """V."""
+        return self.keys_AVGE.shape[1]
 
 
 Prompt = PromptEmbeddings | PromptEntries
