@@ -14,6 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
+from timbre_server.inspection import inspector, meta_sites
+
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -115,15 +117,11 @@ async def test_an_adapter_for_another_base_is_refused_by_name(
 async def test_an_adapter_larger_than_all_adapter_memory_is_refused(
     serve: Callable[..., Any], adapter_files: Any, store: Any
 ) -> None:
-    from timbre_server.inspection import inspector, meta_sites
-
     served = serve()
-    sites = meta_sites(served.engine.info.sites)
-    inspect = inspector(sites, budget_bytes=8, derive=lambda *_: None)
+    inspect = inspector(meta_sites(served.engine.info.sites), budget_bytes=8, derive=lambda *_: None)
     store._registrar = replace(store._registrar, inspect=inspect)
-    response = await served.upload(adapter_files())
-    assert response.status_code == 422
-    assert "adapter_memory_mib" in response.json()["error"]["message"]
+    error = (await served.upload(adapter_files())).json()["error"]
+    assert (error["code"], "adapter_memory_mib" in error["message"]) == ("adapter_invalid", True)
 
 
 @pytest.mark.parametrize("missing", ["name", CONFIG, TENSORS])
