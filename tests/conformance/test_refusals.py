@@ -84,8 +84,9 @@ def test_a_layer_that_the_base_lacks_is_refused_with_what_there_is(
         for path in tiny_sites
         if any(in_names(path) in key for key in example.tensors)
     )
+    absent = "model.layers.7.mlp.up_proj"
     moved = {
-        key.replace(in_names(path), in_names("model.layers.7.mlp.up_proj")): tensor
+        key.replace(f".{path}.", f".{absent}.").replace(in_names(path), in_names(absent)): tensor
         for key, tensor in example.tensors.items()
     }
     with pytest.raises(AdapterMismatch, match=r"has no .*'model\.layers\.7\.mlp\.up_proj'.* 0, 1"):
