@@ -11,11 +11,6 @@ from types import MappingProxyType
 
 from timbre_methods.config import shown
 
-_ROUTED = (
-    "its router gives each token experts of its own, and routed mixtures are not served yet; upload the "
-    "experts as single LoRAs and name several of them with weights in a request"
-)
-
 REFUSED: Mapping[str, str] = MappingProxyType(
     {
         "BONE": "PEFT replaced it by MISS; turn it into one with PEFT's scripts/convert-bone-to-miss.py",
@@ -31,7 +26,11 @@ REFUSED: Mapping[str, str] = MappingProxyType(
             "it is a codebook for the codes of a sketched base, which everyone on the server would have to "
             "use; serve the sketched base as a model of its own"
         ),
-        "XLORA": _ROUTED,
+        "XLORA": (
+            "its router reads what the base alone makes of each token, which takes a pass and a key-value "
+            "cache of its own; upload its experts as single LoRAs and name several of them with weights, or "
+            "with the routers of ARROW"
+        ),
     }
 )
 """By ``peft_type``: why it is not served, and what to do."""
