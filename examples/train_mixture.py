@@ -167,7 +167,7 @@ def print_routing(model: Any, mlps: Mlps, texts: Texts) -> None:
         print(f"| {kind} | " + " | ".join(f"{share:.1%}" for share in share_E.tolist()) + " |", flush=True)
 
 
-def train(name: str, model_folder: Path, out: Path, samples: int) -> None:
+def train(name: str, model_folder: Path, out: Path, samples: int, judged_each: int) -> None:
     """Train one mixture, write it, and print how it does on the held-out set."""
     mixture = MIXTURES[name]
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
@@ -177,13 +177,14 @@ def train(name: str, model_folder: Path, out: Path, samples: int) -> None:
     mlps = put_into(base, mixture)
     parameters = sum(p.numel() for p in base.parameters() if p.requires_grad)
     print(f"{name} ({mixture.config['peft_type']}, {parameters} parameters)", flush=True)
+    judged = {kind: examples[:judged_each] for kind, examples in texts.heldout.items()}
     with lower_layers_passed(base, LAYERS[0]):
         fit(base, mixture, mlps, texts.trained)
         stored_bytes = save(mixture, mlps, out / name)
         print(f"  {stored_bytes / 1000:.0f} kB", flush=True)
         print("| held-out loss | " + " | ".join(CUES) + " | all |", flush=True)
-        print_losses(base, mlps, texts.heldout, forced_gates())
-        print_routing(base, mlps, texts.heldout)
+        print_losses(base, mlps, judged, forced_gates())
+        print_routing(base, mlps, judged)
     for kind, examples in texts.heldout.items():
         for example in examples[:samples]:
             print(f"  > {CUES[kind]} {example.prompt}")
@@ -197,6 +198,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, help="a model folder; the embedded default model if not given")
     parser.add_argument("--cache-dir", type=Path, default=Path(".timbre/cache"), help="its converted weights")
     parser.add_argument("--samples", type=int, default=3, help="held-out prompts of each kind to answer")
+    parser.add_argument("--judged", type=int, default=6, help="held-out examples of each kind to judge by")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     chosen = parser.parse_args()
     unknown = sorted(set(chosen.mixtures) - set(MIXTURES))
@@ -209,7 +211,8 @@ def main() -> None:
     chosen = arguments()
     torch.set_num_threads(chosen.threads)
     for name in chosen.mixtures or MIXTURES:
-        train(name, chosen.model or default_model_folder(chosen.cache_dir), chosen.out, chosen.samples)
+        folder = chosen.model or default_model_folder(chosen.cache_dir)
+        train(name, folder, chosen.out, chosen.samples, chosen.judged)
 
 
 if __name__ == "__main__":
