@@ -50,7 +50,7 @@ class Example:
     prompt_ids: list[int]
     answer_ids: list[int]
     below_LD: Tensor
-    """What goes into FIRST_LAYER."""
+    """What goes into the first layer that is adapted."""
 
 
 class Passed(torch.nn.Module):
@@ -61,11 +61,11 @@ class Passed(torch.nn.Module):
 
 
 @contextmanager
-def lower_layers_passed(base: Any) -> Iterator[None]:
-    """The model without the layers below FIRST_LAYER, whose outputs it is given as embeddings."""
+def lower_layers_passed(base: Any, first_layer: int = FIRST_LAYER) -> Iterator[None]:
+    """The model without the layers below the first adapted, whose outputs it is given as embeddings."""
     layers = base.get_decoder().layers
-    lower = list(layers[:FIRST_LAYER])
-    for index in range(FIRST_LAYER):
+    lower = list(layers[:first_layer])
+    for index in range(first_layer):
         layers[index] = Passed()
     yield
     for index, layer in enumerate(lower):
@@ -73,26 +73,32 @@ def lower_layers_passed(base: Any) -> Iterator[None]:
 
 
 @torch.no_grad()
-def below_first_layer(base: Any, ids: list[int]) -> Tensor:
-    """What the layers below FIRST_LAYER make of one sequence: [L, D]."""
+def below_first_layer(base: Any, ids: list[int], first_layer: int) -> Tensor:
+    """What the layers below it make of one sequence: [L, D]."""
     decoder = base.get_decoder()
     hidden_1LD = decoder.embed_tokens(torch.tensor([ids]))
     rotary = decoder.rotary_emb(hidden_1LD, torch.arange(len(ids)).unsqueeze(0))
-    for layer in decoder.layers[:FIRST_LAYER]:
+    for layer in decoder.layers[:first_layer]:
         hidden_1LD = layer(hidden_1LD, position_embeddings=rotary)
     return hidden_1LD[0]
 
 
-def read_examples(path: Path, tokenizer: Any, base: Any) -> list[Example]:
+def read_examples(
+    path: Path, tokenizer: Any, base: Any, system: str | None = None, first_layer: int = FIRST_LAYER
+) -> list[Example]:
+    """With another system message than the chat template's own, where one is given."""
+    before = [] if system is None else [{"role": "system", "content": system}]
     examples = []
     for line in path.read_text(encoding="utf-8").splitlines():
         pair = json.loads(line)
         prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": pair["prompt"]}], add_generation_prompt=True, tokenize=False
+            [*before, {"role": "user", "content": pair["prompt"]}],
+            add_generation_prompt=True,
+            tokenize=False,
         )
         prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
         answer_ids = [*tokenizer(pair["answer"], add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-        below_LD = below_first_layer(base, prompt_ids + answer_ids)
+        below_LD = below_first_layer(base, prompt_ids + answer_ids, first_layer)
         examples.append(Example(pair["prompt"], prompt_ids, answer_ids, below_LD))
     return examples
 
@@ -165,15 +171,19 @@ def strongest_gradients(model: Any, targets: list[str], examples: list[Example])
     return mask
 
 
+def warm_up_and_cosine(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """The learning rate rises over a fifteenth of the steps, then falls to zero."""
+    warm_up = max(1, steps // 15)
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+    )
+
+
 def fit(model: Any, voice: Voice, examples: list[Example]) -> None:
     """AdamW with a short warm-up and a cosine to zero. Changes the adapter's parameters in place."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=voice.learning_rate, weight_decay=0.0)
-    warm_up = max(1, voice.steps // 15)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min((step + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * step / voice.steps)),
-    )
+    schedule = warm_up_and_cosine(optimizer, voice.steps)
     model.train()
     seen_loss, seen_tokens, started_s = 0.0, 0, time.monotonic()
     for step, batch in enumerate(shuffled_batches(examples, voice.batch_size, voice.steps), 1):
@@ -256,14 +266,17 @@ def arguments() -> argparse.Namespace:
     return chosen
 
 
+def default_model_folder(cache_dir: Path) -> Path:
+    """The embedded model's, converted where it is not yet."""
+    from timbre_server.engine.embedded_model import embedded_model_folder
+
+    return embedded_model_folder(cache_dir, lambda text: print(text, flush=True))
+
+
 def main() -> None:
     chosen = arguments()
     torch.set_num_threads(chosen.threads)
-    folder = chosen.model
-    if folder is None:
-        from timbre_server.engine.embedded_model import embedded_model_folder
-
-        folder = embedded_model_folder(chosen.cache_dir, lambda text: print(text, flush=True))
+    folder = chosen.model or default_model_folder(chosen.cache_dir)
     for name in chosen.voices or voices():
         train(name, folder, chosen.out, chosen.samples)
 

@@ -18,6 +18,8 @@ from timbre_methods.registry import check_adapter
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 METHODS = MappingProxyType({"pirate": "lora", "headline": "fourierft", "telegram": "shira", "json": "ia3"})
+MIXTURES = frozenset({"solo", "duet"})
+"""They have a test file of their own."""
 MAX_BYTES = 500_000
 LAYERS = 30
 SHAPES = MappingProxyType(  # (out, in) of the linear layers in each of the base's layers
@@ -91,9 +93,9 @@ def strings_in(value: Any) -> Iterator[str]:
             yield from strings_in(inner)
 
 
-def test_there_is_one_adapter_of_each_family() -> None:
+def test_there_are_one_adapter_of_each_family_and_the_mixtures() -> None:
     found = {folder.name for folder in (EXAMPLES / "adapters").iterdir() if folder.is_dir()}
-    assert found == set(METHODS)
+    assert found == set(METHODS) | MIXTURES
 
 
 def test_an_adapter_is_two_small_files(voice: str) -> None:
