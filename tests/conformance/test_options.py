@@ -56,13 +56,13 @@ def choices(annotation: Any) -> set[object]:
     return set()
 
 
-def fields_with_choices(found: Mapping[str, Reader[Any]]) -> list[tuple[str, str]]:
-    """Method and key."""
+def fields_with_choices(found: Mapping[str, Reader[Any]], at_least: int = 1) -> list[tuple[str, str]]:
+    """Method and key, where there are so many choices."""
     return [
         (name, key)
         for name, method in found.items()
         for key, field in get_type_hints(method.parse)["return"].model_fields.items()
-        if choices(field.annotation)
+        if len(choices(field.annotation)) >= at_least
     ]
 
 
@@ -80,7 +80,9 @@ WITHOUT_EFFECT: Mapping[tuple[str, str], tuple[set[object], str]] = {
         {"lu", "s_uniform", "s_normal", "ones", "zeros"},
         "each keeps the base whole, and a start that is in the file is read, whatever the option says",
     ),
+    ("parameter_lora", "init_lora_weights"): ({False}, ITS_START),
     ("pvera", "save_projection"): ({False}, THE_FILES_WIN),
+    ("qalora", "init_lora_weights"): ({False}, ITS_START),
     ("randlora", "save_projection"): ({False}, THE_FILES_WIN),
     ("unilora", "save_indices"): ({False}, THE_FILES_WIN),
     ("vera", "save_projection"): ({False}, THE_FILES_WIN),
@@ -132,7 +134,7 @@ def test_every_option_is_honoured_refused_or_declared_inert(
     assert ignored - honoured == set()
 
 
-@pytest.mark.parametrize(("name", "key"), fields_with_choices(methods()))
+@pytest.mark.parametrize(("name", "key"), fields_with_choices(methods(), at_least=2))
 def test_every_other_choice_is_refused_by_name_or_changes_the_output(
     name: str, key: str, tiny_sites: dict[str, Site], make_example: Callable[..., Any], evaluate: ModuleType
 ) -> None:

@@ -44,6 +44,8 @@ KEYS = frozenset(FACTORS)
 class QaloraConfig(LoraConfig):
     """LoRA's fields, with the switch and the size of a group."""
 
+    inert = LoraConfig.inert - {"qalora_group_size"}
+
     use_qalora: bool
     qalora_group_size: Annotated[int, Field(ge=1, le=2**31 - 1)] = 16
 

@@ -75,7 +75,7 @@ class Arrow(Method[ArrowConfig]):
     paper = "arXiv 2405.11157"
     stored = "of each expert A [r, in] and B [out, r]; the same of general experts"
     regenerated = "prototypes, from the experts"
-    checked_against = "PEFT"
+    checked_against = "PEFT's Arrow layers"
 
     def claims(self, raw_config: Mapping[str, Any]) -> bool:
         return raw_config.get("peft_type") == "ARROW"
