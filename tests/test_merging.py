@@ -31,23 +31,29 @@ from timbre_store.store import Store
 BASE = "sha256:" + "b" * 64
 SHAPES = (
     SiteShape("embed_tokens", 30, 24, False, "embedding", is_transposed=True),
-    SiteShape("q_proj", 24, 24, False),
-    SiteShape("down_proj", 24, 40, False),
+    SiteShape("layers.0.self_attn.q_proj", 24, 24, False),
+    SiteShape("layers.0.mlp.up_proj", 40, 24, False),
+    SiteShape("layers.0.mlp.down_proj", 24, 40, False),
+    SiteShape("layers.0.mlp", 24, 24, False, "block"),
     SiteShape("norm", 24, 24, False, "norm"),
 )
 META = meta_sites(SHAPES)
 
 NOT_MERGED = (
-    "alora", "beft", "boft", "deft", "dora", "ether", "glora", "hira", "hra", "hydra", "ia3", "ln_tuning",
-    "oft", "peanut", "propulsion", "road", "sara", "ssf", "trainable_tokens",
+    "alora", "arrow", "beft", "boft", "deft", "dora", "ether", "glora", "hira", "hra", "hydra", "ia3", "lily",
+    "llava_mole", "ln_tuning", "lora_mixer", "loramoe", "mixlora", "mola", "molora", "moram", "mov", "oft",
+    "peanut", "phatgoose", "propulsion", "road", "sara", "smora", "ssf", "trainable_tokens",
 )  # fmt: skip
-"""What turns or scales what passes through a layer, or is made of the base's weights when it is loaded."""
+"""What turns or scales what passes, what routes, or is made of the base's weights when it is loaded."""
 
 
 def real_sites() -> dict[str, Site]:
     """Weights whose magnitudes all differ."""
     sites = {}
     for path, site in META.items():
+        if site.kind == "block":
+            sites[path] = site
+            continue
         count = site.weight_OI.numel()
         order = torch.randperm(count, generator=torch.Generator().manual_seed(count))
         weight = ((order + 1) * (order % 2 * 2 - 1) / count).reshape(site.weight_OI.shape)

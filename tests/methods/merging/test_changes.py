@@ -74,7 +74,8 @@ def test_a_part_s_change_is_what_it_does_to_every_input(
 
 def test_every_other_part_is_refused(parts: dict[type, list[tuple[str, str, Part]]]) -> None:
     others = set(parts) - set(get_args(Additive))
-    assert {kind.__name__ for kind in others} == {"Diagonal", "Rotation", "Routed", "RoutedBlock", "TokenRows"}
+    names = {kind.__name__ for kind in others}
+    assert names == {"Diagonal", "Rotation", "Routed", "RoutedBlock", "TokenRows"}
     for kind in others:
         name, path, part = parts[kind][0]
         with pytest.raises(AdapterMismatch, match=f"it .{name}. at {path} has a {kind.__name__} part"):
