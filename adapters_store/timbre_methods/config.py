@@ -54,6 +54,8 @@ Finite = Annotated[float, Field(allow_inf_nan=False, ge=-1e9, le=1e9)]
 """A finite scale; whole numbers are welcome too."""
 Rank = Annotated[int, Field(ge=1, le=4096)]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Index = Annotated[int, Field(ge=0, le=2**31 - 2)]
+"""Of one of a `Count`, from 0."""
 RankPattern = Annotated[dict[str, Rank], Field(max_length=4096)]
 CountPattern = Annotated[dict[str, Count], Field(max_length=4096)]
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]

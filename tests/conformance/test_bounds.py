@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 from timbre_methods.config import PeftConfig
 from timbre_methods.errors import InvalidConfig, MethodError
 from timbre_methods.registry import methods, prompt_methods
+from timbre_methods.routing import MAX_EXPERTS
 
 EVERYTHING = {**methods(), **prompt_methods()}
 Wrap = Callable[[object], object]
@@ -113,10 +114,29 @@ NOT_BESIDE_THE_EXAMPLE: Mapping[tuple[str, str, float], str] = {
     ("road", "group_size", 1): "expected an even number",
     ("road", "group_size", MOST): "expected an even number",
     ("vblora", "num_vectors", 1): "topk: found .*expected at most num_vectors, 1",
-    ("multitask_prompt_tuning", "num_tasks", MOST): "a request cannot say which task it is of",
+    ("qalora", "qalora_group_size", 1): "qalora_group_size=1 is not served: .* train a plain LoRA",
 }
-"""Numbers within their bounds that another option of the example forbids, by method and key, with the reason
-that the refusal gives."""
+"""Numbers within their bounds that another option of the example forbids, or that would mean another method,
+by method and key, with the reason that the refusal gives."""
+BESIDE: Mapping[tuple[str, str], Mapping[str, object]] = {
+    ("arrow", "scales"): {"top_k": 1},
+    ("arrow", "top_k"): {"scales": [1.0] * MAX_EXPERTS},
+    ("lora_mixer", "scales"): {"top_k": 1},
+    ("lora_mixer", "top_k"): {"scales": [1.0] * MAX_EXPERTS},
+    ("mola", "num_experts"): {"top_k": 1},
+    ("mola", "top_k"): {"num_experts": MAX_EXPERTS},
+    ("moram", "k"): {"r_sum": MAX_EXPERTS},
+    ("moram", "r_sum"): {"k": 1},
+    ("multitask_prompt_tuning", "num_tasks"): {"task_id": 0},
+    ("multitask_prompt_tuning", "task_id"): {"num_tasks": MOST},
+    ("phatgoose", "num_experts"): {"top_k": 1},
+    ("phatgoose", "top_k"): {"num_experts": MAX_EXPERTS},
+    ("poly", "n_tasks"): {"task_id": 0},
+    ("poly", "task_id"): {"n_tasks": MOST},
+    ("smora", "r"): {"top_k": 1},
+    ("smora", "top_k"): {"r": MAX_EXPERTS},
+}
+"""What a number at its bounds is read beside, where the example's value of another option narrows them."""
 MOST_KEYS = 4096
 """Of a pattern. AdaLoRA's rank_pattern holds no number: its keys are names, looked up and never matched."""
 
@@ -159,7 +179,7 @@ def test_a_number_at_its_bounds_is_read(name: str, key: str, config_of: ConfigOf
     method, raw_config = EVERYTHING[name], config_of(name)
     for kind in numbers(name, key):
         for value in kind.within:
-            changed = {**raw_config, key: kind.wrap(value)}
+            changed = {**raw_config, **BESIDE.get((name, key), {}), key: kind.wrap(value)}
             if (name, key, value) in NOT_BESIDE_THE_EXAMPLE:
                 with pytest.raises(MethodError, match=NOT_BESIDE_THE_EXAMPLE[name, key, value]):
                     method.parse(changed)
@@ -176,7 +196,7 @@ def test_no_number_is_overlooked() -> None:
         for key, field in get_type_hints(method.parse)["return"].model_fields.items()
     }
     assert {at for at, text in texts.items() if re.search(r"\b(int|float)\b", text)} <= set(fields())
-    assert {(name, key) for name, key, _ in NOT_BESIDE_THE_EXAMPLE} <= set(fields())
+    assert {(name, key) for name, key, _ in NOT_BESIDE_THE_EXAMPLE} | set(BESIDE) <= set(fields())
 
 
 @pytest.mark.parametrize(("name", "key"), [(name, key) for name, key in fields() if key.endswith("_pattern")])

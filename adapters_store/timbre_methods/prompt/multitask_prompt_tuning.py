@@ -13,13 +13,12 @@ Paper: arXiv 2303.02861.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from timbre_methods.config import Count, Rank, read_config
+from timbre_methods.config import Count, Index, Rank, read_config
 from timbre_methods.contract import Sites, Tensors
 from timbre_methods.errors import InvalidConfig, UnsupportedMethod
 from timbre_methods.examples import random_tensor, whole_number
@@ -37,7 +36,7 @@ class MultitaskConfig(PromptTuningConfig):
 
     num_ranks: Rank = 1
     num_tasks: Count = 1
-    task_id: Annotated[int, Field(ge=0)] | None = None
+    task_id: Index | None = None
     """Which task is served; None where there is one alone."""
 
 

@@ -25,7 +25,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from timbre_methods.config import Count, PeftConfig, Seed, read_config
+from timbre_methods.config import PeftConfig, Seed, read_config
 from timbre_methods.contract import Method, Site, Sites, Tensors
 from timbre_methods.errors import InvalidConfig, InvalidTensors
 from timbre_methods.examples import chosen_sites, coin, peft_file, whole_number
@@ -33,6 +33,7 @@ from timbre_methods.low_rank.lora import FACTORS
 from timbre_methods.program import AdapterProgram
 from timbre_methods.routed.low_rank_experts import (
     Factors,
+    NumExperts,
     Scales,
     check_top_k,
     example_experts,
@@ -63,7 +64,7 @@ class ArrowConfig(PeftConfig):
     )
 
     scales: Scales
-    top_k: Count = 3
+    top_k: NumExperts = 3
     router_temperature: Annotated[float, Field(allow_inf_nan=False, ge=1e-6, le=1e6)] = 1.0
     prototypes: Literal["svd", "peft"]
     rng_seed: Seed | None = None

@@ -19,12 +19,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from timbre_methods.config import Count, PeftConfig, read_config
+from timbre_methods.config import PeftConfig, read_config
 from timbre_methods.contract import Method, Site, Sites, Tensors
 from timbre_methods.errors import InvalidTensors
 from timbre_methods.examples import chosen_sites, coin, peft_file, random_tensor, whole_number
 from timbre_methods.program import AdapterProgram
 from timbre_methods.routed.low_rank_experts import (
+    NumExperts,
     Scales,
     check_top_k,
     example_experts,
@@ -52,7 +53,7 @@ class LoraMixerConfig(PeftConfig):
     """``routers``: one for each ``projection``, or one for the ``attention`` around them."""
 
     scales: Scales
-    top_k: Count
+    top_k: NumExperts
     renormalised: bool
     routers: Literal["projection", "attention"]
 

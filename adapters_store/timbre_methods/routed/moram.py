@@ -20,7 +20,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from timbre_methods.config import Count, Finite, PeftConfig, read_config
+from timbre_methods.config import Finite, PeftConfig, read_config
 from timbre_methods.contract import Method, Site, Sites, Tensors
 from timbre_methods.errors import InvalidConfig, InvalidTensors
 from timbre_methods.examples import chosen_sites, peft_file, random_tensor, whole_number
@@ -33,7 +33,7 @@ from timbre_methods.routed.low_rank_experts import (
     plain_output,
     single_ranks,
 )
-from timbre_methods.routing import Routed, Router, Rule
+from timbre_methods.routing import MAX_EXPERTS, Routed, Router, Rule
 from timbre_methods.site_tensors import PREFIX, SiteTensors, tensors_by_site, tensors_of_site
 
 KEYS = frozenset(FACTORS)
@@ -52,9 +52,9 @@ class MoramConfig(PeftConfig):
     inert = frozenset({"init_lora_weights", "lora_alpha", "lora_dropout", "r"})
 
     tau: Annotated[float, Field(allow_inf_nan=False, ge=1e-6, le=1e6)]
-    k: Count
+    k: NumExperts
     delta: Finite
-    r_sum: NumExperts
+    r_sum: Annotated[int, Field(ge=SMALLEST_CHOICE, le=MAX_EXPERTS)]
 
 
 class Moram(Method[MoramConfig]):

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from timbre_methods.config import Count, PeftConfig, read_config
+from timbre_methods.config import PeftConfig, read_config
 from timbre_methods.contract import Method, Site, Sites, Tensors
 from timbre_methods.examples import chosen_sites, peft_file, random_tensor, whole_number
 from timbre_methods.program import AdapterProgram
@@ -43,7 +43,7 @@ EPSILON = 1e-5
 
 class PhatgooseConfig(PeftConfig):
     num_experts: NumExperts
-    top_k: Count = 2
+    top_k: NumExperts = 2
 
 
 class Phatgoose(Method[PhatgooseConfig]):

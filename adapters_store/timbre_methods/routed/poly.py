@@ -15,13 +15,12 @@ Papers: arXiv 2202.13914 section 2; MHR arXiv 2211.03831.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from timbre_methods.config import Count, PeftConfig, Rank, read_config
+from timbre_methods.config import Count, Index, PeftConfig, Rank, read_config
 from timbre_methods.contract import Method, Site, Sites, Tensors
 from timbre_methods.errors import InvalidConfig, InvalidTensors
 from timbre_methods.examples import chosen_sites, coin, peft_file, random_tensor, whole_number
@@ -44,7 +43,7 @@ class PolyConfig(PeftConfig):
     n_tasks: Count = 1
     n_skills: Count = 4
     n_splits: Count = 1
-    task_id: Annotated[int, Field(ge=0)] | None = None
+    task_id: Index | None = None
 
 
 class Poly(Method[PolyConfig]):

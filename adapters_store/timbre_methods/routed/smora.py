@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from timbre_methods.config import Count, Finite, PeftConfig, read_config
+from timbre_methods.config import Finite, PeftConfig, read_config
 from timbre_methods.contract import Method, Site, Sites, Tensors
 from timbre_methods.examples import chosen_sites, coin, peft_file, random_tensor, whole_number
 from timbre_methods.low_rank.lora import FACTORS
@@ -44,7 +44,7 @@ class SmoraConfig(PeftConfig):
     """All of it matters, and nothing has a default."""
 
     r: NumExperts
-    top_k: Count
+    top_k: NumExperts
     gate: Gate
     scale: Finite
     balance_bias: bool
