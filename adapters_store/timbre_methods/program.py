@@ -26,7 +26,7 @@ from typing import Literal
 from torch import Tensor
 
 from timbre_methods.prompt_parts import AttentionPrompt, Prompt
-from timbre_methods.routing import Routed, RoutedBlock, Router
+from timbre_methods.routing import Routed, RoutedBlock, Router, repeated_router_bytes
 
 SHARED = {"shared": True}
 """Field metadata: the tensor belongs to a basis that many adapters use, so no adapter owns its bytes."""
@@ -261,14 +261,14 @@ class AdapterProgram:
     @property
     def prepared_bytes(self) -> int:
         """Bytes that this adapter alone needs in memory; exact on the meta device too."""
-        tensors = sum(tensor.nbytes for _, part in self.placed_parts() for tensor in owned_tensors(part))
-        return tensors + sum(pattern_bytes(part) for _, part in self.placed_parts())
+        parts = [part for _, part in self.placed_parts()]
+        tensors = sum(tensor.nbytes for part in parts for tensor in owned_tensors(part))
+        return tensors + sum(map(pattern_bytes, parts)) - repeated_router_bytes(parts)
 
     @property
     def shared_bytes(self) -> dict[int, int]:
         """Bytes of each tensor that it shares with others, by the tensor's identity in this process."""
-        parts = (part for _, part in self.placed_parts())
-        return {id(tensor): tensor.nbytes for part in parts for tensor in shared_tensors(part)}
+        return {id(t): t.nbytes for _, part in self.placed_parts() for t in shared_tensors(part)}
 
 
 def shared_tensors(part: AnyPart) -> Iterator[Tensor]:
@@ -281,7 +281,7 @@ def shared_tensors(part: AnyPart) -> Iterator[Tensor]:
 
 
 def owned_tensors(part: AnyPart | Router) -> Iterator[Tensor]:
-    """The tensors of a part that belong to its adapter, without the shared basis, each once."""
+    """The tensors of a part that belong to its adapter, without the shared basis."""
     for value in (getattr(part, each.name) for each in fields(part)):
         if isinstance(value, Tensor):
             yield value

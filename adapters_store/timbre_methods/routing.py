@@ -15,6 +15,7 @@ Legend: I in features, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -81,6 +82,10 @@ class Router:
     def num_experts(self) -> int:
         return len(self.weight_EI)
 
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (self.weight_EI, self.bias_E, self.preference_E) if t is not None)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Routed:
@@ -113,3 +118,9 @@ class RoutedBlock:
         rule = self.router.rule
         is_once = self.meet == "sites" or rule.is_choice
         return 1 if is_once else rule.num_kept(self.router.num_experts)
+
+
+def repeated_router_bytes(parts: Iterable[object]) -> int:
+    """What routers that several sites share would be counted too often, if each site counted its own."""
+    routers = [part.router for part in parts if isinstance(part, Routed) and not part.from_block]
+    return sum(router.nbytes for router in routers) - sum(router.nbytes for router in set(routers))

@@ -24,7 +24,12 @@ from timbre_store.records import AdapterRecord
 from timbre_store.store import Store
 
 BASE, OTHER_BASE = "sha256:" + "a" * 64, "sha256:" + "b" * 64
-SHAPES = {"layers.0.q": (12, 12), "layers.0.k": (6, 12), "layers.0.up": (17, 12), "layers.0.down": (12, 17)}
+SHAPES = {
+    "layers.0.self_attn.q_proj": (12, 12),
+    "layers.0.self_attn.k_proj": (6, 12),
+    "layers.0.mlp.up_proj": (17, 12),
+    "layers.0.mlp.down_proj": (12, 17),
+}
 
 Upload = Callable[[str], AdapterRecord]
 
@@ -40,6 +45,7 @@ def sites() -> dict[str, Site]:
         "embed": table,
         **linear,
         "norm": Site("norm", torch.randn(12, generator=generator), None, "norm"),
+        "layers.0.mlp": Site("layers.0.mlp", torch.empty(12, 12, device="meta"), None, "block"),
     }
 
 

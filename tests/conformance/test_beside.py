@@ -21,11 +21,12 @@ from timbre_methods.program import AdapterProgram
 from timbre_methods.registry import methods, prompt_methods
 from timbre_methods.site_tensors import PREFIX
 
-SEEDS = range(40)
+SEEDS = range(200)
 EXAMPLES = 2
-ALONE = {"alora", *prompt_methods()}
-"""Methods that act on some of a request's rows or outside its layers: whatever stands beside them would act
-on all rows."""
+NOT_PEFTS_FILES = {"llava_mole", "loramoe", "mixlora", "mola"}
+ALONE = {"alora", *NOT_PEFTS_FILES, *prompt_methods()}
+"""Methods that act on some of a request's rows or outside its layers, where whatever stands beside them would
+act on all rows; and those in whose files nothing of PEFT's can stand."""
 SERVED = sorted(methods().keys() - ALONE)
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 NOT_SERVED = {
