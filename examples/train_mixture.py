@@ -45,7 +45,7 @@ from train import (
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from voices import SEED
 
-STEPS = 40
+STEPS = 120
 EACH_KIND = 1
 """Examples in a batch."""
 LEARNING_RATE = 8e-3
@@ -198,7 +198,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, help="a model folder; the embedded default model if not given")
     parser.add_argument("--cache-dir", type=Path, default=Path(".timbre/cache"), help="its converted weights")
     parser.add_argument("--samples", type=int, default=3, help="held-out prompts of each kind to answer")
-    parser.add_argument("--judged", type=int, default=6, help="held-out examples of each kind to judge by")
+    parser.add_argument("--judged", type=int, default=25, help="held-out examples of each kind to judge by")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     chosen = parser.parse_args()
     unknown = sorted(set(chosen.mixtures) - set(MIXTURES))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import statistics
 from collections.abc import Callable
@@ -17,6 +18,9 @@ from timbre_server.engine.embedded_model import embedded_model_folder
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 VOICES = {"pirate": "lora", "headline": "fourierft", "telegram": "shira", "json": "ia3"}
+MIXTURES = {"solo": "llava_mole", "duet": "mixlora"}
+MIN_SHARE = {"solo": 0.7, "duet": 0.4}
+"""Of the expert that was trained for a kind of text, in the gates of that kind's held-out answers."""
 LINES_EACH = 10
 CLEAR_MARGIN = 0.3
 """Nats a token."""
@@ -103,3 +107,47 @@ def test_a_voice_is_worse_than_its_owner_at_anothers_lines(server: Any, lines: d
 def test_the_examples_are_one_of_each_family(server: Any, voice: str, method: str) -> None:
     with server.client() as client:
         assert client.get(f"/v1/adapters/{voice}").json()["method"] == method
+
+
+@pytest.fixture(scope="module")
+def cues() -> dict[str, str]:
+    """The system message of each kind of text, in the order of the experts."""
+    tree = ast.parse((EXAMPLES / "mixture.py").read_text("utf-8"))
+    (value,) = (
+        n.value for n in tree.body if isinstance(n, ast.AnnAssign) and ast.unparse(n.target) == "CUES"
+    )
+    assert isinstance(value, ast.Call)
+    return dict(ast.literal_eval(value.args[0]))
+
+
+def answer_with_routing(server: Any, mixture: str, cue: str, question: str) -> dict[str, Any]:
+    """The first choice of a short greedy answer."""
+    messages = [{"role": "system", "content": cue}, {"role": "user", "content": question}]
+    body = {"model": mixture, "messages": messages, "max_tokens": 8, "temperature": 0}
+    with server.client() as client:
+        answer = client.post("/v1/chat/completions", json=body | {"return_routing": True})
+    assert answer.status_code == 200, answer.text
+    return dict(answer.json()["choices"][0])
+
+
+@pytest.mark.parametrize(("mixture", "method"), MIXTURES.items())
+def test_a_mixture_routes_each_kind_of_text_to_its_expert(
+    server: Any, cues: dict[str, str], mixture: str, method: str
+) -> None:
+    asked = []
+    for expert, (kind, cue) in enumerate(cues.items()):
+        texts = (EXAMPLES / "data" / f"{kind}.heldout.jsonl").read_text("utf-8").splitlines()[:4]
+        asked += [(expert, cue, json.loads(text)["prompt"]) for text in texts]
+    with ThreadPoolExecutor(16) as pool:
+        choices = list(pool.map(lambda own: answer_with_routing(server, mixture, *own[1:]), asked))
+    shares: dict[int, list[float]] = {}
+    for (expert, _, _), choice in zip(asked, choices, strict=True):
+        places = [p for token in choice["routing"] for told in token.values() for p in told.values()]
+        shares.setdefault(expert, []).extend(
+            dict(zip(place["experts"], place["gates"], strict=True)).get(expert, 0.0) for place in places
+        )
+    assert {expert: statistics.fmean(own) for expert, own in shares.items()} == pytest.approx(
+        dict.fromkeys(range(4), 1.0), abs=1 - MIN_SHARE[mixture]
+    )
+    with server.client() as client:
+        assert client.get(f"/v1/adapters/{mixture}").json()["method"] == method
