@@ -174,6 +174,12 @@ def snell(folder: Path, shapes: Shapes, weights: Weights) -> Path:
     return sparse.snell(folder, threshold=0.5, points=points)
 
 
+def snella(folder: Path, shapes: Shapes, weights: Weights) -> Path:
+    points = {path: (normal(2, in_, 8), normal(2, out, 8)) for path, (out, in_) in shapes.items()}
+    kernels = dict.fromkeys(shapes, (1.0, 1.0, 0.5))
+    return sparse.snella(folder, thresholds=dict.fromkeys(shapes, 0.5), points=points, kernels=kernels)
+
+
 def spt(folder: Path, shapes: Shapes, weights: Weights) -> Path:
     scattered = {}
     for path, (out, in_) in shapes.items():
@@ -243,6 +249,7 @@ METHODS: dict[str, Callable[[Path, Shapes, Weights], Path]] = {
     "s2ft 2 %": s2ft,
     "sara 1 %": sara,
     "snell": snell,
+    "snella": snella,
     "spt 1 %, r=8": spt,
     "lq_lora r=8": lq_lora,
     "lora_xs r=64": lora_xs,
