@@ -42,8 +42,7 @@ class Rule:
        them for this choice alone; or, by ``top_p``, the shortest run of the largest softmax values whose sum
        exceeds ``top_p``, the one that crosses it included. Of equal ones the first are kept.
     5. ``gate``: the softmax over all experts; the softmax over those kept, which is the softmax over all
-       divided by its sum over those kept (``renormalised``); the softmax over those kept of the values that
-       the softmax over all has there (``softmax_twice``); the sigmoid; or 1.
+       divided by its sum over those kept (``renormalised``); or 1.
     6. Those whose logit of step 2 lies below ``floor`` get 0; the others stay as they are.
 
     All of it in float32. Experts that are not kept have gate 0.
@@ -55,14 +54,13 @@ class Rule:
     keep: Literal["all", "top_k", "top_p"] = "all"
     top_k: int = 1
     top_p: float = 1.0
-    gate: Literal["softmax", "renormalised", "softmax_twice", "sigmoid", "one"] = "softmax"
+    gate: Literal["softmax", "renormalised", "one"] = "softmax"
     floor: float | None = None
 
     @property
     def is_choice(self) -> bool:
         """Whether one expert acts, with gate 1: then it does not matter where experts meet."""
-        is_one = self.gate in ("renormalised", "softmax_twice", "one")
-        return self.keep == "top_k" and self.top_k == 1 and is_one and self.floor is None
+        return self.keep == "top_k" and self.top_k == 1 and self.gate != "softmax" and self.floor is None
 
     def num_kept(self, num_experts: int) -> int:
         """At most so many of them act on a row."""

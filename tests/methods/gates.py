@@ -35,8 +35,6 @@ def _row(router: Router, x_I: Tensor) -> Tensor:
     gates_E = {
         "softmax": lambda: softmax_E,
         "renormalised": lambda: softmax_E / softmax_E[kept].sum(),
-        "softmax_twice": lambda: softmax_E.exp() / softmax_E[kept].exp().sum(),
-        "sigmoid": lambda: torch.sigmoid(scaled_E),
         "one": lambda: torch.ones_like(scaled_E),
     }[rule.gate]()
     found_E = torch.zeros_like(scaled_E)

@@ -153,9 +153,9 @@ RULES = (
     Rule(),
     Rule(keep="top_k", top_k=1, gate="one"),
     Rule(keep="top_p", top_p=0.6, gate="softmax"),
-    Rule(reads="normalised", logits="absolute", scale=0.5, keep="top_k", top_k=3, gate="softmax_twice"),
+    Rule(reads="normalised", logits="absolute", scale=0.5, keep="top_k", top_k=3, gate="renormalised"),
     Rule(logits="unit", scale=3.0, keep="top_k", top_k=2, gate="renormalised", floor=0.1),
-    Rule(gate="sigmoid"),
+    Rule(gate="one"),
 )
 
 

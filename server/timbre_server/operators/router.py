@@ -143,15 +143,8 @@ def _kept(rule: Rule, scaled_NE: Tensor, preference_NE: Tensor | None) -> Tensor
 
 def _gated(rule: Rule, scaled_NE: Tensor, kept_NE: Tensor | None) -> Tensor:
     """Gates of those that are kept; what it gives the others counts for nothing."""
-
-    def masked(values_NE: Tensor) -> Tensor:
-        return values_NE if kept_NE is None else values_NE.masked_fill(~kept_NE, -torch.inf)
-
     if rule.gate == "one":
         return torch.ones_like(scaled_NE)
-    if rule.gate == "sigmoid":
-        return torch.sigmoid(scaled_NE)
-    if rule.gate == "renormalised":
-        return torch.softmax(masked(scaled_NE), -1)
-    softmax_NE = torch.softmax(scaled_NE, -1)
-    return softmax_NE if rule.gate == "softmax" else torch.softmax(masked(softmax_NE), -1)
+    if rule.gate == "renormalised" and kept_NE is not None:
+        scaled_NE = scaled_NE.masked_fill(~kept_NE, -torch.inf)
+    return torch.softmax(scaled_NE, -1)
