@@ -1,7 +1,7 @@
 """Which modules of the base a mixture of experts may choose for: blocks, found by what they do.
 
 A block has linear layers in it and no attention, is called once a forward with one tensor of rows and
-nothing else, and gives back one of the same shape.
+nothing else, and gives back one of the same shape. What lies within a block is none of its own.
 
 Legend: T rows, D features.
 """
@@ -53,15 +53,24 @@ class BlockCalls:
     def blocks(self, num_rows: int, attention: Collection[str]) -> tuple[Block, ...]:
         """Those that saw each of the rows once. ``attention``: the paths of attention layers."""
         times = [path for path, _, _ in self._calls]
-        return tuple(
+        found = [
             Block(path, x.shape[-1], next((last for last, out in self._outputs if out is y), None))
             for path, x, y in self._calls
             if x is not None
             and y is not None
             and x.shape == y.shape == (1, num_rows, x.shape[-1])
             and times.count(path) == 1
-            and not any(f"{layer}.".startswith(f"{path}.") for layer in attention)
+            and not any(_is_within(layer, path) for layer in attention)
+        ]
+        return tuple(
+            block
+            for block in found
+            if not any(_is_within(block.path, outer.path) for outer in found if outer is not block)
         )
+
+
+def _is_within(path: str, outer: str) -> bool:
+    return f"{path}.".startswith(f"{outer}.")
 
 
 def block_shape(block: Block) -> SiteShape:
