@@ -11,16 +11,13 @@ Legend: T rows, I in features.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
-import platform
 import statistics
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +26,7 @@ import torch
 from paper_adapters import METHODS as PAPERS
 from peft.tuners.lora.config import BdLoraConfig, KasaConfig
 from safetensors.torch import load_file
+from table import arguments, report
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -197,25 +195,10 @@ def _row(name: str, prepared_bytes: int, times: dict[str, list[float]]) -> dict[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=5, help="measured rounds, after one that warms up")
-    parser.add_argument("--steps", type=int, default=20, help="decode steps of each method in a round")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path("bench-methods.json"))
-    args = parser.parse_args()
+    args = arguments(__doc__, rounds=5, steps=20, out="bench-methods.json")
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
-        rows = measure(args.rounds, args.steps, Path(folder))
-    print("| " + " | ".join(rows[0]) + " |")
-    print("|" + " --- |" * len(rows[0]))
-    for row in rows:
-        print("| " + " | ".join(str(value) for value in row.values()) + " |")
-    report = {"when": datetime.now(UTC).isoformat(timespec="seconds"), "threads": args.threads}
-    report |= {"processor": platform.processor() or platform.machine(), "rows": rows}
-    args.out.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"written to {args.out}")
+        report(measure(args.rounds, args.steps, Path(folder)), args)
 
 
 if __name__ == "__main__":

@@ -11,19 +11,15 @@ ranks. ``step`` is the whole layer's ratio to the layer with that LoRA.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
+from table import arguments, report
 from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -199,24 +195,9 @@ def _row(name: str, prepared_bytes: int, times: Mapping[str, list[float]]) -> di
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=7, help="measured rounds, after one that warms up")
-    parser.add_argument("--steps", type=int, default=30, help="decode steps of each scenario in a round")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path("bench-mixtures.json"))
-    args = parser.parse_args()
+    args = arguments(__doc__, rounds=7, steps=30, out="bench-mixtures.json")
     torch.set_num_threads(args.threads)
-    rows = measure(args.rounds, args.steps)
-    print("| " + " | ".join(rows[0]) + " |")
-    print("|" + " --- |" * len(rows[0]))
-    for row in rows:
-        print("| " + " | ".join(str(value) for value in row.values()) + " |")
-    report = {"when": datetime.now(UTC).isoformat(timespec="seconds"), "threads": args.threads}
-    report |= {"processor": platform.processor() or platform.machine(), "rows": rows}
-    args.out.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"written to {args.out}")
+    report(measure(args.rounds, args.steps), args)
 
 
 if __name__ == "__main__":
