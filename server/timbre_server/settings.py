@@ -78,7 +78,7 @@ class EngineSettings(_Group):
     max_num_seqs: int = Field(64, ge=1, le=4096)
     """Most requests that run at the same time."""
     max_num_batched_tokens: int | None = Field(None, ge=1)
-    """Most tokens in one step (default: 512 on a CPU, 2048 on a GPU)."""
+    """Most tokens in one step, copies for several experts counted (default: 512 on a CPU, 2048 on a GPU)."""
     kv_cache_mib: int | None = Field(None, ge=1)
     """Memory for the KV cache, in MiB (default: sized from free memory at start)."""
     enable_prefix_caching: bool = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from timbre_server.engine import policy
-from timbre_server.engine.messages import SamplingParams, Submit
+from timbre_server.engine.messages import AdapterUse, SamplingParams, Submit
 from timbre_server.engine.sequence import Sequence
 
 
@@ -19,6 +19,20 @@ def a_sequence(arrival: int, *, left: int = 1, mix: tuple[tuple[str, float], ...
 def test_decodes_go_before_prefills_and_each_in_order_of_arrival() -> None:
     running = [a_sequence(3, left=5), a_sequence(4), a_sequence(1, left=2), a_sequence(2)]
     assert [sequence.arrival for sequence in policy.running_order(running)] == [2, 4, 1, 3]
+
+
+@pytest.mark.parametrize(
+    ("left", "copies", "rows", "expected"),
+    [(9, 1, 8, 8), (3, 1, 8, 3), (9, 4, 8, 2), (9, 3, 8, 2), (9, 16, 8, 1)],
+)
+def test_a_budget_counts_each_copy_of_a_row_and_lets_one_token_run(
+    left: int, copies: int, rows: int, expected: int
+) -> None:
+    uses = (AdapterUse("a", row_copies=copies), AdapterUse("b"))
+    sequence = Sequence(
+        Submit("r", [1] * 9, SamplingParams(), uses), [1] * 9, 1, num_computed_tokens=9 - left
+    )
+    assert policy.num_tokens_within(sequence, rows) == expected
 
 
 def test_the_latest_to_arrive_gives_way() -> None:

@@ -28,6 +28,19 @@ def test_a_long_prompt_is_computed_in_chunks_beside_decodes(stand_ins: ModuleTyp
     assert bench.tokens("long") == stand_ins.tokens_alone(stand_ins.a_request("long", 20, max_tokens=2))
 
 
+def test_rows_that_run_several_times_fill_a_step_sooner(stand_ins: ModuleType) -> None:
+    bench = stand_ins.a_bench(max_num_batched_tokens=8)
+    bench.submit(stand_ins.a_request("a", 5, mix=[("mixture", 1.0, 0, 0, 3)]), stand_ins.a_request("b", 9))
+    while len(bench.runner.plans) < 4:
+        bench.turn()
+    assert bench.runner.plans == [
+        (("b", 0, 8),),
+        (("b", 8, 9), ("a", 0, 2)),
+        (("b", 9, 10), ("a", 2, 4)),
+        (("a", 4, 5), ("b", 10, 11)),
+    ]
+
+
 def test_no_more_sequences_run_than_allowed(stand_ins: ModuleType) -> None:
     bench = stand_ins.a_bench(max_num_seqs=2)
     bench.submit(*(stand_ins.a_request(name, 3, max_tokens=2) for name in "abc"))

@@ -58,6 +58,8 @@ class AdapterUse(msgspec.Struct, frozen=True):
     """As its manifest says: so many positions come before the prompt's. Such an adapter must be alone."""
     from_position: int = 0
     """It acts on this position and all that follow; one place for each digest."""
+    row_copies: int = 1
+    """As its manifest says: so many times each token runs through a block of the base."""
 
 
 MAX_ROUTED_TOKENS = 128

@@ -12,6 +12,11 @@ def num_tokens_left(sequence: Sequence) -> int:
     return len(sequence.token_ids) - sequence.num_computed_tokens
 
 
+def num_tokens_within(sequence: Sequence, num_rows: int) -> int:
+    """Tokens that fit in ``num_rows`` > 0 rows of a step; one in any case, or it would never get on."""
+    return min(num_tokens_left(sequence), max(1, num_rows // sequence.row_copies))
+
+
 def running_order(running: Iterable[Sequence]) -> list[Sequence]:
     """Decodes before prefill chunks, each in order of arrival: a long prompt never delays a stream."""
     return sorted(running, key=lambda sequence: (num_tokens_left(sequence) > 1, sequence.arrival))

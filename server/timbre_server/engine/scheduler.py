@@ -151,18 +151,18 @@ class Scheduler:
         for sequence in policy.running_order(self._running):
             if sequence.status is not Status.RUNNING:
                 continue
-            count = min(policy.num_tokens_left(sequence), budget)
-            if count == 0:
+            if budget <= 0:
                 break
+            count = policy.num_tokens_within(sequence, budget)
             missing = self._tables.num_missing(sequence, count)
             while missing > self.blocks.num_free and sequence.status is Status.RUNNING:
                 victim = policy.victim(self._running)
-                budget += planned.pop(victim, 0)
+                budget += planned.pop(victim, 0) * victim.row_copies
                 self._preempt(victim)
             if sequence.status is Status.RUNNING:
                 self._tables.grow(sequence, missing)
                 planned[sequence] = count
-                budget -= count
+                budget -= count * sequence.row_copies
         return budget
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -177,7 +177,7 @@ class Scheduler:
         passed_over: list[Sequence] = []
         most_skips = 0
         for sequence in tuple(self._waiting):
-            if budget == 0 or len(self._running) == self.limits.max_num_seqs:
+            if budget <= 0 or len(self._running) == self.limits.max_num_seqs:
                 break
             failure = self._mixes.failure(sequence)
             if failure is not None:
@@ -193,8 +193,8 @@ class Scheduler:
                 self._mixes.release(sequence)
                 break
             self._start(sequence)
-            planned[sequence] = min(policy.num_tokens_left(sequence), budget)
-            budget -= planned[sequence]
+            planned[sequence] = policy.num_tokens_within(sequence, budget)
+            budget -= planned[sequence] * sequence.row_copies
             for other in passed_over:
                 other.num_skips += 1
                 most_skips = max(most_skips, other.num_skips)

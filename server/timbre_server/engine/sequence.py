@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -48,11 +49,14 @@ class Sequence:
 
     num_virtual_tokens: int = field(init=False)
     """Leading positions that the request's adapter fills, and no answer shows."""
+    row_copies: int = field(init=False)
+    """Rows that each of its tokens is at most, where its adapters' routers choose for a block."""
     turns: tuple[int, ...] = field(init=False)
     """Positions, beside the first, from which on other adapters act than before; increasing."""
 
     def __post_init__(self) -> None:
         self.num_virtual_tokens = num_virtual_tokens(self.request)
+        self.row_copies = math.prod(use.row_copies for use in self.request.adapters)
         self.turns = tuple(sorted({use.from_position for use in self.request.adapters} - {0}))
 
     @property

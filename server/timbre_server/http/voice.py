@@ -42,6 +42,7 @@ class Voice:
                 each.weight,
                 each.adapter.manifest.virtual_tokens,
                 _position(each, prompt_token_ids),
+                each.adapter.manifest.row_copies,
             )
             for each in self.mix
         )

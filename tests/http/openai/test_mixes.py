@@ -8,7 +8,9 @@ from typing import Any
 import msgspec
 import pytest
 
+from timbre_methods import routing
 from timbre_server.engine.messages import TokenEvent
+from timbre_server.http import mixes
 from timbre_store.records import MixPart
 
 PATH = "/v1/completions"
@@ -207,10 +209,15 @@ async def test_a_mix_that_the_engine_finds_too_large_is_refused_like_one_that_th
     assert (status, error["code"], error["message"]) == (422, "mix_not_served", "101 bytes together")
 
 
+def test_a_mix_may_multiply_a_token_as_often_as_one_adapter() -> None:
+    assert mixes.MAX_ROW_COPIES == routing.MAX_ROW_COPIES
+
+
 async def test_a_mix_may_not_multiply_a_token_too_often(shelved: Any) -> None:
     manifest_with(shelved, 1, row_copies=8)
     manifest_with(shelved, 2, row_copies=4)
     await shelved.complete(adapters=[{"name": "pirate"}, {"name": "json"}])
+    assert [use.row_copies for use in shelved.engine.submitted[0].adapters] == [8, 4]
     manifest_with(shelved, 2, row_copies=5)
     status, error = await shelved.refused(adapters=[{"name": "pirate"}, {"name": "json"}])
     assert (status, error["code"]) == (422, "mix_not_served")
