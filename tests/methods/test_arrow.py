@@ -105,6 +105,27 @@ def test_the_power_iteration_has_pefts_bits(site: Callable[..., Site]) -> None:
         assert torch.equal(prototype, module.top_right_singular_vec_from_BA(a, b))
 
 
+@pytest.mark.parametrize("options", [{}, OF_PEFT], ids=["svd", "peft"])
+@pytest.mark.parametrize("empty", ["AB", "B"])
+def test_an_expert_that_does_nothing_at_a_layer_takes_no_row(
+    site: Callable[..., Site], evaluate: Any, empty: str, options: dict[str, Any]
+) -> None:
+    """Experts that were trained on different layers are padded with zeros."""
+    base, given = site(), tensors()
+    for side in empty:
+        given[f"{STEM}experts.2.lora_{side}.weight"].zero_()
+    derived = derive({**RAW, **options}, given, {base.path: base})
+    program = compile_adapter({**RAW, **options}, {**given, **derived}, {base.path: base})
+    x_TI = torch.randn(64, 5, generator=torch.Generator().manual_seed(1))
+    (part,) = program.sites[base.path]
+
+    gates_TE = evaluate.gates.gates(part.router, x_TI)
+
+    assert torch.equal(part.router.weight_EI[2], torch.zeros(5))
+    assert torch.equal(gates_TE[:, 2], torch.zeros(64))
+    assert (gates_TE[:, :2] > 0).all()
+
+
 @pytest.mark.parametrize("num_general", [0, 2])
 def test_exact_prototypes_are_the_first_right_singular_vectors(
     site: Callable[..., Site], evaluate: Any, num_general: int

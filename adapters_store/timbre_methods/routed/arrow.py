@@ -5,7 +5,8 @@
 ``v_e`` is the right singular vector of ``B_e A_e`` of the largest singular value, its prototype; g is the
 softmax of ``l / router_temperature`` over the ``top_k`` largest l. Prototypes are not in the file: they are
 derived once, exactly (``svd``), or by PEFT's 15 steps of a power iteration from a seed (``peft``), which have
-not converged where the first two singular values are near.
+not converged where the first two singular values are near. The seed is torch's generator's on the CPU, in
+float32: what PEFT computes of float32 LoRAs there.
 
 With general experts (GenKnowSub) the mean of their A is taken from each A, and that of their B from each B,
 before anything else.
@@ -179,14 +180,16 @@ def _routed(config: ArrowConfig, found: SiteTensors) -> Routed:
 
 
 def _prototype(config: ArrowConfig, a_RI: Tensor, b_OR: Tensor) -> Tensor:
-    """[I], float32, of unit length and either sign."""
+    """[I], float32, of unit length and either sign; zeros of an expert that does nothing at the layer: no row
+    is near it."""
     if a_RI.is_meta:
         return a_RI.new_empty(a_RI.shape[1])
     if config.prototypes == "svd":
         q_IM, triangle_MR = torch.linalg.qr(a_RI.to("cpu", torch.float64).T)
         core_OM = b_OR.to("cpu", torch.float64) @ triangle_MR.T
-        right_MM: Tensor = torch.linalg.svd(core_OM, full_matrices=False).Vh
-        return torch.mv(q_IM, right_MM[0]).to(torch.float32)
+        _, s_M, right_MM = torch.linalg.svd(core_OM, full_matrices=False)
+        first_I: Tensor = torch.mv(q_IM, right_MM[0]) * s_M[0].sign()
+        return first_I.to(torch.float32)
     assert config.rng_seed is not None
     return _power_iteration(a_RI.cpu(), b_OR.cpu(), config.rng_seed)
 
@@ -205,6 +208,8 @@ def _power_iteration(a_RI: Tensor, b_OR: Tensor, seed: int) -> Tensor:
 def _dense_prototype(config: ArrowConfig, delta_OI: Tensor) -> Tensor:
     """For the reference, from ``B A`` itself."""
     gram_II = delta_OI.T @ delta_OI
+    if not gram_II.any():
+        return torch.zeros_like(gram_II[0])
     if config.rng_seed is None:
         vectors_II: Tensor = torch.linalg.eigh(gram_II).eigenvectors
         return vectors_II[:, -1]
