@@ -39,7 +39,7 @@ def check_stack(raw_config: Mapping[str, Any], frame: Frame) -> None:
     """Raises `AdapterMismatch` for an adapter of other layers than the frame's, and `InvalidConfig` for a
     layout that is none."""
     asked = _asked_layers(raw_config)
-    if asked == tuple(range(len(frame.attention))):
+    if not frame.stack and asked == tuple(range(len(frame.attention))):
         asked = ()
     if asked == frame.stack:
         return
@@ -47,12 +47,18 @@ def check_stack(raw_config: Mapping[str, Any], frame: Frame) -> None:
         raise AdapterMismatch(
             f"the adapter was trained on the layers {shown_ranges(asked)} ({KEY}), but this base runs "
             f"{shown_ranges(frame.stack)}; serve it by a server that was started with "
-            f"{FLAG} '{shown_ranges(asked)}'"
+            f"{FLAG} {_as_value(asked)}"
         )
     raise AdapterMismatch(
         f"the adapter was trained on each of the base's layers once (its config has no {KEY}), but this base "
         f"runs {shown_ranges(frame.stack)}; serve it by a server that was started without {FLAG}"
     )
+
+
+def _as_value(layers: Sequence[int]) -> str:
+    """For a command line; ranges that are too many to show are in the config."""
+    shown = shown_ranges(layers)
+    return f"and the ranges of {KEY}" if shown.endswith("...]") else f"'{shown}'"
 
 
 def without_stack(method: Reader[Any], raw_config: Mapping[str, Any]) -> Mapping[str, Any]:

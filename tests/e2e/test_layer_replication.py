@@ -75,7 +75,7 @@ def test_the_stack_and_an_adapter_of_it_answer_as_in_peft(
         *("--examples-dir", folders["plain"].parent),
     )
     said = server.log.read_text()
-    assert "Running 5 layers of the model's 2" in said
+    assert "Running a stack of 5 of the model's layers" in said
     assert "Added the example adapter stacked (lora)." in said
     assert "The example adapter plain does not fit and is left out" in said
     with warnings.catch_warnings():

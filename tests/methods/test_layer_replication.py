@@ -125,6 +125,8 @@ def frame(stack: tuple[int, ...] = (), layers: int = 2) -> Frame:
         ([[0, 2]], STACK, r"trained on the layers \[\[0, 2\]\] .*runs \[\[0, 2\], \[0, 2\], \[1, 2\]\]"),
         ([[0, 1]], (), r"trained on the layers \[\[0, 1\]\]"),
         ([[0, 3]], (), r"trained on the layers \[\[0, 3\]\]"),
+        ([[0, 5]], (0, 1, 1, 0, 1), r"trained on the layers \[\[0, 5\]\]"),
+        ([[0, 1]] * 20, (), r"started with --layer-replication and the ranges of layer_replication"),
     ],
 )  # fmt: skip
 def test_an_adapter_of_other_layers_is_refused_with_both(
@@ -142,6 +144,7 @@ def test_an_adapter_of_other_layers_is_refused_with_both(
         (None, ()),
         ([], ()),
         ([[0, 2]], ()),
+        ([[0, 2]], (0, 1)),
     ],
 )
 def test_equal_layers_are_accepted_however_they_are_written(asked: Any, served: tuple[int, ...]) -> None:

@@ -20,6 +20,7 @@ from timbre_server.errors import UnsupportedModel
 
 MAX_LAYERS = 4096
 
+_NUMBER = "layer_idx"
 _TIED_TO_DEPTH = ("num_kv_shared_layers", "hidden_size_per_layer_input")
 """Settings of models whose layers are given things by their number: keys of an earlier one, or rows."""
 
@@ -104,8 +105,8 @@ def _sharing(module: nn.Module) -> nn.Module:
 
 def _numbered(layer: nn.Module, number: int) -> nn.Module:
     for module in layer.modules():
-        if hasattr(module, "layer_idx"):
-            setattr(module, "layer_idx", number)  # noqa: B010
+        if hasattr(module, _NUMBER):
+            setattr(module, _NUMBER, number)
     return layer
 
 

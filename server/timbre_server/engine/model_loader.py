@@ -73,7 +73,7 @@ def prepare_model(
     on_progress(f"Loading {name}")
     loaded = load_model(name, dtype=dtype, device=device, layers=layers)
     if loaded.stack:
-        on_progress(f"Running {len(loaded.stack)} layers of the model's {max(loaded.stack) + 1}")
+        on_progress(f"Running a stack of {len(loaded.stack)} of the model's layers")
     expected = self_check.plain_logits(loaded.model) if check else ()
     on_progress("Probing the model's layers")
     install_attention(loaded.model)
