@@ -70,6 +70,12 @@ OFFERED: dict[str, tuple[nn.Module, Callable[[nn.Module, Tensor], object], tuple
     "several results": (WithScores(), lambda m, x: m(x[0]), ((0,), (0, 0))),
     "an argument without rows": (Matrix(), lambda m, x: m(x[0], order=torch.ones(2)), ((0, None), (0,))),
 }
+
+
+class OwnLinear(nn.Linear):
+    """A layer that the probe takes as one of the linear ones."""
+
+
 LEFT_OUT: dict[str, tuple[nn.Module, Callable[[nn.Module, Tensor], object]]] = {
     "rows in another order": (Matrix(), lambda m, x: m(x[0].flip(0))),
     "each row twice": (Matrix(), lambda m, x: m(x[0].repeat(2, 1))),
@@ -77,6 +83,7 @@ LEFT_OUT: dict[str, tuple[nn.Module, Callable[[nn.Module, Tensor], object]]] = {
     "rows that see each other": (OverAllRows(), lambda m, x: m(x[0])),
     "two calls": (Matrix(), lambda m, x: m(m(x[0]))),
     "no call": (Matrix(), lambda m, x: x),
+    "a linear layer of a class of its own": (OwnLinear(SIZE, SIZE), lambda m, x: m(x[0])),
     "a sum over the rows": (Matrix(), lambda m, x: m(x.sum(dim=1))),
 }
 

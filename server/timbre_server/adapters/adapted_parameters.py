@@ -76,7 +76,7 @@ class AdaptedParameters(nn.Module):
         if self._bound_table is not table:
             paths = [f"{self._facts.path}.{name}" for name in self._facts.names]
             acting = [slot for slot in table.slots if any(p in self._programs[slot].sites for p in paths)]
-            self._mixes = table.by_mix(acting)
+            self._mixes = table.by_mix(acting) if acting else {}
             self._bound_table = table
         return self._mixes
 
