@@ -110,6 +110,7 @@ REFUSED: dict[str, tuple[object, dict[str, Any], str]] = {
     "no such entry": ({"a": torch.ones(2)}, {"inside": ["b"]}, "no entry 'b' to look inside; it has a"),
     "nothing kept": ({"a": torch.ones(2)}, {"keep": ["*.lora_*"]}, "no tensor is left .* names are a"),
     "two of one name": ({"x.a": torch.ones(2), "a": torch.ones(2)}, {"strip_prefix": "x."}, "two tensors"),
+    "a name of safetensors": ({"x.__metadata__": torch.ones(2)}, {"strip_prefix": "x."}, "keeps for itself"),
     "a sparse tensor": ({"a": torch.eye(2).to_sparse_coo()}, {}, "'a' is a tensor of a kind .* sparse"),
     "complex numbers": ({"a": torch.ones(2, dtype=torch.complex64)}, {}, "'a' is a tensor .* complex64"),
     "far more than the file has": (

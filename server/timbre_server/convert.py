@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -88,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def convert(wanted: Conversion) -> str:
-    """Writes the two files and says what was written. On a failure nothing is left behind.
+    """Writes the two files and says what was written. On a failure no file is left behind.
 
     Raises `ConversionError`.
     """
@@ -107,7 +108,7 @@ def convert(wanted: Conversion) -> str:
                 os.replace(Path(folder) / name, wanted.target / name)
     except (ConversionError, OSError) as error:
         if is_new and wanted.target.is_dir():
-            wanted.target.rmdir()
+            shutil.rmtree(wanted.target)
         raise ConversionError(str(error)) from None
     return f"{wanted.target}: {written['bytes']} bytes of tensors under {written['tensors']} names"
 

@@ -71,7 +71,7 @@ def main(arguments: list[str]) -> int:
         _limit(job)
         tensors = chosen_tensors(job, read(job.source))
         save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, job.target)
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:  # noqa: BLE001  (torch.load raises a dozen kinds on damaged files)
         sys.stdout.write(json.dumps({"error": _told(error)}))
         return 1
     total = sum(tensor.nbytes for tensor in tensors.values())
@@ -136,6 +136,8 @@ def chosen_tensors(job: Job, whole: Any) -> dict[str, Tensor]:
         tensor = _checked(str(key), key, value)
         if name in chosen:
             raise Refused(f"two tensors are called {name[:200]!r} without their prefix")
+        if name == "__metadata__":
+            raise Refused("a tensor is called '__metadata__', a name that safetensors keeps for itself")
         total += tensor.nbytes
         if total > job.max_bytes:
             raise Refused(
