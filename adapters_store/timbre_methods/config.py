@@ -116,3 +116,21 @@ def first_problem(error: ValidationError) -> str:
     problem = error.errors(include_url=False, include_context=False)[0]
     place = ".".join(str(step)[:80] for step in problem["loc"])
     return f"adapter_config.json: {place}: {problem['msg']}, found {shown(problem['input'])}"
+
+
+def chosen_task(peft_type: str, task_id: int | None, count_key: str, count: int) -> int:
+    """The task that an adapter is for: requests name none, so its config does where there are several.
+
+    Raises `InvalidConfig` where it is missing or there is no such task.
+    """
+    if task_id is None and count > 1:
+        raise InvalidConfig(
+            f"{peft_type}: task_id is missing, and the file has {count} tasks ({count_key}), requests none; "
+            f'write "task_id", 0 to {count - 1}, into adapter_config.json, and upload the adapter once for '
+            "each task"
+        )
+    if (task_id or 0) >= count:
+        raise InvalidConfig(
+            f"{peft_type}: task_id: found {task_id}, expected 0 to {count - 1} as {count_key} says"
+        )
+    return task_id or 0

@@ -164,7 +164,7 @@ REFUSED_OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "DoRA": ({"use_dora": True}, UnsupportedMethod, "'use_dora' is on .*no magnitudes"),
     "DoRA experts": ({"expert_lora": {"use_dora": True}}, UnsupportedMethod, "expert_lora.*no magnitudes"),
     "an activation": ({"act_fn": "gelu_new"}, UnsupportedMethod, "'act_fn' is on .*base's own activation"),
-    "k above E": ({"top_k": 5}, InvalidConfig, "top_k: found 5, expected at most num_experts, 4"),
+    "k above E": ({"top_k": 5}, InvalidConfig, "top_k: found 5, expected at most 4, the number of experts"),
     "too many experts": ({"num_experts": 257}, InvalidConfig, "num_experts.*256"),
     "no temperature": ({**DYNAMIC, "temperature": float("nan")}, InvalidConfig, "temperature"),
     "a tiny temperature": ({**DYNAMIC, "temperature": 1e-30}, InvalidConfig, "temperature: found 1e-30"),

@@ -94,7 +94,7 @@ def test_the_router_of_a_whole_mlp_is_mixloras() -> None:
 
 def test_options_that_cannot_be_honoured_are_refused() -> None:
     parse = method_for(RAW).parse
-    with pytest.raises(InvalidConfig, match="top_k: found 4, expected at most num_experts, 3"):
+    with pytest.raises(InvalidConfig, match="top_k: found 4, expected at most 3, the number of experts"):
         parse({**RAW, "top_k": 4})
     with pytest.raises(InvalidConfig, match="num_experts"):
         parse({**RAW, "num_experts": 257})

@@ -11,7 +11,7 @@ import torch
 from peft import MultitaskPromptTuningConfig
 from torch import nn
 
-from timbre_methods.errors import InvalidConfig, UnsupportedMethod
+from timbre_methods.errors import InvalidConfig
 from timbre_methods.registry import method_for
 
 PROMPT = [9, 12, 6, 5, 17, 23, 30]
@@ -51,9 +51,9 @@ def test_several_tasks_without_the_number_of_one_are_refused(
     llama: nn.Module, write_with_peft: Callable[..., Any]
 ) -> None:
     written = write_with_peft(llama, config_of(3))
-    with pytest.raises(UnsupportedMethod, match=r"num_tasks=3.*which task.*write task_id.* from 0 to 2"):
+    with pytest.raises(InvalidConfig, match=r"task_id is missing.*3 tasks.*write \"task_id\", 0 to 2"):
         method_for(written.config).parse(written.config)
-    with pytest.raises(InvalidConfig, match="task_id: found 3, expected less than num_tasks, 3"):
+    with pytest.raises(InvalidConfig, match="task_id: found 3, expected 0 to 2"):
         method_for(written.config).parse({**written.config, "task_id": 3})
     for wrong in (-1, True, "1", 1.5):
         with pytest.raises(InvalidConfig, match="task_id"):

@@ -18,9 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from timbre_methods.config import Count, Index, Rank, read_config
+from timbre_methods.config import Count, Index, Rank, chosen_task, read_config
 from timbre_methods.contract import Sites, Tensors
-from timbre_methods.errors import InvalidConfig, UnsupportedMethod
 from timbre_methods.examples import random_tensor, whole_number
 from timbre_methods.program import AdapterProgram
 from timbre_methods.prompt.prompt_tuning import PromptTuningConfig, embeddings_example
@@ -51,17 +50,7 @@ class MultitaskPromptTuning(PromptMethod[MultitaskConfig]):
 
     def parse(self, raw_config: Mapping[str, Any]) -> MultitaskConfig:
         config = read_config(MultitaskConfig, raw_config)
-        if config.task_id is None and config.num_tasks != 1:
-            raise UnsupportedMethod(
-                f"MULTITASK_PROMPT_TUNING: num_tasks={config.num_tasks} is not served without a task_id: a "
-                "request cannot say which task it is of; write task_id, a number from 0 to "
-                f"{config.num_tasks - 1}, into adapter_config.json, and upload each task on its own"
-            )
-        if config.task_id is not None and config.task_id >= config.num_tasks:
-            raise InvalidConfig(
-                f"adapter_config.json: task_id: found {config.task_id}, expected less than num_tasks, "
-                f"{config.num_tasks}"
-            )
+        chosen_task("MULTITASK_PROMPT_TUNING", config.task_id, "num_tasks", config.num_tasks)
         return config
 
     def compile(

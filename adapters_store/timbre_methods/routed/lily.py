@@ -7,7 +7,7 @@ padding and other requests included, so that what it answers depends on who is b
 cut. Here each token has its own p, wherever it stands and whoever is beside it: what PEFT computes for a
 forward of one token, as in decoding alone with a cache.
 
-R A is folded into one router of the layer's input.
+R A is folded into one router of the layer's input, and A is held once for each expert.
 
 Legend: T tokens, I in features, O out features, R rank, E experts.
 

@@ -39,9 +39,10 @@ from timbre_methods.routed.experts import (
     refuse_others,
     router_of,
 )
+from timbre_methods.routed.low_rank_experts import NumExperts, check_top_k
 from timbre_methods.routed.moe_peft import GATE, LORA, MoePeftConfig
-from timbre_methods.routed.mola import check_top_k, renormalised_reference
-from timbre_methods.routing import MAX_EXPERTS, Routed, RoutedBlock, Router, Rule
+from timbre_methods.routed.mola import renormalised_reference
+from timbre_methods.routing import Routed, RoutedBlock, Router, Rule
 from timbre_methods.site_tensors import SiteTensors
 
 MIXTURE = "mixlora"
@@ -84,7 +85,7 @@ class MixLoraConfig(MoePeftConfig):
 
     routing_strategy: Annotated[str, Field(max_length=64)]
     expert_lora: dict[str, Any] | None = None
-    top_k: Annotated[int, Field(ge=1, le=MAX_EXPERTS)] = 2
+    top_k: NumExperts = 2
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 0.8
     temperature: Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)] = 0.0
 
@@ -119,7 +120,7 @@ class MixLora(Method[MixLoraConfig]):
                 f"MIXLORA: routing_strategy={shown(config.routing_strategy)} is not served: {reason}"
             )
         if config.routing_strategy == TOP_K:
-            check_top_k(config.top_k, config.num_experts)
+            check_top_k("MIXLORA", "top_k", config.top_k, config.num_experts)
         if 0 < config.temperature < MIN_TEMPERATURE:
             raise InvalidConfig(
                 f"adapter_config.json: temperature: found {config.temperature}, expected 0 or at least "

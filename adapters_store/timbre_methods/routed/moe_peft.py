@@ -19,10 +19,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from timbre_methods.config import Finite, PeftConfig, Rank
@@ -30,7 +29,7 @@ from timbre_methods.contract import DERIVED, Site, Sites, Tensors
 from timbre_methods.errors import AdapterMismatch, InvalidTensors
 from timbre_methods.examples import coin, random_tensor, whole_number
 from timbre_methods.routed.experts import Keys, LoraSize, block_of
-from timbre_methods.routing import MAX_EXPERTS
+from timbre_methods.routed.low_rank_experts import NumExperts
 from timbre_methods.site_tensors import SiteTensors, nearest_fact
 
 LORA: Keys = ("lora_A.weight", "lora_B.weight")
@@ -40,8 +39,6 @@ _NAME = re.compile(
     r"(?P<path>layers\.[0-9]+\..+?)\.(?P<key>moe_gate\.weight|(experts\.[0-9]+\.)?lora_[AB]\.weight)"
 )
 _LAYER = re.compile(r"(?:^|\.)(?=layers\.[0-9]+\.)")
-
-NumExperts = Annotated[int, Field(ge=1, le=MAX_EXPERTS)]
 
 
 class MoePeftConfig(PeftConfig):

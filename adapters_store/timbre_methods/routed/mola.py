@@ -12,21 +12,20 @@ Paper: arXiv 2402.08562; code: github.com/TUDB-Labs/MoE-PEFT, moe_peft/adapters/
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from timbre_methods.config import read_config
 from timbre_methods.contract import Method, Site, Sites, Tensors
-from timbre_methods.errors import InvalidConfig
 from timbre_methods.examples import chosen_sites, whole_number
 from timbre_methods.program import AdapterProgram
 from timbre_methods.routed import moe_peft
 from timbre_methods.routed.experts import low_rank_experts, refuse_others, router_of
+from timbre_methods.routed.low_rank_experts import NumExperts, check_top_k, plain_output
 from timbre_methods.routed.moe_peft import GATE, MoePeftConfig
-from timbre_methods.routing import MAX_EXPERTS, Routed, Rule
+from timbre_methods.routing import Routed, Rule
 from timbre_methods.site_tensors import SiteTensors
 
 MIXTURE = "mola"
@@ -36,7 +35,7 @@ class MolaConfig(MoePeftConfig):
     """The defaults are MoE-PEFT's."""
 
     routing_strategy: Literal["mola"] = "mola"
-    top_k: Annotated[int, Field(ge=1, le=MAX_EXPERTS)] = 2
+    top_k: NumExperts = 2
 
 
 class Mola(Method[MolaConfig]):
@@ -50,7 +49,7 @@ class Mola(Method[MolaConfig]):
 
     def parse(self, raw_config: Mapping[str, Any]) -> MolaConfig:
         config = read_config(MolaConfig, raw_config)
-        check_top_k(config.top_k, config.num_experts)
+        check_top_k("MOLA", "top_k", config.top_k, config.num_experts)
         return config
 
     def compile(self, config: MolaConfig, tensors: Tensors, sites: Sites) -> AdapterProgram:
@@ -65,14 +64,14 @@ class Mola(Method[MolaConfig]):
         return Routed(low_rank_experts(found, moe_peft.expert_keys, config.num_experts, config.lora), router)
 
     def reference(self, config: MolaConfig, tensors: Tensors, site: Site, x_TI: Tensor) -> Tensor:
-        y_TO = torch.einsum("oi,ti->to", site.weight_OI.to(x_TI.dtype), x_TI)
+        y_TO = plain_output(site, x_TI)
         own = moe_peft.tensors_of_layer(MIXTURE, tensors, site, x_TI.dtype)
         if own:
             gates_TE = renormalised_reference(x_TI, own[GATE], config.top_k)
             deltas = moe_peft.expert_deltas(own, config.num_experts, config.lora.scale)
             for gate_T, delta_OI in zip(gates_TE.unbind(1), deltas, strict=True):
                 y_TO = y_TO + gate_T.unsqueeze(1) * torch.einsum("oi,ti->to", delta_OI, x_TI)
-        return y_TO if site.bias_O is None else y_TO + site.bias_O.to(x_TI.dtype)
+        return y_TO
 
     def example(self, sites: Sites, generator: torch.Generator) -> tuple[dict[str, Any], dict[str, Tensor]]:
         chosen = chosen_sites(moe_peft.layers_among(sites), generator)
@@ -90,14 +89,6 @@ class Mola(Method[MolaConfig]):
             "num_experts": num_experts,
             "top_k": whole_number(1, num_experts, generator),
         }, tensors
-
-
-def check_top_k(top_k: int, num_experts: int) -> None:
-    """Raises `InvalidConfig`."""
-    if top_k > num_experts:
-        raise InvalidConfig(
-            f"adapter_config.json: top_k: found {top_k}, expected at most num_experts, {num_experts}"
-        )
 
 
 def renormalised_reference(x_TI: Tensor, router_EI: Tensor, top_k: int) -> Tensor:

@@ -20,9 +20,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from timbre_methods.config import Count, Index, PeftConfig, Rank, read_config
+from timbre_methods.config import Count, Index, PeftConfig, Rank, chosen_task, read_config
 from timbre_methods.contract import Method, Site, Sites, Tensors
-from timbre_methods.errors import InvalidConfig, InvalidTensors
+from timbre_methods.errors import InvalidTensors
 from timbre_methods.examples import chosen_sites, coin, peft_file, random_tensor, whole_number
 from timbre_methods.program import AdapterProgram, LowRank
 from timbre_methods.routed.low_rank_experts import plain_output
@@ -57,16 +57,7 @@ class Poly(Method[PolyConfig]):
 
     def parse(self, raw_config: Mapping[str, Any]) -> PolyConfig:
         config = read_config(PolyConfig, raw_config)
-        if config.task_id is None and config.n_tasks > 1:
-            raise InvalidConfig(
-                f"POLY: task_id is missing, and the file has {config.n_tasks} tasks, requests none; "
-                f'write "task_id", 0 to {config.n_tasks - 1}, into adapter_config.json, and upload the '
-                "adapter once for each task"
-            )
-        if _task(config) >= config.n_tasks:
-            raise InvalidConfig(
-                f"POLY: task_id: found {config.task_id}, expected 0 to {config.n_tasks - 1} as n_tasks says"
-            )
+        _task(config)
         return config
 
     def compile(self, config: PolyConfig, tensors: Tensors, sites: Sites) -> AdapterProgram:
@@ -112,7 +103,8 @@ class Poly(Method[PolyConfig]):
 
 
 def _task(config: PolyConfig) -> int:
-    return config.task_id or 0
+    """Raises `InvalidConfig`."""
+    return chosen_task("POLY", config.task_id, "n_tasks", config.n_tasks)
 
 
 def _mixed(config: PolyConfig, found: SiteTensors) -> LowRank:

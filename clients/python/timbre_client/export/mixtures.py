@@ -124,7 +124,7 @@ def lora_mixer(
     for path, router in routers.items():
         arrays.setdefault(path, {})["router.weight"] = router
     options = {
-        "scales": list(scales),
+        "scales": [float(scale) for scale in scales],
         "top_k": top_k,
         "renormalised": renormalised,
         "routers": "projection" if own else "attention",
@@ -143,14 +143,19 @@ def arrow(
     peft_seed: int | None = None,
 ) -> Path:
     """Arrow: the experts of each layer, with ``scales`` their alpha / r, and of the same layers the general
-    ones of GenKnowSub. ``peft_seed``: prototypes by PEFT's power iteration from this ``rng_seed``."""
+    ones of GenKnowSub. ``peft_seed``: prototypes by PEFT's power iteration from this ``rng_seed``.
+
+    Raises ValueError for general experts of a layer that has no others."""
     given = general or {}
+    stray = next((path for path in given if path not in layers), None)
+    if stray is not None:
+        raise ValueError(f"general has the layer {stray!r}, expected layers that have experts")
     arrays = {
         path: {**_numbered("experts", experts), **_numbered("general", given.get(path, ()))}
         for path, experts in layers.items()
     }
     options = {
-        "scales": list(scales),
+        "scales": [float(scale) for scale in scales],
         "top_k": top_k,
         "router_temperature": router_temperature,
         "prototypes": "svd" if peft_seed is None else "peft",
