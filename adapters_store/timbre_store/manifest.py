@@ -66,7 +66,9 @@ class Manifest:
     def to_bytes(self) -> bytes:
         """Canonical JSON: keys sorted, no spaces, ASCII, no `OPTIONAL` field that says nothing."""
         raw = {key: value for key, value in asdict(self).items() if value != OPTIONAL.get(key, ...)}
-        return json.dumps(raw, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode("ascii")
+        return json.dumps(
+            raw, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
+        ).encode("ascii")
 
     @property
     def digest(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 
@@ -34,5 +35,7 @@ def mix_manifest(recipe: Recipe, parents: Sequence[Manifest], base_model: str | 
         prepared_bytes=sum(parent.prepared_bytes for parent in parents),
         config_digest=digest_of_bytes(config),
         tensors_digest=digest_of_bytes(NO_TENSORS),
+        virtual_tokens=sum(parent.virtual_tokens for parent in parents),
+        row_copies=math.prod(parent.row_copies for parent in parents),
         recipe=recipe,
     )

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from timbre_server.errors import InvalidRequest, MixNotServed, UnsupportedParameter
-from timbre_server.http.openai_schema import MAX_MIX, GenerationRequest, MergedAdapters
+from timbre_server.http.openai_schema import MAX_MIX, MAX_WEIGHT, GenerationRequest, MergedAdapters
 from timbre_store.records import AdapterRecord, MixPart
 
 LINEAR = "linear"
@@ -92,7 +92,7 @@ def refuse_twins(mix: Sequence[WeightedAdapter], wanted: Sequence[Wanted]) -> No
 def expanded(mix: Sequence[WeightedAdapter], param: str) -> tuple[WeightedAdapter, ...]:
     """With each named mix in its parts' place, and what then comes twice once, with the sum of its weights.
 
-    Raises: MixNotServed for too many in the end.
+    Raises: MixNotServed for too many in the end; InvalidRequest for weights that multiply to too large ones.
     """
     found: dict[str, WeightedAdapter] = {}
     for each in mix:
@@ -100,6 +100,13 @@ def expanded(mix: Sequence[WeightedAdapter], param: str) -> tuple[WeightedAdapte
             before = found.get(part.adapter.digest)
             weight = each.weight * part.weight + (before.weight if before else 0.0)
             found[part.adapter.digest] = WeightedAdapter(part.adapter, weight)
+    large = next((each for each in found.values() if abs(each.weight) > MAX_WEIGHT), None)
+    if large is not None:
+        raise InvalidRequest(
+            f"with the named mixes in it {large.label} has the weight {large.weight!r}; expected at most "
+            f"{MAX_WEIGHT:g} either way",
+            param=param,
+        )
     if len(found) > MAX_MIX:
         raise MixNotServed(
             f"with the named mixes in it these are {len(found)} adapters; at most {MAX_MIX} answer together",
