@@ -40,7 +40,7 @@ class Registrar:
 
     def register(self, arrivals: Sequence[Arrival], base_model: str | None) -> tuple[AdapterRecord, ...]:
         for arrival in arrivals:
-            self._check_name(arrival.name)
+            self.check_name(arrival.name)
         with ExitStack() as stack, Upload(self.blobs, self.limits.max_blob_bytes) as upload:
             for arrival in arrivals:
                 stack.enter_context(self.blobs.holding(arrival.config_digest, arrival.tensors_digest))
@@ -50,7 +50,7 @@ class Registrar:
             return self._record(tuple(zip(names, manifests, strict=True)))
 
     def register_mix(self, name: str, recipe: Recipe, base_model: str | None) -> AdapterRecord:
-        self._check_name(name)
+        self.check_name(name)
         with Upload(self.blobs, self.limits.max_blob_bytes) as upload:
             for content in (mix_config(recipe), NO_TENSORS):
                 with upload.begin_blob() as writer:
@@ -60,7 +60,8 @@ class Registrar:
             parents = [Manifest.from_bytes(path.read_bytes()) for path in paths]
             return self._record([(name, mix_manifest(recipe, parents, base_model))])[0]
 
-    def _check_name(self, name: str) -> None:
+    def check_name(self, name: str) -> None:
+        """Raises: InvalidName; NameConflict for an alias."""
         check_name(name)
         self.catalogue.check_name_is_free_for_adapter(name)
 

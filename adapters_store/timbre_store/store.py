@@ -142,6 +142,10 @@ class Store:
         """As `register`, each of them; a refusal of one stores none."""
         return self._registrar.register(arrivals, base_model)
 
+    def check_name(self, name: str) -> None:
+        """Whether an adapter may be called so. Raises: InvalidName; NameConflict if it is an alias."""
+        self._registrar.check_name(name)
+
     def register_mix(self, name: str, recipe: Recipe, base_model: str | None) -> AdapterRecord:
         """Give the name a version that stands for the weighted sum of stored adapters, none of them a mix.
 

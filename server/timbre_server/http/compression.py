@@ -63,7 +63,7 @@ def compression_router(room: RecipeRoom) -> APIRouter:
 async def _compressed(
     room: RecipeRoom, body: CompressBody
 ) -> tuple[tuple[AdapterRecord, ...], dict[str, Any]]:
-    _check_names(room, body.members)
+    await _check_names(room, body.members)
     wanted = [
         Wanted(member.parent, 1.0, f"members.{index}.parent") for index, member in enumerate(body.members)
     ]
@@ -84,11 +84,11 @@ async def _compressed(
     return records, {"object": "list", "basis_bytes": made.basis_bytes, "data": members}
 
 
-def _check_names(room: RecipeRoom, members: Sequence[MemberBody]) -> None:
+async def _check_names(room: RecipeRoom, members: Sequence[MemberBody]) -> None:
     """Raises: InvalidName, NameConflict; InvalidRequest for a name given twice."""
     seen: set[str] = set()
     for index, member in enumerate(members):
-        check_new_name(room, member.name)
+        await check_new_name(room, member.name)
         if member.name in seen:
             raise InvalidRequest(f"the name {member.name!r} is given twice", param=f"members.{index}.name")
         seen.add(member.name)

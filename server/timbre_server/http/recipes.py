@@ -26,7 +26,6 @@ from timbre_server.http.openai_schema import MAX_MIX, MAX_WEIGHT
 from timbre_server.http.upload import MAX_TEXT_BYTES
 from timbre_server.made import Compress, MadeFiles, Merge
 from timbre_store.errors import NameConflict, NotFound, StoreError
-from timbre_store.names import check_name
 from timbre_store.recipe import Parent, Recipe
 from timbre_store.records import AdapterRecord
 from timbre_store.store import Store
@@ -102,7 +101,7 @@ def recipe_router(room: RecipeRoom) -> APIRouter:
 
 
 async def _created(room: RecipeRoom, body: RecipeBody) -> tuple[AdapterRecord, float]:
-    check_new_name(room, body.name)
+    await check_new_name(room, body.name)
     _check_numbers(body)
     wanted = [
         Wanted(parent.name, parent.weight, f"parents.{index}.name")
@@ -123,9 +122,10 @@ async def _created(room: RecipeRoom, body: RecipeBody) -> tuple[AdapterRecord, f
     return record, made.relative_error
 
 
-def check_new_name(room: RecipeRoom, name: str) -> None:
-    """Before anything is computed. Raises: InvalidName, NameConflict."""
-    if check_name(name) in room.base_names:
+async def check_new_name(room: RecipeRoom, name: str) -> None:
+    """Before anything is computed. Raises: InvalidName; NameConflict for the base's name or an alias."""
+    await run_in_threadpool(room.store.check_name, name)
+    if name in room.base_names:
         raise NameConflict(f"{name!r} is the base model's name; choose another for the adapter")
 
 
