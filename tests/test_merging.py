@@ -35,6 +35,7 @@ SHAPES = (
     SiteShape("layers.0.mlp.up_proj", 40, 24, False),
     SiteShape("layers.0.mlp.down_proj", 24, 40, False),
     SiteShape("layers.0.mlp", 24, 24, False, "block"),
+    SiteShape("layers.0.mlp.gate", 24, 24, False, "parameter"),
     SiteShape("norm", 24, 24, False, "norm"),
 )
 META = meta_sites(SHAPES)
@@ -42,7 +43,7 @@ META = meta_sites(SHAPES)
 NOT_MERGED = (
     "alora", "arrow", "beft", "boft", "deft", "dora", "ether", "glora", "hira", "hra", "hydra", "ia3", "lily",
     "llava_mole", "ln_tuning", "lora_mixer", "loramoe", "mixlora", "mola", "molora", "moram", "mov", "oft",
-    "peanut", "phatgoose", "propulsion", "road", "sara", "smora", "ssf", "trainable_tokens",
+    "parameter_lora", "peanut", "phatgoose", "propulsion", "road", "sara", "smora", "ssf", "trainable_tokens",
 )  # fmt: skip
 """What turns or scales what passes, what routes, or is made of the base's weights when it is loaded."""
 

@@ -17,7 +17,7 @@ from timbre_methods.errors import AdapterMismatch, InvalidRecipe
 from timbre_methods.merging.changes import Ingredient, factors_at
 from timbre_methods.merging.joint_basis import Form, JointBasis, joint_basis
 from timbre_methods.merging.lora_file import AdapterFile, peft_config
-from timbre_methods.merging.merge import adapted_paths, check_finite
+from timbre_methods.merging.merge import adapted_paths, check_finite, check_result
 from timbre_methods.shared_basis.lora_xs import AS_TRAINED, A, B
 from timbre_methods.site_tensors import PREFIX
 
@@ -61,13 +61,20 @@ def compress(
                 f"at {path} {len(widths)} adapters of {sum(widths)} ranks together take "
                 f"{len(widths) * spans} numbers, but at most {MAX_CELLS} are computed with; compress fewer"
             )
+    check_result(
+        sum(
+            rank * (sites[path].out_features + sites[path].in_features + rank)
+            for each in ingredients
+            for path in each.program.sites
+        )
+    )
     bases: dict[str, JointBasis] = {}
     for path in paths:
         proceed()
         present = [each for each in ingredients if path in each.program.sites]
         pairs = [factors_at(each, path) for each in present]
         check_finite(path, *(tensor for pair in pairs for tensor in pair))
-        bases[path] = joint_basis(pairs, rank, form)
+        bases[path] = joint_basis(pairs, rank, form, proceed)
     return [_member(each, ingredients, bases, rank) for each in ingredients]
 
 

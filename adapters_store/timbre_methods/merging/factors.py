@@ -19,7 +19,7 @@ Legend: I in features, O out features, R rank, P pooled units, D = I + O.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -39,16 +39,20 @@ def lorahub(pairs: Sequence[Pair], weights: Sequence[float]) -> Pair:
     return a_RI, b_OR
 
 
-def lego(pairs: Sequence[Pair], weights: Sequence[float], rank: int, generator: torch.Generator) -> Pair:
-    """A pair of this rank, which is at most that of all pairs together."""
+def lego(
+    pairs: Sequence[Pair],
+    weights: Sequence[float],
+    rank: int,
+    generator: torch.Generator,
+    proceed: Callable[[], None] = lambda: None,
+) -> Pair:
+    """A pair of this rank, which is at most that of all pairs together; ``proceed`` may end it."""
     units_PD = torch.cat(
         [torch.cat([a, weight * b.T], dim=1) for (a, b), weight in zip(pairs, weights, strict=True)]
     ).double()
-    cluster_P = _clustered(units_PD, rank, generator)
-    members_RP = (cluster_P == torch.arange(rank).unsqueeze(1)).double()
-    members_RP /= members_RP.sum(1, keepdim=True)
-    centroids_RD = members_RP @ units_PD
-    lengths_R = members_RP @ units_PD.norm(dim=1)
+    cluster_P = _clustered(units_PD, rank, generator, proceed)
+    centroids_RD = _means(units_PD, cluster_P, rank)
+    lengths_R = _means(units_PD.norm(dim=1, keepdim=True), cluster_P, rank).squeeze(1)
     centroids_RD *= (lengths_R / centroids_RD.norm(dim=1).clamp(min=1e-30)).unsqueeze(1)
     features = pairs[0][0].shape[1]
     mean_rank = len(units_PD) / len(pairs)
@@ -56,27 +60,35 @@ def lego(pairs: Sequence[Pair], weights: Sequence[float], rank: int, generator: 
     return centroids_RD[:, :features].float(), b_RO.T.float()
 
 
-def _clustered(units_PD: Tensor, k: int, generator: torch.Generator) -> Tensor:
+def _means(values_PD: Tensor, cluster_P: Tensor, k: int) -> Tensor:
+    """Of each of k clusters."""
+    sums_KD = values_PD.new_zeros(k, values_PD.shape[1]).index_add_(0, cluster_P, values_PD)
+    return sums_KD / torch.bincount(cluster_P, minlength=k).unsqueeze(1)
+
+
+def _clustered(units_PD: Tensor, k: int, generator: torch.Generator, proceed: Callable[[], None]) -> Tensor:
     """The number of each unit's cluster, none of them empty."""
     centres_KD = units_PD[_spread_out(units_PD, k, generator)]
     cluster_P = torch.full((len(units_PD),), -1)
     for _ in range(LLOYD_STEPS):
+        proceed()
         distances_PK = torch.cdist(units_PD, centres_KD)
         found_P = distances_PK.argmin(1)
         _fill_empty(found_P, distances_PK)
         if torch.equal(found_P, cluster_P):
             break
         cluster_P = found_P
-        members_KP = (cluster_P == torch.arange(k).unsqueeze(1)).double()
-        centres_KD = members_KP @ units_PD / members_KP.sum(1, keepdim=True)
+        centres_KD = _means(units_PD, cluster_P, k)
     return cluster_P
 
 
 def _spread_out(units_PD: Tensor, k: int, generator: torch.Generator) -> Tensor:
     """The first centres: k units, each drawn by its squared distance to those before (k-means++)."""
     chosen = [int(torch.randint(len(units_PD), (1,), generator=generator))]
+    nearest_P = units_PD.new_full((len(units_PD),), math.inf)
     for _ in range(k - 1):
-        squares_P = torch.cdist(units_PD, units_PD[chosen]).amin(1).square()
+        nearest_P = torch.minimum(nearest_P, (units_PD - units_PD[chosen[-1]]).square().sum(1))
+        squares_P = nearest_P.clone()
         squares_P[chosen] = 0
         if not squares_P.sum() > 0:  # Units that are left are copies of chosen ones.
             squares_P = torch.ones_like(squares_P)

@@ -16,7 +16,7 @@ the output and the input side, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -45,18 +45,20 @@ class JointBasis:
     left_out_K: tuple[float, ...]
 
 
-def joint_basis(pairs: Sequence[tuple[Tensor, Tensor]], rank: int, form: Form) -> JointBasis:
-    """From the factors ``A_k`` [C, I] and ``B_k`` [O, C] of each. Deterministic."""
+def joint_basis(
+    pairs: Sequence[tuple[Tensor, Tensor]], rank: int, form: Form, proceed: Callable[[], None] = lambda: None
+) -> JointBasis:
+    """From the factors ``A_k`` [C, I] and ``B_k`` [O, C] of each. Deterministic; ``proceed`` may end it."""
     whole_K = tuple(square_norm_of_product(a, b) for a, b in pairs)
     norms_K = torch.tensor(whole_K, dtype=torch.float64).sqrt()
     inner_IN = torch.linalg.qr(torch.cat([a.double() for a, _ in pairs]).T).Q
     outer_OM = torch.linalg.qr(torch.cat([b.double() for _, b in pairs], dim=1)).Q
     x_KMN = torch.stack([(outer_OM.T @ b.double()) @ (a.double() @ inner_IN) for a, b in pairs])
     x_KMN = x_KMN / norms_K.clamp(min=1e-300)[:, None, None]
-    u_MR, v_NR = _full(x_KMN, rank)
+    u_MR, v_NR = _full(x_KMN, rank, proceed)
     s_KRR = u_MR.T @ x_KMN @ v_NR
     if form == "diagonal":
-        u_MR, v_NR, s_KR = _diagonal(x_KMN, u_MR, v_NR)
+        u_MR, v_NR, s_KR = _diagonal(x_KMN, u_MR, v_NR, proceed)
         s_KRR = torch.diag_embed(s_KR)
     rest_KMN = x_KMN - u_MR @ s_KRR @ v_NR.T
     left_out_K = rest_KMN.square().sum((1, 2)) * norms_K.square()
@@ -71,11 +73,12 @@ def joint_basis(pairs: Sequence[tuple[Tensor, Tensor]], rank: int, form: Form) -
     )
 
 
-def _full(x_KMN: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def _full(x_KMN: Tensor, rank: int, proceed: Callable[[], None]) -> tuple[Tensor, Tensor]:
     """Orthonormal U [M, R] and V [N, R] that keep the most of ``Σ ‖Uᵀ X_k V‖²``."""
     v_NR = _leading(torch.einsum("kmn,kmp->np", x_KMN, x_KMN), rank)
     kept = 0.0
     for _ in range(FULL_STEPS):
+        proceed()
         y_KMR = x_KMN @ v_NR
         u_MR = _leading(torch.einsum("kmr,kpr->mp", y_KMR, y_KMR), rank)
         y_KRN = u_MR.T @ x_KMN
@@ -92,17 +95,20 @@ def _leading(gram: Tensor, rank: int) -> Tensor:
     return vectors.flip(1)[:, :rank]
 
 
-def _diagonal(x_KMN: Tensor, u_MR: Tensor, v_NR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _diagonal(
+    x_KMN: Tensor, u_MR: Tensor, v_NR: Tensor, proceed: Callable[[], None]
+) -> tuple[Tensor, Tensor, Tensor]:
     """U [M, R], V [N, R] and S [K, R] of ``X_k ≈ U diag(S_k) Vᵀ``; U and V have columns of length 1."""
     left_out = float("inf")
     rank = min(u_MR.shape[1], v_NR.shape[1])
     u_MR, v_NR = u_MR[:, :rank], v_NR[:, :rank]
     for _ in range(DIAGONAL_STEPS):
-        s_KR = _solved(torch.einsum("kmn,mr,nr->kr", x_KMN, u_MR, v_NR), u_MR, v_NR)
-        u_MR = _unit(_solved(torch.einsum("kmn,kr,nr->mr", x_KMN, s_KR, v_NR), s_KR, v_NR))
-        v_NR = _unit(_solved(torch.einsum("kmn,kr,mr->nr", x_KMN, s_KR, u_MR), s_KR, u_MR))
-        s_KR = _solved(torch.einsum("kmn,mr,nr->kr", x_KMN, u_MR, v_NR), u_MR, v_NR)
-        rest = float((x_KMN - torch.einsum("mr,kr,nr->kmn", u_MR, s_KR, v_NR)).square().sum())
+        proceed()
+        s_KR = _solved(((x_KMN @ v_NR) * u_MR).sum(1), u_MR, v_NR)
+        u_MR = _unit(_solved(((x_KMN @ v_NR) * s_KR[:, None]).sum(0), s_KR, v_NR))
+        v_NR = _unit(_solved(((x_KMN.mT @ u_MR) * s_KR[:, None]).sum(0), s_KR, u_MR))
+        s_KR = _solved(((x_KMN @ v_NR) * u_MR).sum(1), u_MR, v_NR)
+        rest = float((x_KMN - (u_MR * s_KR[:, None]) @ v_NR.T).square().sum())
         if rest > (1 - CONVERGED) * left_out:
             break
         left_out = rest

@@ -41,8 +41,13 @@ MERGE_KINDS = (*task_vectors.KINDS, "svd", "lego", "lorahub")
 MAX_CELLS = 2**29
 """The most numbers that the changes of one site may have, of all adapters together, where they are built."""
 
+MAX_RESULT_CELLS = 2**28
+"""The most numbers of what is made, all files together: it is held whole until it is stored."""
+MAX_DISTANCES = 2**20
+"""The most pairs of units and clusters that ``lego`` measures at a site in each of its steps."""
+
 Proceed = Callable[[], None]
-"""Called before each site; raises to give up."""
+"""Called before each site, and each step of long ones; raises to give up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,20 +79,34 @@ def merge(
     """
     paths = adapted_paths(ingredients, sites)
     rank = _checked_rank(numbers, ingredients, paths, sites)
+    check_result(sum(rank * (sites[path].out_features + sites[path].in_features) for path in paths))
     generator = torch.Generator().manual_seed(numbers.seed)
     found: dict[str, Truncated] = {}
     for path in paths:
         proceed()
         present = [each for each in ingredients if path in each.program.sites]
-        found[path] = _at_site(numbers, present, sites[path], rank, generator)
+        found[path] = _at_site(numbers, present, sites[path], rank, generator, proceed)
         check_finite(path, found[path].a_RI, found[path].b_OR)
     whole = sum(each.whole for each in found.values())
     left_out = sum(each.left_out for each in found.values())
+    if not whole > 0:
+        raise InvalidRecipe(
+            "nothing is left of the adapters; give them weights that are not 0, or keep a larger density"
+        )
     return Merged(
         lora_file({path: (each.a_RI, each.b_OR) for path, each in found.items()}, sites),
         max(each.a_RI.shape[0] for each in found.values()),
-        math.sqrt(left_out / whole) if whole > 0 else 0.0,
+        math.sqrt(left_out / whole),
     )
+
+
+def check_result(num_cells: int) -> None:
+    """Raises `InvalidRecipe` for more numbers than a recipe may make."""
+    if num_cells > MAX_RESULT_CELLS:
+        raise InvalidRecipe(
+            f"the result would have {num_cells} numbers, but at most {MAX_RESULT_CELLS} are made at a time; "
+            "choose a smaller rank, or fewer adapters"
+        )
 
 
 def adapted_paths(ingredients: Sequence[Ingredient], sites: Sites) -> list[str]:
@@ -126,11 +145,12 @@ def _checked_rank(
         if is_dense and cells > MAX_CELLS:
             raise InvalidRecipe(
                 f"at {path} the changes of {len(ranks)} adapters have {cells} numbers together, but at most "
-                f"{MAX_CELLS} are computed with; merge fewer, or use kind 'svd', 'lego' or 'linear'"
+                f"{MAX_CELLS} are computed with; merge fewer, or use kind 'svd' or 'linear'"
             )
         most = min(site.out_features, site.in_features)
         if numbers.kind == "lego":
             most = sum(rank or 0 for _, rank in ranks)
+            _check_distances(most, numbers.rank or max(rank or 0 for _, rank in ranks), path)
         if numbers.rank is not None and numbers.rank > most:
             raise InvalidRecipe(f"rank is {numbers.rank}, but at {path} at most {most} is possible")
         if numbers.rank is None:
@@ -141,6 +161,14 @@ def _checked_rank(
                 )
             largest = max(largest, *(rank or 0 for _, rank in ranks))
     return numbers.rank or largest
+
+
+def _check_distances(num_units: int, num_clusters: int, path: str) -> None:
+    if num_units * num_clusters > MAX_DISTANCES:
+        raise InvalidRecipe(
+            f"at {path} {num_units} units of the adapters in {num_clusters} clusters are more than lego "
+            f"compares, {MAX_DISTANCES} distances; choose a smaller rank or use kind 'svd'"
+        )
 
 
 def _check_factors(numbers: MergeNumbers, path: str, ranks: Sequence[tuple[Ingredient, int | None]]) -> None:
@@ -158,7 +186,12 @@ def _check_factors(numbers: MergeNumbers, path: str, ranks: Sequence[tuple[Ingre
 
 
 def _at_site(
-    numbers: MergeNumbers, present: Sequence[Ingredient], site: Site, rank: int, generator: torch.Generator
+    numbers: MergeNumbers,
+    present: Sequence[Ingredient],
+    site: Site,
+    rank: int,
+    generator: torch.Generator,
+    proceed: Proceed,
 ) -> Truncated:
     weights = [each.weight for each in present]
     has_factors = all(known is not None for _, known in _ranks(present, site.path))
@@ -181,7 +214,7 @@ def _at_site(
     if numbers.kind == "lorahub":
         a_RI, b_OR = factors.lorahub(pairs, weights)
     else:
-        a_RI, b_OR = factors.lego(pairs, weights, min(rank, len(a_CI)), generator)
+        a_RI, b_OR = factors.lego(pairs, weights, min(rank, len(a_CI)), generator, proceed)
     difference = square_norm_of_product(torch.cat([a_CI, a_RI]), torch.cat([b_OC, -b_OR], dim=1))
     return Truncated(a_RI, b_OR, square_norm_of_product(a_CI, b_OC), left_out=difference)
 
