@@ -24,8 +24,9 @@ help: ## this list
 serve: $(VENV)/.serve ## install on the first run, then serve the small model and the example adapters
 	@exec $(BIN)/timbre serve --host $(HOST) --port $(PORT) --examples-dir examples/adapters $(ARGS)
 
-test: $(VENV)/.dev ## the whole test suite; ARGS goes to pytest
-	@$(BIN)/python -m pytest $(ARGS)
+# A file's tests stay together, since a server that they share starts once for the file.
+test: $(VENV)/.dev ## the whole test suite, on up to four cores; ARGS goes to pytest
+	@$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
 
 lint: $(VENV)/.dev ## ruff, mypy and hadolint
 	$(BIN)/ruff check $(SOURCES)
