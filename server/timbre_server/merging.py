@@ -24,8 +24,7 @@ from safetensors.torch import load_file, save
 from timbre_methods.contract import Sites
 from timbre_methods.errors import AdapterMismatch, MethodError
 from timbre_methods.merging.changes import Ingredient
-from timbre_methods.merging.compress import compress
-from timbre_methods.merging.joint_basis import Form
+from timbre_methods.merging.compress import CollectionForm, compress
 from timbre_methods.merging.lora_file import AdapterFile
 from timbre_methods.merging.merge import MergeNumbers, merge
 from timbre_methods.prompt_contract import Frame
@@ -40,7 +39,11 @@ MAX_OPEN = 4
 """Merges that run or wait; a further one is sent away, for each may take minutes."""
 RETRY_S = 30.0
 LOWEST_PRIORITY = 19
-FORMS: Mapping[str, Form] = {"joint_full": "full", "joint_diagonal": "diagonal"}
+FORMS: Mapping[str, CollectionForm] = {
+    "joint_full": "full",
+    "joint_diagonal": "diagonal",
+    "reversible": "reversible",
+}
 """Recipes of collections, by the form of a member's core."""
 
 Made = TypeVar("Made")
@@ -108,11 +111,9 @@ class Merges:
         made = compress(ingredients, self._sites, recipe.rank, form, self._proceed)
         members = [
             _files(each.file, replace(recipe, member=parent.digest), each.relative_error)
-            for each, parent in zip(made, recipe.parents, strict=True)
+            for each, parent in zip(made.members, recipe.parents, strict=True)
         ]
-        paths = {path for each in ingredients for path in each.program.sites}
-        widths = (self._sites[path].in_features + self._sites[path].out_features for path in paths)
-        return MadeCollection(tuple(members), sum(widths) * recipe.rank * torch.float32.itemsize)
+        return MadeCollection(tuple(members), made.basis_bytes)
 
     def _ingredients(self, recipe: Recipe, parents: Sequence[AdapterRecord]) -> list[Ingredient]:
         pairs = zip(parents, recipe.parents, strict=True)

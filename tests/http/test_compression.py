@@ -92,7 +92,8 @@ REFUSED: list[tuple[dict[str, Any], int, str | None, str]] = [
     (body(members=MANY), 400, "members", "at most 64"),
     (body("one", rank=None), 400, "rank", "integer"),
     (body("one", rank=0), 400, "rank", "greater than or equal to 1"),
-    (body("one", rank=17), 422, None, f"rank is 17, but at {PATHS[0]} at most 16"),
+    (body("one", rank=17), 422, None, f"rank 17, but at {PATHS[0]} at most 16"),
+    (body("one", "two", kind="reversible"), 422, None, "two@1 (lora) has rank 3 at"),
     (body("one", density=0.5), 400, "density", "not permitted"),
     (body("one", "parrot"), 404, "members.1.parent", "'parrot'"),
     (body("one", "one"), 400, "members.1.name", "given twice"),
@@ -118,3 +119,12 @@ async def test_a_bad_collection_is_told_what_is_wrong_and_changes_nothing(stocke
     assert wrong == []
     assert stocked.stored_files() == before
     assert stocked.store.versions("one-small") == ()
+
+
+async def test_a_pool_of_components_rebuilds_its_members(stocked: Any) -> None:
+    made = await stocked.client.post(
+        "/v1/recipes/compress", json=body("one", "three", kind="reversible", rank=1)
+    )
+    assert made.status_code == 201, made.text
+    assert made.json()["basis_bytes"] == 4 * 2 * (1 + 1) * sum(map(sum, SHAPES))
+    assert all(member["relative_error"] < 1e-3 for member in made.json()["data"])

@@ -1,5 +1,7 @@
 """From several compiled adapters to as many that share one basis: LoRA-XS files, ``ΔW_k = B S_k A``.
 
+Two ways to such a basis: `joint_basis` of the changes, and `reversible` of the factors' own vectors.
+
 Where an adapter does not adapt a site it has no core there, and the others share the basis. Every file holds
 the basis, since a file stands by itself; in memory equal bases are one (`timbre_methods.bases`).
 """
@@ -9,17 +11,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
 from timbre_methods.contract import Sites
 from timbre_methods.errors import AdapterMismatch, InvalidRecipe
 from timbre_methods.merging.changes import Ingredient, factors_at
-from timbre_methods.merging.joint_basis import Form, JointBasis, joint_basis
+from timbre_methods.merging.joint_basis import JointBasis, joint_basis
 from timbre_methods.merging.lora_file import AdapterFile, peft_config
 from timbre_methods.merging.merge import adapted_paths, check_finite, check_result
+from timbre_methods.merging.reversible import reversible_basis
 from timbre_methods.shared_basis.lora_xs import AS_TRAINED, A, B
 from timbre_methods.site_tensors import PREFIX
+
+CollectionForm = Literal["full", "diagonal", "reversible"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,6 +37,14 @@ class Compressed:
     """Of its change, in Frobenius norms over all its sites."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Collection:
+    """In the order of the ingredients; the bytes of the basis count once for all of them."""
+
+    members: tuple[Compressed, ...]
+    basis_bytes: int
+
+
 MAX_CELLS = 2**27
 """The most numbers that the changes of one site may have in the span of their factors, together."""
 
@@ -39,21 +53,26 @@ def compress(
     ingredients: Sequence[Ingredient],
     sites: Sites,
     rank: int,
-    form: Form,
+    form: CollectionForm,
     proceed: Callable[[], None] = lambda: None,
-) -> list[Compressed]:
-    """In the order of the ingredients, whose weights are not looked at.
+) -> Collection:
+    """The ingredients' weights are not looked at. For ``reversible``, ``rank`` is the
+    number of components.
 
-    Raises `AdapterMismatch` for an adapter without a low-rank form, `InvalidRecipe` for a rank that a site
-    does not have; nothing is computed before all of them are known to fit.
+    Raises `AdapterMismatch` for an adapter without a low-rank form or, where that matters, of another rank;
+    `InvalidRecipe` for a rank that a site does not have. Nothing is computed before all are known to fit.
     """
     paths = adapted_paths(ingredients, sites)
     for path in paths:
+        _check_kind(ingredients, path, sites[path].kind)
+    components = rank
+    if form == "reversible":
+        rank = _one_rank(ingredients) * (1 + components)
+    for path in paths:
         site = sites[path]
-        _check_kind(ingredients, path, site.kind)
         most = min(site.out_features, site.in_features)
         if rank > most:
-            raise InvalidRecipe(f"rank is {rank}, but at {path} at most {most} is possible")
+            raise InvalidRecipe(f"the basis would have rank {rank}, but at {path} at most {most} is possible")
         widths = [factors_at(each, path)[0].shape[0] for each in ingredients if path in each.program.sites]
         spans = min(sum(widths), site.out_features) * min(sum(widths), site.in_features)
         if len(widths) * spans > MAX_CELLS:
@@ -74,8 +93,15 @@ def compress(
         present = [each for each in ingredients if path in each.program.sites]
         pairs = [factors_at(each, path) for each in present]
         check_finite(path, *(tensor for pair in pairs for tensor in pair))
-        bases[path] = joint_basis(pairs, rank, form, proceed)
-    return [_member(each, ingredients, bases, rank) for each in ingredients]
+        bases[path] = (
+            reversible_basis(pairs, components)
+            if form == "reversible"
+            else joint_basis(pairs, rank, form, proceed)
+        )
+    return Collection(
+        tuple(_member(each, ingredients, bases, rank) for each in ingredients),
+        sum(basis.a_RI.nbytes + basis.b_OR.nbytes for basis in bases.values()),
+    )
 
 
 def _check_kind(ingredients: Sequence[Ingredient], path: str, kind: str) -> None:
@@ -86,6 +112,21 @@ def _check_kind(ingredients: Sequence[Ingredient], path: str, kind: str) -> None
                 raise AdapterMismatch(
                     f"{each.label} ({each.method}) adapts {path}, and only linear layers share a basis here"
                 )
+
+
+def _one_rank(ingredients: Sequence[Ingredient]) -> int:
+    """Of all of them at all sites."""
+    found: int | None = None
+    for each in ingredients:
+        for path in each.program.sites:
+            rank = factors_at(each, path)[0].shape[0]
+            if found is not None and rank != found:
+                raise AdapterMismatch(
+                    f"{each.label} ({each.method}) has rank {rank} at {path}, others have {found}; kind "
+                    "'reversible' takes adapters of one rank, 'joint_full' any"
+                )
+            found = rank
+    return found or 0
 
 
 def _member(

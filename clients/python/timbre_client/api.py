@@ -16,7 +16,7 @@ Prompt = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
 RecipeKind = Literal[
     "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune", "svd", "lego", "lorahub"
 ]  # fmt: skip
-CollectionKind = Literal["joint_full", "joint_diagonal"]
+CollectionKind = Literal["joint_full", "joint_diagonal", "reversible"]
 
 
 class RecipeNumbers(TypedDict, total=False):

@@ -134,7 +134,10 @@ class Timbre:
     def compress_adapters(
         self, members: Mapping[str, str], *, rank: int, kind: api.CollectionKind = "joint_full"
     ) -> Collection:
-        """Stores LoRAs anew in one basis that they share: `members` has each one's new name by its name."""
+        """Stores LoRAs anew in one basis that they share: `members` has each one's new name by its name.
+
+        `rank` is that of the basis; of kind ``reversible`` the components for each rank of the LoRAs.
+        """
         return self._send(api.compress(members, rank, kind))
 
     def is_ready(self) -> bool:

@@ -38,7 +38,7 @@ class MemberBody(RecipePart):
 
 
 class CompressBody(RecipePart):
-    kind: Literal["joint_full", "joint_diagonal"]
+    kind: Literal["joint_full", "joint_diagonal", "reversible"]
     rank: int = Field(ge=1, le=MAX_RANK)
     members: Annotated[list[MemberBody], Field(min_length=1, max_length=MAX_MEMBERS, fail_fast=True)]
 
