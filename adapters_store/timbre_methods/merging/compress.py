@@ -68,25 +68,7 @@ def compress(
     components = rank
     if form == "reversible":
         rank = _one_rank(ingredients) * (1 + components)
-    for path in paths:
-        site = sites[path]
-        most = min(site.out_features, site.in_features)
-        if rank > most:
-            raise InvalidRecipe(f"the basis would have rank {rank}, but at {path} at most {most} is possible")
-        widths = [factors_at(each, path)[0].shape[0] for each in ingredients if path in each.program.sites]
-        spans = min(sum(widths), site.out_features) * min(sum(widths), site.in_features)
-        if len(widths) * spans > MAX_CELLS:
-            raise InvalidRecipe(
-                f"at {path} {len(widths)} adapters of {sum(widths)} ranks together take "
-                f"{len(widths) * spans} numbers, but at most {MAX_CELLS} are computed with; compress fewer"
-            )
-    check_result(
-        sum(
-            rank * (sites[path].out_features + sites[path].in_features + rank)
-            for each in ingredients
-            for path in each.program.sites
-        )
-    )
+    _check_size(ingredients, sites, paths, rank)
     bases: dict[str, JointBasis] = {}
     for path in paths:
         proceed()
@@ -112,6 +94,29 @@ def _check_kind(ingredients: Sequence[Ingredient], path: str, kind: str) -> None
                 raise AdapterMismatch(
                     f"{each.label} ({each.method}) adapts {path}, and only linear layers share a basis here"
                 )
+
+
+def _check_size(ingredients: Sequence[Ingredient], sites: Sites, paths: Sequence[str], rank: int) -> None:
+    """Of a basis of this rank, of what is computed for it, and of the files."""
+    for path in paths:
+        site = sites[path]
+        most = min(site.out_features, site.in_features)
+        if rank > most:
+            raise InvalidRecipe(f"the basis would have rank {rank}, but at {path} at most {most} is possible")
+        widths = [factors_at(each, path)[0].shape[0] for each in ingredients if path in each.program.sites]
+        spans = min(sum(widths), site.out_features) * min(sum(widths), site.in_features)
+        if len(widths) * spans > MAX_CELLS:
+            raise InvalidRecipe(
+                f"at {path} {len(widths)} adapters of {sum(widths)} ranks together take "
+                f"{len(widths) * spans} numbers, but at most {MAX_CELLS} are computed with; compress fewer"
+            )
+    check_result(
+        sum(
+            rank * (sites[path].out_features + sites[path].in_features + rank)
+            for each in ingredients
+            for path in each.program.sites
+        )
+    )
 
 
 def _one_rank(ingredients: Sequence[Ingredient]) -> int:
