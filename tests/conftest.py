@@ -76,6 +76,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A test marked ``gpu`` runs where there is one."""
+    if item.get_closest_marker("gpu") is None:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("there is no GPU")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Install the hook once a process; property tests are bounded by examples, never by time."""
     if not getattr(sys, "_timbre_offline", False):

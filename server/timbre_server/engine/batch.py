@@ -19,6 +19,7 @@ from timbre_server.engine.context import AttentionContext, active
 from timbre_server.engine.kv_cache import KVCache
 from timbre_server.engine.paged_attention import PagedStep, SequenceRows
 from timbre_server.engine.prompted_attention import AttentionPrompts, PromptedAttention
+from timbre_server.engine.varlen_attention import StepKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,14 +32,18 @@ class Batch:
 
 
 def forward(
-    model: PreTrainedModel, cache: KVCache, batch: Batch, prompts: AttentionPrompts | None = None
+    model: PreTrainedModel,
+    cache: KVCache,
+    batch: Batch,
+    prompts: AttentionPrompts | None = None,
+    step: StepKind = PagedStep,
 ) -> Tensor:
     """Logits [N, V] of the kept rows, float32; the rows' keys and values are in the cache afterwards.
 
     Call it under ``torch.inference_mode()``.
     """
     positions = [p for rows in batch.sequences for p in range(rows.start, rows.end)]
-    context: AttentionContext = PagedStep(cache, batch.sequences)
+    context: AttentionContext = step(cache, batch.sequences)
     if prompts is not None:
         context = PromptedAttention(context, prompts)
     return run_model(model, context, batch.token_ids, positions, batch.kept_rows)

@@ -83,15 +83,19 @@ class PagedStep:
 
     def attend(self, call: AttentionCall) -> Tensor:
         """Store the step's keys and values, then attend: [T, H, E]."""
-        q_THD, k_TGD, v_TGE = (x.transpose(0, 1) for x in (call.q_HTD, call.k_GTD, call.v_GTE))
-        self._cache.write(call.layer, self._slots_T, k_TGD, v_TGE)
-        out_THE = q_THD.new_empty(q_THD.shape[0], q_THD.shape[1], v_TGE.shape[2])
+        self.write(call)
+        q_THD = call.q_HTD.transpose(0, 1)
+        out_THE = q_THD.new_empty(*q_THD.shape[:2], call.v_GTE.shape[2])
         for group in self._groups(call.window):
             out_THE.index_copy_(0, group.rows_R, self._attend_group(call, group, q_THD))
-        for chunk in self._masked_chunks(call.window, explicit=_needs_exact(call)):
+        for chunk in self._masked_chunks(call.window, explicit=needs_exact(call)):
             first, last = chunk.rows.first_row, chunk.rows.first_row + chunk.rows.num_rows
             out_THE[first:last] = self._attend_chunk(call, chunk)
         return out_THE
+
+    def write(self, call: AttentionCall) -> None:
+        """Store the step's keys and values."""
+        self._cache.write(call.layer, self._slots_T, call.k_GTD.transpose(0, 1), call.v_GTE.transpose(0, 1))
 
     def _attend_group(self, call: AttentionCall, group: _Group, q_THD: Tensor) -> Tensor:
         k_NGD, v_NGE = self._cache.read(call.layer, group.slots_N)
@@ -101,7 +105,7 @@ class PagedStep:
         k_RGLD = k_NGD.view(num_rows, -1, *k_NGD.shape[1:]).transpose(1, 2)
         v_RGLE = v_NGE.view(num_rows, -1, *v_NGE.shape[1:]).transpose(1, 2)
         sinks_1GM1 = None if call.sinks_H is None else call.sinks_H.view(1, num_kv_heads, -1, 1)
-        if not _needs_exact(call):
+        if not needs_exact(call):
             out_RGME = scaled_dot_product_attention(
                 q_RGMD, k_RGLD, v_RGLE, attn_mask=group.mask_R11L, scale=call.scale
             )
@@ -123,7 +127,7 @@ class PagedStep:
         k_GMLD = k_GLD[:, None].expand(-1, group, -1, -1)
         v_GMLE = v_GLE[:, None].expand(-1, group, -1, -1)
         sinks_GM11 = None if call.sinks_H is None else call.sinks_H.view(num_kv_heads, group, 1, 1)
-        if not _needs_exact(call):
+        if not needs_exact(call):
             out_GMNE = scaled_dot_product_attention(
                 q_GMND,
                 k_GMLD,
@@ -187,7 +191,7 @@ class PagedStep:
         return mask.to(self._cache.device)
 
 
-def _needs_exact(call: AttentionCall) -> bool:
+def needs_exact(call: AttentionCall) -> bool:
     """Whether the fused product would not do."""
     return call.softcap is not None or call.sinks_H is not None
 

@@ -33,6 +33,7 @@ from timbre_server.engine.paged_attention import SequenceRows
 from timbre_server.engine.prompted_attention import AttentionPrompts
 from timbre_server.engine.sampler import SamplingRow, prompt_logprobs, sample
 from timbre_server.engine.sequence import ChunkResult, ScheduledChunk, StepPlan, StepResult
+from timbre_server.engine.varlen_attention import step_for
 from timbre_server.operators.row_table import RowTable, Span
 
 _UNKNOWN_MEMORY_BYTES = 5 << 30
@@ -120,6 +121,7 @@ class Runner:
             dtype=self._model.dtype,
             device=self._model.device,
         )
+        self._step = step_for(self.cache, prepared.probed.kv_shapes)
 
     @property
     def num_blocks(self) -> int:
@@ -164,7 +166,8 @@ class Runner:
         with torch.inference_mode():
             try:
                 self._adapters.set_rows(table, head_table)
-                logits_NV = forward(self._model, self.cache, batch, self._adapters.attention_prompts)
+                prompts = self._adapters.attention_prompts
+                logits_NV = forward(self._model, self.cache, batch, prompts, self._step)
                 expert_tokens, routing = self._routing(plan)
             finally:
                 self._adapters.clear_rows()
