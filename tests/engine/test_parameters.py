@@ -13,7 +13,7 @@ from timbre_server.adapters.groups import ParameterModule
 from timbre_server.engine.assembly import layers_of
 from timbre_server.engine.attention import install_attention
 from timbre_server.engine.messages import SiteShape
-from timbre_server.engine.parameters import ParameterCalls, matrices_of
+from timbre_server.engine.parameters import ParameterCalls, matrices_of, parameter_weight_of
 from timbre_server.engine.probe import probe
 
 NUM_ROWS, SIZE = 5, 6
@@ -34,6 +34,11 @@ class WithScores(Matrix):
     def forward(self, x: Tensor, order: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         y = super().forward(x)
         return y, y.argmax(dim=-1)
+
+
+class InDouble(Matrix):
+    def forward(self, x: Tensor, order: Tensor | None = None) -> Tensor:
+        return super().forward(x).double()
 
 
 class OverAllRows(Matrix):
@@ -68,6 +73,7 @@ OFFERED: dict[str, tuple[nn.Module, Callable[[nn.Module, Tensor], object], tuple
     "rows in front": (Matrix(), lambda m, x: m(x[0]), ((0,), (0,))),
     "rows behind a batch of one": (Matrix(), lambda m, x: m(x), ((1,), (0,))),
     "several results": (WithScores(), lambda m, x: m(x[0]), ((0,), (0, 0))),
+    "a result of another precision": (InDouble(), lambda m, x: m(x[0]), ((0,), (0,))),
     "an argument without rows": (Matrix(), lambda m, x: m(x[0], order=torch.ones(2)), ((0, None), (0,))),
 }
 
@@ -97,6 +103,11 @@ def test_a_module_that_is_given_the_rows_in_order_is_offered(case: str) -> None:
 @pytest.mark.parametrize("case", LEFT_OUT)
 def test_a_module_whose_rows_cannot_be_run_apart_is_left_out(case: str) -> None:
     assert found(*LEFT_OUT[case]) == ()
+
+
+def test_slices_that_are_not_side_by_side_are_read_in_order() -> None:
+    stack = torch.arange(24.0).view(2, 3, 4)
+    torch.testing.assert_close(parameter_weight_of(stack.transpose(1, 2)), stack.mT.flatten(0, 1))
 
 
 def test_layers_of_a_known_kind_and_what_holds_others_have_no_bare_parameters() -> None:

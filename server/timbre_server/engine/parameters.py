@@ -95,8 +95,8 @@ def parameter_shapes(facts: ParameterModule, module: nn.Module) -> Iterator[Site
 
 
 def parameter_weight_of(parameter: Tensor) -> Tensor:
-    """Its slices below each other: a view."""
-    return parameter.detach().view(-1, parameter.shape[-1])
+    """Its slices below each other: a view, where its memory lies so."""
+    return parameter.detach().reshape(-1, parameter.shape[-1])
 
 
 def _is_transposed(module: nn.Module, parameter: Tensor) -> bool:
@@ -155,4 +155,6 @@ def _is_close(found: Tensor, expected: Tensor) -> bool:
     if found.shape != expected.shape or not found.is_floating_point():
         return found.shape == expected.shape
     largest = float(expected.abs().max())
-    return torch.allclose(found, expected, rtol=0, atol=_TOLERANCE[expected.dtype] * largest)
+    return torch.allclose(
+        found, expected, rtol=0, atol=_TOLERANCE.get(expected.dtype, _TOLERANCE[torch.float32]) * largest
+    )

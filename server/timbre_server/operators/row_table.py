@@ -9,7 +9,7 @@ Legend: T rows.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -72,6 +72,7 @@ class RowTable:
         self.is_gated = is_gated
         self.device = torch.device(device)
         self.num_rows = sum(span.num_rows for span in self.spans)
+        self._rows_by_mix: dict[frozenset[int], dict[Pairs, Tensor]] = {}
 
     @property
     def signature(self) -> tuple[Span, ...]:
@@ -109,8 +110,14 @@ class RowTable:
         position_T[rows_U] = torch.arange(len(rows_U), device=self.device)
         return rows_U, [segment.moved(position_T) for segment in segments]
 
-    def by_mix(self, slots: Collection[int]) -> dict[Pairs, Tensor]:
+    def by_mix(self, slots: Collection[int]) -> Mapping[Pairs, Tensor]:
         """The rows, int64 increasing, of each distinct mix of these slots; those of none under ``()``."""
+        known = frozenset(slots)
+        if known not in self._rows_by_mix:
+            self._rows_by_mix[known] = self._rows_of_mixes(known)
+        return self._rows_by_mix[known]
+
+    def _rows_of_mixes(self, slots: frozenset[int]) -> dict[Pairs, Tensor]:
         rows: dict[Pairs, list[int]] = {}
         start = 0
         for span in self.spans:
