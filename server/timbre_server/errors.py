@@ -16,6 +16,7 @@ ServerError
 └── EngineError                ours
     ├── AdapterLoadFailed      fails the adapter's own requests, not the batch
     ├── EngineDied
+    ├── KernelsUnavailable     at start: those that were asked for cannot run here
     └── UnsupportedModel       at start: the model's name and the reason
 
 Which HTTP status and code each one means stands in one table, `http/errors.py`; a test maps every leaf.
@@ -87,6 +88,10 @@ class AdapterLoadFailed(EngineError):
 
 
 class EngineDied(EngineError):
+    pass
+
+
+class KernelsUnavailable(EngineError):
     pass
 
 

@@ -161,6 +161,7 @@ def engine_options(settings: Settings, model: str) -> EngineOptions:
         adapters_dir=str(settings.store_dir),
         dtype=settings.dtype,
         device=settings.device,
+        kernels=settings.kernels,
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=step_tokens,

@@ -73,6 +73,7 @@ class Metrics(Collector):
         yield from self._load_gauges()
         yield from self._adapter_gauges()
         yield self._cache_config()
+        yield self._engine_info()
         yield self._lora_info()
 
     def _expert_tokens(self) -> Metric:
@@ -135,6 +136,14 @@ class Metrics(Collector):
         }
         family = GaugeMetricFamily(
             "vllm:cache_config_info", "How the KV cache is set up.", labels=tuple(labels)
+        )
+        family.add_metric(tuple(labels.values()), 1)
+        return family
+
+    def _engine_info(self) -> Metric:
+        labels = {"device": self._engine.device, "dtype": self._engine.dtype, "kernels": self._engine.kernels}
+        family = GaugeMetricFamily(
+            "timbre_engine_info", "Where and how the engine computes.", labels=tuple(labels)
         )
         family.add_metric(tuple(labels.values()), 1)
         return family

@@ -66,6 +66,8 @@ class ModelSettings(_Group):
     """Type of weights and activations; 'auto' takes what suits the device."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs."""
+    kernels: Literal["auto", "torch", "native", "triton"] = "auto"
+    """What runs adapters; 'auto': triton on a GPU, native where a C++ compiler is found, else torch."""
     cache_dir: Path = Path(".timbre/cache")
     """Folder for converted weights, so that a second start is quick."""
 

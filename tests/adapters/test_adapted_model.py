@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from timbre_methods.program import AdapterProgram, Diagonal, LowRank, Part, Places, Rotation, Spectral
-from timbre_server.adapters.adapted_model import AdaptedModel
+from timbre_server.adapters.adapted_model import AdaptedModel, Arithmetic
 from timbre_server.adapters.groups import LinearGroup
 from timbre_server.operators.contract import Bound, Uses
 from timbre_server.operators.low_rank import LowRankOperator
@@ -153,7 +153,7 @@ def test_only_rows_with_a_scale_pay_for_a_product_of_their_own() -> None:
     scale_O = torch.randn(SIZE, generator=generator)
     turns = [Rotation("input", blocks_FSBB[0], (2,), scale_O), Rotation("input", blocks_FSBB[1], (2,))]
     network = nn.ModuleDict({"o": nn.Linear(SIZE, SIZE)})
-    adapted = AdaptedModel(network, [LinearGroup(("o",))], counted)
+    adapted = AdaptedModel(network, [LinearGroup(("o",))], Arithmetic(counted))
     weight_OI, bias_O = network["o"].weight.detach(), network["o"].bias.detach()
     for slot, part in enumerate(turns):
         adapted.put(slot, AdapterProgram({"o": (part,)}))

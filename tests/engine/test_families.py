@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from timbre_server.adapters.adapted_model import AdaptedModel
+from timbre_server.adapters.adapted_model import AdaptedModel, Arithmetic
 from timbre_server.engine.attention import install_attention
 from timbre_server.engine.kv_blocks import BlockPool
 from timbre_server.engine.kv_cache import bytes_per_block
@@ -81,8 +81,8 @@ def generated(model: PreTrainedModel, token_ids: Sequence[int]) -> list[int]:
 def served(model: PreTrainedModel, num_blocks: int, limits: SchedulerLimits) -> Outcome:
     install_attention(model)
     probed = probe(model)
-    packer = LinearPacker(model.dtype, model.device)
-    adapted = AdaptedModel(model, probed.groups, packer.product_of, probed.lone, parameters=probed.parameters)
+    arithmetic = Arithmetic(LinearPacker(model.dtype, model.device).product_of)
+    adapted = AdaptedModel(model, probed.groups, arithmetic, probed.lone, parameters=probed.parameters)
     options = RunnerOptions(
         block_size=BLOCK_SIZE,
         kv_cache_bytes=num_blocks * bytes_per_block(probed.kv_shapes, BLOCK_SIZE, model.dtype),

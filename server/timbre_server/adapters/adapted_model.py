@@ -7,6 +7,7 @@ rows use which slots.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -21,9 +22,23 @@ from timbre_server.adapters.groups import Block, LinearGroup, LoneLayer, Paramet
 from timbre_server.adapters.prompts import StepPrompts
 from timbre_server.adapters.routed_block import RoutedBlockLayer
 from timbre_server.adapters.routing_report import Choice, choices_of, expert_tokens, router_places
-from timbre_server.operators.catalogue import all_operators, embedding_operators
+from timbre_server.operators.catalogue import Kernels, all_operators, embedding_operators
 from timbre_server.operators.row_table import RowTable
 from timbre_server.operators.step_routing import StepRouting
+
+
+def _itself(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    return module
+
+
+@dataclass(frozen=True, slots=True)
+class Arithmetic:
+    """By what means a model's numbers are computed; they are the same, to rounding, whatever is taken."""
+
+    product_of: Callable[[nn.Module], Callable[[Tensor], Tensor]] = _itself
+    """The fastest ``W x + b`` of a linear layer."""
+    kernels: Kernels = "torch"
+    """Of what adapters add."""
 
 
 class AdaptedModel:
@@ -33,7 +48,7 @@ class AdaptedModel:
         self,
         model: nn.Module,
         groups: Sequence[LinearGroup],
-        product_of: Callable[[nn.Module], Callable[[Tensor], Tensor]] = lambda module: module,
+        arithmetic: Arithmetic = Arithmetic(),
         lone: Sequence[LoneLayer] = (),
         blocks: Sequence[Block] = (),
         embedding: nn.Module | None = None,
@@ -42,8 +57,7 @@ class AdaptedModel:
         """Replace the layers of ``groups``, the ``lone`` ones and the modules of ``parameters`` in place;
         routers may choose for ``blocks``.
 
-        ``product_of`` gives the fastest ``W x + b`` of a linear layer; without ``embedding``, the base's
-        layer of token embeddings, no adapter may bring virtual tokens."""
+        Without ``embedding``, the base's layer of token embeddings, no adapter may bring virtual tokens."""
         self._programs: dict[int, AdapterProgram] = {}
         self._prompts = StepPrompts(self._programs, embedding)
         self._body_rows = {layer.rows_per_token: ActiveRows() for layer in (LoneLayer("", "norm"), *lone)}
@@ -51,14 +65,14 @@ class AdaptedModel:
         self._groups: list[AdaptedGroup] = []
         self._step = StepRouting()
         self._places: dict[Router, str] = {}
-        operators = {operator.part: operator for operator in all_operators(self._step)}
+        operators = {operator.part: operator for operator in all_operators(self._step, arithmetic.kernels)}
         for group in groups:
             rows = self._head_rows if group.is_head else self._body_rows[1]
             adapted = AdaptedGroup(group.paths, rows, self._programs, operators)
             self._groups.append(adapted)
             for member, path in enumerate(group.paths):
                 base = model.get_submodule(path)
-                _put_in_place(model, path, AdaptedLinear(base, product_of(base), adapted, member))
+                _put_in_place(model, path, AdaptedLinear(base, arithmetic.product_of(base), adapted, member))
         lookups = {operator.part: operator for operator in embedding_operators()}
         for layer in lone:
             is_embedding = layer.kind == "embedding"

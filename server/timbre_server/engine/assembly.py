@@ -10,9 +10,10 @@ import msgspec
 import torch
 from torch import nn
 
-from timbre_server.adapters.adapted_model import AdaptedModel
+from timbre_server.adapters.adapted_model import AdaptedModel, Arithmetic
 from timbre_server.adapters.base_sites import base_frame, base_sites
 from timbre_server.adapters.derivation import Derivations
+from timbre_server.adapters.kernels import choose_kernels
 from timbre_server.adapters.loader import AdapterLoader
 from timbre_server.adapters.runtime import AdapterRuntime
 from timbre_server.engine.core import EngineCore
@@ -33,7 +34,7 @@ def assemble(
 ) -> tuple[EngineCore, Ready]:
     """Load, probe and check the model and put an engine around it.
 
-    ``on_load_ended`` is called on another thread. Raises UnsupportedModel.
+    ``on_load_ended`` is called on another thread. Raises UnsupportedModel, KernelsUnavailable.
     """
     torch.set_num_threads(options.num_threads or _usable_threads())
     prepared = prepare_model(
@@ -45,12 +46,13 @@ def assemble(
         on_progress=on_progress,
     )
     model, probed = prepared.loaded.model, prepared.probed
-    on_progress("Preparing the layers for adapters")
+    kernels, why = choose_kernels(options.kernels, model.device)
+    on_progress(f"Preparing the layers for adapters, with kernels: {kernels}" + (f" ({why})" if why else ""))
     sites = base_sites(layers_of(model, probed.sites))
-    packer = LinearPacker(model.dtype, model.device)
+    arithmetic = Arithmetic(LinearPacker(model.dtype, model.device).product_of, kernels)
     embedding = model.get_input_embeddings()
     adapted = AdaptedModel(
-        model, probed.groups, packer.product_of, probed.lone, probed.blocks, embedding, probed.parameters
+        model, probed.groups, arithmetic, probed.lone, probed.blocks, embedding, probed.parameters
     )
     runner = Runner(
         prepared,
@@ -62,7 +64,7 @@ def assemble(
             adapter_memory_bytes=options.adapter_memory_bytes,
         ),
     )
-    ready = runner.info()
+    ready = msgspec.structs.replace(runner.info(), kernels=kernels)
     frame = base_frame(ready.hidden_size, map(msgspec.structs.astuple, ready.attention), ready.stack)
     loader = AdapterLoader(Path(options.adapters_dir), ready.model_digest, sites, model.device, frame)
     adapters = AdapterRuntime(adapted, loader, options.adapter_memory_bytes, on_load_ended)

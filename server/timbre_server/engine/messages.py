@@ -167,6 +167,8 @@ class Ready(Message, frozen=True):
     """In layer order."""
     stack: tuple[int, ...] = ()
     """The checkpoint's layer at each place, where not each stands once and in order."""
+    kernels: str = "torch"
+    """What runs the adapters' arithmetic."""
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True):

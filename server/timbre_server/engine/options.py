@@ -11,6 +11,7 @@ import msgspec
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Device = Literal["auto", "cpu", "cuda"]
+KernelChoice = Literal["auto", "torch", "native", "triton"]
 
 GIB = 1024**3
 
@@ -26,6 +27,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Ranges of layers that run one after the other; none: each layer once."""
     dtype: Dtype = "auto"
     device: Device = "auto"
+    kernels: KernelChoice = "auto"
     max_model_len: int | None = None
     """None: what the model's config says, or less where the KV cache cannot hold it."""
     max_num_seqs: int = 64

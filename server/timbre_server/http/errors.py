@@ -61,6 +61,7 @@ ERROR_KINDS: Mapping[type[Exception], ErrorKind] = {
     server.RequestAborted: ErrorKind(503, "overloaded_error", "aborted"),
     server.AdapterLoadFailed: ErrorKind(500, "server_error", "adapter_load_failed", retry=False),
     server.EngineDied: ErrorKind(503, "server_error", "engine_died"),
+    server.KernelsUnavailable: ErrorKind(500, "server_error", "kernels_unavailable", retry=False),
     server.UnsupportedModel: ErrorKind(500, "server_error", "unsupported_model", retry=False),
     server.ServerError: INTERNAL,
     store.InvalidName: _invalid("invalid_value"),

@@ -1,8 +1,14 @@
-"""The lists of operators. A new kind of part needs its operator here, and nowhere else."""
+"""The lists of operators. A new kind of part needs its operator here, and nowhere else.
+
+Each is in plain PyTorch, which is its meaning and runs everywhere. A package of *kernels* may have a faster
+one for the same part: a subclass that overrides `bind`, held to the same laws. Such a package has two
+functions in its ``catalogue``: `operators`, and `why_not`, which says what is missing on this machine. It is
+imported when it is asked for and not before.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from timbre_server.operators.block import BlockOperator
 from timbre_server.operators.circulant import CirculantOperator
@@ -19,13 +25,17 @@ from timbre_server.operators.sparse import SparseOperator
 from timbre_server.operators.spectral import SpectralOperator
 from timbre_server.operators.step_routing import StepRouting
 
+Kernels = Literal["torch", "native", "triton"]
+"""``torch``: plain PyTorch; ``native``: C++ on a CPU; ``triton``: Triton on a GPU."""
 
-def all_operators(step: StepRouting | None = None) -> tuple[Operator[Any], ...]:
+
+def all_operators(step: StepRouting | None = None, kernels: Kernels = "torch") -> tuple[Operator[Any], ...]:
     """One new instance of each operator; instances may keep what they derive from shared bases.
 
-    ``step``: where routers leave what they give, and blocks what they choose.
+    ``step``: where routers leave what they give, and blocks what they choose. Parts for which ``kernels``
+    have no operator keep the plain one.
     """
-    plain = (
+    plain: tuple[Operator[Any], ...] = (
         LowRankOperator(),
         SpectralOperator(),
         CirculantOperator(),
@@ -37,7 +47,38 @@ def all_operators(step: StepRouting | None = None) -> tuple[Operator[Any], ...]:
         DiagonalOperator(),
         RotationOperator(),
     )
-    return (*plain, RoutedOperator(plain, step or StepRouting()))
+    faster = {operator.part: operator for operator in _operators_of(kernels)}
+    chosen = tuple(faster.get(operator.part, operator) for operator in plain)
+    return (*chosen, RoutedOperator(chosen, step or StepRouting()))
+
+
+def why_not(kernels: Kernels) -> str | None:
+    """Why these kernels cannot run on this machine, and what to do; None: they can."""
+    match kernels:
+        case "torch":
+            return None
+        case "native":
+            from timbre_server.operators.native import catalogue as native
+
+            return native.why_not()
+        case "triton":
+            from timbre_server.operators.triton import catalogue as triton
+
+            return triton.why_not()
+
+
+def _operators_of(kernels: Kernels) -> tuple[Operator[Any], ...]:
+    match kernels:
+        case "torch":
+            return ()
+        case "native":
+            from timbre_server.operators.native import catalogue as native
+
+            return native.operators()
+        case "triton":
+            from timbre_server.operators.triton import catalogue as triton
+
+            return triton.operators()
 
 
 def embedding_operators() -> tuple[Operator[Any], ...]:

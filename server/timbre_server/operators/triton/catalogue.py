@@ -1,0 +1,20 @@
+"""The list of operators in Triton."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+from timbre_server.operators.contract import Operator
+
+
+def operators() -> tuple[Operator[Any], ...]:
+    """One new instance of each; parts that are not among theirs keep the plain operator."""
+    return ()
+
+
+def why_not() -> str | None:
+    """Why they cannot run on this machine's GPU, and what to do; None: they can."""
+    if find_spec("triton") is None:
+        return "Triton is not installed; pip install 'timbre[gpu]' brings it"
+    return None
