@@ -3,15 +3,16 @@
 An adapter with several rows, or without room for a copy, gets two matrix products of its own. The others
 (decode: a row or two each) run in batched products, one batch for each rank and number of rows that occurs:
 ranks are never padded, and a mix is more than one adapter of a row. Members of a group share the shrink,
-their A stacked. `routed` runs the same blocks with a gate for each row and rank.
+their A stacked. `routed` runs the same with a gate for each row and rank.
 
 Legend: T rows of the batch, N rows of one adapter, P rows of all adapters of a batch, S adapters of a batch
-with M rows each, I in, O out, R ranks of one adapter at all members of the group together.
+with M rows each, I in, O out, R ranks of one adapter at all members of the group together, K gates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,25 @@ MIN_ROWS_ALONE = 4
 """From this many rows on, two products of its own read an adapter's factors once instead of once a row."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Gating:
+    """How the gates of adapters' rows, [N, K] by slot, multiply what these have between shrink and expand."""
+
+    columns: Mapping[int, Sequence[int]]
+    """For each rank of an adapter, at all members together: the column of its gate."""
+    num_columns: Mapping[int, int]
+    num_kept: Mapping[int, int]
+    """How many of an adapter's gates are not zero for one row, at most."""
+
+
+class BoundGated(ABC):
+    """As `Bound`, for gates that each run has anew."""
+
+    @abstractmethod
+    def sums(self, x_TI: Tensor, gates: Callable[[int], Tensor]) -> Sequence[Sequence[Change]]:
+        """As `Bound.sums`. ``gates``: those of a slot's rows, in the order of its segment."""
+
+
 class LowRankOperator(Operator[LowRank]):
     part = LowRank
 
@@ -34,15 +54,19 @@ class LowRankOperator(Operator[LowRank]):
         return Meaning(change_TO=(x_TI @ part.a_RI.T) @ part.b_OR.T)
 
     def bind(self, uses: Uses[LowRank], table: RowTable) -> Bound:
-        return _BoundLowRank(len(uses), low_rank_blocks(uses, table))
+        return _BoundLowRank(len(uses), _blocks(uses, table))
+
+    def bind_gated(self, uses: Uses[LowRank], table: RowTable, gating: Gating) -> BoundGated:
+        """`bind`, for experts."""
+        return _BoundGated(len(uses), _blocks(uses, table, lambda slot: tuple(gating.columns[slot])), gating)
 
 
-def low_rank_blocks(
+def _blocks(
     uses: Uses[LowRank], table: RowTable, kind_of: Callable[[int], Hashable] = lambda slot: None
-) -> list[Alone | Stacked]:
+) -> list[_Alone | _Stacked]:
     """All rows and factors in blocks; adapters of one block are of one kind, by slot."""
     room = PoolRoom()
-    alone: list[Alone] = []
+    alone: list[_Alone] = []
     stacked: dict[Hashable, list[tuple[Segment, _Factors]]] = {}
     for segment in table.segments:
         factors = _factors(uses, segment.slot)
@@ -53,8 +77,8 @@ def low_rank_blocks(
             kind = count, factors.ranks, kind_of(segment.slot)
             stacked.setdefault(kind, []).append((segment, factors))
         else:
-            alone.append(Alone(segment, factors))
-    return [*alone, *(Stacked.of(own, table) for own in stacked.values())]
+            alone.append(_Alone(segment, factors))
+    return [*alone, *(_Stacked.of(own, table) for own in stacked.values())]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -93,7 +117,7 @@ def _joined(blocks: Sequence[Tensor]) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Alone:
+class _Alone:
     """One adapter by itself."""
 
     segment: Segment
@@ -113,7 +137,7 @@ class Alone:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Stacked:
+class _Stacked:
     """Adapters of equal ranks with as many rows each, few: their factors stacked."""
 
     segments: tuple[Segment, ...]
@@ -123,7 +147,7 @@ class Stacked:
     factors: _Factors
 
     @staticmethod
-    def of(own: Sequence[tuple[Segment, _Factors]], table: RowTable) -> Stacked:
+    def of(own: Sequence[tuple[Segment, _Factors]], table: RowTable) -> _Stacked:
         segments, each = zip(*own, strict=True)
         rows_P = torch.cat([segment.rows_N for segment in segments])
         every_row = torch.arange(table.num_rows, device=rows_P.device)
@@ -137,10 +161,10 @@ class Stacked:
             each[0].ranks,
         )
         weights_SM1 = torch.stack([segment.weights_N for segment in segments]).unsqueeze(2)
-        return Stacked(segments, rows_P, torch.equal(rows_P, every_row), weights_SM1, stacked)
+        return _Stacked(segments, rows_P, torch.equal(rows_P, every_row), weights_SM1, stacked)
 
     def changes(self, x_TI: Tensor, gates_PR: Tensor | None = None) -> list[Change | None]:
-        """As `Alone.changes`; rows in the order of the segments."""
+        """As `_Alone.changes`; rows in the order of the segments."""
         num_adapters, num_rows, _ = self.weights_SM1.shape
         x_SMI = (x_TI if self.is_whole_batch else x_TI[self.rows_P]).view(num_adapters, num_rows, -1)
         z_SMR = torch.bmm(x_SMI, self.factors.a_RI.transpose(1, 2)) * self.weights_SM1
@@ -151,14 +175,34 @@ class Stacked:
 
 
 class _BoundLowRank(Bound):
-    def __init__(self, num_members: int, blocks: Sequence[Alone | Stacked]) -> None:
+    def __init__(self, num_members: int, blocks: Sequence[_Alone | _Stacked]) -> None:
         self._num_members = num_members
         self._blocks = blocks
 
     def sums(self, x_TI: Tensor) -> Sequence[Sequence[Change]]:
-        changes: list[list[Change]] = [[] for _ in range(self._num_members)]
-        for block in self._blocks:
-            for own, change in zip(changes, block.changes(x_TI), strict=True):
-                if change is not None:
-                    own.append(change)
-        return changes
+        return _by_member(self._num_members, [block.changes(x_TI) for block in self._blocks])
+
+
+class _BoundGated(BoundGated):
+    def __init__(self, num_members: int, blocks: Sequence[_Alone | _Stacked], gating: Gating) -> None:
+        self._num_members = num_members
+        self._blocks = [
+            (block, torch.tensor(gating.columns[segment.slot], device=segment.rows_N.device))
+            for block in blocks
+            for segment in block.segments[:1]
+        ]
+
+    def sums(self, x_TI: Tensor, gates: Callable[[int], Tensor]) -> Sequence[Sequence[Change]]:
+        changes = []
+        for block, column_R in self._blocks:
+            each_NK = [gates(segment.slot) for segment in block.segments]
+            of_block_NK = each_NK[0] if len(each_NK) == 1 else torch.cat(each_NK)
+            changes.append(block.changes(x_TI, of_block_NK.index_select(1, column_R)))
+        return _by_member(self._num_members, changes)
+
+
+def _by_member(num_members: int, of_blocks: Sequence[Sequence[Change | None]]) -> list[list[Change]]:
+    return [
+        [change for of_block in of_blocks if (change := of_block[member]) is not None]
+        for member in range(num_members)
+    ]

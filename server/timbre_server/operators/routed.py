@@ -22,7 +22,7 @@ from torch import Tensor
 from timbre_methods.program import Diagonal, FromInput, LowRank, Part, Spectral
 from timbre_methods.routing import Routed, Router
 from timbre_server.operators.contract import Bound, Change, Meaning, Operator, Uses
-from timbre_server.operators.low_rank import Alone, Stacked, low_rank_blocks
+from timbre_server.operators.low_rank import Gating, LowRankOperator
 from timbre_server.operators.router import BoundRouters, router_gates
 from timbre_server.operators.row_table import RowTable, Segment, Span
 from timbre_server.operators.step_routing import RouterCall, StepRouting
@@ -34,6 +34,7 @@ class RoutedOperator(Operator[Routed]):
     def __init__(self, inner: Sequence[Operator[Any]], step: StepRouting) -> None:
         """``inner`` run the experts; ``step`` has what blocks choose for the sites below them."""
         self._inner: Mapping[type[Part], Operator[Any]] = {operator.part: operator for operator in inner}
+        self._low_rank = next(operator for operator in inner if isinstance(operator, LowRankOperator))
         self._step = step
 
     def meaning(self, part: Routed, x_TI: Tensor, y_TO: Tensor) -> Meaning:
@@ -52,7 +53,7 @@ class RoutedOperator(Operator[Routed]):
         gates = _Gates(uses, table, self._step)
         experts = [_experts(parts_by_slot, gates) for parts_by_slot in uses]
         spectral = _SpectralExperts(self._inner[Spectral], experts, gates, table)
-        low_rank = _LowRankExperts(experts, gates, table)
+        low_rank = _LowRankExperts(self._low_rank, experts, gates, table)
         gains = [_Gains.of(own, gates) for own in experts]
         others = [list(self._others(own, table)) for own in experts]
         return _BoundRouted(gates, low_rank, spectral, gains, others)
@@ -115,6 +116,15 @@ class _Gates:
     def first_column(self, slot: int, router: Router) -> int:
         return self._first_columns[slot, router]
 
+    def gating(self, columns: Mapping[int, Sequence[int]]) -> Gating:
+        """For experts of low rank whose ranks have these columns."""
+        routers = {slot: [router for router, _ in self._routers[slot]] for slot in columns}
+        return Gating(
+            columns,
+            {slot: sum(r.num_experts for r in own) for slot, own in routers.items()},
+            {slot: sum(r.rule.num_kept(r.num_experts) for r in own) for slot, own in routers.items()},
+        )
+
     def compute(self, x_TI: Tensor) -> None:
         computed = iter(self._bound.gates(x_TI))
         for segment in self.segments:
@@ -144,7 +154,9 @@ def _experts(parts_by_slot: Mapping[int, Sequence[Routed]], gates: _Gates) -> li
 class _LowRankExperts:
     """All experts of low rank at a group."""
 
-    def __init__(self, members: Sequence[Sequence[_Expert]], gates: _Gates, table: RowTable) -> None:
+    def __init__(
+        self, operator: LowRankOperator, members: Sequence[Sequence[_Expert]], gates: _Gates, table: RowTable
+    ) -> None:
         self._gates = gates
         columns: dict[int, list[int]] = {}
         uses: list[dict[int, list[LowRank]]] = [{} for _ in members]
@@ -153,17 +165,10 @@ class _LowRankExperts:
                 for part in (part for part in expert.parts if isinstance(part, LowRank)):
                     parts_by_slot.setdefault(expert.slot, []).append(part)
                     columns.setdefault(expert.slot, []).extend([expert.column] * len(part.a_RI))
-        blocks = low_rank_blocks(uses, table, lambda slot: tuple(columns[slot]))
-        self._blocks: list[tuple[Alone | Stacked, Tensor]] = [
-            (block, torch.tensor(columns[block.segments[0].slot], device=table.device)) for block in blocks
-        ]
+        self._bound = operator.bind_gated(uses, table, gates.gating(columns)) if columns else None
 
-    def changes(self, x_TI: Tensor) -> Iterator[list[Change | None]]:
-        """For each block, of each member."""
-        for block, column_R in self._blocks:
-            gates_NK = [self._gates.of(segment.slot) for segment in block.segments]
-            of_block_NK = gates_NK[0] if len(gates_NK) == 1 else torch.cat(gates_NK)
-            yield block.changes(x_TI, of_block_NK.index_select(1, column_R))
+    def sums(self, x_TI: Tensor) -> Sequence[Sequence[Change]]:
+        return () if self._bound is None else self._bound.sums(x_TI, self._gates.of)
 
 
 class _SpectralExperts:
@@ -276,12 +281,9 @@ class _BoundRouted(Bound):
     def sums(self, x_TI: Tensor) -> Sequence[Sequence[Change]]:
         self.gates.compute(x_TI)
         changes = [[c for other in own for c in other.changes(x_TI, self.gates)] for own in self.others]
-        for own, more in zip(changes, self.spectral.sums(x_TI), strict=False):
-            own.extend(more)
-        for of_block in self.low_rank.changes(x_TI):
-            for own, change in zip(changes, of_block, strict=True):
-                if change is not None:
-                    own.append(change)
+        for found in (self.spectral.sums(x_TI), self.low_rank.sums(x_TI)):
+            for own, more in zip(changes, found, strict=False):
+                own.extend(more)
         return changes
 
     def output_change(self, member: int, y_TO: Tensor) -> Change | None:
