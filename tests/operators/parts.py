@@ -197,22 +197,22 @@ def with_every_float(part: Any, value: float) -> Any:
     return replace(part, **changes)
 
 
-MAKERS: dict[str, Callable[[Draw], Part]] = {
-    "LowRankOperator": low_rank,
-    "SpectralOperator": spectral,
-    "CirculantOperator": circulant,
-    "SparseOperator": sparse,
-    "BlockOperator": block,
-    "DenseOperator": dense,
-    "KroneckerOperator": kronecker,
-    "ProjectedOperator": projected,
-    "DiagonalOperator": diagonal,
-    "RotationOperator": rotation,
-    "RoutedOperator": routed,
+MAKERS: dict[type[Part], Callable[[Draw], Part]] = {
+    LowRank: low_rank,
+    Spectral: spectral,
+    Circulant: circulant,
+    Sparse: sparse,
+    Block: block,
+    Dense: dense,
+    Kronecker: kronecker,
+    Projected: projected,
+    Diagonal: diagonal,
+    Rotation: rotation,
+    Routed: routed,
 }
 
 
 def random_part(
     operator: Operator[Any], in_features: int, out_features: int, generator: torch.Generator
 ) -> Part:
-    return MAKERS[type(operator).__name__](Draw(in_features, out_features, generator))
+    return MAKERS[operator.part](Draw(in_features, out_features, generator))

@@ -6,11 +6,14 @@ from importlib.util import find_spec
 from typing import Any
 
 from timbre_server.operators.contract import Operator
+from timbre_server.operators.triton.diagonal import TritonDiagonal
+from timbre_server.operators.triton.low_rank import TritonLowRank
+from timbre_server.operators.triton.sparse import TritonSparse
 
 
 def operators() -> tuple[Operator[Any], ...]:
     """One new instance of each; parts that are not among theirs keep the plain operator."""
-    return ()
+    return (TritonLowRank(), TritonSparse(), TritonDiagonal())
 
 
 def why_not() -> str | None:

@@ -1,0 +1,249 @@
+"""Low-rank factors of all rows of a step at one group, as tables for the kernels of `low_rank_kernels`.
+
+Crowds of few rows (decode) go by the row, their input cut in pieces of one length, so that a row's sum has
+one order whatever its neighbours; crowds of many rows (prefill) go by tiles of rows.
+
+Legend: T rows of the batch, Q rows of the crowds of one launch, U rows of one member's output, I in, O out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from timbre_methods.program import LowRank
+from timbre_server.operators.contract import Change
+from timbre_server.operators.row_table import RowTable
+from timbre_server.operators.triton import low_rank_kernels as kernels
+from timbre_server.operators.triton.crowds import Crowd, CrowdRows, Outputs, crowds_of
+from timbre_server.operators.triton.launch import Precision, addresses, numbers
+
+MIN_ROWS_OF_TILES = 8
+"""From this many rows on, a crowd's factors are read once for a tile instead of once for a row."""
+MIN_ROWS_OF_TALL_TILES = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """``piece``: how much of the input a program of the shrink sums; None: all of it."""
+
+    rows: int
+    ranks: int
+    width: int
+    out: int
+    piece: int | None = None
+
+
+BY_ROW = Tiling(rows=1, ranks=16, width=256, out=256, piece=512)
+BY_TILE = Tiling(rows=16, ranks=16, width=64, out=64)
+BY_TALL_TILE = Tiling(rows=64, ranks=32, width=32, out=64)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Factor:
+    """One part of an adapter at one member, and the column of its gate among the adapter's."""
+
+    part: LowRank
+    member: int
+    gate: int = 0
+
+
+FactorsBySlot = Mapping[int, Sequence[Factor]]
+
+
+@dataclass(frozen=True, slots=True)
+class GateRows:
+    """Where the gates of each adapter's rows lie among those of all: ``start + width · n`` for its row n.
+
+    ``by_row``: adapters of which so few experts act on a row that it reads its own, even beside other rows.
+    """
+
+    starts: Mapping[int, int]
+    widths: Mapping[int, int]
+    by_row: Collection[int]
+
+
+class LowRankGroups:
+    """Ready for one table. Keeps the parts whose addresses it holds."""
+
+    def __init__(
+        self,
+        factors: FactorsBySlot,
+        num_members: int,
+        table: RowTable,
+        gate_rows: GateRows | None = None,
+        precision: Precision = "ieee",
+    ) -> None:
+        factors = _with_contiguous_parts(factors)
+        every = [(slot, factor) for slot, own in factors.items() for factor in own]
+        self._parts = [factor.part for _, factor in every]
+        widths = {factor.member: len(factor.part.b_OR) for _, factor in every}
+        self._outputs = Outputs(
+            table,
+            [{slot for slot, factor in every if factor.member == member} for member in range(num_members)],
+            [widths.get(member, 0) for member in range(num_members)],
+        )
+        by_tiling: dict[Tiling, list[Crowd]] = {}
+        for crowd in crowds_of(table, factors):
+            by_tiling.setdefault(_tiling(crowd, gate_rows), []).append(crowd)
+        self._launches = [
+            _Launch.of(crowds, factors, tiling, self._outputs, gate_rows, precision)
+            for tiling, crowds in by_tiling.items()
+        ]
+
+    def sums(self, x_TI: Tensor, gates: Tensor | None = None) -> list[list[Change]]:
+        """As `Bound.sums`. ``gates`` of all rows, flat, where `GateRows` says."""
+        x_TI = x_TI.contiguous()
+        y = self._outputs.empty()
+        for launch in self._launches:
+            launch(x_TI, y, gates)
+        return self._outputs.changes(y)
+
+
+def _with_contiguous_parts(factors: FactorsBySlot) -> FactorsBySlot:
+    return {
+        slot: [
+            Factor(LowRank(f.part.a_RI.contiguous(), f.part.b_OR.contiguous()), f.member, f.gate) for f in own
+        ]
+        for slot, own in factors.items()
+    }
+
+
+def _tiling(crowd: Crowd, gate_rows: GateRows | None) -> Tiling:
+    count = crowd.num_rows
+    if count < MIN_ROWS_OF_TILES or (gate_rows and any(slot in gate_rows.by_row for slot in crowd.slots)):
+        return BY_ROW
+    return BY_TILE if count < MIN_ROWS_OF_TALL_TILES else BY_TALL_TILE
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Tables:
+    """What programs are told, laid out as `low_rank_kernels` says, and how much z they need."""
+
+    shrink_tiles: Tensor
+    a_ranks: Tensor
+    is_aligned: bool
+    rank_gates: Tensor
+    expand_tiles: Tensor
+    factors: Tensor
+    b_factors: Tensor
+    z_size: int
+
+    @staticmethod
+    def of(crowds: Sequence[Crowd], factors: FactorsBySlot, tiling: Tiling, device: torch.device) -> _Tables:
+        tables = _Lists([], [], [], [], [], [])
+        first_row = z_size = 0
+        for crowd in crowds:
+            z_size = tables.add(crowd, factors, tiling, first_row, z_size)
+            first_row += crowd.num_rows
+        return _Tables(
+            numbers(tables.shrink_tiles, device),
+            torch.tensor(tables.a_ranks, device=device),
+            all(address % 16 == 0 for address in tables.a_ranks),
+            numbers(tables.rank_gates, device),
+            numbers(tables.expand_tiles, device),
+            numbers(tables.factors, device),
+            addresses(tables.b_factors, device),
+            z_size,
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Lists:
+    """The tables, crowd after crowd."""
+
+    shrink_tiles: list[tuple[int, ...]]
+    a_ranks: list[int]
+    rank_gates: list[tuple[int, int]]
+    expand_tiles: list[tuple[int, ...]]
+    factors: list[tuple[int, ...]]
+    b_factors: list[Tensor]
+
+    def add(self, crowd: Crowd, factors: FactorsBySlot, tiling: Tiling, first_row: int, first_z: int) -> int:
+        """Appends one crowd, whose z begins at ``first_z``, and says where it ends."""
+        own = [(pair, factor) for pair, slot in enumerate(crowd.slots) for factor in factors[slot]]
+        first_rank, columns, num_ranks = len(self.a_ranks), [], 0
+        for pair, factor in own:
+            columns.append(num_ranks)
+            num_ranks += len(factor.part.a_RI)
+            row_bytes = factor.part.a_RI.stride(0) * factor.part.a_RI.element_size()
+            address = factor.part.a_RI.data_ptr()
+            self.a_ranks.extend(address + rank * row_bytes for rank in range(len(factor.part.a_RI)))
+            self.rank_gates.extend([(pair, factor.gate)] * len(factor.part.a_RI))
+        tiles = list(crowd.tiles(tiling.rows))
+        for row, count in tiles:
+            for rank in range(0, num_ranks, tiling.ranks):
+                ranks = min(tiling.ranks, num_ranks - rank)
+                z = first_z + row * num_ranks + rank
+                self.shrink_tiles.append((first_row + row, count, first_rank + rank, ranks, z, num_ranks))
+        for member in dict.fromkeys(factor.member for _, factor in own):
+            first_factor = len(self.factors)
+            for (pair, factor), column in zip(own, columns, strict=True):
+                if factor.member == member:
+                    self.factors.append((len(factor.part.a_RI), column, pair, factor.gate))
+                    self.b_factors.append(factor.part.b_OR)
+            num_factors = len(self.factors) - first_factor
+            for row, count in tiles:
+                z = first_z + row * num_ranks
+                self.expand_tiles.append(
+                    (first_row + row, count, z, num_ranks, first_factor, num_factors, member)
+                )
+        return first_z + crowd.num_rows * num_ranks
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Launch:
+    """Crowds of one tiling: one shrink and one expand, for all members."""
+
+    tables: _Tables
+    tiling: Tiling
+    rows: CrowdRows
+    outputs: Outputs
+    places_GQ: Tensor
+    gate_starts_KQ: Tensor | None
+    precision: Precision
+
+    @staticmethod
+    def of(
+        crowds: Sequence[Crowd],
+        factors: FactorsBySlot,
+        tiling: Tiling,
+        outputs: Outputs,
+        gate_rows: GateRows | None,
+        precision: Precision,
+    ) -> _Launch:
+        device = outputs.members_G2.device
+        rows = CrowdRows(crowds, device)
+        return _Launch(
+            _Tables.of(crowds, factors, tiling, device),
+            tiling,
+            rows,
+            outputs,
+            outputs.places(crowds),
+            None if gate_rows is None else rows.numbered(gate_rows.starts, gate_rows.widths),
+            precision,
+        )
+
+    def __call__(self, x_TI: Tensor, y: Tensor, gates: Tensor | None) -> None:
+        tables, tiling, num_rows = self.tables, self.tiling, self.rows.num_rows
+        in_features = x_TI.shape[1]
+        piece = tiling.piece or in_features
+        num_pieces = triton.cdiv(in_features, piece)
+        z = torch.empty(num_pieces * tables.z_size, dtype=torch.float32, device=x_TI.device)
+        gated = gates is not None
+        kernels.shrink[len(tables.shrink_tiles), num_pieces](
+            x_TI, in_features, self.rows.rows_Q, num_rows, tables.shrink_tiles, tables.a_ranks,
+            tables.rank_gates, gates, self.gate_starts_KQ, z, tables.z_size, piece,
+            ROWS=tiling.rows, RANKS=tiling.ranks, WIDTH=tiling.width,
+            GATED=gated, ALIGNED=tables.is_aligned, PRECISION=self.precision,
+        )  # fmt: skip
+        kernels.expand[len(tables.expand_tiles), triton.cdiv(self.outputs.widest, tiling.out)](
+            z, tables.z_size, num_pieces, self.rows.weights_KQ, num_rows, tables.expand_tiles,
+            tables.factors, tables.b_factors, gates, self.gate_starts_KQ, self.outputs.members_G2,
+            self.places_GQ, y,
+            ROWS=tiling.rows, RANKS=tiling.ranks, OUT=tiling.out, GATED=gated, PRECISION=self.precision,
+        )  # fmt: skip
