@@ -1,0 +1,96 @@
+"""Compiles what the operators in Triton launch, for a GPU that need not be here: ``cuda 90``, ``hip gfx942``.
+
+Every operator runs on random parts, for rows by themselves and for many of one adapter, with launches that
+compile and do nothing else. Prints a line of JSON for each kernel and kind of arguments.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction, mangle_type
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from parts import random_part
+
+from timbre_server.operators.catalogue import all_operators
+from timbre_server.operators.row_table import RowTable, Span
+from timbre_server.operators.triton import catalogue
+
+IN, OUT = 64, 48
+TABLE = RowTable([Span(1, ((0, 0.5), (1, 0.5))), Span(1), Span(40, ((2, 1.0),))])
+
+
+def source_of(kernel: JITFunction[Any], arguments: dict[str, Any]) -> ASTSource:
+    """With what a launch would tell the compiler of its arguments."""
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for place, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        is_one = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or is_one:
+            signature[parameter.name] = "constexpr"
+            constants[(place,)] = value
+            continue
+        signature[parameter.name] = mangle_type(value)
+        if not parameter.do_not_specialize and (isinstance(value, torch.Tensor) or value % 16 == 0):
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def compiling(target: GPUTarget, seen: set[str]) -> Callable[..., None]:
+    """What stands in for a launch."""
+
+    def run(kernel: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        named = {name: options.pop(name) for name in kernel.arg_names if name in options}
+        source = source_of(kernel, dict(zip(kernel.arg_names, args, strict=False)) | named)
+        key = f"{kernel.__name__} {source.signature} {source.constants} {source.attrs} {options}"
+        if key not in seen:
+            seen.add(key)
+            compiled = triton.compile(source, target=target, options=options)
+            text = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
+            atomics = re.findall(r"^\s*(?:@\S+ )?(?:atom|red|global_atomic)[._]\S+", text, re.MULTILINE)
+            found = {"kernel": kernel.__name__, "shared": compiled.metadata.shared, "atomics": atomics}
+            print(json.dumps(found))
+
+    return run
+
+
+def launches() -> Iterator[None]:
+    """One operator's after the other."""
+    kinds = {operator.part for operator in catalogue.operators()}
+    for operator in all_operators(kernels="triton"):
+        if operator.part not in kinds and type(operator).__name__ != "RoutedOperator":
+            continue
+        generator = torch.Generator().manual_seed(1)
+        parts = [random_part(operator, IN, OUT, generator) for _ in range(3)]
+        bound = operator.bind([{slot: [part] for slot, part in enumerate(parts)}], TABLE)
+        x_TI, y_TO = torch.randn(TABLE.num_rows, IN), torch.randn(TABLE.num_rows, OUT)
+        bound.sums(x_TI)
+        bound.input_change(0, x_TI)
+        bound.output_change(0, y_TO)
+        bound.own_product(0, x_TI)
+        yield
+
+
+def main() -> None:
+    backend, architecture = sys.argv[1:]
+    warp_size = 64 if backend == "hip" else 32
+    target = GPUTarget(backend, int(architecture) if architecture.isdigit() else architecture, warp_size)
+    JITFunction.run = compiling(target, set())
+    for _ in launches():
+        pass
+
+
+if __name__ == "__main__":
+    main()
