@@ -11,7 +11,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve test lint format bench bench-methods bench-mixtures wheels constraints clean
+.PHONY: help serve test lint format bench bench-methods bench-mixtures bench-kernels wheels constraints clean
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -46,6 +46,9 @@ bench-methods: $(VENV)/.dev ## measure what each method costs in memory and in a
 
 bench-mixtures: $(VENV)/.dev ## measure what mixtures of experts and mixes cost in a decode step
 	$(BIN)/python tests/bench/mixtures.py $(ARGS)
+
+bench-kernels: $(VENV)/.dev ## measure Triton's kernels beside PyTorch's operators, on a GPU
+	$(BIN)/python tests/bench/kernels.py $(ARGS)
 
 wheels: $(VENV)/.dev ## both wheels into dist/
 	$(BIN)/python -m build --no-isolation --wheel --outdir dist .

@@ -8,11 +8,19 @@ import platform
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 
-def arguments(description: str | None, *, rounds: int, steps: int, out: str) -> argparse.Namespace:
-    """``rounds``, ``steps``, ``threads`` and ``out``, with these defaults."""
+def arguments(
+    description: str | None,
+    *,
+    rounds: int,
+    steps: int,
+    out: str,
+    flags: Mapping[str, str] = MappingProxyType({}),
+) -> argparse.Namespace:
+    """``rounds``, ``steps``, ``threads`` and ``out``, with these defaults, and flags with what they say."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -20,6 +28,8 @@ def arguments(description: str | None, *, rounds: int, steps: int, out: str) -> 
     parser.add_argument("--steps", type=int, default=steps, help="decode steps of each row in a round")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path(out))
+    for name, meaning in flags.items():
+        parser.add_argument(f"--{name}", action="store_true", help=meaning)
     return parser.parse_args()
 
 
