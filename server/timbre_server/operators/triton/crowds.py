@@ -89,7 +89,7 @@ class CrowdRows:
         steps_KQ = self._of_each_row(
             [[steps[slot] for slot in slots] for slots, _ in self._runs], torch.int64
         )
-        return (starts_KQ + steps_KQ * _counts(self._counts_S)).int().contiguous().to(self._device)
+        return (starts_KQ + steps_KQ * counts(self._counts_S)).int().contiguous().to(self._device)
 
     def _of_each_row(self, of_runs: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
         """[K, Q], 0 beyond the last of a row."""
@@ -102,10 +102,10 @@ def _rows(runs: Sequence[Run]) -> Tensor:
     """int64, on the host."""
     counts_S = torch.tensor([run.num_rows for run in runs], dtype=torch.int64)
     firsts_S = torch.tensor([run.first for run in runs], dtype=torch.int64)
-    return firsts_S.repeat_interleave(counts_S) + _counts(counts_S)
+    return firsts_S.repeat_interleave(counts_S) + counts(counts_S)
 
 
-def _counts(counts_S: Tensor) -> Tensor:
+def counts(counts_S: Tensor) -> Tensor:
     """From 0 on, anew for each run."""
     begins_S = counts_S.cumsum(0) - counts_S
     return torch.arange(int(counts_S.sum())) - begins_S.repeat_interleave(counts_S)
@@ -117,7 +117,8 @@ class Outputs:
 
     def __init__(self, table: RowTable, slots: Sequence[Collection[int]], widths: Sequence[int]) -> None:
         """``slots`` and ``widths``: which adapters change each member, and its number of outputs."""
-        changed = [_changed(table, own) for own in slots]
+        known = {own: _changed(table, own) for own in {frozenset(own) for own in slots}}
+        changed = [known[frozenset(own)] for own in slots]
         self._places_GT = torch.stack([is_changed_T.cumsum(0) - 1 for is_changed_T in changed]).clamp_(min=0)
         self._index = [_index(is_changed_T, table.device) for is_changed_T in changed]
         self._shapes = [(int(t.sum()), width) for t, width in zip(changed, widths, strict=True)]

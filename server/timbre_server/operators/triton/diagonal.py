@@ -90,8 +90,8 @@ class _Gains:
                     gains.append((part.gain.data_ptr(), 0 if part.shift is None else part.shift.data_ptr()))
                     pairs.append(pair)
             runs.append((first, len(pairs) - first))
-        counts = torch.tensor([crowd.num_rows for crowd in crowds])
-        self._runs_Q2 = torch.tensor(runs, dtype=torch.int32).repeat_interleave(counts, 0).to(table.device)
+        num_rows = torch.tensor([crowd.num_rows for crowd in crowds])
+        self._runs_Q2 = torch.tensor(runs, dtype=torch.int32).repeat_interleave(num_rows, 0).to(table.device)
         self._pairs = numbers(pairs, table.device)
         self._gains = torch.tensor(gains, dtype=torch.int64, device=table.device)
 

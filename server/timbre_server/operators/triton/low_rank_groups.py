@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -19,8 +20,8 @@ from timbre_methods.program import LowRank
 from timbre_server.operators.contract import Change
 from timbre_server.operators.row_table import RowTable
 from timbre_server.operators.triton import low_rank_kernels as kernels
-from timbre_server.operators.triton.crowds import Crowd, CrowdRows, Outputs, crowds_of
-from timbre_server.operators.triton.launch import Precision, addresses, numbers
+from timbre_server.operators.triton.crowds import Crowd, CrowdRows, Outputs, counts, crowds_of
+from timbre_server.operators.triton.launch import Precision, numbers
 
 MIN_ROWS_OF_TILES = 8
 """From this many rows on, a crowd's factors are read once for a tile instead of once for a row."""
@@ -135,64 +136,79 @@ class _Tables:
 
     @staticmethod
     def of(crowds: Sequence[Crowd], factors: FactorsBySlot, tiling: Tiling, device: torch.device) -> _Tables:
-        tables = _Lists([], [], [], [], [], [])
-        first_row = z_size = 0
+        lists = _Lists([], [], [], [])
+        first_row = first_rank = z_size = 0
         for crowd in crowds:
-            z_size = tables.add(crowd, factors, tiling, first_row, z_size)
+            own = [(pair, factor) for pair, slot in enumerate(crowd.slots) for factor in factors[slot]]
+            num_ranks = sum(len(factor.part.a_RI) for _, factor in own)
+            places = _Places(first_row, first_rank, num_ranks, z_size, tuple(crowd.tiles(tiling.rows)))
+            lists.add(own, places, tiling)
             first_row += crowd.num_rows
+            first_rank += num_ranks
+            z_size += crowd.num_rows * num_ranks
+        starts, strides, ranks, pairs, gates = (
+            torch.tensor(column) for column in zip(*lists.shrinks, strict=True)
+        )
+        a_ranks = (starts.repeat_interleave(ranks) + strides.repeat_interleave(ranks) * counts(ranks)).to(
+            device
+        )
         return _Tables(
-            numbers(tables.shrink_tiles, device),
-            torch.tensor(tables.a_ranks, device=device),
-            all(address % 16 == 0 for address in tables.a_ranks),
-            numbers(tables.rank_gates, device),
-            numbers(tables.expand_tiles, device),
-            numbers(tables.factors, device),
-            addresses(tables.b_factors, device),
+            numbers(lists.shrink_tiles, device),
+            a_ranks,
+            not bool(((starts | strides) % 16).any()),
+            torch.stack([pairs, gates], 1).repeat_interleave(ranks, 0).to(device, torch.int32),
+            numbers(lists.expand_tiles, device),
+            numbers([own[:4] for own in lists.expands], device),
+            torch.tensor([own[4] for own in lists.expands], device=device),
             z_size,
         )
 
 
+class _Places(NamedTuple):
+    """Where one crowd's rows, ranks and z begin, and its tiles: first row among its own, and rows."""
+
+    first_row: int
+    first_rank: int
+    num_ranks: int
+    first_z: int
+    tiles: tuple[tuple[int, int], ...]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Lists:
-    """The tables, crowd after crowd."""
+    """The tables, crowd after crowd. ``shrinks``: where a factor's A begins, bytes of a rank, ranks, and for
+    which of a row's adapters, with which gate. ``expands``: a factor, and where its B begins."""
 
     shrink_tiles: list[tuple[int, ...]]
-    a_ranks: list[int]
-    rank_gates: list[tuple[int, int]]
+    shrinks: list[tuple[int, int, int, int, int]]
     expand_tiles: list[tuple[int, ...]]
-    factors: list[tuple[int, ...]]
-    b_factors: list[Tensor]
+    expands: list[tuple[int, int, int, int, int]]
 
-    def add(self, crowd: Crowd, factors: FactorsBySlot, tiling: Tiling, first_row: int, first_z: int) -> int:
-        """Appends one crowd, whose z begins at ``first_z``, and says where it ends."""
-        own = [(pair, factor) for pair, slot in enumerate(crowd.slots) for factor in factors[slot]]
-        first_rank, columns, num_ranks = len(self.a_ranks), [], 0
+    def add(self, own: Sequence[tuple[int, Factor]], places: _Places, tiling: Tiling) -> None:
+        """Appends one crowd with its factors, each of one of a row's adapters."""
+        first_row, first_rank, num_ranks, first_z, tiles = places
+        by_member: dict[int, list[tuple[int, int, int, int, int]]] = {}
+        column = 0
         for pair, factor in own:
-            columns.append(num_ranks)
-            num_ranks += len(factor.part.a_RI)
-            row_bytes = factor.part.a_RI.stride(0) * factor.part.a_RI.element_size()
-            address = factor.part.a_RI.data_ptr()
-            self.a_ranks.extend(address + rank * row_bytes for rank in range(len(factor.part.a_RI)))
-            self.rank_gates.extend([(pair, factor.gate)] * len(factor.part.a_RI))
-        tiles = list(crowd.tiles(tiling.rows))
+            a_RI, b_OR = factor.part.a_RI, factor.part.b_OR
+            rank, row_bytes = len(a_RI), a_RI.shape[1] * a_RI.element_size()
+            self.shrinks.append((a_RI.data_ptr(), row_bytes, rank, pair, factor.gate))
+            expand = rank, column, pair, factor.gate, b_OR.data_ptr()
+            by_member.setdefault(factor.member, []).append(expand)
+            column += rank
         for row, count in tiles:
+            z = first_z + row * num_ranks
             for rank in range(0, num_ranks, tiling.ranks):
                 ranks = min(tiling.ranks, num_ranks - rank)
-                z = first_z + row * num_ranks + rank
-                self.shrink_tiles.append((first_row + row, count, first_rank + rank, ranks, z, num_ranks))
-        for member in dict.fromkeys(factor.member for _, factor in own):
-            first_factor = len(self.factors)
-            for (pair, factor), column in zip(own, columns, strict=True):
-                if factor.member == member:
-                    self.factors.append((len(factor.part.a_RI), column, pair, factor.gate))
-                    self.b_factors.append(factor.part.b_OR)
-            num_factors = len(self.factors) - first_factor
-            for row, count in tiles:
-                z = first_z + row * num_ranks
-                self.expand_tiles.append(
-                    (first_row + row, count, z, num_ranks, first_factor, num_factors, member)
+                self.shrink_tiles.append(
+                    (first_row + row, count, first_rank + rank, ranks, z + rank, num_ranks)
                 )
-        return first_z + crowd.num_rows * num_ranks
+        for member, expands in by_member.items():
+            run = len(self.expands), len(expands), member
+            self.expands.extend(expands)
+            self.expand_tiles.extend(
+                (first_row + row, count, first_z + row * num_ranks, num_ranks, *run) for row, count in tiles
+            )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
