@@ -27,25 +27,11 @@ FACTOR = tl.constexpr(4)
 # Compiled anew for a width of a layer, never for what a step counts.
 @triton.jit(do_not_specialize=["num_rows_Q", "z_size"])
 def shrink(
-    x: tl.tensor,
-    in_features: tl.tensor,
-    rows: tl.tensor,
-    num_rows_Q: tl.tensor,
-    tiles: tl.tensor,
-    a_ranks: tl.tensor,
-    rank_gates: tl.tensor,
-    gates: tl.tensor,
-    gate_starts: tl.tensor,
-    z: tl.tensor,
-    z_size: tl.tensor,
-    piece: tl.tensor,
-    ROWS: tl.constexpr,
-    RANKS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    GATED: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    PRECISION: tl.constexpr,
-) -> None:
+    x: tl.tensor, in_features: tl.tensor, rows: tl.tensor, num_rows_Q: tl.tensor, tiles: tl.tensor,
+    a_ranks: tl.tensor, rank_gates: tl.tensor, gates: tl.tensor, gate_starts: tl.tensor, z: tl.tensor,
+    z_size: tl.tensor, piece: tl.tensor, ROWS: tl.constexpr, RANKS: tl.constexpr, WIDTH: tl.constexpr,
+    GATED: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+) -> None:  # fmt: skip
     tile = tiles + tl.program_id(0) * SHRINK_TILE
     n, r = tl.arange(0, ROWS), tl.arange(0, RANKS)
     q_N, first_rank = tl.load(tile) + n, tl.load(tile + 2)
@@ -87,25 +73,11 @@ def shrink(
 
 @triton.jit(do_not_specialize=["num_rows_Q", "z_size", "num_pieces"])
 def expand(
-    z: tl.tensor,
-    z_size: tl.tensor,
-    num_pieces: tl.tensor,
-    weights: tl.tensor,
-    num_rows_Q: tl.tensor,
-    tiles: tl.tensor,
-    factors: tl.tensor,
-    b_factors: tl.tensor,
-    gates: tl.tensor,
-    gate_starts: tl.tensor,
-    members: tl.tensor,
-    places: tl.tensor,
-    y: tl.tensor,
-    ROWS: tl.constexpr,
-    RANKS: tl.constexpr,
-    OUT: tl.constexpr,
-    GATED: tl.constexpr,
-    PRECISION: tl.constexpr,
-) -> None:
+    z: tl.tensor, z_size: tl.tensor, num_pieces: tl.tensor, weights: tl.tensor, num_rows_Q: tl.tensor,
+    tiles: tl.tensor, factors: tl.tensor, b_factors: tl.tensor, gates: tl.tensor, gate_starts: tl.tensor,
+    members: tl.tensor, places: tl.tensor, y: tl.tensor, ROWS: tl.constexpr, RANKS: tl.constexpr,
+    OUT: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr,
+) -> None:  # fmt: skip
     tile = tiles + tl.program_id(0) * EXPAND_TILE
     n, o = tl.arange(0, ROWS), tl.program_id(1) * OUT + tl.arange(0, OUT)
     q_N, is_row = tl.load(tile) + n, n < tl.load(tile + 1)
