@@ -31,7 +31,7 @@ class BlockOperator(Operator[Block]):
     def meaning(self, part: Block, x_TI: Tensor, y_TO: Tensor) -> Meaning:
         if part.side == "input":
             return Meaning(change_TO=x_TI[:, part.index_N] @ part.block.T)
-        change_TO = torch.zeros_like(y_TO, dtype=torch.float32)
+        change_TO = x_TI.new_zeros(y_TO.shape)
         change_TO[:, part.index_N] = x_TI @ part.block.T
         return Meaning(change_TO=change_TO)
 

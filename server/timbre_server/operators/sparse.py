@@ -29,7 +29,7 @@ class SparseOperator(Operator[Sparse]):
 
     def meaning(self, part: Sparse, x_TI: Tensor, y_TO: Tensor) -> Meaning:
         rows = torch.repeat_interleave(torch.arange(y_TO.shape[1], device=x_TI.device), part.row_ends.diff())
-        change_TO = torch.zeros(x_TI.shape[0], y_TO.shape[1], device=x_TI.device)
+        change_TO = x_TI.new_zeros(x_TI.shape[0], y_TO.shape[1])
         return Meaning(
             change_TO=change_TO.index_add_(1, rows, x_TI[:, part.columns_N.long()] * part.values_N)
         )
