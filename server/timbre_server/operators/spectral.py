@@ -20,6 +20,7 @@ from torch import Tensor
 from timbre_methods.program import Places, Spectral
 from timbre_server.operators.block_diagonal import BlockDiagonal, Csr, csr, pooled_bytes
 from timbre_server.operators.contract import Bound, Change, Meaning, Operator, Uses
+from timbre_server.operators.joined_sums import JoinedSums
 from timbre_server.operators.pooling import PoolRoom
 from timbre_server.operators.row_table import RowTable, Segment
 from timbre_server.operators.transforms import Transform, transform
@@ -57,9 +58,9 @@ class SpectralOperator(Operator[Spectral]):
                     own[member].setdefault(slot, []).append(part)
         room = PoolRoom()
         bounds = [self._bind_transform(own, table, room) for own in by_name.values()]
-        return bounds[0] if len(bounds) == 1 else _BoundTransforms(bounds)
+        return bounds[0] if len(bounds) == 1 else JoinedSums(bounds)
 
-    def _bind_transform(self, uses: Uses[Spectral], table: RowTable, room: PoolRoom) -> _BoundTransform:
+    def _bind_transform(self, uses: Uses[Spectral], table: RowTable, room: PoolRoom) -> Bound:
         """``uses`` all have the same transform."""
         rows_U, segments = table.compact({slot for parts_by_slot in uses for slot in parts_by_slot})
         num_rows = table.num_rows if rows_U is None else len(rows_U)
@@ -288,12 +289,3 @@ class _BoundTransform(Bound):
         return [
             () if member is None else (Change(member.change(z_UC), self._rows_U),) for member in self._members
         ]
-
-
-class _BoundTransforms(Bound):
-    def __init__(self, bounds: Sequence[Bound]) -> None:
-        self._bounds = bounds
-
-    def sums(self, x_TI: Tensor) -> Sequence[Sequence[Change]]:
-        each = [bound.sums(x_TI) for bound in self._bounds]
-        return [[change for changes in own for change in changes] for own in zip(*each, strict=True)]

@@ -74,48 +74,51 @@ def transform(name: str, length: int, low_pass: tuple[float, ...], device: torch
     return _BY_NAME[name](length, low_pass, device)
 
 
-class _HalfSpectrum(Transform):
-    """By ``rfft`` of real rows, turned by ``phase_K`` where there is one."""
+class HalfSpectrum(Transform):
+    """By ``rfft`` of real rows, turned by ``phase_K`` where there is one; of rows in ``order_D`` where that
+    is not their own."""
+
+    order_D: Tensor | None = None
 
     def __init__(self, length: int, phase_K: Tensor | None, device: torch.device) -> None:
-        self._length = length
-        self._phase_K = None if phase_K is None else phase_K.to(device, torch.complex64)
+        self.length = length
+        self.phase_K = None if phase_K is None else phase_K.to(device, torch.complex64)
         self.coordinates = 2 * (length // 2 + 1)
 
     def forward(self, x_UD: Tensor) -> Tensor:
         z_UK = torch.fft.rfft(x_UD)
-        if self._phase_K is not None:
-            z_UK = z_UK * self._phase_K
+        if self.phase_K is not None:
+            z_UK = z_UK * self.phase_K
         return torch.view_as_real(z_UK).flatten(1)
 
     def back(self, h_UC: Tensor) -> Tensor:
         h_UK = torch.view_as_complex(h_UC.view(-1, self.coordinates // 2, 2))
-        if self._phase_K is not None:
-            h_UK = h_UK * self._phase_K.conj()
-        y_UD: Tensor = torch.fft.irfft(h_UK, n=self._length)
+        if self.phase_K is not None:
+            h_UK = h_UK * self.phase_K.conj()
+        y_UD: Tensor = torch.fft.irfft(h_UK, n=self.length)
         return y_UD
 
     def _folded(self, frequency_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """k, whether it is the mirror image's, and what the inverse transform counts it: half, if twice."""
-        n = self._length
+        n = self.length
         is_mirrored_N = frequency_N > n // 2
         k_N = torch.where(is_mirrored_N, n - frequency_N, frequency_N)
         share_N = torch.where((k_N == 0) | (2 * k_N == n), 1.0, 0.5).double()
         return k_N, is_mirrored_N, share_N
 
 
-class _Dft(_HalfSpectrum):
+class _Dft(HalfSpectrum):
     def __init__(self, length: int, low_pass: tuple[float, ...], device: torch.device) -> None:
         super().__init__(length, None, device)
 
     def matrix(self) -> Tensor:
-        angle_FD = _angles(self._length)
-        return torch.polar(torch.ones_like(angle_FD), angle_FD) / self._length
+        angle_FD = _angles(self.length)
+        return torch.polar(torch.ones_like(angle_FD), angle_FD) / self.length
 
     def reads(self, v_N: Tensor) -> Entries:
         # (T x)[v] is conj(X_v) / n, and for the upper half X_{n-v} / n.
         k_N, is_mirrored_N, _ = self._folded(v_N)
-        return _both_parts(k_N, torch.full_like(v_N, 1 / self._length, dtype=torch.float64), ~is_mirrored_N)
+        return _both_parts(k_N, torch.full_like(v_N, 1 / self.length, dtype=torch.float64), ~is_mirrored_N)
 
     def writes(self, u_N: Tensor) -> Entries:
         k_N, is_mirrored_N, share_N = self._folded(u_N)
@@ -127,35 +130,37 @@ def _both_parts(k_N: Tensor, factor_N: Tensor, is_conjugate_N: Tensor) -> Entrie
     return Entries(torch.stack([2 * k_N, 2 * k_N + 1], 1), factor_NE)
 
 
-class _Hartley(_HalfSpectrum):
+class _Hartley(HalfSpectrum):
     def __init__(self, length: int, low_pass: tuple[float, ...], device: torch.device) -> None:
         super().__init__(length, torch.tensor(1 + 1j), device)
 
     def matrix(self) -> Tensor:
-        angle_FD = _angles(self._length)
-        return (angle_FD.cos() + angle_FD.sin()) / math.sqrt(self._length)
+        angle_FD = _angles(self.length)
+        return (angle_FD.cos() + angle_FD.sin()) / math.sqrt(self.length)
 
     def reads(self, v_N: Tensor) -> Entries:
         k_N, is_mirrored_N, share_N = self._folded(v_N)
-        factor_N = torch.full_like(share_N, 1 / math.sqrt(self._length))
+        factor_N = torch.full_like(share_N, 1 / math.sqrt(self.length))
         return _one_part(k_N, is_mirrored_N, factor_N)
 
     def writes(self, u_N: Tensor) -> Entries:
         k_N, is_mirrored_N, share_N = self._folded(u_N)
-        return _one_part(k_N, is_mirrored_N, share_N * math.sqrt(self._length))
+        return _one_part(k_N, is_mirrored_N, share_N * math.sqrt(self.length))
 
 
-class _Dct(_HalfSpectrum):
+class _Dct(HalfSpectrum):
+    order_D: Tensor
+
     def __init__(self, length: int, low_pass: tuple[float, ...], device: torch.device) -> None:
         angle_K = -torch.arange(length // 2 + 1, dtype=torch.float64) * (math.pi / (2 * length))
         super().__init__(length, torch.polar(torch.ones_like(angle_K), angle_K), device)
         even, odd = torch.arange(0, length, 2), torch.arange(1, length, 2)
         order_D = torch.cat([even, odd.flip(0)])
-        self._order_D = order_D.to(device)
+        self.order_D = order_D.to(device)
         self._place_D = order_D.argsort().to(device)
 
     def matrix(self) -> Tensor:
-        n = self._length
+        n = self.length
         steps = torch.arange(n)
         angle_FD = (torch.outer(steps, 2 * steps + 1) % (4 * n)).double() * (math.pi / (2 * n))
         matrix_FD = angle_FD.cos() * math.sqrt(2 / n)
@@ -163,19 +168,19 @@ class _Dct(_HalfSpectrum):
         return matrix_FD
 
     def forward(self, x_UD: Tensor) -> Tensor:
-        return super().forward(x_UD.index_select(1, self._order_D))
+        return super().forward(x_UD.index_select(1, self.order_D))
 
     def back(self, h_UC: Tensor) -> Tensor:
         return super().back(h_UC).index_select(1, self._place_D)
 
     def reads(self, v_N: Tensor) -> Entries:
         k_N, is_mirrored_N, _ = self._folded(v_N)
-        factor_N = torch.where(v_N == 0, 1.0, math.sqrt(2)).double() / math.sqrt(self._length)
+        factor_N = torch.where(v_N == 0, 1.0, math.sqrt(2)).double() / math.sqrt(self.length)
         return _one_part(k_N, is_mirrored_N, torch.where(is_mirrored_N, -factor_N, factor_N))
 
     def writes(self, u_N: Tensor) -> Entries:
         k_N, is_mirrored_N, share_N = self._folded(u_N)
-        factor_N = share_N * torch.where(u_N == 0, 1.0, math.sqrt(2)) * math.sqrt(self._length)
+        factor_N = share_N * torch.where(u_N == 0, 1.0, math.sqrt(2)) * math.sqrt(self.length)
         return _one_part(k_N, is_mirrored_N, torch.where(is_mirrored_N, -factor_N, factor_N))
 
 
