@@ -75,7 +75,7 @@ def test_large_blocks_are_never_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     for largest in (rotation.MAX_STACKED_BLOCK, 3):
         monkeypatch.setattr(rotation, "MAX_STACKED_BLOCK", largest)
         if largest < 4:
-            monkeypatch.setattr(rotation, "_paired", None)
+            monkeypatch.setattr(rotation, "_stacked", None)
         change = RotationOperator().bind(uses, table).output_change(0, y_TO)
         assert change is not None
         assert isinstance(change.rows_N, torch.Tensor)

@@ -10,6 +10,7 @@ together and M rows of each, F factors, S stored blocks, B their size, K uses of
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -28,6 +29,8 @@ MIN_ROWS_ALONE = 4
 MAX_STACKED_BLOCK = 64
 """Larger blocks are never copied side by side: their bytes in a vector's blocks grow with their size."""
 
+Use = tuple[Segment, Rotation]
+
 
 class RotationOperator(Operator[Rotation]):
     part = Rotation
@@ -44,9 +47,34 @@ class RotationOperator(Operator[Rotation]):
     def bind(self, uses: Uses[Rotation], table: RowTable) -> Bound:
         room = PoolRoom()
         return _BoundRotation(
-            [_batches(parts, "input", table, room) for parts in uses],
-            [_batches(parts, "output", table, room) for parts in uses],
+            [self._batches(parts, "input", table, room) for parts in uses],
+            [self._batches(parts, "output", table, room) for parts in uses],
         )
+
+    def _batches(
+        self, parts_by_slot: Mapping[int, Sequence[Rotation]], side: str, table: RowTable, room: PoolRoom
+    ) -> list[TurnedRows]:
+        batches: list[TurnedRows] = []
+        pairs: dict[tuple[object, ...], list[Use]] = {}
+        for segment in table.segments:
+            for part in parts_by_slot.get(segment.slot, ()):
+                if part.side != side:
+                    continue
+                if self._is_paired(part, len(segment.rows_N), room):
+                    shape = (part.blocks_FSBB.shape, part.chunks, part.scale_O is None)
+                    pairs.setdefault(shape, []).append((segment, part))
+                else:
+                    batches.append(_alone(segment, part))
+        return [*batches, *(self._paired(own, table) for own in pairs.values())]
+
+    def _is_paired(self, part: Rotation, num_rows: int, room: PoolRoom) -> bool:
+        """Whether a part runs together with others like it."""
+        is_small = num_rows < MIN_ROWS_ALONE and part.blocks_FSBB.shape[-1] <= MAX_STACKED_BLOCK
+        return is_small and room.take(num_rows * part.blocks_FSBB.nbytes)
+
+    def _paired(self, own: Sequence[Use], table: RowTable) -> TurnedRows:
+        """Parts of one shape."""
+        return _stacked(own, table) if own[1:] else _alone(*own[0])
 
 
 def _turned(part: Rotation, v_TD: Tensor) -> Tensor:
@@ -75,37 +103,55 @@ def _scattered(v: Tensor, chunk: int, size: int) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Batch:
+class TurnedRows(ABC):
     """Rows that are turned together: all of one adapter, or one of each of several."""
 
     rows_N: Tensor
     index: Tensor | slice | None
     """As ``rows_N``, but a slice or None where that saves the gather."""
     weights_N1: Tensor
-    blocks_GFSBB: Tensor
-    chunks: tuple[int, ...]
     extra_scale_GO: Tensor | None
     """``scale − 1`` of each adapter."""
 
-    def turned(self, v_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows, and what their adapters make of them."""
-        v_ND = (v_TD if self.index is None else v_TD[self.index]).float()
-        v_GMD = v_ND.view(len(self.blocks_GFSBB), -1, v_ND.shape[1])
-        for factor, chunk in enumerate(self.chunks):
-            blocks_GSBB = self.blocks_GFSBB[:, factor]
-            size = blocks_GSBB.shape[-1]
-            v_GMD = _scattered(_multiplied(_gathered(v_GMD, chunk, size), blocks_GSBB), chunk, size)
-        return v_ND, v_GMD.reshape_as(v_ND)
+    @abstractmethod
+    def turned(self, v_TD: Tensor) -> Tensor:
+        """What their adapters make of the rows, [N, D]."""
 
+    @abstractmethod
     def change(self, v_TD: Tensor) -> Tensor:
-        v_ND, turned_ND = self.turned(v_TD)
-        return (turned_ND - v_ND) * self.weights_N1
+        """The weighted difference to the rows, [N, D]."""
 
     def gain(self) -> Tensor:
         """The weighted ``scale − 1`` of each row, [N, O]."""
         assert self.extra_scale_GO is not None
         weights_GM1 = self.weights_N1.view(len(self.extra_scale_GO), -1, 1)
         return (self.extra_scale_GO.unsqueeze(1) * weights_GM1).flatten(0, 1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Products(TurnedRows):
+    """By batched products of all blocks, one for each factor."""
+
+    blocks_GFSBB: Tensor
+    chunks: tuple[int, ...]
+
+    def turned(self, v_TD: Tensor) -> Tensor:
+        return self._turned(self._rows(v_TD))
+
+    def change(self, v_TD: Tensor) -> Tensor:
+        v_ND = self._rows(v_TD)
+        return (self._turned(v_ND) - v_ND) * self.weights_N1
+
+    def _rows(self, v_TD: Tensor) -> Tensor:
+        return (v_TD if self.index is None else v_TD[self.index]).float()
+
+    def _turned(self, v_ND: Tensor) -> Tensor:
+        v_GMD = v_ND.view(len(self.blocks_GFSBB), -1, v_ND.shape[1])
+        for factor, chunk in enumerate(self.chunks):
+            blocks_GSBB = self.blocks_GFSBB[:, factor]
+            size = blocks_GSBB.shape[-1]
+            v_GMD = _scattered(_multiplied(_gathered(v_GMD, chunk, size), blocks_GSBB), chunk, size)
+        return v_GMD.reshape_as(v_ND)
 
 
 def _multiplied(v_GMD: Tensor, blocks_GSBB: Tensor) -> Tensor:
@@ -118,60 +164,45 @@ def _multiplied(v_GMD: Tensor, blocks_GSBB: Tensor) -> Tensor:
     return turned_XYB.view(groups, stored, rows, -1, size).transpose(1, 2).reshape_as(v_GMD)
 
 
-def _batches(
-    parts_by_slot: Mapping[int, Sequence[Rotation]], side: str, table: RowTable, room: PoolRoom
-) -> list[_Batch]:
-    batches: list[_Batch] = []
-    pairs: dict[tuple[object, ...], list[tuple[Segment, Rotation]]] = {}
-    for segment in table.segments:
-        for part in parts_by_slot.get(segment.slot, ()):
-            if part.side != side:
-                continue
-            count = len(segment.rows_N)
-            is_small = count < MIN_ROWS_ALONE and part.blocks_FSBB.shape[-1] <= MAX_STACKED_BLOCK
-            if is_small and room.take(count * part.blocks_FSBB.nbytes):
-                shape = (part.blocks_FSBB.shape, part.chunks, part.scale_O is None)
-                pairs.setdefault(shape, []).append((segment, part))
-            else:
-                batches.append(_alone(segment, part))
-    return [*batches, *(_paired(own, table) if own[1:] else _alone(*own[0]) for own in pairs.values())]
-
-
-def _alone(segment: Segment, part: Rotation) -> _Batch:
-    return _Batch(
+def _alone(segment: Segment, part: Rotation) -> TurnedRows:
+    return _Products(
         segment.rows_N,
         segment.index,
         segment.weights_N.unsqueeze(1),
+        None if part.scale_O is None else part.scale_O.unsqueeze(0) - 1,
         part.blocks_FSBB.unsqueeze(0),
         part.chunks,
-        None if part.scale_O is None else part.scale_O.unsqueeze(0) - 1,
     )
 
 
-def _paired(own: Sequence[tuple[Segment, Rotation]], table: RowTable) -> _Batch:
+def _stacked(own: Sequence[Use], table: RowTable) -> TurnedRows:
     each = [part for segment, part in own for _ in range(len(segment.rows_N))]
+    blocks_GFSBB = torch.stack([part.blocks_FSBB for part in each])
+    return _Products(*paired_rows(own, table), extra_scales(each), blocks_GFSBB, each[0].chunks)
+
+
+def paired_rows(own: Sequence[Use], table: RowTable) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The rows, their index and their weights, one adapter's after another's."""
     rows_N = torch.cat([segment.rows_N for segment, _ in own])
     every_row = torch.arange(table.num_rows, device=rows_N.device)
-    scales = [part.scale_O for part in each if part.scale_O is not None]
-    return _Batch(
-        rows_N,
-        None if torch.equal(rows_N, every_row) else rows_N,
-        torch.cat([segment.weights_N for segment, _ in own]).unsqueeze(1),
-        torch.stack([part.blocks_FSBB for part in each]),
-        each[0].chunks,
-        torch.stack(scales) - 1 if scales else None,
-    )
+    index = None if torch.equal(rows_N, every_row) else rows_N
+    return rows_N, index, torch.cat([segment.weights_N for segment, _ in own]).unsqueeze(1)
+
+
+def extra_scales(parts: Sequence[Rotation]) -> Tensor | None:
+    scales = [part.scale_O for part in parts if part.scale_O is not None]
+    return torch.stack(scales) - 1 if scales else None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Side:
     """All batches at one side of one member, not none; their rows one after the other."""
 
-    batches: Sequence[_Batch]
+    batches: Sequence[TurnedRows]
     rows: Tensor | slice | None
 
     @staticmethod
-    def of(batches: Sequence[_Batch]) -> _Side | None:
+    def of(batches: Sequence[TurnedRows]) -> _Side | None:
         if len(batches) < 2:
             return _Side(batches, batches[0].index) if batches else None
         return _Side(batches, torch.cat([batch.rows_N for batch in batches]))
@@ -180,7 +211,7 @@ class _Side:
         return Change(_joined([batch.change(v_TD) for batch in self.batches]), self.rows)
 
     def own_product(self, x_TI: Tensor) -> OwnProduct:
-        turned = [batch.turned(x_TI)[1] for batch in self.batches]
+        turned = [batch.turned(x_TI) for batch in self.batches]
         return OwnProduct(_joined(turned), _joined([b.gain() for b in self.batches]), self.rows)
 
 
@@ -189,7 +220,9 @@ def _joined(values: Sequence[Tensor]) -> Tensor:
 
 
 class _BoundRotation(Bound):
-    def __init__(self, inputs: Sequence[Sequence[_Batch]], outputs: Sequence[Sequence[_Batch]]) -> None:
+    def __init__(
+        self, inputs: Sequence[Sequence[TurnedRows]], outputs: Sequence[Sequence[TurnedRows]]
+    ) -> None:
         self._inputs = [_Side.of(batches) for batches in inputs]
         self._outputs = [_Side.of(batches) for batches in outputs]
         self._scaled = [_Side.of([b for b in own if b.extra_scale_GO is not None]) for own in inputs]
