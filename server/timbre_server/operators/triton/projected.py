@@ -31,9 +31,9 @@ from timbre_methods.program import Projected
 from timbre_server.operators.contract import Bound, Change, Uses
 from timbre_server.operators.joined_sums import JoinedSums
 from timbre_server.operators.projected import ProjectedOperator
-from timbre_server.operators.row_table import RowTable, Segment
+from timbre_server.operators.row_table import RowTable
 from timbre_server.operators.triton.launch import addresses
-from timbre_server.operators.triton.row_uses import Pairs, RowUses, apart, divided
+from timbre_server.operators.triton.row_uses import RowUses, apart, by_row, divided
 
 MAX_ROWS = 16
 """Of one adapter, for which a launch reads its dense core once a row."""
@@ -168,7 +168,8 @@ class _Batch:
         own = [(segment, part) for segment in table.segments for part in parts_by_slot.get(segment.slot, ())]
         parts = [part for _, part in own]
         first = parts[0]
-        rows_R, uses = _rows(own, parts_by_slot, table)
+        segments = [segment for segment, _ in own]
+        rows_R, uses = by_row(segments, table) if first.outer_NO is None else apart(segments)
         cores = [part.core.contiguous() for part in parts]
         outers = [part.outer_NO[0].contiguous() for part in parts if part.outer_NO is not None]
         return _Batch(
@@ -212,18 +213,6 @@ class _Batch:
 def _summed_blocks(h_RX: Tensor, size: int) -> Tensor:
     """All blocks have one Q."""
     return h_RX.view(len(h_RX), -1, size).sum(1)
-
-
-def _rows(
-    own: Sequence[tuple[Segment, Projected]], slots: Collection[int], table: RowTable
-) -> tuple[Tensor | None, RowUses]:
-    """The rows of a launch and their pairs: apart where an outer vector comes after Q, else by row."""
-    if own[0][1].outer_NO is not None:
-        return apart([segment for segment, _ in own])
-    rows_R, segments = table.compact(slots)
-    moved = {segment.slot: segment for segment in segments}
-    num_rows = table.num_rows if rows_R is None else len(rows_R)
-    return rows_R, Pairs.of([moved[segment.slot] for segment, _ in own], num_rows).row_uses()
 
 
 class BoundCores(Bound):

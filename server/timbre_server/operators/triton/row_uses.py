@@ -56,6 +56,14 @@ def _uses(segments: Sequence[Segment]) -> Tensor:
     return uses.repeat_interleave(torch.tensor(counts, device=device), output_size=sum(counts))
 
 
+def by_row(segments: Sequence[Segment], table: RowTable) -> tuple[Tensor | None, RowUses]:
+    """The rows of the table that have uses, None for all, each with all its pairs."""
+    rows_R, compact = table.compact({segment.slot for segment in segments})
+    moved = {segment.slot: segment for segment in compact}
+    num_rows = table.num_rows if rows_R is None else len(rows_R)
+    return rows_R, Pairs.of([moved[segment.slot] for segment in segments], num_rows).row_uses()
+
+
 def apart(segments: Sequence[Segment]) -> tuple[Tensor, RowUses]:
     """Each pair as a row of its own, use after use: the row of the batch that it reads, and its one pair."""
     rows_P = torch.cat([segment.rows_N for segment in segments])
