@@ -32,19 +32,23 @@ TABLE = RowTable([Span(1, ((0, 0.5), (1, 0.5))), Span(1), Span(40, ((2, 1.0),))]
 
 def source_of(kernel: JITFunction[Any], arguments: dict[str, Any]) -> ASTSource:
     """With what a launch would tell the compiler of its arguments."""
-    signature: dict[str, str] = {}
+    signature: dict[str, Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-    for place, parameter in enumerate(kernel.params):
-        value = arguments[parameter.name]
+
+    def described(value: Any, path: tuple[int, ...], parameter: Any) -> Any:
+        if isinstance(value, tuple):
+            return type(value)(*(described(each, (*path, i), parameter) for i, each in enumerate(value)))
         is_one = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
         if parameter.is_constexpr or value is None or is_one:
-            signature[parameter.name] = "constexpr"
-            constants[(place,)] = value
-            continue
-        signature[parameter.name] = mangle_type(value)
+            constants[path] = value
+            return "constexpr"
         if not parameter.do_not_specialize and (isinstance(value, torch.Tensor) or value % 16 == 0):
-            attributes[(place,)] = [["tt.divisibility", 16]]
+            attributes[path] = [["tt.divisibility", 16]]
+        return mangle_type(value)
+
+    for place, parameter in enumerate(kernel.params):
+        signature[parameter.name] = described(arguments[parameter.name], (place,), parameter)
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
