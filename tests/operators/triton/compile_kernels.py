@@ -22,7 +22,9 @@ from triton.runtime.jit import JITFunction, mangle_type
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from parts import random_part
 
+from timbre_methods.program import LowRank
 from timbre_server.operators.catalogue import all_operators
+from timbre_server.operators.materialise import materialise
 from timbre_server.operators.row_table import RowTable, Span
 from timbre_server.operators.triton import catalogue
 
@@ -84,6 +86,8 @@ def launches() -> Iterator[None]:
         bound.input_change(0, x_TI)
         bound.output_change(0, y_TO)
         bound.own_product(0, x_TI)
+        if operator.part is LowRank:
+            materialise([parts], (OUT, IN), [operator])
         yield
 
 

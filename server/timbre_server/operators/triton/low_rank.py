@@ -21,6 +21,7 @@ from timbre_server.operators.contract import Bound, Change, Uses
 from timbre_server.operators.low_rank import BoundGated, Gating, LowRankOperator
 from timbre_server.operators.row_table import RowTable
 from timbre_server.operators.triton.launch import Precision
+from timbre_server.operators.triton.low_rank_changes import add_low_rank_changes
 from timbre_server.operators.triton.low_rank_groups import Factor, LowRankGroups
 from timbre_server.operators.triton.routed import BoundExperts
 
@@ -40,6 +41,9 @@ class TritonLowRank(LowRankOperator):
 
     def bind_gated(self, uses: Uses[LowRank], table: RowTable, gating: Gating) -> BoundGated:
         return BoundExperts(uses, table, gating, self._precision)
+
+    def add_changes(self, parts_S: Sequence[Sequence[LowRank]], delta_SOI: Tensor) -> None:
+        add_low_rank_changes(parts_S, delta_SOI)
 
 
 class _BoundLowRank(Bound):
