@@ -7,7 +7,9 @@ ServerError
 │   ├── ContextLengthExceeded
 │   ├── AdapterNotFound
 │   ├── AdapterMismatch
-│   └── MixNotServed           adapters that cannot be weighted and summed here
+│   ├── MixNotServed           adapters that cannot be weighted and summed here
+│   ├── PinNotServed           adapters that have no merged weights, or too large ones
+│   └── PinConflict            another adapter is pinned, or this one is not
 ├── CapacityError              later, or elsewhere
 │   ├── QueueFull
 │   └── NotReady
@@ -54,6 +56,14 @@ class AdapterMismatch(RequestError):
 
 
 class MixNotServed(RequestError):
+    pass
+
+
+class PinNotServed(RequestError):
+    pass
+
+
+class PinConflict(RequestError):
     pass
 
 

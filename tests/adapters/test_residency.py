@@ -66,6 +66,24 @@ def test_favoured_adapters_are_loaded_first_and_stay() -> None:
     assert [departure.digest for departure in residency.make_room(50) or ()] == ["a"]
 
 
+def test_what_is_held_and_reserved_counts_for_those_who_come() -> None:
+    residency = Residency(BUDGET)
+    for digest in "ab":
+        resident(residency, digest, 20)
+    residency.acquire("a")
+    assert residency.make_room(61) is not None
+    residency.hold("a", 61)
+    assert (residency.used_bytes, residency.adapter_bytes, residency.resident) == (81, 20, ("a",))
+    assert residency.bytes_with_held(20, {7: 5}) == 106
+    residency.favour("c")
+    assert residency.bytes_with_favoured("c", 10, {}) == 91
+    residency.check_integrity()
+    residency.hold(())
+    residency.release("a")
+    assert (residency.used_bytes, residency.bytes_with_held(20, {})) == (20, 20)
+    residency.check_integrity()
+
+
 def test_a_wish_of_requests_ends_with_the_last_of_them_and_a_lasting_one_does_not() -> None:
     residency = Residency(BUDGET)
     for digest in ("left", "kept", "asked later"):

@@ -46,21 +46,24 @@ EDGES: Mapping[str, frozenset[str]] = {
             " timbre_methods.errors timbre_store timbre_server.errors"
         ),
         # The waist between HTTP and engine: plain messages, and the client that carries them.
-        "timbre_server.engine.messages": "",
+        "timbre_server.engine.messages": "timbre_server.engine.pin_messages",
+        "timbre_server.engine.pin_messages": "",
         "timbre_server.engine.options": "",
         "timbre_server.engine.client": (
-            "timbre_server.engine timbre_server.engine.messages timbre_server.engine.options"
-            " timbre_server.errors"
+            "timbre_server.engine timbre_server.engine.messages timbre_server.engine.pin_messages"
+            " timbre_server.engine.options timbre_server.errors"
         ),
         "timbre_server.engine": (
-            "timbre_server.engine.messages timbre_server.engine.options timbre_server.adapters"
+            "timbre_server.engine.messages timbre_server.engine.pin_messages"
+            " timbre_server.engine.options timbre_server.adapters"
             " timbre_server.operators.row_table timbre_server.adapters.groups"
             " timbre_methods.program timbre_server.errors"
         ),
         # HTTP names the errors of every package, to give each its status in one table.
         "timbre_server.http": (
-            "timbre_server.engine.messages timbre_server.engine.client timbre_store"
-            " timbre_methods.errors timbre_server.request_record timbre_server.made timbre_server.errors"
+            "timbre_server.engine.messages timbre_server.engine.pin_messages timbre_server.engine.client"
+            " timbre_store timbre_methods.errors timbre_server.request_record timbre_server.made"
+            " timbre_server.errors"
         ),
         "timbre_server.metrics_catalogue": "",
         "timbre_server.tally": (

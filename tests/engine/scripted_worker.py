@@ -58,7 +58,9 @@ def assemble(
         model_bytes=0,
         adapter_budget_bytes=options.adapter_memory_bytes,
     )
-    return EngineCore(bench.runner, bench.scheduler, bench.adapters, Derivations({})), ready
+    return EngineCore(
+        bench.runner, bench.scheduler, bench.adapters, Derivations({}), stand_ins.a_pinning(bench.adapters)
+    ), ready
 
 
 if __name__ == "__main__":

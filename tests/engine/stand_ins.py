@@ -14,10 +14,13 @@ from itertools import compress
 
 import torch
 
+from timbre_server.adapters.adapted_model import AdaptedModel
+from timbre_server.adapters.pinning import Pinning
 from timbre_server.adapters.residency import Departure
 from timbre_server.adapters.runtime import Arrival
 from timbre_server.engine.kv_blocks import BlockPool
 from timbre_server.engine.messages import AdapterUse, SamplingParams, Submit, TokenEvent, TokenLogprobs
+from timbre_server.engine.packed_linear import LinearPacker
 from timbre_server.engine.sampler import SamplingRow, sample
 from timbre_server.engine.scheduler import Scheduler, SchedulerLimits
 from timbre_server.engine.sequence import ChunkResult, ScheduledChunk, Sequence, StepPlan, StepResult
@@ -180,6 +183,9 @@ class AdaptersBesideTheLoop(LoadingAdapters):
     def failure(self, digest: str) -> str | None:
         return self.failed.get(digest)
 
+    def hold(self, digests: Iterable[str], num_bytes: int = 0) -> bool:
+        return True
+
     def poll(self) -> tuple[list[Arrival], list[Departure]]:
         arrivals = []
         for digest in [digest for digest in self.loading if digest in self.begun]:
@@ -279,3 +285,9 @@ def tokens_alone(request: Submit) -> list[int]:
     bench.submit(request)
     bench.run()
     return bench.tokens(request.request_id)
+
+
+def a_pinning(adapters: LoadingAdapters) -> Pinning:
+    """The real one, on a model without layers."""
+    packer = LinearPacker(torch.float32, torch.device("cpu"))
+    return Pinning(AdaptedModel(torch.nn.Module(), []), adapters, {}, packer)  # type: ignore[arg-type]

@@ -15,10 +15,11 @@ import pytest
 import pytest_asyncio
 
 from timbre_server.engine import client
+from timbre_server.engine.child import end
 from timbre_server.engine.client import EngineProcess
 from timbre_server.engine.messages import StepOutput, Submit, TokenEvent
 from timbre_server.engine.options import EngineOptions
-from timbre_server.errors import AdapterLoadFailed, EngineDied, UnsupportedModel
+from timbre_server.errors import AdapterLoadFailed, EngineDied, PinConflict, UnsupportedModel
 
 WORKER = (sys.executable, str(Path(__file__).with_name("scripted_worker.py")))
 ENDLESS = 100_000
@@ -132,6 +133,14 @@ async def test_adapters_are_loaded_and_unloaded_on_demand(engine: EngineProcess)
         await engine.load_adapter("bad")
 
 
+async def test_a_pin_that_is_refused_says_why(engine: EngineProcess) -> None:
+    with pytest.raises(AdapterLoadFailed, match="bad is broken"):
+        await engine.pin_adapter("bad", (("bad", 1.0),))
+    with pytest.raises(PinConflict, match="x is not pinned; nothing is"):
+        await engine.unpin_adapter("x")
+    assert engine.latest.pinned is None
+
+
 @pytest.mark.parametrize(
     ("model", "error", "words"),
     [
@@ -150,7 +159,7 @@ async def test_an_engine_that_cannot_start_says_why(model: str, error: type[Exce
 async def test_a_child_that_ends_at_the_last_moment_is_not_missed() -> None:
     child = await asyncio.create_subprocess_exec(sys.executable, "-c", "")
     await child.wait()
-    await client._end(child, grace_s=0)
+    await end(child, grace_s=0)
     assert child.returncode == 0
 
 

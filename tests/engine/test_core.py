@@ -15,7 +15,9 @@ from timbre_server.errors import EngineDied
 
 def a_core(stand_ins: ModuleType, **options: Any) -> tuple[EngineCore, Any]:
     bench = stand_ins.a_bench(adapters=stand_ins.AdaptersBesideTheLoop(), **options)
-    return EngineCore(bench.runner, bench.scheduler, bench.adapters, Derivations({})), bench
+    return EngineCore(
+        bench.runner, bench.scheduler, bench.adapters, Derivations({}), stand_ins.a_pinning(bench.adapters)
+    ), bench
 
 
 def run(core: EngineCore) -> list[StepOutput]:

@@ -62,7 +62,9 @@ def told_to_leave(thread: threading.Thread, server: Channel[FromEngine]) -> None
 
 def a_core(stand_ins: ModuleType) -> EngineCore:
     bench = stand_ins.a_bench(adapters=stand_ins.AdaptersBesideTheLoop())
-    return EngineCore(bench.runner, bench.scheduler, bench.adapters, Derivations({}))
+    return EngineCore(
+        bench.runner, bench.scheduler, bench.adapters, Derivations({}), stand_ins.a_pinning(bench.adapters)
+    )
 
 
 def test_an_answer_too_large_for_a_frame_ends_its_own_request(stand_ins: ModuleType, ends: Pair) -> None:
@@ -116,7 +118,9 @@ def test_a_loop_with_nothing_to_run_still_gives_signs_of_life(
     engine, server = ends
     adapters = stand_ins.AdaptersBesideTheLoop(capacity=0)
     bench = stand_ins.a_bench(adapters=adapters)
-    core = EngineCore(bench.runner, bench.scheduler, bench.adapters, Derivations({}))
+    core = EngineCore(
+        bench.runner, bench.scheduler, bench.adapters, Derivations({}), stand_ins.a_pinning(bench.adapters)
+    )
     thread = threading.Thread(target=run_loop, args=(core, engine, wake_up))
     thread.start()
     server.send(stand_ins.a_request("a", mix=(("never", 1.0),)))

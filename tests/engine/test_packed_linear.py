@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -39,6 +41,24 @@ def test_a_packed_product_equals_the_layer(dtype: torch.dtype, rows: tuple[int, 
     torch.testing.assert_close(got, want, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_a_weight_of_no_module_is_multiplied_and_not_kept(dtype: torch.dtype, has_bias: bool) -> None:
+    torch.manual_seed(1)
+    packer = packer_for(dtype)
+    weight_OI = torch.randn(80, 48).to(dtype)
+    bias_O = torch.randn(80).to(dtype) if has_bias else None
+    product, kept = packer.product_with(weight_OI, bias_O), weakref.ref(weight_OI)
+    with torch.inference_mode():
+        for num_rows in (1, 3, 17):
+            x = torch.randn(1, num_rows, 48).to(dtype)
+            want = nn.functional.linear(x, weight_OI, bias_O)
+            torch.testing.assert_close(product(x), want, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    assert packer.bytes_with(weight_OI) == 2 * weight_OI.nbytes, "as it is, and packed"
+    del product, weight_OI
+    assert kept() is None
+
+
 def test_one_and_two_float32_rows_are_the_layer_s_own_bits() -> None:
     torch.manual_seed(1)
     layer = nn.Linear(576, 192)
@@ -71,6 +91,7 @@ def test_what_is_not_plainly_a_linear_of_the_dtype_is_used_as_it_is() -> None:
     packer = packer_for(torch.float32)
     subclass, other_dtype, other_kind = ScaledLinear(8, 8), nn.Linear(8, 8).half(), nn.LayerNorm(8)
     for module in (subclass, other_dtype, other_kind):
+        assert not packer.takes(module)
         assert packer.pack(module) is None
         assert packer.product_of(module) is module
 

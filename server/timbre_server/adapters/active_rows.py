@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from timbre_server.operators.contract import Change
-from timbre_server.operators.row_table import RowTable
+from timbre_server.operators.row_table import Pairs, RowTable
 
 
 class ActiveRows:
@@ -24,10 +24,15 @@ class ActiveRows:
         self.table: RowTable | None = None
         self.copies: RowCopies | None = None
         """While a block runs that sees its rows several times, and ``table`` is of those."""
+        self.merged_pairs: Pairs = ()
+        """Of the adapters that are merged, if any."""
+        self.are_merged = False
+        """Whether these are all of the step's rows: to merged weights they are base rows."""
         self._last: RowTable | None = None
 
     def begin(self, table: RowTable) -> None:
-        if not table.slots:
+        self.are_merged = bool(self.merged_pairs) and table.only_pairs == self.merged_pairs
+        if self.are_merged or not table.slots:
             self.table = None
             return
         if self._last is None or self._last.signature != table.signature:
@@ -36,6 +41,7 @@ class ActiveRows:
 
     def end(self) -> None:
         self.table = self.copies = None
+        self.are_merged = False
 
 
 @dataclass(slots=True, eq=False)

@@ -6,7 +6,8 @@ adapters add for all of them (one transform, one shrink), and the others find th
 
     y = W (x + input changes) + b   +   Σ changes from x   +   changes from y0 = W x + b   +   own products
 
-Base rows get exactly the base product's bits: a row that no adapter touches is never added to.
+Base rows get exactly the base product's bits: a row that no adapter touches is never added to. Where every
+row of a step is that of one mix whose weights are merged, a layer runs on those, and nothing is added.
 
 Legend: T rows of the batch, I in features, O out features.
 """
@@ -23,6 +24,9 @@ from timbre_methods.program import AdapterProgram, Part
 from timbre_server.adapters.active_rows import ActiveRows, RowCopies
 from timbre_server.operators.contract import Bound, Change, Operator, OwnProduct
 from timbre_server.operators.row_table import RowTable
+
+Product = Callable[[Tensor], Tensor]
+"""``x -> W x + b``."""
 
 Programs = Mapping[int, AdapterProgram]
 """Adapter slot -> the program that lives there."""
@@ -50,6 +54,10 @@ class AdaptedGroup:
     @property
     def copies(self) -> RowCopies | None:
         return self._rows.copies
+
+    @property
+    def rows_are_merged(self) -> bool:
+        return self._rows.are_merged
 
     def bound(self) -> tuple[Bound, ...]:
         """The operators in use at this group, ready for the current table; empty for base rows only."""
@@ -107,12 +115,12 @@ class AdaptedGroup:
 class AdaptedLinear(nn.Module):
     """One linear layer of the base in an `AdaptedGroup`."""
 
-    def __init__(
-        self, base: nn.Module, product: Callable[[Tensor], Tensor], group: AdaptedGroup, member: int
-    ):
+    def __init__(self, base: nn.Module, product: Product, group: AdaptedGroup, member: int):
         """``product`` computes ``W x + b`` for the layer ``base``, by whatever means is fastest."""
         super().__init__()
         self.base = base
+        self.merged: Product | None = None
+        """The product with merged weights, where there are any."""
         self._product = product
         self._group = group
         self._member = member
@@ -128,6 +136,8 @@ class AdaptedLinear(nn.Module):
         return self.base.bias  # type: ignore[return-value]
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.merged is not None and self._group.rows_are_merged:
+            return self.merged(x)
         bounds, copies = self._group.bound(), self._group.copies
         if copies is not None and copies.last == self._path and all(b.reads_input_alone for b in bounds):
             return self._where_copies_meet(copies, x)

@@ -6,7 +6,7 @@ rows use which slots.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from timbre_methods.program import AdapterProgram
 from timbre_methods.routing import RoutedBlock, Router
 from timbre_server.adapters.active_rows import ActiveRows
 from timbre_server.adapters.adapted_embedding import AdaptedEmbedding
-from timbre_server.adapters.adapted_linear import AdaptedGroup, AdaptedLinear
+from timbre_server.adapters.adapted_linear import AdaptedGroup, AdaptedLinear, Product
 from timbre_server.adapters.adapted_norm import AdaptedNorm
 from timbre_server.adapters.adapted_parameters import AdaptedParameters
 from timbre_server.adapters.groups import Block, LinearGroup, LoneLayer, ParameterModule
@@ -23,7 +23,7 @@ from timbre_server.adapters.prompts import StepPrompts
 from timbre_server.adapters.routed_block import RoutedBlockLayer
 from timbre_server.adapters.routing_report import Choice, choices_of, expert_tokens, router_places
 from timbre_server.operators.catalogue import Kernels, all_operators, embedding_operators
-from timbre_server.operators.row_table import RowTable
+from timbre_server.operators.row_table import Pairs, RowTable
 from timbre_server.operators.step_routing import StepRouting
 
 
@@ -63,6 +63,7 @@ class AdaptedModel:
         self._body_rows = {layer.rows_per_token: ActiveRows() for layer in (LoneLayer("", "norm"), *lone)}
         self._head_rows = ActiveRows()
         self._groups: list[AdaptedGroup] = []
+        self._linears: dict[str, AdaptedLinear] = {}
         self._step = StepRouting()
         self._places: dict[Router, str] = {}
         operators = {operator.part: operator for operator in all_operators(self._step, arithmetic.kernels)}
@@ -72,7 +73,8 @@ class AdaptedModel:
             self._groups.append(adapted)
             for member, path in enumerate(group.paths):
                 base = model.get_submodule(path)
-                _put_in_place(model, path, AdaptedLinear(base, arithmetic.product_of(base), adapted, member))
+                self._linears[path] = AdaptedLinear(base, arithmetic.product_of(base), adapted, member)
+                _put_in_place(model, path, self._linears[path])
         lookups = {operator.part: operator for operator in embedding_operators()}
         for layer in lone:
             is_embedding = layer.kind == "embedding"
@@ -138,6 +140,31 @@ class AdaptedModel:
         ), "a router for a block that the model does not have"
         self._programs[slot] = program
         self._places |= router_places(program)
+
+    def linear_layers(self) -> Iterator[tuple[str, nn.Module]]:
+        """The base's own, by path."""
+        yield from ((path, linear.base) for path, linear in self._linears.items())
+
+    def program(self, slot: int) -> AdapterProgram:
+        return self._programs[slot]
+
+    def merge(self, pairs: Pairs, products: Mapping[str, Product]) -> None:
+        """Run steps whose rows all have these pairs on merged weights: ``products`` of every linear layer
+        that the adapters change, and they change nothing else. Others run as they did, on the base's own."""
+        self.unmerge()
+        for path, product in products.items():
+            self._linears[path].merged = product
+        self._set_merged_pairs(pairs)
+
+    def unmerge(self) -> None:
+        """Drop the merged weights."""
+        self._set_merged_pairs(())
+        for linear in self._linears.values():
+            linear.merged = None
+
+    def _set_merged_pairs(self, pairs: Pairs) -> None:
+        for rows in (*self._body_rows.values(), self._head_rows):
+            rows.merged_pairs = pairs
 
     def drop(self, slot: int) -> None:
         """Free a slot's tensors, also where they were prepared for a table."""

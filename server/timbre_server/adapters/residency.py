@@ -7,6 +7,9 @@ recently used goes first.
 
 One request at a time is favoured: its adapters are loaded before others and not evicted until it has them
 all. Else requests for several each could evict each other's for ever, and none have all of its own.
+
+Adapters that are held stay for longer than any request, and bytes may be reserved beside them: what needs
+more than is left then is told so, and does not wait for it.
 """
 
 from __future__ import annotations
@@ -50,12 +53,14 @@ class Residency:
     def __init__(self, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
         self.used_bytes = 0
-        """Of adapters and of what they share."""
+        """Of adapters, of what they share, and what is reserved."""
         self._sharers: Counter[int] = Counter()
         self._resident: OrderedDict[str, _Resident] = OrderedDict()
         self._wanted: dict[str, bool] = {}
         """In order of wish, and whether it outlives the requests that wished it, too."""
         self._favoured: tuple[str, ...] = ()
+        self._held: tuple[str, ...] = ()
+        self._reserved_bytes = 0
         self._free_slots: list[int] = []
         self._next_slot = 0
 
@@ -92,15 +97,35 @@ class Residency:
         """Whether a load that finds no room keeps a favoured adapter from being loaded."""
         return digest not in self._favoured and self.next_wish in self._favoured
 
+    def hold(self, digests: Iterable[str], reserved_bytes: int = 0) -> None:
+        """Say which adapters stay in use until this says others, and what is taken beside all adapters;
+        `make_room` has been asked for it."""
+        self._held = tuple(digests)
+        self.used_bytes += reserved_bytes - self._reserved_bytes
+        self._reserved_bytes = reserved_bytes
+
+    @property
+    def holds(self) -> bool:
+        """Whether any adapter is held."""
+        return bool(self._held)
+
+    def bytes_with_held(self, prepared_bytes: int, shared: SharedBytes) -> int:
+        """What an adapter takes together with all that will not leave for it."""
+        return self._bytes_beside(self._held, prepared_bytes, shared)
+
     def bytes_with_favoured(self, digest: str, prepared_bytes: int, shared: SharedBytes) -> int:
-        """What a favoured adapter takes together with the others that are in memory; 0 for any other."""
+        """The same of a favoured adapter and the others that are in memory, too; 0 for any other."""
         if digest not in self._favoured:
             return 0
-        beside = [self._resident[other] for other in self._favoured if other in self._resident]
+        return self._bytes_beside((*self._favoured, *self._held), prepared_bytes, shared)
+
+    def _bytes_beside(self, digests: Iterable[str], prepared_bytes: int, shared: SharedBytes) -> int:
+        beside = [self._resident[other] for other in dict.fromkeys(digests) if other in self._resident]
         tensors = dict(shared)
         for entry in beside:
             tensors |= entry.shared
-        return prepared_bytes + sum(entry.prepared_bytes for entry in beside) + sum(tensors.values())
+        own = prepared_bytes + sum(entry.prepared_bytes for entry in beside)
+        return own + sum(tensors.values()) + self._reserved_bytes
 
     def acquire(self, digest: str) -> int | None:
         """Take a use of a resident adapter and return its slot, or note the wish and return None."""
@@ -111,6 +136,16 @@ class Residency:
         entry.users += 1
         self._resident.move_to_end(digest)
         return entry.slot
+
+    def is_leaving(self, digest: str) -> bool:
+        """Whether it goes with its last user."""
+        entry = self._resident.get(digest)
+        return entry is not None and entry.leaving
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Those in use without what is reserved."""
+        return self.used_bytes - self._reserved_bytes
 
     def release(self, digest: str) -> Departure | None:
         """Give a use back. The departure of an adapter that only waited for this is returned."""
@@ -196,11 +231,12 @@ class Residency:
         assert sorted(slots + self._free_slots) == list(range(self._next_slot)), "a slot was lost"
         shared = {tensor: size for entry in self._resident.values() for tensor, size in entry.shared.items()}
         total = sum(entry.prepared_bytes for entry in self._resident.values()) + sum(shared.values())
-        assert total == self.used_bytes, "bytes do not add up"
+        assert total + self._reserved_bytes == self.used_bytes, "bytes do not add up"
         sharers = Counter(tensor for entry in self._resident.values() for tensor in entry.shared)
         assert sharers == self._sharers, "who shares a tensor was miscounted"
         assert self.used_bytes <= self.budget_bytes, "over budget"
         assert not set(self._wanted) & set(self._resident), "a resident adapter is wanted"
+        assert all(self._resident[digest].users for digest in self._held), "a held adapter is not in use"
 
     def _remove(self, digest: str, reason: EvictionReason) -> Departure:
         entry = self._resident.pop(digest)

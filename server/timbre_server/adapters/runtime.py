@@ -69,7 +69,7 @@ class AdapterRuntime:
         self._loading: tuple[str, Future[LoadedAdapter]] | None = None
         self._departed: list[Departure] = []
         self._misfits: dict[frozenset[str], str] = {}
-        """Neither an adapter's bytes nor the budget change: what is found stays true."""
+        """Neither an adapter's bytes nor the budget change: what is found is true while no other is held."""
 
     @property
     def resident(self) -> tuple[str, ...]:
@@ -83,7 +83,12 @@ class AdapterRuntime:
 
     @property
     def resident_bytes(self) -> int:
-        return self._residency.used_bytes
+        """Of adapters, without what is taken beside them."""
+        return self._residency.adapter_bytes
+
+    @property
+    def budget_bytes(self) -> int:
+        return self._residency.budget_bytes
 
     def try_acquire(self, digest: str) -> int | None:
         """The slot of a resident adapter, whose use is now counted. None: it is wanted, ask again after
@@ -123,6 +128,22 @@ class AdapterRuntime:
     def misfit(self, digests: Iterable[str]) -> str | None:
         """Why these can never be in memory together, once that was found while they were favoured."""
         return self._misfits.get(frozenset(digests))
+
+    def hold(self, digests: Iterable[str], num_bytes: int = 0) -> bool:
+        """Say which adapters somebody uses for longer than any request, and how many bytes of the budget are
+        taken beside all adapters. False, and nothing said, where no room can be made for these."""
+        departures = self._residency.make_room(num_bytes)
+        if departures is None:
+            return False
+        for departure in departures:
+            self._leave(departure)
+        self._residency.hold(digests, num_bytes)
+        self._misfits.clear()  # What was found was found beside what was held.
+        return True
+
+    def is_leaving(self, digest: str) -> bool:
+        """Whether an adapter in use was unloaded."""
+        return self._residency.is_leaving(digest)
 
     def unload(self, digest: str) -> None:
         """Let an adapter go when its last user has gone; `poll` reports the departure."""
@@ -164,13 +185,13 @@ class AdapterRuntime:
             return [self._failed(digest, f"adapter {digest} could not be prepared: {error!r}")]
         loaded = future.result()
         prepared_bytes, shared = loaded.program.prepared_bytes, loaded.program.shared_bytes
-        needed_bytes = prepared_bytes + sum(shared.values())
+        needed_bytes = self._residency.bytes_with_held(prepared_bytes, shared)
         if needed_bytes > self._residency.budget_bytes:
             return [
                 self._failed(
                     digest,
-                    f"adapter {digest} needs {needed_bytes} bytes in memory, the budget for all adapters "
-                    f"is {self._residency.budget_bytes}: raise the adapter memory setting",
+                    f"adapter {digest} needs {needed_bytes} bytes in memory{self._with_held}, the budget for "
+                    f"all adapters is {self._residency.budget_bytes}: raise the adapter memory setting",
                 )
             ]
         departures = self._residency.make_room(prepared_bytes, shared)
@@ -188,11 +209,16 @@ class AdapterRuntime:
         self._loading = None
         return [Arrival(digest, loaded.method, prepared_bytes, loaded.seconds_by_phase)]
 
+    @property
+    def _with_held(self) -> str:
+        return " with what is pinned there" if self._residency.holds else ""
+
     def _give_up_favoured(self, together_bytes: int) -> None:
         given_up = self._residency.give_up_favoured()
         self._misfits[given_up] = (
-            f"the adapters of this mix need {together_bytes} bytes in memory together, or more; the budget "
-            f"for all adapters is {self._residency.budget_bytes}: raise the adapter memory setting"
+            f"the adapters of this mix need {together_bytes} bytes in memory together{self._with_held}, or "
+            f"more; the budget for all adapters is {self._residency.budget_bytes}: raise the adapter memory "
+            "setting"
         )
         if len(self._misfits) > MAX_MISFITS:
             del self._misfits[next(iter(self._misfits))]

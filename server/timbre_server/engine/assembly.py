@@ -15,6 +15,7 @@ from timbre_server.adapters.base_sites import base_frame, base_sites
 from timbre_server.adapters.derivation import Derivations
 from timbre_server.adapters.kernels import choose_kernels
 from timbre_server.adapters.loader import AdapterLoader
+from timbre_server.adapters.pinning import Pinning
 from timbre_server.adapters.runtime import AdapterRuntime
 from timbre_server.engine.core import EngineCore
 from timbre_server.engine.kv_blocks import BlockPool
@@ -49,7 +50,8 @@ def assemble(
     kernels, why = choose_kernels(options.kernels, model.device)
     on_progress(f"Preparing the layers for adapters, with kernels: {kernels}" + (f" ({why})" if why else ""))
     sites = base_sites(layers_of(model, probed.sites))
-    arithmetic = Arithmetic(LinearPacker(model.dtype, model.device).product_of, kernels)
+    packer = LinearPacker(model.dtype, model.device)
+    arithmetic = Arithmetic(packer.product_of, kernels)
     embedding = model.get_input_embeddings()
     adapted = AdaptedModel(
         model, probed.groups, arithmetic, probed.lone, probed.blocks, embedding, probed.parameters
@@ -76,7 +78,8 @@ def assemble(
         enable_prefix_caching=options.enable_prefix_caching,
     )
     scheduler = Scheduler(limits, BlockPool(runner.num_blocks, options.block_size), adapters)
-    return EngineCore(runner, scheduler, adapters, Derivations(sites, on_load_ended)), ready
+    pinning = Pinning(adapted, adapters, sites, packer, on_load_ended)
+    return EngineCore(runner, scheduler, adapters, Derivations(sites, on_load_ended), pinning), ready
 
 
 def _usable_threads() -> int:

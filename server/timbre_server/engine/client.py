@@ -7,15 +7,15 @@ request with `EngineDied`; nobody is left waiting. No tensors, no model, no adap
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import socket
 import sys
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Protocol
 
 import msgspec
 
+from timbre_server.engine.child import end, until_ready
 from timbre_server.engine.messages import (
     Abort,
     AdapterLoaded,
@@ -23,7 +23,6 @@ from timbre_server.engine.messages import (
     Failed,
     FromEngine,
     LoadAdapter,
-    Progress,
     Ready,
     Shutdown,
     StepOutput,
@@ -34,13 +33,25 @@ from timbre_server.engine.messages import (
     UnloadAdapter,
 )
 from timbre_server.engine.options import EngineOptions
+from timbre_server.engine.pin_messages import PinAdapter, PinAnswer, PinnedAdapter, UnpinAdapter
 from timbre_server.engine.waiting import Waiting
 from timbre_server.engine.wire import AsyncChannel, WireError
-from timbre_server.errors import AdapterLoadFailed, EngineDied, UnsupportedModel
+from timbre_server.errors import (
+    AdapterLoadFailed,
+    EngineDied,
+    PinConflict,
+    PinNotServed,
+    ServerError,
+)
 
 WORKER = (sys.executable, "-m", "timbre_server.engine.worker")
 GRACE_S = 5.0
 """How long an engine may take to leave by itself before it is killed."""
+PIN_ERRORS: Mapping[str, type[ServerError]] = {
+    "pin_not_served": PinNotServed,
+    "pin_conflict": PinConflict,
+    "adapter_load_failed": AdapterLoadFailed,
+}
 SHUT_DOWN = "the server is shutting down and this request was not finished in time; send it again"
 
 
@@ -77,6 +88,15 @@ class Engine(Protocol):
         """Return when the adapter is out of memory, once its last request has ended. Raises EngineDied."""
         ...
 
+    async def pin_adapter(self, digest: str, mix: tuple[tuple[str, float], ...]) -> PinnedAdapter:
+        """Return when the mix that ``digest`` names is merged. Raises PinNotServed, PinConflict,
+        AdapterLoadFailed, EngineDied."""
+        ...
+
+    async def unpin_adapter(self, digest: str) -> None:
+        """Return when its merged weights are gone. Raises PinConflict, EngineDied."""
+        ...
+
     async def derive_tensors(self, message: DeriveTensors) -> TensorsDerived:
         """Return when the file is written, or with the reason why it is not. Raises EngineDied."""
         ...
@@ -106,6 +126,7 @@ class EngineProcess:
         self._queues: dict[str, asyncio.Queue[TokenEvent | EngineDied]] = {}
         self._loads = Waiting[AdapterLoaded]()
         self._unloads = Waiting[None]()
+        self._pins = Waiting[PinAnswer]()
         self._derivations = Waiting[TensorsDerived]()
         self._callbacks: list[Callable[[StepOutput], None]] = []
         self._heard_s = time.monotonic()
@@ -136,11 +157,11 @@ class EngineProcess:
                     stdin=asyncio.subprocess.DEVNULL,
                 )
             channel.send(options)
-            info = await _ready(channel, on_progress)
+            info = await until_ready(channel, on_progress)
         except BaseException:
             await channel.close()
             if child is not None:
-                await _end(child, grace_s=0.0)
+                await end(child, grace_s=0.0)
             raise
         return cls(child, channel, info)
 
@@ -193,6 +214,20 @@ class EngineProcess:
         self._channel.send(UnloadAdapter(digest))
         await answer
 
+    async def pin_adapter(self, digest: str, mix: tuple[tuple[str, float], ...]) -> PinnedAdapter:
+        pinned = (await self._ask_pin("pin", PinAdapter(digest, mix))).pinned
+        assert pinned is not None, "a pin that was not refused says what is pinned"
+        return pinned
+
+    async def unpin_adapter(self, digest: str) -> None:
+        await self._ask_pin("unpin", UnpinAdapter(digest))
+
+    async def _ask_pin(self, asked: str, message: PinAdapter | UnpinAdapter) -> PinAnswer:
+        self._refuse_if_dead()
+        answer = self._pins.on(f"{asked} {message.digest}")
+        self._channel.send(message)
+        return await answer
+
     async def derive_tensors(self, message: DeriveTensors) -> TensorsDerived:
         self._refuse_if_dead()
         answer = self._derivations.on(message.derived_path)
@@ -208,7 +243,7 @@ class EngineProcess:
             for name, queue in self._queues.items():
                 queue.put_nowait(TokenEvent(name, finish_reason="abort", error_message=SHUT_DOWN))
             self._die("the engine was shut down")
-        await _end(self._child, grace_s=GRACE_S)
+        await end(self._child, grace_s=GRACE_S)
         await self._channel.close()
         await asyncio.wait([self._reading])
 
@@ -246,6 +281,9 @@ class EngineProcess:
             self._loads.settle(loaded.digest, failed or loaded)
         for derived in output.derived:
             self._derivations.settle(derived.derived_path, derived)
+        for answer in output.pins:
+            refused = PIN_ERRORS[answer.error_code](answer.error_message) if answer.error_code else None
+            self._pins.settle(f"{answer.asked} {answer.digest}", refused or answer)
 
     def _refuse_if_dead(self) -> None:
         if self._why_dead is not None:
@@ -258,30 +296,5 @@ class EngineProcess:
         self._open.clear()
         for queue in self._queues.values():
             queue.put_nowait(EngineDied(self._why_dead))
-        for waiting in (self._loads, self._unloads, self._derivations):
+        for waiting in (self._loads, self._unloads, self._derivations, self._pins):
             waiting.settle_all(EngineDied(self._why_dead))
-
-
-async def _ready(channel: AsyncChannel[FromEngine], on_progress: Callable[[str], None]) -> Ready:
-    while (message := await channel.receive()) is not None:
-        match message:
-            case Ready():
-                return message
-            case Progress():
-                on_progress(message.text)
-            case Failed():
-                kind = UnsupportedModel if message.code == "unsupported_model" else EngineDied
-                raise kind(message.text)
-            case StepOutput():
-                raise EngineDied("the engine process served before it was ready")
-    raise EngineDied("the engine process ended before it was ready; its own output says why")
-
-
-async def _end(child: asyncio.subprocess.Process, *, grace_s: float) -> None:
-    """Wait until a child has ended, killing it after ``grace_s``."""
-    try:
-        await asyncio.wait_for(child.wait(), grace_s)
-    except TimeoutError:
-        with contextlib.suppress(ProcessLookupError):  # It may have ended at the last moment.
-            child.kill()
-        await child.wait()

@@ -13,12 +13,16 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from timbre_server.adapters.derivation import Derivation
+from timbre_server.adapters.pinning import Mix, PinEnded, Pinned
 from timbre_server.adapters.residency import Departure
 from timbre_server.adapters.runtime import Arrival
+from timbre_server.engine.kv_blocks import resolved_mix
 from timbre_server.engine.messages import (
     Abort,
     AdapterLoaded,
     AdapterUnloaded,
+    AdapterUse,
+    Command,
     DeriveTensors,
     LoadAdapter,
     StepOutput,
@@ -29,6 +33,7 @@ from timbre_server.engine.messages import (
     UnloadAdapter,
 )
 from timbre_server.engine.mix_slots import AdapterSlotsSource
+from timbre_server.engine.pin_messages import PinAdapter, PinAnswer, PinnedAdapter, UnpinAdapter
 from timbre_server.engine.scheduler import Scheduler
 from timbre_server.engine.sequence import StepPlan, StepResult
 from timbre_server.errors import EngineDied
@@ -72,6 +77,21 @@ class DerivedTensors(Protocol):
     def poll(self) -> Sequence[Derivation]: ...
 
 
+class MergedPins(Protocol):
+    """The one mix whose weights are merged (`adapters.pinning`)."""
+
+    @property
+    def pinned(self) -> Pinned | None: ...
+
+    def pin(self, digest: str, mix: Mix) -> None: ...
+
+    def unpin(self, digest: str) -> None: ...
+
+    def forget(self, digest: str) -> None: ...
+
+    def poll(self) -> Sequence[PinEnded]: ...
+
+
 class EngineCore:
     """One scheduler, one runner, the adapters. Not for several threads."""
 
@@ -81,11 +101,13 @@ class EngineCore:
         scheduler: Scheduler,
         adapters: ResidentAdapters,
         derivations: DerivedTensors,
+        pinning: MergedPins,
     ) -> None:
         self._runner = runner
         self._scheduler = scheduler
         self._adapters = adapters
         self._derivations = derivations
+        self._pinning = pinning
         self._loaded: list[AdapterLoaded] = []
         self._unloaded: list[AdapterUnloaded] = []
         self._num_failed_steps = 0
@@ -96,7 +118,7 @@ class EngineCore:
         """Whether a request is here that has not ended, or whose end was not told yet."""
         return self._scheduler.has_work
 
-    def take(self, message: Submit | Abort | LoadAdapter | UnloadAdapter | DeriveTensors) -> None:
+    def take(self, message: Command) -> None:
         """Do what a message says; its answer comes with a later `step`."""
         match message:
             case Submit():
@@ -109,6 +131,10 @@ class EngineCore:
                 self.unload_adapter(message.digest)
             case DeriveTensors():
                 self._derivations.begin(message.config, message.tensors_path, message.derived_path)
+            case PinAdapter():
+                self._pinning.pin(message.digest, resolved_mix(AdapterUse(*each) for each in message.mix))
+            case UnpinAdapter():
+                self._pinning.unpin(message.digest)
 
     def submit(self, request: Submit) -> None:
         self._scheduler.add(request)
@@ -123,6 +149,7 @@ class EngineCore:
             self._adapters.load(digest)
 
     def unload_adapter(self, digest: str) -> None:
+        self._pinning.forget(digest)
         self._adapters.unload(digest)
 
     def step(self) -> StepOutput:
@@ -131,6 +158,7 @@ class EngineCore:
         Raises EngineDied after `MAX_FAILED_STEPS` failed steps in a row.
         """
         self._take_loads()
+        pins = tuple(map(_pin_answer, self._pinning.poll()))
         plan = self._scheduler.schedule()
         if self._scheduler.waiting_adapters:
             self._take_loads()  # Loads that were just wished for begin now, beside the step.
@@ -143,7 +171,7 @@ class EngineCore:
         self._loaded.clear()
         self._unloaded.clear()
         derived = tuple(TensorsDerived(d.derived_path, d.code, d.reason) for d in self._derivations.poll())
-        return StepOutput(self._stats(plan, seconds), events, loaded, unloaded, derived, started)
+        return StepOutput(self._stats(plan, seconds), events, loaded, unloaded, derived, started, pins)
 
     def _execute(self, plan: StepPlan) -> tuple[TokenEvent, ...]:
         try:
@@ -194,6 +222,7 @@ class EngineCore:
             resident_adapters=self._adapters.resident[-MAX_RESIDENT_TOLD:],
             waiting_adapters=scheduler.waiting_adapters,
             resident_adapter_bytes=self._adapters.resident_bytes,
+            pinned=_pinned_adapter(self._pinning.pinned),
             expert_tokens=self._expert_tokens,
         )
 
@@ -205,3 +234,11 @@ def _started(plan: StepPlan) -> tuple[str, ...]:
         for chunk in plan.chunks
         if chunk.start == chunk.sequence.num_cached_tokens and chunk.sequence.num_output_tokens == 0
     )
+
+
+def _pin_answer(ended: PinEnded) -> PinAnswer:
+    return PinAnswer(ended.asked, ended.digest, _pinned_adapter(ended.pinned), ended.code, ended.reason)
+
+
+def _pinned_adapter(pinned: Pinned | None) -> PinnedAdapter | None:
+    return None if pinned is None else PinnedAdapter(pinned.digest, pinned.num_sites, pinned.merged_bytes)

@@ -58,7 +58,7 @@ def run_loop(core: EngineCore, channel: Channel[ToEngine], wake_up: WakeUp) -> N
         if channel.closed:
             return
         output = core.step()
-        said = output.events or output.loaded or output.unloaded or output.derived
+        said = output.events or output.loaded or output.unloaded or output.derived or output.pins
         is_still = not (output.stats.batch_tokens or said)
         if core.has_work or not is_still:
             send_output(core, channel, output)
@@ -88,6 +88,7 @@ def _send_event(core: EngineCore, channel: Channel[ToEngine], stats: StepStats, 
         resident_adapters=stats.resident_adapters,
         waiting_adapters=stats.waiting_adapters,
         resident_adapter_bytes=stats.resident_adapter_bytes,
+        pinned=stats.pinned,
     )
     try:
         channel.send(StepOutput(gauges, (event,)))

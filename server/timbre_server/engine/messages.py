@@ -1,7 +1,8 @@
 """What crosses the waist between HTTP and the engine: token ids and numbers, never text, never tensors.
 
 All are frozen msgspec structs, tagged by their type's name, so that one MessagePack decoder reads each
-direction (`ToEngine`, `FromEngine`). This module imports neither torch nor anything else of the server.
+direction (`ToEngine`, `FromEngine`). This module and `pin_messages` import neither torch nor anything else of
+the server.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 from typing import Literal
 
 import msgspec
+
+from timbre_server.engine.pin_messages import PinAdapter, PinAnswer, PinnedAdapter, UnpinAdapter
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -111,7 +114,8 @@ class Shutdown(Message, frozen=True):
     """Leave the loop at once; requests still there are aborted."""
 
 
-ToEngine = Submit | Abort | LoadAdapter | UnloadAdapter | DeriveTensors | Shutdown
+Command = Submit | Abort | LoadAdapter | UnloadAdapter | DeriveTensors | PinAdapter | UnpinAdapter
+ToEngine = Command | Shutdown
 
 
 class SiteShape(msgspec.Struct, frozen=True):
@@ -260,6 +264,7 @@ class StepStats(msgspec.Struct, frozen=True, omit_defaults=True):
     """Digests in memory, most recently used last."""
     waiting_adapters: tuple[str, ...] = ()
     resident_adapter_bytes: int = 0
+    pinned: PinnedAdapter | None = None
     expert_tokens: dict[str, tuple[int, ...]] = {}
     """By digest: how often each expert of a mixture acted on a token, over all places where it routes."""
 
@@ -274,6 +279,7 @@ class StepOutput(Message, frozen=True, omit_defaults=True):
     derived: tuple[TensorsDerived, ...] = ()
     started: tuple[str, ...] = ()
     """Requests whose first tokens ran in this step; again for one that was preempted before any output."""
+    pins: tuple[PinAnswer, ...] = ()
 
 
 class Progress(Message, frozen=True):

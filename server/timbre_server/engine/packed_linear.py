@@ -4,7 +4,7 @@ oneDNN's packed products are reached through operators that are private to torch
 when a `LinearPacker` is made: where they are missing, refuse, or compute something else than `F.linear`,
 nothing is packed and everything works as before. A packed weight is a second copy, one for all layers that
 share it; the module's own weight is neither freed nor written, since it may be tied to the embedding and
-adapters may read it.
+adapters may read it. A merged weight is packed for itself, and both go with its product.
 
 Legend: T rows, I in, O out.
 """
@@ -12,6 +12,7 @@ Legend: T rows, I in, O out.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -32,43 +33,61 @@ class LinearPacker:
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self._dtype = dtype
+        self._device = device
         self.works = device.type == "cpu" and dtype in _TOLERANCE and _computes_linear(dtype)
         """Whether anything will be packed."""
+        self._plain_rows = _PLAIN_ROWS_FLOAT32 if dtype is torch.float32 else 0
         self._packed: dict[int, tuple[Tensor, Tensor]] = {}
         """By where a weight lies: it, so that the place stays its own, and its packed copy."""
 
+    def takes(self, module: nn.Module) -> bool:
+        """Whether a module computes ``W x + b`` with a weight of the dtype and on the device, and no more."""
+        if type(module) not in (nn.Linear, Conv1D):
+            return False
+        weight = weight_of(module)
+        return weight.dtype is self._dtype and weight.device.type == self._device.type
+
     def pack(self, module: nn.Module) -> Callable[[Tensor], Tensor] | None:
         """``x -> W x + b`` of the module on a packed copy of its weight. None: use the module itself."""
-        if not self.works or type(module) not in (nn.Linear, Conv1D):
+        if not self.works or not self.takes(module):
             return None
         weight = weight_of(module)
-        if weight.dtype is not self._dtype or weight.device.type != "cpu":
-            return None
-        plain_rows = _PLAIN_ROWS_FLOAT32 if self._dtype is torch.float32 else 0
         place = weight.data_ptr()
         if place not in self._packed:
             self._packed[place] = weight, _reordered(weight.detach())
-        return PackedLinear(module, self._packed[place][1], plain_rows)
+        return PackedLinear(module, self._packed[place][1], bias_of(module), self._plain_rows)
 
     def product_of(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
         """`pack`, or the module itself."""
         return self.pack(module) or module
 
+    def product_with(self, weight_OI: Tensor, bias_O: Tensor | None) -> Callable[[Tensor], Tensor]:
+        """``x -> W x + b`` of a weight that belongs to no module, in this dtype; nothing but it keeps it."""
+        plain = partial(linear, weight=weight_OI, bias=bias_O)
+        if not self.works:
+            return plain
+        return PackedLinear(plain, _reordered(weight_OI), bias_O, self._plain_rows)
+
+    def bytes_with(self, weight_OI: Tensor) -> int:
+        """What the weights in `product_with` take, the packed one included."""
+        return weight_OI.nbytes * (2 if self.works else 1)
+
 
 class PackedLinear:
-    """The product with one packed weight. Holds the module for its bias, and for few rows."""
+    """The product with one packed weight; ``plain`` is the same product, for up to ``plain_rows`` rows."""
 
-    def __init__(self, module: nn.Module, packed: Tensor, plain_rows: int) -> None:
-        self._module = module
+    def __init__(
+        self, plain: Callable[[Tensor], Tensor], packed: Tensor, bias_O: Tensor | None, plain_rows: int
+    ) -> None:
+        self._plain = plain
         self._packed = packed
-        self._bias_O = bias_of(module)
+        self._bias_O = bias_O
         self._plain_rows = plain_rows
 
     def __call__(self, x: Tensor) -> Tensor:
         x_TI = x.flatten(0, -2)
         if x_TI.shape[0] <= self._plain_rows or x_TI.shape[0] == 0:
-            y: Tensor = self._module(x)
-            return y
+            return self._plain(x)
         return _product(x_TI, self._packed, self._bias_O).view(*x.shape[:-1], -1)
 
 

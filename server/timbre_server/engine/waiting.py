@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Generic, TypeVar
 
-from timbre_server.errors import EngineError
+from timbre_server.errors import ServerError
 
 Answer = TypeVar("Answer")
 
@@ -21,15 +21,15 @@ class Waiting(Generic[Answer]):
         self._futures.setdefault(key, []).append(future)
         return future
 
-    def settle(self, key: str, answer: Answer | EngineError) -> None:
+    def settle(self, key: str, answer: Answer | ServerError) -> None:
         for future in self._futures.pop(key, ()):
             if future.done():
                 continue
-            if isinstance(answer, EngineError):
+            if isinstance(answer, ServerError):
                 future.set_exception(answer)
             else:
                 future.set_result(answer)
 
-    def settle_all(self, error: EngineError) -> None:
+    def settle_all(self, error: ServerError) -> None:
         for key in tuple(self._futures):
             self.settle(key, error)

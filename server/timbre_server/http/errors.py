@@ -55,6 +55,8 @@ ERROR_KINDS: Mapping[type[Exception], ErrorKind] = {
     server.AdapterNotFound: ErrorKind(404, "not_found_error", "model_not_found"),
     server.AdapterMismatch: ErrorKind(409, "conflict_error", "base_model_mismatch", retry=False),
     server.MixNotServed: _invalid("mix_not_served", 422),
+    server.PinNotServed: _invalid("pin_not_served", 422),
+    server.PinConflict: ErrorKind(409, "conflict_error", "pin_conflict", retry=False),
     server.QueueFull: ErrorKind(503, "overloaded_error", "queue_full"),
     server.NotReady: ErrorKind(503, "overloaded_error", "loading"),
     server.Draining: ErrorKind(503, "overloaded_error", "draining"),

@@ -84,6 +84,12 @@ class RowTable:
         """The distinct adapter slots in use, in order of first appearance."""
         return tuple(dict.fromkeys(slot for span in self.spans for slot, _ in span.pairs))
 
+    @property
+    def only_pairs(self) -> Pairs:
+        """What every row uses, where that is the same; else, as for base rows, nothing."""
+        first = self.spans[0].pairs if self.spans else ()
+        return first if all(span.pairs == first for span in self.spans) else ()
+
     def times(self, count: int) -> RowTable:
         """The table of a layer that sees each row as ``count`` consecutive ones."""
         if count == 1:
