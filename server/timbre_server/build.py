@@ -26,6 +26,7 @@ from timbre_server.http.compression import compression_router
 from timbre_server.http.context import ServingContext, ServingLimits
 from timbre_server.http.limits import Admission
 from timbre_server.http.models import models_router
+from timbre_server.http.pins import PinRoom, pin_router
 from timbre_server.http.recipes import RecipeRoom, recipe_router
 from timbre_server.http.text import TextCodec, load_text_codec
 from timbre_server.http.vllm_compat import vllm_router
@@ -117,6 +118,10 @@ class Rooms:
         context, room = self._serving_context(), self._adapter_room()
         routers = [completions_router(context), chat_router(context), models_router(context)]
         routers += [adapter_router(room), blob_router(room.store, max_upload_bytes=room.max_upload_bytes)]
+        pins = PinRoom(
+            self._parts.engine, self._resolve, self._names.get, is_allowed=self._settings.allow_merged_pin
+        )
+        routers.append(pin_router(pins))
         recipes = self._recipe_room()
         routers += [recipe_router(recipes), compression_router(recipes)]
         if self._settings.lora_path_root is not None:
@@ -178,6 +183,7 @@ class Rooms:
             max_upload_bytes=self._settings.max_upload_mib * MIB,
             retirement=self._retirement,
             on_upload=self._on_upload,
+            pinned=lambda: self._parts.engine.latest.pinned,
         )
 
     def _recipe_room(self) -> RecipeRoom:

@@ -124,6 +124,18 @@ class Metrics(Collector):
         )
         used.add_metric((engine.device,), stats.resident_adapter_bytes)
         yield used
+        pinned = GaugeMetricFamily(
+            "timbre_pinned_sites",
+            "Layers with merged weights of the adapter that is pinned.",
+            labels=("adapter",),
+        )
+        if stats.pinned is not None:
+            digest = stats.pinned.digest
+            pinned.add_metric((self._name_of(digest) or digest,), stats.pinned.num_sites)
+        yield pinned
+        yield _plain(
+            "timbre_pinned_bytes", "Of merged weights, in the memory for adapters.", self._pinned_bytes()
+        )
         yield _plain("timbre_adapter_budget_bytes", "Memory for adapters.", engine.adapter_budget_bytes)
 
     def _cache_config(self) -> Metric:
@@ -169,8 +181,12 @@ class Metrics(Collector):
         resident, used = len(self._tally.stats.resident_adapters), self._tally.stats.resident_adapter_bytes
         if not resident or not used:
             return self._max_adapters
-        left = max(0, self._engine.adapter_budget_bytes - used)
+        left = max(0, self._engine.adapter_budget_bytes - self._pinned_bytes() - used)
         return resident + left * resident // used
+
+    def _pinned_bytes(self) -> int:
+        pinned = self._tally.stats.pinned
+        return 0 if pinned is None else pinned.merged_bytes
 
     def _names(self, digests: Iterable[str], taken: Iterable[str]) -> list[str]:
         seen = dict.fromkeys(taken)

@@ -100,6 +100,8 @@ class AdapterSettings(_Group):
     """Memory for adapters, in MiB of prepared tensors; the least recently used leave it first."""
     max_upload_mib: int = Field(512, ge=1)
     """Largest adapter file that may be uploaded, in MiB."""
+    allow_merged_pin: bool = False
+    """Let POST /v1/adapters/{name}/pin merge one adapter, within the memory for adapters."""
     lora_path_root: Path | None = None
     """Folder that /v1/load_lora_adapter may read adapters from (default: those routes are off)."""
 
@@ -215,8 +217,7 @@ class Settings(
 
     @model_validator(mode="after")
     def _check_together(self) -> Settings:
-        for folder in ("examples_dir", "lora_path_root"):
-            path: Path | None = getattr(self, folder)
+        for folder, path in (("examples_dir", self.examples_dir), ("lora_path_root", self.lora_path_root)):
             if path is not None and not path.is_dir():
                 raise ValueError(f"{folder}: there is no folder {path}")
         self.keys()
@@ -280,8 +281,7 @@ def load_settings(flags: Mapping[str, Any]) -> Settings:
 def setting_groups() -> dict[str, tuple[str, ...]]:
     """The fields' names by their group's title, in the order of the help."""
     groups = [cls for cls in reversed(Settings.__mro__) if issubclass(cls, _Group)]
-    groups = [cls for cls in groups if cls not in (_Group, Settings)]
-    return {str(cls.__doc__): tuple(cls.model_fields) for cls in groups}
+    return {str(cls.__doc__): tuple(cls.model_fields) for cls in groups if cls not in (_Group, Settings)}
 
 
 def unknown_variables(known: tuple[str, ...] = ()) -> tuple[str, ...]:

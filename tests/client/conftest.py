@@ -11,6 +11,7 @@ import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,12 +22,14 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from timbre_client import Timbre
 from timbre_methods.prompt_contract import NO_FRAME
-from timbre_server.engine.messages import SiteShape
+from timbre_server.engine.messages import SiteShape, StepStats
+from timbre_server.engine.pin_messages import PinnedAdapter
 from timbre_server.errors import ContextLengthExceeded, QueueFull
 from timbre_server.http.adapters import AdapterRoom, Retirement, adapter_router
 from timbre_server.http.blobs import blob_router
 from timbre_server.http.compression import compression_router
 from timbre_server.http.errors import install_error_handlers
+from timbre_server.http.pins import PinRoom, pin_router
 from timbre_server.http.recipes import RecipeRoom, recipe_router
 from timbre_server.http.server import HttpServer, ServerOptions
 from timbre_server.inspection import meta_sites
@@ -108,14 +111,35 @@ def add_completions(app: FastAPI, seen: list[dict[str, Any]]) -> None:
         return JSONResponse({"id": "chatcmpl-1", "model": body["model"], "choices": [choice], "usage": USAGE})
 
 
+class PinningEngine:
+    """Of an engine, what pins need."""
+
+    def __init__(self) -> None:
+        self.info = SimpleNamespace(model_digest=BASE_DIGEST, adapter_budget_bytes=1 << 30)
+        self.latest = StepStats()
+
+    async def pin_adapter(self, digest: str, mix: object) -> PinnedAdapter:
+        pinned = PinnedAdapter(digest, 14, 5000)
+        self.latest = StepStats(pinned=pinned)
+        return pinned
+
+    async def unpin_adapter(self, digest: str) -> None:
+        self.latest = StepStats()
+
+
 def make_app(store: Store, seen: list[dict[str, Any]]) -> FastAPI:
     async def unload(digest: str) -> None:
         seen.append({"unloaded": digest})
 
     app = FastAPI()
     install_error_handlers(app)
-    room = AdapterRoom(store, ("base",), BASE_DIGEST, 1 << 30, Retirement(unload), lambda stored: None)
+    engine = PinningEngine()
+    room = AdapterRoom(
+        store, ("base",), BASE_DIGEST, 1 << 30, Retirement(unload), lambda stored: None,
+        lambda: engine.latest.pinned,
+    )  # fmt: skip
     app.include_router(adapter_router(room))
+    app.include_router(pin_router(PinRoom(engine, store.resolve, lambda digest: None, is_allowed=True)))
     merges = Merges(store.root, meta_sites([SiteShape("model.layers.0.q_proj", 8, 8, False)]), NO_FRAME)
     kitchen = RecipeRoom(
         store, ("base",), BASE_DIGEST, 1 << 30, merges.merge, merges.compress, lambda kind, made: None

@@ -156,6 +156,6 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Li
 
 @pytest.fixture(scope="session")
 def tiny_server(serve: Callable[..., LiveServer], tiny_model: Path) -> LiveServer:
-    """The tiny model in float32, with every log-probability on offer."""
+    """The tiny model in float32, with every log-probability on offer, and adapters that may be pinned."""
     flags = ("--model", tiny_model, "--served-model-name", "tiny", "--dtype", "float32")
-    return serve(*flags, "--max-logprobs", -1, "--kv-cache-mib", 16)
+    return serve(*flags, "--max-logprobs", -1, "--kv-cache-mib", 16, "--allow-merged-pin")

@@ -25,12 +25,14 @@ from timbre_server.engine.messages import (
     Submit,
     TokenEvent,
 )
-from timbre_server.errors import AdapterLoadFailed
+from timbre_server.engine.pin_messages import PinnedAdapter
+from timbre_server.errors import AdapterLoadFailed, PinConflict, PinNotServed
 from timbre_server.http.adapters import AdapterRoom, Retirement, adapter_router
 from timbre_server.http.app import AppOptions, Surroundings, add_routes, create_app
 from timbre_server.http.blobs import blob_router
 from timbre_server.http.compression import compression_router
 from timbre_server.http.drain import Lifecycle, Phase
+from timbre_server.http.pins import PinRoom, pin_router
 from timbre_server.http.probes import Probes
 from timbre_server.http.recipes import RecipeRoom, recipe_router
 from timbre_server.http.vllm_compat import vllm_router
@@ -67,6 +69,7 @@ class FakeEngine:
         self.may_answer = asyncio.Event()
         self.may_answer.set()
         self.load_error: str | None = None
+        self.pins: dict[str, tuple[tuple[str, float], ...]] = {}
         self.closed = False
 
     def seconds_since_last_step(self) -> float:
@@ -87,6 +90,21 @@ class FakeEngine:
     async def unload_adapter(self, digest: str) -> None:
         await self.may_unload.wait()
         self.unloaded.append(digest)
+
+    async def pin_adapter(self, digest: str, mix: tuple[tuple[str, float], ...]) -> PinnedAdapter:
+        if len(mix) > 2:
+            raise PinNotServed("it has too many parts")
+        self.pins[digest] = mix
+        self.latest = StepStats(pinned=PinnedAdapter(digest, 7, 1000))
+        return PinnedAdapter(digest, 7, 1000)
+
+    async def unpin_adapter(self, digest: str) -> None:
+        if self.latest.pinned is None:
+            raise PinConflict(f"{digest} is not pinned; nothing is")
+        self.latest = StepStats()
+
+    def pinned(self) -> PinnedAdapter | None:
+        return self.latest.pinned
 
     def on_output(self, callback: Callable[[StepOutput], None]) -> None:
         self.callback = callback
@@ -164,7 +182,7 @@ def serve(store: Store, tmp_path: Path) -> Iterator[Callable[..., Served]]:
 
     merges = Merges(store.root, meta_sites(SITES), NO_FRAME)
 
-    def build(*, serving: bool = True, **options: object) -> Served:
+    def build(*, serving: bool = True, allow_pins: bool = True, **options: object) -> Served:
         engine, lifecycle = FakeEngine(), Lifecycle()
         probes = Probes(lifecycle, stall_timeout_s=30)
         answered: list[tuple[str, int]] = []
@@ -177,7 +195,9 @@ def serve(store: Store, tmp_path: Path) -> Iterator[Callable[..., Served]]:
         )
         app = create_app(AppOptions(**{"max_upload_bytes": MAX_UPLOAD_BYTES, **options}), surroundings)
         retirement = Retirement(engine.unload_adapter)
-        room = AdapterRoom(store, ("tiny",), BASE_DIGEST, MAX_UPLOAD_BYTES, retirement, uploads.append)
+        room = AdapterRoom(
+            store, ("tiny",), BASE_DIGEST, MAX_UPLOAD_BYTES, retirement, uploads.append, engine.pinned
+        )
         recipes: list[tuple[str, Sequence[AdapterRecord]]] = []
         kitchen = RecipeRoom(
             store, ("tiny",), BASE_DIGEST, 1 << 20, merges.merge, merges.compress,
@@ -190,6 +210,7 @@ def serve(store: Store, tmp_path: Path) -> Iterator[Callable[..., Served]]:
                 app,
                 (
                     adapter_router(room),
+                    pin_router(PinRoom(engine, store.resolve, lambda _: "the first", is_allowed=allow_pins)),
                     blob_router(store, max_upload_bytes=MAX_UPLOAD_BYTES),
                     vllm_router(room, root, engine.load_adapter),
                     recipe_router(kitchen),

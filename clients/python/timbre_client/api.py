@@ -96,6 +96,14 @@ def set_alias(alias: str, target: str) -> Call[Adapter]:
     return Call("PUT", f"{adapter_path(target)}/alias", Adapter.of, json={"alias": alias})
 
 
+def pin_adapter(reference: str) -> Call[Adapter]:
+    return Call("POST", f"{adapter_path(reference)}/pin", Adapter.of, json={"mode": "merged"})
+
+
+def unpin_adapter(reference: str) -> Call[Adapter]:
+    return Call("DELETE", f"{adapter_path(reference)}/pin", Adapter.of)
+
+
 def create_recipe(
     name: str, kind: RecipeKind, parents: Mapping[str, float], numbers: RecipeNumbers
 ) -> Call[MadeAdapter]:

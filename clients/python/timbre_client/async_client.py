@@ -106,6 +106,12 @@ class AsyncTimbre:
     async def set_alias(self, alias: str, target: str) -> Adapter:
         return await self._send(api.set_alias(alias, target))
 
+    async def pin_adapter(self, reference: str) -> Adapter:
+        return await self._send(api.pin_adapter(reference))
+
+    async def unpin_adapter(self, reference: str) -> Adapter:
+        return await self._send(api.unpin_adapter(reference))
+
     async def create_recipe(
         self,
         name: str,

@@ -117,6 +117,16 @@ class Timbre:
         """Points an alias, new or old, at ``name`` (always its latest version) or ``name@version``."""
         return self._send(api.set_alias(alias, target))
 
+    def pin_adapter(self, reference: str) -> Adapter:
+        """Merges an adapter, or a named mix, that has most of the traffic; needs ``--allow-merged-pin``.
+
+        Nobody's answers change. One is pinned at a time, until it is unpinned or deleted.
+        """
+        return self._send(api.pin_adapter(reference))
+
+    def unpin_adapter(self, reference: str) -> Adapter:
+        return self._send(api.unpin_adapter(reference))
+
     def create_recipe(
         self,
         name: str,

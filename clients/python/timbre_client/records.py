@@ -51,6 +51,17 @@ class Recipe:
 
 
 @dataclass(frozen=True, slots=True)
+class Pinned:
+    """How the server keeps the one adapter that it has pinned."""
+
+    mode: str
+    sites: int
+    """Layers of the base whose weights it has merged with the adapter's."""
+    bytes: int
+    """Memory that these take, beside the adapter's own."""
+
+
+@dataclass(frozen=True, slots=True)
 class Adapter:
     """One version of an adapter. The digest is its identity; name and version lead to it."""
 
@@ -80,6 +91,8 @@ class Adapter:
     """Filled by `get_adapter`."""
     aliases: tuple[Alias, ...] = ()
     """Filled by `get_adapter`."""
+    pinned: Pinned | None = None
+    """Filled by `get_adapter` and `pin_adapter`."""
 
     @staticmethod
     def of(body: Mapping[str, Any]) -> Adapter:
@@ -102,7 +115,12 @@ class Adapter:
             recipe=None if body.get("recipe") is None else Recipe.of(body["recipe"]),
             versions=tuple(Version(item["version"], item["digest"]) for item in body.get("versions", ())),
             aliases=tuple(Alias(item["alias"], item["target"]) for item in body.get("aliases", ())),
+            pinned=_pinned(body.get("pinned")),
         )
+
+
+def _pinned(body: Mapping[str, Any] | None) -> Pinned | None:
+    return None if body is None else Pinned(body["mode"], body["sites"], body["bytes"])
 
 
 @dataclass(frozen=True, slots=True)

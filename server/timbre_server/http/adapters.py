@@ -19,6 +19,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
+from timbre_server.engine.pin_messages import PinnedAdapter
 from timbre_server.errors import AdapterMismatch, InvalidRequest, ServerError
 from timbre_server.http.json_bodies import JSON_ONLY, JsonRoute, parse_json
 from timbre_server.http.upload import CONFIG_PART, MAX_TEXT_BYTES, TENSORS_PART, read_adapter_form
@@ -44,6 +45,8 @@ class AdapterRoom:
     retirement: Retirement
     on_upload: Callable[[AdapterRecord | None], None]
     """Told of each adapter that came in; None for one that was refused."""
+    pinned: Callable[[], PinnedAdapter | None] = lambda: None
+    """What the engine keeps merged."""
 
 
 class RegisterBody(BaseModel):
@@ -114,6 +117,13 @@ def adapter_json(record: AdapterRecord) -> dict[str, Any]:
         "recipe": None if manifest.recipe is None else asdict(manifest.recipe),
         "files": {CONFIG_PART: manifest.config_digest, TENSORS_PART: manifest.tensors_digest},
     }
+
+
+def pinned_json(pinned: PinnedAdapter | None) -> dict[str, Any] | None:
+    """How an adapter is pinned; None: it is not."""
+    if pinned is None:
+        return None
+    return {"mode": "merged", "sites": pinned.num_sites, "bytes": pinned.merged_bytes}
 
 
 async def register(
@@ -225,9 +235,11 @@ def _add_reading(router: APIRouter, room: AdapterRoom) -> None:
         record = await run_in_threadpool(store.get, reference)
         versions = await run_in_threadpool(store.versions, record.name)
         aliases = await run_in_threadpool(store.aliases, record.name)
+        pinned = room.pinned()
         return JSONResponse(
             {
                 **adapter_json(record),
+                "pinned": pinned_json(pinned if pinned and pinned.digest == record.digest else None),
                 "versions": [{"version": item.version, "digest": item.digest} for item in versions],
                 "aliases": [{"alias": item.alias, "target": item.target} for item in aliases],
             }
