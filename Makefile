@@ -11,7 +11,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve test lint format bench bench-methods bench-mixtures bench-kernels wheels constraints clean
+.PHONY: help serve test lint format bench bench-methods bench-mixtures bench-kernels bench-pinned wheels constraints clean
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -49,6 +49,9 @@ bench-mixtures: $(VENV)/.dev ## measure what mixtures of experts and mixes cost 
 
 bench-kernels: $(VENV)/.dev ## measure Triton's kernels beside PyTorch's operators, on a GPU
 	$(BIN)/python tests/bench/kernels.py $(ARGS)
+
+bench-pinned: $(VENV)/.dev ## measure what a pinned adapter saves in a decode step, and costs beside others
+	$(BIN)/python tests/bench/pinned.py $(ARGS)
 
 wheels: $(VENV)/.dev ## both wheels into dist/
 	$(BIN)/python -m build --no-isolation --wheel --outdir dist .
