@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load, load_file, save
 from torch import Tensor
 
+from timbre_server.merging import Merges
+
 PATHS = ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj")
 SHAPES = ((16, 16), (16, 24))
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -160,6 +162,46 @@ async def test_a_mix_of_any_families_has_a_name_and_keeps_what_it_stands_on(stoc
         assert (await stocked.client.delete(f"/v1/adapters/{name}")).status_code == 200
 
 
+async def test_weights_that_multiply_through_named_mixes_stay_in_bounds(stocked: Any) -> None:
+    strong = {"kind": "linear", "parents": [{"name": "one", "weight": 90}]}
+    await made(stocked, **{**strong, "name": "loud"})
+    before = stocked.stored_files()
+    for weight in (1.2, -1.2):
+        louder = {"name": "made", "kind": "linear", "parents": [{"name": "loud", "weight": weight}]}
+        response = await stocked.client.post("/v1/recipes", json=louder)
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "parents")
+        assert "one@1 has the weight" in response.json()["error"]["message"]
+    assert stocked.stored_files() == before
+    assert stocked.store.versions("made") == ()
+    await made(stocked, name="made", kind="linear", parents=[{"name": "loud", "weight": 1.1}])
+
+
+async def test_a_taken_name_is_refused_before_anything_is_computed(
+    stocked: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Any] = []
+    in_turn = Merges._in_turn
+
+    async def noted(self: Merges, make: Any, recipe: Any, parents: Any) -> Any:
+        started.append(recipe.kind)
+        return await in_turn(self, make, recipe, parents)
+
+    monkeypatch.setattr(Merges, "_in_turn", noted)
+
+    async def statuses(name: str) -> list[int]:
+        members = [{"parent": "one", "name": "small"}, {"parent": "two", "name": name}]
+        together = {"kind": "joint_full", "rank": 2, "members": members}
+        merged = await stocked.client.post("/v1/recipes", json=body("svd", "one", name=name))
+        compressed = await stocked.client.post("/v1/recipes/compress", json=together)
+        return [merged.status_code, compressed.status_code]
+
+    for taken in ("prod", "tiny"):
+        assert await statuses(taken) == [409, 409]
+    assert started == []
+    assert await statuses("free") == [201, 201]
+    assert started == ["svd", "joint_full"]
+
+
 REFUSED: list[tuple[dict[str, Any], int, str | None, str]] = [
     (body("average", "one"), 400, "kind", "average"),
     (body("ties", density=0.5), 400, "parents", "at least 1"),
@@ -191,6 +233,8 @@ REFUSED: list[tuple[dict[str, Any], int, str | None, str]] = [
     (body("lego", "one", "fourierft", rank=2), 422, None, "fourierft@1 (fourierft) has no low-rank form at"),
     (body("svd", "one", "shira"), 422, None, "rank is missing: shira@1 (shira)"),
     (body("lorahub", "one", "two"), 422, None, "one@1 has rank 2 and two@1 has rank 3"),
+    (body("svd", "one", parents=[{"name": "one", "weight": 0}]), 422, None, "nothing is left of the"),
+    (body("ties", "one", density=1e-9), 422, None, "nothing is left of the"),
     (body("linear", "one", parents=[{"name": "one", "weight": 0}]), 400, "parents", "every weight is 0"),
     (body("svd", "one", name="tiny"), 409, None, "base model's name"),
     (body("svd", "one", name="prod"), 409, None, "alias"),

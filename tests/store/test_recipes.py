@@ -9,6 +9,8 @@ from types import ModuleType
 import pytest
 
 from timbre_store.errors import AdapterInUse, InvalidAdapter, InvalidName, NameConflict, NotFound
+from timbre_store.manifest import Manifest
+from timbre_store.mix import mix_manifest
 from timbre_store.recipe import Parent, Recipe
 from timbre_store.store import Store
 from timbre_store.upload import Arrival
@@ -41,6 +43,22 @@ def test_a_mix_is_a_version_like_any_other_and_resolves_to_its_parts(
     store.set_alias("prod", "both@1")
     assert store.resolve("prod").parts == mix.parts
     assert [item.name for item in store.list(10).items] == ["both", "one", "other"]
+
+
+def test_a_mix_takes_the_virtual_tokens_and_the_copies_of_rows_of_all_its_parts() -> None:
+    parts = [
+        Manifest(
+            "lora", "LORA", None, sites, 2, 3, 5, digest, digest, virtual_tokens=tokens, row_copies=copies
+        )
+        for sites, digest, tokens, copies in (
+            (("q", "k"), "sha256:" + "1" * 64, 7, 3),
+            (("k",), "sha256:" + "2" * 64, 0, 1),
+            (("k", "v"), "sha256:" + "3" * 64, 4, 2),
+        )
+    ]
+    mix = mix_manifest(mix_of(*((part.digest, 0.5) for part in parts)), parts, None)
+    assert (mix.virtual_tokens, mix.row_copies) == (11, 6)
+    assert (mix.sites, mix.parameters, mix.prepared_bytes) == (("q", "k", "v"), 6, 15)
 
 
 def test_what_a_mix_stands_on_stays_as_long_as_it_does(store: Store, samples: ModuleType) -> None:

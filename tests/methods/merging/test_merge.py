@@ -11,7 +11,10 @@ from torch import Tensor
 
 from timbre_methods.contract import Site
 from timbre_methods.errors import AdapterMismatch, InvalidRecipe, MethodError
+from timbre_methods.merging import merge as merging
+from timbre_methods.merging import task_vectors
 from timbre_methods.merging.changes import Ingredient
+from timbre_methods.merging.compress import compress
 from timbre_methods.merging.merge import MERGE_KINDS, Merged, MergeNumbers, merge
 from timbre_methods.program import AdapterProgram, Dense, Diagonal, LowRank, Part
 from timbre_methods.registry import check_adapter, compile_adapter
@@ -240,3 +243,33 @@ def test_a_site_whose_changes_would_fill_the_memory_is_refused() -> None:
         merge(MergeNumbers("ties", rank=1), found, wide, stopping)
     with pytest.raises(InterruptedError):
         merge(MergeNumbers("svd", rank=1), found, wide, stopping)
+
+
+@pytest.mark.parametrize("kind", MERGE_KINDS)
+def test_weights_of_nothing_make_no_adapter(kind: str) -> None:
+    with pytest.raises(InvalidRecipe, match="nothing is left of the adapters"):
+        merge(MergeNumbers(kind), two((2, 2), weights=(0.0, 0.0)), {"q": site()})
+
+
+@pytest.mark.parametrize("kind", task_vectors.KINDS)
+def test_a_density_that_keeps_no_value_makes_no_adapter(kind: str) -> None:
+    with pytest.raises(InvalidRecipe, match="nothing is left of the adapters"):
+        merge(MergeNumbers(kind, density=1e-9), two(), {"q": site()})
+
+
+def test_no_more_is_made_than_can_be_held_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    sites = {"q": site()}
+    monkeypatch.setattr(merging, "MAX_RESULT_CELLS", 5 * 16)
+    merge(MergeNumbers("svd", rank=5), two(), sites)
+    with pytest.raises(InvalidRecipe, match="the result would have 96 numbers, but at most 80"):
+        merge(MergeNumbers("svd", rank=6), two(), sites, stopping)
+    with pytest.raises(InvalidRecipe, match="at most 80"):
+        compress(two(), sites, 3, "full", stopping)
+
+
+def test_lego_compares_no_more_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    sites = {"q": site()}
+    monkeypatch.setattr(merging, "MAX_DISTANCES", 5 * 3)
+    merge(MergeNumbers("lego"), two(), sites)
+    with pytest.raises(InvalidRecipe, match="at q 5 units of the adapters in 4 clusters are more"):
+        merge(MergeNumbers("lego", rank=4), two(), sites, stopping)
