@@ -25,7 +25,7 @@ RAW: dict[str, Any] = {
 SHARED = {**RAW, "routers": "attention"}
 
 
-def tensors(*names: str, is_shared: bool = False) -> dict[str, Tensor]:
+def tensors(*names: str, is_shared: bool = False, has_bias: bool = False) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(3)
     given = {}
     for name in names:
@@ -34,6 +34,8 @@ def tensors(*names: str, is_shared: bool = False) -> dict[str, Tensor]:
             given[f"{ATTENTION}{name}.experts.{e}.lora_B.weight"] = torch.randn(6, rank, generator=generator)
         owner = "" if is_shared else f"{name}."
         given[f"{ATTENTION}{owner}router.weight"] = torch.randn(3, 5, generator=generator)
+        if has_bias:
+            given[f"{ATTENTION}{owner}router.bias"] = torch.randn(3, generator=generator)
     return given
 
 
@@ -44,17 +46,19 @@ def compiled(raw: dict[str, Any], given: dict[str, Tensor], *bases: Site) -> Ada
     return method.compile(method.parse(raw), given, sites)
 
 
+@pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("renormalised", [False, True])
 @pytest.mark.parametrize("routers", ["projection", "attention"])
 def test_each_token_mixes_two_of_three_experts(
-    site: Callable[..., Site], evaluate: Any, routers: str, renormalised: bool
+    site: Callable[..., Site], evaluate: Any, routers: str, renormalised: bool, has_bias: bool
 ) -> None:
-    base, given = site(), tensors("q_proj", is_shared=routers == "attention")
-    router = next(tensor for key, tensor in given.items() if "router" in key).double()
+    base, given = site(), tensors("q_proj", is_shared=routers == "attention", has_bias=has_bias)
+    router = next(tensor for key, tensor in given.items() if "router.weight" in key).double()
+    bias = next((tensor.tolist() for key, tensor in given.items() if "router.bias" in key), [0.0] * 3)
     x_TI = torch.randn(7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     expected = []
     for x in x_TI:
-        weights = [math.exp(float(row @ x)) for row in router]
+        weights = [math.exp(float(row @ x) + c) for row, c in zip(router, bias, strict=True)]
         kept = sorted(range(3), key=lambda e: -weights[e])[:2]
         total, y = sum(weights[e] for e in (kept if renormalised else range(3))), base.weight_OI.double() @ x
         for e in kept:
@@ -62,7 +66,8 @@ def test_each_token_mixes_two_of_three_experts(
             y = y + RAW["scales"][e] * weights[e] / total * (b @ (a @ x))
         expected.append(y)
 
-    program = compiled({**RAW, "routers": routers, "renormalised": renormalised}, given, base)
+    options = {"routers": routers, "renormalised": renormalised, "router_bias": has_bias}
+    program = compiled({**RAW, **options}, given, base)
     actual = evaluate.run_parts(base, program.sites[base.path], x_TI)
 
     torch.testing.assert_close(actual, torch.stack(expected), rtol=0, atol=1e-5)
@@ -93,5 +98,12 @@ def test_what_does_not_fit_is_refused(site: Callable[..., Site]) -> None:
         compiled(SHARED, {**given, stray: torch.ones(3, 5)}, base)
     with pytest.raises(InvalidTensors, match=r"router\.weight: found shape \[2, 5\], expected \[3, 5\]"):
         compiled(SHARED, {**given, ATTENTION + "router.weight": torch.ones(2, 5)}, base)
+    with pytest.raises(InvalidTensors, match=r"self_attn\.router\.bias is missing"):
+        compiled({**SHARED, "router_bias": True}, given, base)
+    with pytest.raises(InvalidTensors, match=r"self_attn\.router\.bias' is surplus"):
+        compiled(SHARED, {**given, ATTENTION + "router.bias": torch.ones(3)}, base)
+    short = {ATTENTION + "router.bias": torch.ones(2)}
+    with pytest.raises(InvalidTensors, match=r"router\.bias: found shape \[2\], expected \[3\]"):
+        compiled({**SHARED, "router_bias": True}, {**given, **short}, base)
     with pytest.raises(InvalidTensors, match=r"experts\.3\.lora_A\.weight is missing"):
         compiled({**SHARED, "scales": [1.0] * 4}, given, base)

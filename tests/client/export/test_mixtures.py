@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -71,10 +72,12 @@ def test_phatgoose_is_read_by_its_method(tmp_path: Path) -> None:
 @pytest.mark.parametrize("owner", [PATH, ATTENTION])
 def test_lora_mixer_is_read_by_its_method(tmp_path: Path, owner: str) -> None:
     routers = {owner: np.ones((2, 4))}
-    folder = lora_mixer(tmp_path, {PATH: EXPERTS}, routers, scales=[1, 2], top_k=1, renormalised=False)
-    method, tensors = read(folder)
-    assert method == "lora_mixer"
-    assert f"base_model.model.{owner}.router.weight" in tensors
+    options: dict[str, Any] = {"scales": [1, 2], "top_k": 1, "renormalised": False}
+    for biases in (None, {owner: np.ones(2)}):
+        method, tensors = read(lora_mixer(tmp_path, {PATH: EXPERTS}, routers, biases=biases, **options))
+        assert method == "lora_mixer"
+        assert f"base_model.model.{owner}.router.weight" in tensors
+        assert (f"base_model.model.{owner}.router.bias" in tensors) == (biases is not None)
 
 
 @pytest.mark.parametrize("peft_seed", [None, 7])

@@ -114,20 +114,25 @@ def lora_mixer(
     scales: Sequence[float],
     top_k: int,
     renormalised: bool,
+    biases: Mapping[str, ArrayLike] | None = None,
 ) -> Path:
     """LoRA-Mixer: the experts of each layer, and routers [E, in] by the path of that layer, or all of them by
-    the path of the attention around it. ``scales`` are the experts' alpha / r."""
+    the path of the attention around it; ``biases`` [E], of all of them or of none, likewise. ``scales`` are
+    the experts' alpha / r."""
     arrays: dict[str, dict[str, ArrayLike]] = {
         path: _numbered("experts", experts) for path, experts in layers.items()
     }
     own = set(routers) <= set(layers)
     for path, router in routers.items():
         arrays.setdefault(path, {})["router.weight"] = router
+    for path, bias in (biases or {}).items():
+        arrays.setdefault(path, {})["router.bias"] = bias
     options = {
         "scales": [float(scale) for scale in scales],
         "top_k": top_k,
         "renormalised": renormalised,
         "routers": "projection" if own else "attention",
+        "router_bias": biases is not None,
     }
     return write_folder(folder, "LORA_MIXER", options, arrays)
 
