@@ -65,7 +65,8 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """Canonical JSON: keys sorted, no spaces, ASCII, no `OPTIONAL` field that says nothing."""
-        raw = {key: value for key, value in asdict(self).items() if value != OPTIONAL.get(key, ...)}
+        fields_of = {**asdict(self), "recipe": self.recipe and self.recipe.to_raw()}
+        raw = {key: value for key, value in fields_of.items() if value != OPTIONAL.get(key, ...)}
         return json.dumps(
             raw, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
         ).encode("ascii")

@@ -48,6 +48,14 @@ def open_adapter(root: Path, digest: str) -> AdapterFiles:
     return AdapterFiles(manifest, json.loads(config_content), tensors_path, derived_path)
 
 
+def require_blob(root: Path, digest: str) -> Path:
+    """The file's path, not yet verified. Raises: NotFound."""
+    path = content_path(Layout(root).blobs, digest)
+    if not path.exists():
+        raise NotFound(f"no blob {digest} is stored; upload it first")
+    return path
+
+
 def verify_blob(path: Path, digest: str) -> None:
     """Hash the whole file. Raises: DigestMismatch if it is not what the digest says."""
     verify_file(path, digest)

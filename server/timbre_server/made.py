@@ -31,7 +31,7 @@ class MadeCollection:
 
 
 Merge = Callable[[Recipe, Sequence[AdapterRecord]], Awaitable[MadeFiles]]
-"""``merge(recipe, parents)``: parents in the recipe's order, none of them a mix.
+"""``merge(recipe, parents)``: parents in the recipe's order, then its general adapters; none of them a mix.
 
 Raises: MethodError for what does not go together; QueueFull; StoreError."""
 

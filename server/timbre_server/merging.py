@@ -21,8 +21,9 @@ from typing import TypeVar
 import torch
 from safetensors.torch import load_file, save
 
-from timbre_methods.contract import Sites
+from timbre_methods.contract import Sites, Tensors
 from timbre_methods.errors import AdapterMismatch, MethodError
+from timbre_methods.merging.bind import ArrowChoice, bind_arrow, bind_routed
 from timbre_methods.merging.changes import Ingredient
 from timbre_methods.merging.compress import CollectionForm, compress
 from timbre_methods.merging.lora_file import AdapterFile
@@ -31,9 +32,12 @@ from timbre_methods.prompt_contract import Frame
 from timbre_methods.registry import compile_adapter
 from timbre_server.errors import Draining, QueueFull
 from timbre_server.made import MadeCollection, MadeFiles
-from timbre_store.reader import open_adapter, verify_blob
+from timbre_store.finite import check_values
+from timbre_store.limits import StoreLimits
+from timbre_store.reader import open_adapter, require_blob, verify_blob
 from timbre_store.recipe import Recipe
 from timbre_store.records import AdapterRecord
+from timbre_store.safetensors_header import read_header
 
 MAX_OPEN = 4
 """Merges that run or wait; a further one is sent away, for each may take minutes."""
@@ -94,14 +98,36 @@ class Merges:
 
     @torch.inference_mode()
     def _merged(self, recipe: Recipe, parents: Sequence[AdapterRecord]) -> MadeFiles:
+        ingredients = self._ingredients(recipe, parents)
+        if recipe.is_mixture:
+            return _files(self._bound(recipe, ingredients), recipe, relative_error=0.0)
         numbers = MergeNumbers(
             recipe.kind,
             rank=recipe.rank,
             density=1.0 if recipe.density is None else recipe.density,
             seed=recipe.seed or 0,
         )
-        made = merge(numbers, self._ingredients(recipe, parents), self._sites, self._proceed)
+        made = merge(numbers, ingredients, self._sites, self._proceed)
         return _files(made.file, replace(recipe, rank=made.rank), made.relative_error)
+
+    def _bound(self, recipe: Recipe, ingredients: Sequence[Ingredient]) -> AdapterFile:
+        assert recipe.top_k is not None
+        experts, general = ingredients[: len(recipe.parents)], ingredients[len(recipe.parents) :]
+        if recipe.kind == "arrow":
+            assert recipe.temperature is not None
+            choice = ArrowChoice(recipe.top_k, recipe.temperature)
+            return bind_arrow(experts, general, self._sites, choice)
+        assert recipe.router is not None
+        assert recipe.renormalised is not None
+        router = self._router(recipe.router)
+        return bind_routed(experts, router, self._sites, top_k=recipe.top_k, renormalised=recipe.renormalised)
+
+    def _router(self, digest: str) -> Tensors:
+        """A file that no registration has looked at. Raises: StoreError."""
+        path = require_blob(self._store_root, digest)
+        verify_blob(path, digest)
+        check_values(path, read_header(path, StoreLimits()))
+        return load_file(path)
 
     @torch.inference_mode()
     def _compressed(self, recipe: Recipe, parents: Sequence[AdapterRecord]) -> MadeCollection:
@@ -116,8 +142,8 @@ class Merges:
         return MadeCollection(tuple(members), made.basis_bytes)
 
     def _ingredients(self, recipe: Recipe, parents: Sequence[AdapterRecord]) -> list[Ingredient]:
-        pairs = zip(parents, recipe.parents, strict=True)
-        return [self._read(record, parent.weight) for record, parent in pairs]
+        weights = [*(parent.weight for parent in recipe.parents), *(1.0 for _ in recipe.general)]
+        return [self._read(record, weight) for record, weight in zip(parents, weights, strict=True)]
 
     def _read(self, record: AdapterRecord, weight: float) -> Ingredient:
         self._proceed()
@@ -137,7 +163,7 @@ class Merges:
                 f"{label} ({method}) is made of the base's own weights when it is loaded, and this kind "
                 "needs a change that stands by itself; mix it with kind 'linear'"
             ) from error
-        return Ingredient(label, method, program, weight)
+        return Ingredient(label, method, program, weight, files.config)
 
 
 def _files(file: AdapterFile, recipe: Recipe, relative_error: float) -> MadeFiles:

@@ -49,7 +49,7 @@ USAGE = {
 
 
 def inspect(config: dict[str, Any], header: object, tensors: Path, derived: Path) -> Inspection:
-    if config.get("peft_type") not in ("LORA", "LORA_XS"):
+    if config.get("peft_type") not in ("LORA", "LORA_XS", "ARROW", "LORA_MIXER"):
         raise ValueError(f"peft_type is {config.get('peft_type')!r}; expected LORA")
     return Inspection(config["peft_type"].lower(), ("model.layers.0.q_proj",), 6, 24)
 

@@ -77,6 +77,24 @@ async def test_a_collection_is_one_basis_and_its_members(stocked: Timbre, url: s
     assert made.adapter.recipe.kind == "lorahub"
 
 
+async def test_adapters_are_bound_by_a_router_s_file(stocked: Timbre, url: str, tmp_path: Path) -> None:
+    path = tmp_path / "router.safetensors"
+    save_file({"router.weight": np.ones((2, 8), np.float32)}, path)
+    parents = {"one": 1.0, "two": 0.5}
+    digest = stocked.upload_file(path)
+    made = stocked.create_recipe("both", "routed", parents, router=digest, top_k=1, renormalised=False)
+    recipe = made.adapter.recipe
+    assert recipe is not None
+    assert (recipe.router, recipe.top_k, recipe.renormalised) == (digest, 1, False)
+    assert [parent.weight for parent in recipe.parents] == [1.0, 0.5]
+    async with AsyncTimbre(url) as client:
+        assert await client.upload_file(path) == digest
+        again = await client.create_recipe("near", "arrow", parents, temperature=0.5, general=["two"])
+    assert again.adapter.recipe is not None
+    assert again.adapter.recipe.temperature == 0.5
+    assert again.adapter.recipe.general == (stocked.get_adapter("two").digest,)
+
+
 def test_a_named_mix_is_stamped_with_its_own_name_and_with_its_parts() -> None:
     part = {"name": "one", "version": 2, "digest": "sha256:" + "1" * 64, "weight": 0.5}
     stamp = {"name": "mix", "version": 1, "digest": "sha256:" + "2" * 64, "mix": [part]}

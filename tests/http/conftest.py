@@ -16,6 +16,7 @@ from safetensors.torch import save
 
 from timbre_methods.prompt_contract import NO_FRAME
 from timbre_methods.registry import methods
+from timbre_server.adapters.derivation import write_derived
 from timbre_server.engine.messages import (
     AdapterLoaded,
     Ready,
@@ -167,9 +168,8 @@ def adapter_files() -> Callable[..., AdapterFiles]:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
-    inspect = inspector(
-        meta_sites(SITES), budget_bytes=1 << 20, derive=lambda *_: pytest.fail("nothing to derive")
-    )
+    sites = meta_sites(SITES)
+    inspect = inspector(sites, budget_bytes=1 << 20, derive=lambda *files: write_derived(*files, sites))
     with Store(
         tmp_path / "store", inspect=inspect, limits=StoreLimits(max_blob_bytes=MAX_UPLOAD_BYTES)
     ) as opened:

@@ -29,6 +29,11 @@ RECIPES = st.builds(
     density=st.none() | NUMBERS,
     seed=st.none() | COUNTS,
     member=st.none() | DIGESTS,
+    top_k=st.none() | COUNTS,
+    temperature=st.none() | NUMBERS,
+    renormalised=st.none() | st.booleans(),
+    router=st.none() | DIGESTS,
+    general=st.lists(DIGESTS, max_size=3).map(tuple),
 )
 MANIFESTS = st.builds(
     Manifest,
@@ -146,6 +151,16 @@ def test_a_recipe_says_what_the_adapter_was_made_of() -> None:
     assert not recipe.is_mix
 
 
+def test_a_mixture_of_experts_says_how_it_chooses() -> None:
+    said = {"top_k": 2, "temperature": 0.5, "renormalised": False, "router": DIGEST, "general": [DIGEST]}
+    recipe = Manifest.from_bytes(with_recipe(**said)).recipe
+    assert recipe is not None
+    assert (recipe.top_k, recipe.temperature, recipe.renormalised) == (2, 0.5, False)
+    assert (recipe.router, recipe.general) == (DIGEST, (DIGEST,))
+    with pytest.raises(UnsafeFile, match="canonical"):
+        Manifest.from_bytes(with_recipe(top_k=None))
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -162,6 +177,12 @@ def test_a_recipe_says_what_the_adapter_was_made_of() -> None:
         {"parents": [{"digest": "pirate", "weight": 1.0}]},
         {"parents": [{"digest": DIGEST}]},
         {"extra": 1},
+        {"top_k": True},
+        {"temperature": 1},
+        {"renormalised": 1},
+        {"router": "pirate"},
+        {"general": "pirate"},
+        {"general": ["pirate"]},
     ],
     ids=str,
 )

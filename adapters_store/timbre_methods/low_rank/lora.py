@@ -217,6 +217,13 @@ class Lora(Method[LoraConfig]):
         return lora_example(sites, generator, with_bias=coin(generator))
 
 
+def scales_of(raw_config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, float]:
+    """``s`` of each layer by its rank there, of a config that plain LoRA claims."""
+    config = read_lora_config(LoraConfig, raw_config)
+    alphas = PathPatterns("alpha_pattern", config.alpha_pattern or {})
+    return {path: scale(config, alphas, path, rank) for path, rank in ranks.items()}
+
+
 def _read_at_inference(config: LoraConfig, tensors: Tensors) -> Tensors:
     """Without the tensors that a variant's training left in the file."""
     left = tuple(mark for option, mark in TRAINING_TENSORS.items() if getattr(config, option))

@@ -9,7 +9,9 @@ Legend: I in features, O out features, R rank, as in `timbre_methods.program`; F
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +41,8 @@ class Ingredient:
     method: str
     program: AdapterProgram
     weight: float = 1.0
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """Its ``adapter_config.json``."""
 
 
 def check_ingredient(found: Ingredient) -> None:

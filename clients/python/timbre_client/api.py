@@ -14,7 +14,8 @@ Prompt = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
 
 
 RecipeKind = Literal[
-    "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune", "svd", "lego", "lorahub"
+    "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune", "svd", "lego", "lorahub", "arrow",
+    "routed",
 ]  # fmt: skip
 CollectionKind = Literal["joint_full", "joint_diagonal", "reversible"]
 
@@ -26,6 +27,15 @@ class RecipeNumbers(TypedDict, total=False):
     density: float
     """The fraction of values that the kind keeps, above 0 and at most 1."""
     seed: int
+    top_k: int
+    """How many experts of ``arrow`` or ``routed`` act on a token."""
+    temperature: float
+    general: Sequence[str]
+    """Adapters whose mean is taken from the parents (GenKnowSub)."""
+    router: str
+    """Digest of a router's file, as ``upload_file`` returns it."""
+    renormalised: bool
+    """Whether the shares of those that act are divided by their sum."""
 
 
 class ChatMessage(TypedDict):

@@ -15,7 +15,7 @@ from timbre_client.answers import ChatAnswer, ChatDelta, Completion, TextDelta
 from timbre_client.calls import END_MARK, Call, cut_off, pieces
 from timbre_client.connection import DEFAULT_URL, connecting, headers_with, streaming, timeouts_of
 from timbre_client.records import Adapter, AdapterPage, Collection, MadeAdapter, ModelPage
-from timbre_client.upload import OnProgress, digest_of, upload
+from timbre_client.upload import OnProgress, Upload, digest_of, upload, upload_file
 
 Answer = TypeVar("Answer")
 
@@ -87,18 +87,10 @@ class AsyncTimbre:
         on_progress: OnProgress | None = None,
         by_digest: bool | None = None,
     ) -> Adapter:
-        flow = upload(name, folder, on_progress=on_progress, by_digest=by_digest)
-        answer: Any = None
-        while True:
-            try:
-                wanted = flow.send(answer)
-            except StopIteration as end:
-                adapter: Adapter = end.value
-                return adapter
-            if isinstance(wanted, Path):
-                answer = await asyncio.to_thread(digest_of, wanted)
-            else:
-                answer = await self._send(wanted)
+        return await self._follow(upload(name, folder, on_progress=on_progress, by_digest=by_digest))
+
+    async def upload_file(self, path: Path, *, on_progress: OnProgress | None = None) -> str:
+        return await self._follow(upload_file(path, on_progress=on_progress))
 
     async def delete_adapter(self, reference: str, *, wait: bool = False) -> None:
         await self._send(api.delete_adapter(reference, wait))
@@ -128,6 +120,19 @@ class AsyncTimbre:
 
     async def is_ready(self) -> bool:
         return await self._send(api.is_ready())
+
+    async def _follow(self, flow: Upload[Answer]) -> Answer:
+        answer: Any = None
+        while True:
+            try:
+                wanted = flow.send(answer)
+            except StopIteration as end:
+                result: Answer = end.value
+                return result
+            if isinstance(wanted, Path):
+                answer = await asyncio.to_thread(digest_of, wanted)
+            else:
+                answer = await self._send(wanted)
 
     async def _send(self, call: Call[Answer]) -> Answer:
         with connecting(self._http.base_url):

@@ -14,7 +14,7 @@ from timbre_client.answers import ChatAnswer, ChatDelta, Completion, TextDelta
 from timbre_client.calls import END_MARK, Call, cut_off, pieces
 from timbre_client.connection import DEFAULT_URL, connecting, headers_with, streaming, timeouts_of
 from timbre_client.records import Adapter, AdapterPage, Collection, MadeAdapter, ModelPage
-from timbre_client.upload import OnProgress, digest_of, upload
+from timbre_client.upload import OnProgress, Upload, digest_of, upload, upload_file
 
 Answer = TypeVar("Answer")
 
@@ -96,18 +96,14 @@ class Timbre:
         Small adapters go as one form. Large ones, or any with `by_digest`, go file by file, and a file that
         the server has is not sent again.
         """
-        flow = upload(name, folder, on_progress=on_progress, by_digest=by_digest)
-        answer: Any = None
-        while True:
-            try:
-                wanted = flow.send(answer)
-            except StopIteration as end:
-                adapter: Adapter = end.value
-                return adapter
-            if isinstance(wanted, Path):
-                answer = digest_of(wanted)
-            else:
-                answer = self._send(wanted)
+        return self._follow(upload(name, folder, on_progress=on_progress, by_digest=by_digest))
+
+    def upload_file(self, path: Path, *, on_progress: OnProgress | None = None) -> str:
+        """Sends one file, such as a router for `create_recipe`, unless the server has it; its digest.
+
+        A file that nothing is made of is removed after a day.
+        """
+        return self._follow(upload_file(path, on_progress=on_progress))
 
     def delete_adapter(self, reference: str, *, wait: bool = False) -> None:
         """Deletes an adapter, one version of it, or an alias. `wait`: until its memory is free as well."""
@@ -136,8 +132,8 @@ class Timbre:
     ) -> MadeAdapter:
         """Makes a new version of `name` of stored adapters, `parents` by name with their weights.
 
-        Kind ``linear`` is a named mix of any families, W + Σ weight · (W_adapter − W); the others make a
-        LoRA.
+        Kind ``linear`` is a named mix of any families, W + Σ weight · (W_adapter − W); ``arrow`` and
+        ``routed`` make a mixture of which each parent is an expert; the others make a LoRA.
         """
         return self._send(api.create_recipe(name, kind, parents, numbers))
 
@@ -153,6 +149,16 @@ class Timbre:
     def is_ready(self) -> bool:
         """Whether the server takes work now."""
         return self._send(api.is_ready())
+
+    def _follow(self, flow: Upload[Answer]) -> Answer:
+        answer: Any = None
+        while True:
+            try:
+                wanted = flow.send(answer)
+            except StopIteration as end:
+                result: Answer = end.value
+                return result
+            answer = digest_of(wanted) if isinstance(wanted, Path) else self._send(wanted)
 
     def _send(self, call: Call[Answer]) -> Answer:
         with connecting(self._http.base_url):

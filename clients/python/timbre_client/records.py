@@ -37,6 +37,13 @@ class Recipe:
     seed: int | None
     member: str | None
     """Of a collection compressed together: the digest of the adapter whose place this one takes."""
+    top_k: int | None = None
+    temperature: float | None = None
+    renormalised: bool | None = None
+    router: str | None = None
+    """Digest of the router's file."""
+    general: tuple[str, ...] = ()
+    """Digests of the adapters whose mean was taken from the parents."""
 
     @staticmethod
     def of(body: Mapping[str, Any]) -> Recipe:
@@ -47,6 +54,11 @@ class Recipe:
             density=body.get("density"),
             seed=body.get("seed"),
             member=body.get("member"),
+            top_k=body.get("top_k"),
+            temperature=body.get("temperature"),
+            renormalised=body.get("renormalised"),
+            router=body.get("router"),
+            general=tuple(body.get("general", ())),
         )
 
 

@@ -12,7 +12,7 @@ import secrets
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from timbre_client.calls import Call
 from timbre_client.records import Adapter
@@ -23,7 +23,8 @@ PIECE_BYTES = 1 << 18
 FORM_LIMIT_BYTES = 8 << 20
 """Larger adapters go by digest, so that a second try need not send what has arrived."""
 
-Upload = Generator[Call[Any] | Path, Any, Adapter]
+Result = TypeVar("Result")
+Upload = Generator[Call[Any] | Path, Any, Result]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +92,9 @@ def digest_of(path: Path) -> str:
         return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
 
 
-def upload(name: str, folder: Path, *, on_progress: OnProgress | None, by_digest: bool | None) -> Upload:
+def upload(
+    name: str, folder: Path, *, on_progress: OnProgress | None, by_digest: bool | None
+) -> Upload[Adapter]:
     """The calls that send an adapter. ``by_digest`` None: as its size asks.
 
     Raises: FileNotFoundError where one of the two files is missing.
@@ -105,17 +108,27 @@ def upload(name: str, folder: Path, *, on_progress: OnProgress | None, by_digest
     return adapter
 
 
-def _send_by_digest(name: str, files: dict[str, Path], meter: _Meter) -> Upload:
+def upload_file(path: Path, *, on_progress: OnProgress | None) -> Upload[str]:
+    """The calls that send one file under its digest, which is the result. Raises: FileNotFoundError."""
+    return (yield from _send_file(path, _Meter(path.stat().st_size, on_progress)))
+
+
+def _send_by_digest(name: str, files: dict[str, Path], meter: _Meter) -> Upload[Adapter]:
     digests = {}
     for part, path in files.items():
-        digest = digests[part] = yield path
-        blob = f"/v1/blobs/{digest}"
-        if (yield Call("HEAD", blob, bool, expected={200: True, 404: False})):
-            meter.add(path.stat().st_size)
-        else:
-            yield _sized("PUT", blob, (path,), "application/octet-stream", meter)
+        digests[part] = yield from _send_file(path, meter)
     adapter: Adapter = yield Call("POST", "/v1/adapters", Adapter.of, json={"name": name, "files": digests})
     return adapter
+
+
+def _send_file(path: Path, meter: _Meter) -> Upload[str]:
+    digest: str = yield path
+    blob = f"/v1/blobs/{digest}"
+    if (yield Call("HEAD", blob, bool, expected={200: True, 404: False})):
+        meter.add(path.stat().st_size)
+    else:
+        yield _sized("PUT", blob, (path,), "application/octet-stream", meter)
+    return digest
 
 
 def _form(name: str, files: dict[str, Path], meter: _Meter) -> Call[Adapter]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import structlog
@@ -114,7 +114,7 @@ def adapter_json(record: AdapterRecord) -> dict[str, Any]:
         "virtual_tokens": manifest.virtual_tokens,
         "invocation_tokens": list(manifest.invocation_tokens),
         "row_copies": manifest.row_copies,
-        "recipe": None if manifest.recipe is None else asdict(manifest.recipe),
+        "recipe": None if manifest.recipe is None else manifest.recipe.to_raw(),
         "files": {CONFIG_PART: manifest.config_digest, TENSORS_PART: manifest.tensors_digest},
     }
 

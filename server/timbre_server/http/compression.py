@@ -15,9 +15,8 @@ from timbre_server.errors import InvalidRequest, ServerError
 from timbre_server.http.adapters import adapter_json
 from timbre_server.http.json_bodies import JSON_ONLY, JsonRoute
 from timbre_server.http.mixes import Wanted
+from timbre_server.http.recipe_schema import MAX_RANK, Name, RecipePart
 from timbre_server.http.recipes import (
-    MAX_RANK,
-    RecipePart,
     RecipeRoom,
     check_new_name,
     recipe_of,
@@ -25,7 +24,6 @@ from timbre_server.http.recipes import (
     register_made,
     resolve_parents,
 )
-from timbre_server.http.upload import MAX_TEXT_BYTES
 from timbre_store.errors import StoreError
 from timbre_store.records import AdapterRecord
 
@@ -33,8 +31,8 @@ MAX_MEMBERS = 64
 
 
 class MemberBody(RecipePart):
-    parent: str = Field(max_length=MAX_TEXT_BYTES)
-    name: str = Field(max_length=MAX_TEXT_BYTES)
+    parent: Name
+    name: Name
 
 
 class CompressBody(RecipePart):

@@ -2,17 +2,15 @@
 
 A recipe of kind ``linear`` is a named mix: nothing is computed, and a request that names it gets the weighted
 sum that it could have written out. All other kinds make tensors, which go through the registration of every
-upload. Nothing is stored unless all of it is.
+upload: one LoRA, or a mixture whose experts the parents are. Nothing is stored unless all of it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
 
 from fastapi import APIRouter
-from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
@@ -22,8 +20,7 @@ from timbre_server.errors import AdapterMismatch, AdapterNotFound, InvalidReques
 from timbre_server.http.adapters import adapter_json
 from timbre_server.http.json_bodies import JSON_ONLY, JsonRoute
 from timbre_server.http.mixes import Wanted, WeightedAdapter, expanded, refuse_twins, summable
-from timbre_server.http.openai_schema import MAX_MIX, MAX_WEIGHT
-from timbre_server.http.upload import MAX_TEXT_BYTES
+from timbre_server.http.recipe_schema import READ, RecipeBody, check_fields
 from timbre_server.made import Compress, MadeFiles, Merge
 from timbre_store.errors import NameConflict, NotFound, StoreError
 from timbre_store.recipe import Parent, Recipe
@@ -31,21 +28,8 @@ from timbre_store.records import AdapterRecord
 from timbre_store.store import Store
 from timbre_store.upload import Arrival
 
-Kind = Literal[
-    "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune", "svd", "lego", "lorahub"
-]  # fmt: skip
-NUMBERS: Mapping[str, tuple[str, ...]] = {
-    "linear": (),
-    "ties": ("rank", "density"),
-    "dare_linear": ("rank", "density", "seed"),
-    "dare_ties": ("rank", "density", "seed"),
-    "magnitude_prune": ("rank", "density"),
-    "svd": ("rank",),
-    "lego": ("rank", "seed"),
-    "lorahub": (),
-}
-"""What each kind reads beside its parents; another number would be ignored, and is refused."""
-MAX_RANK = 4096
+ARROW_TOP_K = 3
+"""Unless a recipe says otherwise; PEFT's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,24 +45,6 @@ class RecipeRoom:
     compress: Compress
     on_recipe: Callable[[str, Sequence[AdapterRecord]], None]
     """Told the kind and what came of it; nothing where it was refused."""
-
-
-class RecipePart(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class ParentBody(RecipePart):
-    name: str = Field(max_length=MAX_TEXT_BYTES)
-    weight: float = Field(1.0, ge=-MAX_WEIGHT, le=MAX_WEIGHT)
-
-
-class RecipeBody(RecipePart):
-    name: str = Field(max_length=MAX_TEXT_BYTES)
-    kind: Kind
-    parents: Annotated[list[ParentBody], Field(min_length=1, max_length=MAX_MIX, fail_fast=True)]
-    rank: int | None = Field(None, ge=1, le=MAX_RANK)
-    density: float | None = Field(None, gt=0, le=1)
-    seed: int | None = Field(None, ge=0, lt=2**63)
 
 
 def recipe_router(room: RecipeRoom) -> APIRouter:
@@ -102,7 +68,7 @@ def recipe_router(room: RecipeRoom) -> APIRouter:
 
 async def _created(room: RecipeRoom, body: RecipeBody) -> tuple[AdapterRecord, float]:
     await check_new_name(room, body.name)
-    _check_numbers(body)
+    check_fields(body)
     wanted = [
         Wanted(parent.name, parent.weight, f"parents.{index}.name")
         for index, parent in enumerate(body.parents)
@@ -111,15 +77,46 @@ async def _created(room: RecipeRoom, body: RecipeBody) -> tuple[AdapterRecord, f
     if body.kind == "linear":
         return await _named_mix(room, body.name, parents), 0.0
     refuse_mixes(parents, wanted)
-    recipe = replace(
-        recipe_of(body.kind, parents),
-        rank=body.rank,
-        density=body.density,
-        seed=(body.seed or 0) if "seed" in NUMBERS[body.kind] else None,
-    )
-    made = await room.merge(recipe, [parent.adapter for parent in parents])
+    general = await _general(room, body)
+    if body.router is not None and not await run_in_threadpool(room.store.has_blob, body.router):
+        raise InvalidRequest(
+            f"no file {body.router} is here; send the router's to PUT /v1/blobs/{body.router} first",
+            param="router",
+        )
+    adapters = [each.adapter for each in (*parents, *general)]
+    made = await room.merge(_recipe(body, parents, general), adapters)
     (record,) = await register_made(room, [(body.name, made)])
     return record, made.relative_error
+
+
+async def _general(room: RecipeRoom, body: RecipeBody) -> list[WeightedAdapter]:
+    wanted = [Wanted(name, 1.0, f"general.{index}") for index, name in enumerate(body.general or ())]
+    general = await resolve_parents(room, wanted)
+    refuse_mixes(general, wanted)
+    return general
+
+
+def _recipe(
+    body: RecipeBody, parents: Sequence[WeightedAdapter], general: Sequence[WeightedAdapter]
+) -> Recipe:
+    """With what is left out filled in, so that the manifest says it."""
+    recipe = recipe_of(body.kind, parents)
+    if body.kind == "arrow":
+        return replace(
+            recipe,
+            top_k=body.top_k or min(ARROW_TOP_K, len(parents)),
+            temperature=1.0 if body.temperature is None else body.temperature,
+            general=tuple(each.adapter.digest for each in general),
+        )
+    if body.kind == "routed":
+        return replace(
+            recipe,
+            top_k=body.top_k or len(parents),
+            renormalised=body.renormalised is not False,
+            router=body.router,
+        )
+    seed = (body.seed or 0) if "seed" in READ[body.kind] else None
+    return replace(recipe, rank=body.rank, density=body.density, seed=seed)
 
 
 async def check_new_name(room: RecipeRoom, name: str) -> None:
@@ -127,21 +124,6 @@ async def check_new_name(room: RecipeRoom, name: str) -> None:
     await run_in_threadpool(room.store.check_name, name)
     if name in room.base_names:
         raise NameConflict(f"{name!r} is the base model's name; choose another for the adapter")
-
-
-def _check_numbers(body: RecipeBody) -> None:
-    """Raises: InvalidRequest for a number that the kind does not read, or a density that it needs."""
-    read = NUMBERS[body.kind]
-    for name in ("rank", "density", "seed"):
-        if getattr(body, name) is not None and name not in read:
-            said = f"expected {' and '.join(read)} at most" if read else "it takes parents with weights alone"
-            raise InvalidRequest(f"{name} means nothing to the kind {body.kind!r}; {said}", param=name)
-    if "density" in read and body.density is None:
-        raise InvalidRequest(
-            f"density is required for the kind {body.kind!r}: the fraction of values that it keeps, above 0 "
-            "and at most 1",
-            param="density",
-        )
 
 
 async def resolve_parents(room: RecipeRoom, wanted: Sequence[Wanted]) -> list[WeightedAdapter]:
