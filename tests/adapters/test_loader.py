@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+import gc
 import json
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from timbre_methods.contract import Site
 from timbre_methods.program import AdapterProgram, Projected, owned_tensors, pattern_bytes
 from timbre_methods.registry import methods, sites_of
+from timbre_server.adapters.active_rows import ActiveRows
+from timbre_server.adapters.adapted_linear import AdaptedGroup
+from timbre_server.adapters.adapted_model import AdaptedModel
 from timbre_server.adapters.derivation import write_derived
+from timbre_server.adapters.groups import LinearGroup
 from timbre_server.adapters.loader import AdapterLoader
 from timbre_server.errors import AdapterLoadFailed
 from timbre_server.inspection import inspector
+from timbre_server.operators.catalogue import all_operators
+from timbre_server.operators.low_rank import _BoundLowRank
+from timbre_server.operators.routed import _BoundRouted
+from timbre_server.operators.row_table import RowTable, Span
+from timbre_server.operators.step_routing import StepRouting
 from timbre_store.limits import StoreLimits
 from timbre_store.records import AdapterRecord
 from timbre_store.store import Store
@@ -111,6 +124,64 @@ def test_a_loaded_adapter_holds_exactly_its_own_bytes_and_needs_its_file_no_more
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     patterns = sum(pattern_bytes(part) for _, part in program.placed_parts())
     assert sum(storages.values()) + patterns == record.manifest.prepared_bytes
+
+
+GROUPS = [("layers.0.self_attn.q_proj", "layers.0.self_attn.k_proj"), ("layers.0.mlp.up_proj",)]
+
+
+def bound_factors(program: AdapterProgram, paths: Sequence[str], num_rows: int) -> list[Tensor]:
+    """What the operators of low rank multiply by, bound for rows of this adapter alone."""
+    rows = ActiveRows()
+    operators = {operator.part: operator for operator in all_operators(StepRouting())}
+    rows.begin(RowTable([Span(num_rows, ((0, 1.0),))]))
+    blocks: list[Any] = []
+    for bound in AdaptedGroup(paths, rows, {0: program}, operators).bound():
+        if isinstance(bound, _BoundRouted):
+            blocks += [block for block, _ in bound.low_rank._blocks]
+        elif isinstance(bound, _BoundLowRank):
+            blocks += bound._blocks
+    return [t for block in blocks for t in (block.factors.a_RI, *block.factors.b_RO) if t is not None]
+
+
+@pytest.mark.parametrize("num_rows", [1, 5])
+@pytest.mark.parametrize("method", ["lora", "arrow", "lora_mixer", "smora", "loramoe", "mixlora"])
+def test_a_bind_copies_no_factor_of_a_loaded_adapter(
+    method: str, num_rows: int, store: Store, upload: Upload
+) -> None:
+    loader = AdapterLoader(store.root, BASE, sites(), groups=GROUPS)
+    program = loader.load(upload(method).digest).program
+    own = {tensor.untyped_storage().data_ptr() for tensor in all_tensors(program)}
+    groups = [*GROUPS, ("layers.0.mlp.down_proj",)]
+    found = [t for paths in groups for t in bound_factors(program, paths, num_rows)]
+    assert found
+    assert {tensor.untyped_storage().data_ptr() for tensor in found} <= own
+
+
+def test_an_unloaded_mixture_leaves_nothing_in_memory(store: Store, upload: Upload) -> None:
+    model = nn.Module()
+    for path, (out_features, in_features) in SHAPES.items():
+        model.register_module(path.replace(".", "_"), nn.Linear(in_features, out_features))
+    groups = [tuple(path.replace(".", "_") for path in paths) for paths in GROUPS]
+    adapted = AdaptedModel(model, [LinearGroup(paths) for paths in groups])
+    loaded = AdapterLoader(store.root, BASE, sites(), groups=GROUPS).load(upload("arrow").digest)
+    program = replace(
+        loaded.program,
+        sites={path.replace(".", "_"): parts for path, parts in loaded.program.sites.items()},
+    )
+    kept = [weakref.ref(tensor.untyped_storage()) for tensor in all_tensors(program)]
+    adapted.put(0, program)
+    del loaded, program
+    table = RowTable([Span(5, ((0, 1.0),))])
+    adapted.set_rows(table, table)
+    x_1TI = torch.ones(1, 5, 12)
+    with torch.inference_mode():
+        outputs = [model.get_submodule(path)(x_1TI) for paths in groups for path in paths]
+    adapted.clear_rows()
+    assert len(outputs) == 3
+    assert all(storage() is not None for storage in kept)
+    adapted.drop(0)
+    gc.collect()
+    assert [storage for storage in kept if storage() is not None] == []
 
 
 @pytest.mark.parametrize("method", ["vera", "pvera", "randlora", "lorta"])

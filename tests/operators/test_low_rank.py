@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import pytest
 import torch
+from torch import Tensor
 
 from timbre_methods.program import LowRank
-from timbre_server.operators.low_rank import LowRankOperator
+from timbre_server.operators.low_rank import Alone, LowRankOperator, Stacked, low_rank_blocks, side_by_side
 from timbre_server.operators.row_table import RowTable, Span
 
 
@@ -20,3 +22,52 @@ def test_several_parts_at_one_site_are_summed() -> None:
     dense_OI = parts[0].b_OR @ parts[0].a_RI + parts[1].b_OR @ parts[1].a_RI
     expected = torch.zeros(3, 5).index_add_(0, torch.arange(3), 0.5 * x_TI @ dense_OI.T)
     torch.testing.assert_close(change.values_NO, expected, atol=1e-5, rtol=1e-5)
+
+
+def random_parts(*ranks: int) -> list[LowRank]:
+    generator = torch.Generator().manual_seed(sum(ranks))
+    return [
+        LowRank(torch.randn(r, 6, generator=generator), torch.randn(5, r, generator=generator)) for r in ranks
+    ]
+
+
+def storages(tensors: list[Tensor]) -> dict[int, int]:
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+
+
+def factors_of(block: Alone | Stacked) -> list[Tensor]:
+    return [block.factors.a_RI, *(b_RO for b_RO in block.factors.b_RO if b_RO is not None)]
+
+
+@pytest.mark.parametrize("num_rows", [1, 5], ids=["stacked", "alone"])
+def test_factors_side_by_side_are_bound_as_they_lie(num_rows: int) -> None:
+    members = [random_parts(3, 1, 2), [], random_parts(4), random_parts(1, 1)]
+    placed = side_by_side(members, torch.device("cpu"))
+    for before, after in zip(members, placed, strict=True):
+        for one, other in zip(before, after, strict=True):
+            assert torch.equal(one.a_RI, other.a_RI)
+            assert torch.equal(one.b_OR, other.b_OR)
+    own = storages([t for parts in placed for part in parts for t in (part.a_RI, part.b_OR)])
+    assert sum(own.values()) == 4 * (6 + 5) * 12
+    table = RowTable([Span(num_rows, ((7, 0.5),))])
+    x_TI = torch.randn(num_rows, 6, generator=torch.Generator().manual_seed(2))
+
+    (block,) = low_rank_blocks([{7: parts} for parts in placed], table)
+    (copied,) = low_rank_blocks([{7: parts} for parts in members], table)
+
+    assert storages(factors_of(block)).keys() <= own.keys()
+    assert not storages(factors_of(copied)).keys() & own.keys()
+    for one, other in zip(block.changes(x_TI), copied.changes(x_TI), strict=True):
+        assert (one is None) == (other is None)
+        if one is not None and other is not None:
+            assert torch.equal(one.values_NO, other.values_NO)
+
+
+def test_factors_that_lie_otherwise_are_joined_in_their_own_order() -> None:
+    (own,) = side_by_side([random_parts(2, 3, 1)], torch.device("cpu"))
+    for parts in ([own[1], own[0], own[2]], [own[0], own[2]], [own[0], own[0]], [own[2], *random_parts(2)]):
+        (block,) = low_rank_blocks([{7: parts}], RowTable([Span(5, ((7, 1.0),))]))
+        assert torch.equal(block.factors.a_RI, torch.cat([part.a_RI for part in parts]))
+        (b_RO,) = block.factors.b_RO
+        assert b_RO is not None
+        assert torch.equal(b_RO, torch.cat([part.b_OR.T for part in parts]))

@@ -7,7 +7,7 @@ two steps, or in an `AdapterLoadFailed`.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -21,11 +21,12 @@ from torch import Tensor
 from timbre_methods.bases import basis_on
 from timbre_methods.contract import Sites
 from timbre_methods.errors import MethodError
-from timbre_methods.program import AdapterProgram, AnyPart, Projected, owned_tensors
+from timbre_methods.program import AdapterProgram, AnyPart, LowRank, Projected, owned_tensors
 from timbre_methods.prompt_contract import NO_FRAME, Frame
 from timbre_methods.registry import compile_adapter, method_for
 from timbre_methods.routing import Routed, RoutedBlock, Router
 from timbre_server.errors import AdapterLoadFailed
+from timbre_server.operators.low_rank import side_by_side
 from timbre_store.errors import StoreError
 from timbre_store.manifest import Manifest
 from timbre_store.reader import open_adapter, verify_blob
@@ -53,12 +54,15 @@ class AdapterLoader:
         sites: Sites,
         device: torch.device | str = "cpu",
         frame: Frame = NO_FRAME,
+        groups: Sequence[Sequence[str]] = (),
     ) -> None:
+        """``groups``: paths of layers that read one input and are bound together."""
         self._store_root = store_root
         self._base_model_digest = base_model_digest
         self._sites = sites
         self._frame = frame
         self._device = torch.device(device)
+        self._groups = groups
 
     def load(self, digest: str) -> LoadedAdapter:
         """Read, verify, compile and place one adapter. Raises `AdapterLoadFailed`, and nothing else, for
@@ -82,7 +86,7 @@ class AdapterLoader:
                 _check_promises(files.manifest, program)
                 _check_finite(digest, program)
             with _timed(seconds, "place"), torch.inference_mode():
-                program = _placed(program, self._device)
+                program = _placed(program, self._device, self._groups)
         except (StoreError, MethodError, SafetensorError, OSError) as error:
             raise AdapterLoadFailed(f"adapter {digest} could not be loaded: {error}") from error
         return LoadedAdapter(digest, method_for(files.config).name, program, seconds)
@@ -118,17 +122,24 @@ def _check_finite(digest: str, program: AdapterProgram) -> None:
                 )
 
 
-def _placed(program: AdapterProgram, device: torch.device) -> AdapterProgram:
-    """The program on its device, each tensor contiguous and in storage of exactly its own size, so that
-    nothing keeps the file's memory alive and the prepared bytes are the real ones. A shared basis is moved
+def _placed(program: AdapterProgram, device: torch.device, groups: Sequence[Sequence[str]]) -> AdapterProgram:
+    """The program on its device, in storage of exactly its own size, so that nothing keeps the file's memory
+    alive and the prepared bytes are the real ones. Each tensor is contiguous in storage of its own; factors
+    that are bound together lie side by side in one, and no bind copies them. A shared basis is moved
     once, for all adapters that use it."""
 
+    joined: dict[int, Any] = {
+        id(part): there for part, there in _factors_side_by_side(program, device, groups)
+    }
     routers: dict[int, Router] = {}
 
     def own(tensor: Tensor) -> Tensor:
         return tensor.to(device, copy=True, memory_format=torch.contiguous_format)
 
     def placed(part: PartT) -> PartT:
+        if id(part) in joined:
+            there: PartT = joined[id(part)]
+            return there
         owned = {id(tensor) for tensor in owned_tensors(part)}
         changes: dict[str, Any] = {
             part_field.name: own(value)
@@ -155,3 +166,29 @@ def _placed(program: AdapterProgram, device: torch.device) -> AdapterProgram:
         prompt=None if program.prompt is None else placed(program.prompt),
         attention={layer: placed(part) for layer, part in program.attention.items()},
     )
+
+
+def _factors_side_by_side(
+    program: AdapterProgram, device: torch.device, groups: Sequence[Sequence[str]]
+) -> Iterator[tuple[LowRank, LowRank]]:
+    """Each part of low rank, and its copy on the device. Those at the layers of a group lie as operators bind
+    them: member after member, an adapter's own apart from its experts'."""
+    grouped = {path for group in groups for path in group}
+    for group in (*groups, *((path,) for path in program.sites if path not in grouped)):
+        parts = [program.sites.get(path, ()) for path in group]
+        own = [[part for part in at_path if isinstance(part, LowRank)] for at_path in parts]
+        of_experts = [
+            [
+                inner
+                for part in at_path
+                if isinstance(part, Routed)
+                for expert in part.experts
+                for inner in expert
+                if isinstance(inner, LowRank)
+            ]
+            for at_path in parts
+        ]
+        for members in (own, of_experts):
+            if any(members):
+                for before, after in zip(members, side_by_side(members, device), strict=True):
+                    yield from zip(before, after, strict=True)

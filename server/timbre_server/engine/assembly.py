@@ -68,7 +68,8 @@ def assemble(
     )
     ready = msgspec.structs.replace(runner.info(), kernels=kernels)
     frame = base_frame(ready.hidden_size, map(msgspec.structs.astuple, ready.attention), ready.stack)
-    loader = AdapterLoader(Path(options.adapters_dir), ready.model_digest, sites, model.device, frame)
+    groups = [group.paths for group in probed.groups]
+    loader = AdapterLoader(Path(options.adapters_dir), ready.model_digest, sites, model.device, frame, groups)
     adapters = AdapterRuntime(adapted, loader, options.adapter_memory_bytes, on_load_ended)
     limits = SchedulerLimits(
         max_num_seqs=options.max_num_seqs,

@@ -3,7 +3,8 @@
 An adapter with several rows, or without room for a copy, gets two matrix products of its own. The others
 (decode: a row or two each) run in batched products, one batch for each rank and number of rows that occurs:
 ranks are never padded, and a mix is more than one adapter of a row. Members of a group share the shrink,
-their A stacked. `routed` runs the same with a gate for each row and rank.
+their A stacked. `routed` runs the same with a gate for each row and rank. What is stacked at each bind is a
+view where `side_by_side` has put it in memory, else a copy.
 
 Legend: T rows of the batch, N rows of one adapter, P rows of all adapters of a batch, S adapters of a batch
 with M rows each, I in, O out, R ranks of one adapter at all members of the group together, K gates.
@@ -113,7 +114,41 @@ def _factors(uses: Uses[LowRank], slot: int) -> _Factors | None:
 
 
 def _joined(blocks: Sequence[Tensor]) -> Tensor:
-    return blocks[0] if len(blocks) == 1 else torch.cat(list(blocks))
+    """All rows of the blocks: a view where they lie one after the other in one storage, else a copy."""
+    first, end = blocks[0], blocks[0].storage_offset()
+    if len(blocks) == 1:
+        return first
+    for block in blocks:
+        is_next = (
+            block.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+            and block.storage_offset() == end
+            and block.is_contiguous()
+        )
+        if not is_next:
+            return torch.cat(list(blocks))
+        end += block.numel()
+    num_rows = sum(len(block) for block in blocks)
+    return first.as_strided((num_rows, first.shape[1]), (first.shape[1], 1))
+
+
+def side_by_side(members: Sequence[Sequence[LowRank]], device: torch.device) -> list[list[LowRank]]:
+    """Copies on a device of the parts of one adapter at a group's members, in storage of exactly their size,
+    that a bind takes as they lie."""
+    parts = [part for own in members for part in own]
+    a_RI = torch.cat([part.a_RI for part in parts]).to(device)
+    shrinks = iter(a_RI.split_with_sizes([len(part.a_RI) for part in parts]))
+    return [[LowRank(next(shrinks), b_OR) for b_OR in _expands_side_by_side(own, device)] for own in members]
+
+
+def _expands_side_by_side(own: Sequence[LowRank], device: torch.device) -> list[Tensor]:
+    if len(own) < 2:
+        return [part.b_OR.to(device, copy=True, memory_format=torch.contiguous_format) for part in own]
+    b_RO = torch.cat([part.b_OR.T for part in own]).to(device)
+    return [piece_RO.T for piece_RO in b_RO.split_with_sizes([part.b_OR.shape[1] for part in own])]
+
+
+def _stacked(blocks: Sequence[Tensor]) -> Tensor:
+    return blocks[0].unsqueeze(0) if len(blocks) == 1 else torch.stack(list(blocks))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -153,9 +188,9 @@ class _Stacked:
         every_row = torch.arange(table.num_rows, device=rows_P.device)
         members = zip(*(factors.b_RO for factors in each), strict=True)
         stacked = _Factors(
-            torch.stack([factors.a_RI for factors in each]),
+            _stacked([factors.a_RI for factors in each]),
             tuple(
-                torch.stack([b for b in of_member if b is not None]) if of_member[0] is not None else None
+                _stacked([b for b in of_member if b is not None]) if of_member[0] is not None else None
                 for of_member in members
             ),
             each[0].ranks,
