@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,11 @@ from typing import Any
 import peft
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+
+from timbre_client.export.mixtures import arrow
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 WEIGHTS = {"recipe-one": 0.9, "recipe-two": -0.6}
@@ -72,6 +76,11 @@ def logprobs(server: Any, model: str, **fields: Any) -> Tensor:
     ).double()
 
 
+def adapted_layers(wrapped: Any) -> Iterator[tuple[str, Any]]:
+    modules = wrapped.get_base_model().named_modules()
+    return ((path, layer) for path, layer in modules if hasattr(layer, "lora_A"))
+
+
 def logprobs_of(model: nn.Module) -> Tensor:
     with torch.inference_mode():
         rows = torch.log_softmax(model(torch.tensor([PROMPT_IDS])).logits[0, :-1].double(), -1)
@@ -126,6 +135,39 @@ def test_members_of_a_collection_answer_as_before_where_the_basis_is_wide(
         assert member["prepared_bytes"] == 2 * 3 * 8 * 8 * 4
         expected = logprobs(tiny_server, name)
         torch.testing.assert_close(logprobs(tiny_server, f"{name}-small"), expected, atol=1e-4, rtol=0)
+
+
+def test_a_mixture_answers_as_the_expert_that_its_router_chooses(wrapped: Any, tiny_server: Any) -> None:
+    parents = [{"name": name} for name in WEIGHTS]
+    layers = {path: layer.in_features for path, layer in adapted_layers(wrapped)}
+    for chosen, name in enumerate(WEIGHTS):
+        bias = torch.full((2,), -30.0).index_fill_(0, torch.tensor(chosen), 30.0)
+        router = {f"{path}.router.weight": torch.zeros(2, width) for path, width in layers.items()}
+        content = save({**router, **{f"{path}.router.bias": bias.clone() for path in layers}})
+        digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
+        with tiny_server.client() as client:
+            assert client.put(f"/v1/blobs/{digest}", content=content).status_code == 201
+        cook(tiny_server, name=f"only-{name}", kind="routed", parents=parents, router=digest)
+        expected = logprobs(tiny_server, name)
+        torch.testing.assert_close(logprobs(tiny_server, f"only-{name}"), expected, atol=1e-4, rtol=0)
+
+
+def test_an_arrow_answers_as_the_one_that_was_bound_at_home(
+    wrapped: Any, tiny_server: Any, tmp_path: Path
+) -> None:
+    experts: dict[str, list[Any]] = {}
+    for name in WEIGHTS:
+        for path, layer in adapted_layers(wrapped):
+            pair = (layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach())
+            experts.setdefault(path, []).append(tuple(factor.numpy() for factor in pair))
+    answer = tiny_server.upload("at-home", arrow(tmp_path, experts, scales=[1.5, 1.5], top_k=1))
+    assert answer.status_code == 201, answer.text
+    parents = [{"name": name} for name in WEIGHTS]
+    cook(tiny_server, name="at-the-server", kind="arrow", parents=parents, top_k=1)
+    expected, found = (logprobs(tiny_server, name) for name in ("at-home", "at-the-server"))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    for name in WEIGHTS:
+        assert (found - logprobs(tiny_server, name)).abs().max() > 0.01, "both experts must be heard"
 
 
 def test_recipes_are_counted_by_kind_and_result(wrapped: Any, tiny_server: Any) -> None:
