@@ -91,6 +91,12 @@ class SiteTensors:
             raise InvalidTensors(f"{self.name_of(key)} is missing, while the file holds {found}")
         return tensor
 
+    def refuse_others(self, keys: Collection[str], reason: str) -> None:
+        """Raise `InvalidTensors` for a tensor of the site under any further key."""
+        other = next((key for key in self.tensors if key not in keys), None)
+        if other is not None:
+            raise InvalidTensors(f"{self.name_of(other)} is surplus: {reason}")
+
     def name_of(self, key: str) -> str:
         """The tensor's name in the file."""
         return f"{PREFIX + self.site.path if self.stem is None else self.stem}.{key}"

@@ -23,12 +23,12 @@ from torch import Tensor
 
 from timbre_methods.contract import Site, Sites, Tensors
 from timbre_methods.errors import AdapterMismatch, InvalidRecipe, InvalidTensors
-from timbre_methods.low_rank.lora import FACTORS, scales_of
+from timbre_methods.low_rank.lora import scales_of
 from timbre_methods.merging.changes import Ingredient, factors_at
 from timbre_methods.merging.lora_file import AdapterFile, peft_config
 from timbre_methods.merging.merge import adapted_paths, check_finite, check_result
 from timbre_methods.routed.lora_mixer import ROUTER, ROUTER_BIAS
-from timbre_methods.routed.low_rank_experts import Factors
+from timbre_methods.routed.low_rank_experts import Factors, expert_factors
 from timbre_methods.site_tensors import PREFIX, check_tensor, nearest_fact
 
 
@@ -245,9 +245,9 @@ def _file(
     tensors: dict[str, Tensor] = {}
     for path, pairs in experts.items():
         own = {
-            f"experts.{e}.{factor}": tensor
+            key: tensor
             for e, pair in enumerate(pairs)
-            for factor, tensor in zip(FACTORS, pair, strict=True)
+            for key, tensor in zip(expert_factors(e), pair, strict=True)
         }
         tensors |= {f"{PREFIX}{path}.{key}": each for key, each in {**own, **routers.get(path, {})}.items()}
     check_result(sum(tensor.numel() for tensor in tensors.values()))

@@ -29,22 +29,22 @@ from timbre_methods.config import Finite, PeftConfig, Rank, read_config
 from timbre_methods.contract import DERIVED, Method, Site, Sites, Tensors
 from timbre_methods.errors import AdapterMismatch, InvalidTensors
 from timbre_methods.examples import chosen_sites, coin, random_tensor, whole_number
+from timbre_methods.low_rank.lora import FACTORS
 from timbre_methods.program import AdapterProgram, Part
-from timbre_methods.routed.experts import (
+from timbre_methods.routed.blocks import above, block_of
+from timbre_methods.routed.low_rank_experts import (
     Keys,
     LoraSize,
-    above,
-    block_of,
-    low_rank_experts,
+    example_lora,
+    experts_of_one_size,
     only_lora,
-    refuse_others,
 )
 from timbre_methods.routing import MAX_EXPERTS, Routed, RoutedBlock, Router, Rule
 from timbre_methods.site_tensors import PREFIX, SiteTensors, nearest_fact
 
 LORAS: tuple[Keys, ...] = (
     ("lora_A.default.weight", "lora_B.default.weight"),
-    ("lora_A.weight", "lora_B.weight"),
+    FACTORS,
 )
 """In a checkpoint, whose model has named its one adapter, and in a file of PEFT's."""
 
@@ -127,11 +127,6 @@ class LlavaMole(Method[LlavaMoleConfig]):
         num_experts, r = whole_number(2, 4, generator), whole_number(1, 4, generator)
         blocks = {path: site for path, site in sites.items() if site.kind == "block"}
         tensors: dict[str, Tensor] = {}
-
-        def draw(stem: str, keys: Keys, site: Site) -> None:
-            tensors[f"{PREFIX}{stem}.{keys[0]}"] = random_tensor((r, site.in_features), generator)
-            tensors[f"{PREFIX}{stem}.{keys[1]}"] = random_tensor((site.out_features, r), generator)
-
         for block in chosen_sites(blocks, generator):
             stem = f"{PREFIX}{block.path}.router"
             tensors[f"{stem}.weight"] = random_tensor((num_experts, block.in_features), generator)
@@ -139,11 +134,12 @@ class LlavaMole(Method[LlavaMoleConfig]):
             names = {f"{block.path}.{name}_proj": name for name in ("gate", "up", "down")}
             for site in chosen_sites({path: sites[path] for path in names if path in sites}, generator):
                 for e in range(num_experts):
-                    draw(f"{block.path}.moe_{names[site.path]}", _expert_keys(e), site)
+                    stem = f"{PREFIX}{block.path}.moe_{names[site.path]}"
+                    tensors |= example_lora(stem, _expert_keys(e), site, r, generator)
         keys = LORAS[whole_number(0, 1, generator)]
         for site in chosen_sites(sites, generator):
             if site.kind == "linear" and not above(site.path, blocks):
-                draw(site.path, keys, site)
+                tensors |= example_lora(PREFIX + site.path, keys, site, r, generator)
         return {
             "peft_type": "LLAVA_MOLE",
             "base_model_name_or_path": "tiny",
@@ -218,8 +214,8 @@ def _router(
 
 def _mixture(config: LlavaMoleConfig, found: SiteTensors, router: Router) -> Routed:
     keys = [key for e in range(router.num_experts) for key in _expert_keys(e)]
-    refuse_others(found, keys, "below a router a layer has experts and no LoRA of its own")
-    experts = low_rank_experts(found, _expert_keys, router.num_experts, config.lora)
+    found.refuse_others(keys, "below a router a layer has experts and no LoRA of its own")
+    experts = experts_of_one_size(found, router.num_experts, config.lora, _expert_keys)
     return Routed(experts, router, from_block=True)
 
 

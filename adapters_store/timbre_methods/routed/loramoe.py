@@ -20,10 +20,11 @@ from torch import Tensor
 from timbre_methods.config import read_config
 from timbre_methods.contract import Method, Site, Sites, Tensors
 from timbre_methods.examples import chosen_sites, whole_number
+from timbre_methods.low_rank.lora import FACTORS
 from timbre_methods.program import AdapterProgram, LowRank
 from timbre_methods.routed import moe_peft
-from timbre_methods.routed.experts import low_rank_experts, only_lora, refuse_others, router_of
-from timbre_methods.routed.moe_peft import GATE, LORA, MoePeftConfig
+from timbre_methods.routed.low_rank_experts import expert_deltas, expert_keys, experts_of_one_size, only_lora
+from timbre_methods.routed.moe_peft import GATE, MoePeftConfig
 from timbre_methods.routing import Routed, Rule
 from timbre_methods.site_tensors import SiteTensors
 
@@ -53,23 +54,23 @@ class LoraMoe(Method[LoraMoeConfig]):
         return AdapterProgram({each.site.path: (self._part(config, each),) for each in found})
 
     def _part(self, config: LoraMoeConfig, found: SiteTensors) -> LowRank | Routed:
-        if any(key in found.tensors for key in LORA):
-            return only_lora(found, LORA, config.lora)
-        keys = moe_peft.mixture_keys(config.num_experts)
-        refuse_others(found, {*keys, GATE}, f"the config says num_experts={config.num_experts}")
-        router = router_of(found, GATE, config.num_experts, Rule())
-        return Routed(low_rank_experts(found, moe_peft.expert_keys, config.num_experts, config.lora), router)
+        if any(key in found.tensors for key in FACTORS):
+            return only_lora(found, FACTORS, config.lora)
+        keys = expert_keys(config.num_experts) | {GATE}
+        found.refuse_others(keys, f"the config says num_experts={config.num_experts}")
+        router = moe_peft.router_of(found, config.num_experts, Rule())
+        return Routed(experts_of_one_size(found, config.num_experts, config.lora), router)
 
     def reference(self, config: LoraMoeConfig, tensors: Tensors, site: Site, x_TI: Tensor) -> Tensor:
         y_TO = torch.einsum("oi,ti->to", site.weight_OI.to(x_TI.dtype), x_TI)
         own = moe_peft.tensors_of_layer(MIXTURE, tensors, site, x_TI.dtype)
         if GATE in own:
             logits_TE = torch.einsum("ei,ti->te", own[GATE], x_TI)
-            deltas = moe_peft.expert_deltas(own, config.num_experts, config.lora.scale)
-            for gate_T, delta_OI in zip(torch.softmax(logits_TE, dim=1).unbind(1), deltas, strict=True):
+            gates_TE = config.lora.scale * torch.softmax(logits_TE, dim=1)
+            for gate_T, delta_OI in zip(gates_TE.T, expert_deltas(own, config.num_experts), strict=True):
                 y_TO = y_TO + gate_T.unsqueeze(1) * torch.einsum("oi,ti->to", delta_OI, x_TI)
         elif own:
-            delta_OI = config.lora.scale * torch.einsum("or,ri->oi", own[LORA[1]], own[LORA[0]])
+            delta_OI = config.lora.scale * torch.einsum("or,ri->oi", own[FACTORS[1]], own[FACTORS[0]])
             y_TO = y_TO + torch.einsum("oi,ti->to", delta_OI, x_TI)
         return y_TO if site.bias_O is None else y_TO + site.bias_O.to(x_TI.dtype)
 
@@ -84,8 +85,7 @@ class LoraMoe(Method[LoraMoeConfig]):
             tensors |= moe_peft.example_gate(MIXTURE, site, num_experts, generator)
             tensors |= moe_peft.example_experts(MIXTURE, site, num_experts, options["r"], generator)
         for site in chosen_sites({p: site for p, site in layers.items() if p not in of_mlps}, generator)[1:]:
-            stem = f"{MIXTURE}.{moe_peft.in_layers(site.path)}"
-            tensors |= moe_peft.example_lora(stem, site, options["r"], generator)
+            tensors |= moe_peft.example_plain(MIXTURE, site, options["r"], generator)
             chosen.append(site)
         return {
             "peft_type": "LORAMOE",

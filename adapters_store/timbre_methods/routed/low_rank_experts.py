@@ -1,15 +1,17 @@
-"""Experts that are LoRAs, as the formats of mixtures here name and read them.
+"""Experts that are LoRAs, as the formats of mixtures name and read them.
 
-An expert's tensors are ``<path>.experts.<number>.lora_A.weight`` [R, I] and ``lora_B.weight`` [O, R]; ranks
-may differ. Each adapted layer has all experts, numbered from 0: how many, the config says, since a file that
-lost its last one would look whole. This module knows no router.
+An expert's tensors are ``experts.<number>.lora_A.weight`` [R, I] and ``lora_B.weight`` [O, R] after what the
+layer's names begin with, unless a format calls them otherwise; ranks may differ unless the config has one.
+Each adapted layer has all experts, numbered from 0: how many, the config says, since a file that lost its
+last one would look whole. This module knows no router.
 
 Legend: T tokens, I in features, O out features, R rank, E experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated
 
 import torch
@@ -31,22 +33,56 @@ Scales = Annotated[list[Finite], Field(min_length=1, max_length=MAX_EXPERTS)]
 
 Factors = tuple[Tensor, Tensor]
 """A [R, I] and B [O, R] of one expert."""
+Keys = tuple[str, str]
+"""Of A and B."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSize:
+    """What a config says of a LoRA: ``y += scale · B (A x)``, A [rank, I]."""
+
+    rank: int
+    scale: float
+
+
+def expert_factors(number: int, name: str = "experts") -> Keys:
+    """The keys of one expert's A and B."""
+    key_a, key_b = (f"{name}.{number}.{factor}" for factor in FACTORS)
+    return key_a, key_b
 
 
 def expert_keys(num_experts: int, name: str = "experts") -> frozenset[str]:
     """The keys of all experts of one name."""
-    return frozenset(f"{name}.{e}.{factor}" for e in range(num_experts) for factor in FACTORS)
+    return frozenset(key for e in range(num_experts) for key in expert_factors(e, name))
 
 
 def read_experts(found: SiteTensors, num_experts: int, name: str = "experts") -> list[Factors]:
     """The factors of each, float32 copies. Raises `InvalidTensors`."""
-    return [_read_expert(found, f"{name}.{e}.") for e in range(num_experts)]
+    return [_read_factors(found, expert_factors(e, name), "r") for e in range(num_experts)]
 
 
-def _read_expert(found: SiteTensors, stem: str) -> Factors:
-    key_a, key_b = (stem + factor for factor in FACTORS)
-    a_RI = found.need(key_a, ("r", found.site.in_features))
-    b_OR = found.need(key_b, (found.site.out_features, a_RI.shape[0]))
+def low_rank(found: SiteTensors, keys: Keys, size: LoraSize) -> LowRank:
+    """The LoRA of one size under two keys. Raises `InvalidTensors`."""
+    a_RI, b_OR = _read_factors(found, keys, size.rank)
+    return LowRank(a_RI, b_OR * size.scale)
+
+
+def only_lora(found: SiteTensors, keys: Keys, size: LoraSize) -> LowRank:
+    """As `low_rank`, of a layer that has no other tensor."""
+    found.refuse_others(keys, "a layer has experts and a router, or one LoRA")
+    return low_rank(found, keys, size)
+
+
+def experts_of_one_size(
+    found: SiteTensors, num_experts: int, size: LoraSize, keys_of: Callable[[int], Keys] = expert_factors
+) -> tuple[tuple[LowRank], ...]:
+    """One LoRA each; ``keys_of`` tells an expert's keys by its number. Raises `InvalidTensors`."""
+    return tuple((low_rank(found, keys_of(e), size),) for e in range(num_experts))
+
+
+def _read_factors(found: SiteTensors, keys: Keys, rank: int | str) -> Factors:
+    a_RI = found.need(keys[0], (rank, found.site.in_features))
+    b_OR = found.need(keys[1], (found.site.out_features, a_RI.shape[0]))
     return a_RI.to(torch.float32, copy=True), b_OR.to(torch.float32, copy=True)
 
 
@@ -79,23 +115,34 @@ def largest(values_TE: Tensor, count: int) -> Tensor:
     return torch.zeros_like(values_TE, dtype=torch.bool).scatter(1, values_TE.topk(count).indices, True)
 
 
-def reference_deltas(tensors: Tensors, site: Site, num_experts: int, dtype: torch.dtype) -> list[Tensor]:
-    """``B A`` [O, I] of each expert of a site, without its scale; none where it is not adapted."""
-    own = tensors_of_site(tensors, site, expert_keys(num_experts))
-    if not own:
-        return []
-    pairs = [tuple(own[f"experts.{e}.{factor}"].to(dtype) for factor in FACTORS) for e in range(num_experts)]
+def expert_deltas(own: Mapping[str, Tensor], num_experts: int) -> list[Tensor]:
+    """``B A`` [O, I] of each expert of a layer, by its tensors; for references."""
+    pairs = [[own[key] for key in expert_factors(e)] for e in range(num_experts)]
     return [torch.einsum("or,ri->oi", b_OR, a_RI) for a_RI, b_OR in pairs]
+
+
+def reference_deltas(tensors: Tensors, site: Site, num_experts: int, dtype: torch.dtype) -> list[Tensor]:
+    """`expert_deltas` of a site, without the scale; none where it is not adapted."""
+    own = tensors_of_site(tensors, site, expert_keys(num_experts))
+    return expert_deltas({key: t.to(dtype) for key, t in own.items()}, num_experts) if own else []
+
+
+def example_lora(
+    stem: str, keys: Keys, site: Site, rank: int, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Random factors of one site, under names that begin with ``stem``."""
+    return {
+        f"{stem}.{keys[0]}": random_tensor((rank, site.in_features), generator),
+        f"{stem}.{keys[1]}": random_tensor((site.out_features, rank), generator),
+    }
 
 
 def example_experts(
     site: Site, num_experts: int, generator: torch.Generator, name: str = "experts", rank: int | None = None
 ) -> dict[str, Tensor]:
     """Random experts of one site by full names, with one rank for all of them or each with its own."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for e in range(num_experts):
         own = whole_number(1, 3, generator) if rank is None else rank
-        stem = f"{PREFIX}{site.path}.{name}.{e}."
-        tensors[stem + FACTORS[0]] = random_tensor((own, site.in_features), generator)
-        tensors[stem + FACTORS[1]] = random_tensor((site.out_features, own), generator)
+        tensors |= example_lora(PREFIX + site.path, expert_factors(e, name), site, own, generator)
     return tensors

@@ -29,18 +29,20 @@ from timbre_methods.config import Finite, PeftConfig, Rank, read_config, shown
 from timbre_methods.contract import Method, Site, Sites, Tensors
 from timbre_methods.errors import AdapterMismatch, InvalidConfig, InvalidTensors, UnsupportedMethod
 from timbre_methods.examples import chosen_sites, coin, whole_number
+from timbre_methods.low_rank.lora import FACTORS
 from timbre_methods.program import AdapterProgram, Diagonal, LowRank, Part
 from timbre_methods.routed import moe_peft
-from timbre_methods.routed.experts import (
+from timbre_methods.routed.blocks import above
+from timbre_methods.routed.low_rank_experts import (
     LoraSize,
-    above,
-    low_rank_experts,
+    NumExperts,
+    check_top_k,
+    expert_deltas,
+    expert_keys,
+    experts_of_one_size,
     only_lora,
-    refuse_others,
-    router_of,
 )
-from timbre_methods.routed.low_rank_experts import NumExperts, check_top_k
-from timbre_methods.routed.moe_peft import GATE, LORA, MoePeftConfig
+from timbre_methods.routed.moe_peft import GATE, MoePeftConfig
 from timbre_methods.routed.mola import renormalised_reference
 from timbre_methods.routing import Routed, RoutedBlock, Router, Rule
 from timbre_methods.site_tensors import SiteTensors
@@ -154,16 +156,17 @@ class MixLora(Method[MixLoraConfig]):
         y_TO = torch.einsum("oi,ti->to", site.weight_OI.to(x_TI.dtype), x_TI)
         if site.bias_O is not None:
             y_TO = y_TO + site.bias_O.to(x_TI.dtype)
-        if LORA[0] in own:
-            delta_OI = config.lora.scale * torch.einsum("or,ri->oi", own[LORA[1]], own[LORA[0]])
+        if FACTORS[0] in own:
+            delta_OI = config.lora.scale * torch.einsum("or,ri->oi", own[FACTORS[1]], own[FACTORS[0]])
             return y_TO + torch.einsum("oi,ti->to", delta_OI, x_TI)
         block, _, name = moe_peft.in_layers(site.path).rpartition(".")
         is_divided = f"{MIXTURE}.{block}.{GATE}" in tensors and name in LAST
         t = config.divisor if is_divided else 1.0
         total_TO = y_TO + (config.num_experts * (1 / t - 1)) * y_TO
         if own:
-            for delta_OI in moe_peft.expert_deltas(own, config.num_experts, expert_size(config).scale):
-                total_TO = total_TO + torch.einsum("oi,ti->to", delta_OI / t, x_TI)
+            scale = expert_size(config).scale / t
+            for delta_OI in expert_deltas(own, config.num_experts):
+                total_TO = total_TO + scale * torch.einsum("oi,ti->to", delta_OI, x_TI)
         return total_TO
 
     def example(self, sites: Sites, generator: torch.Generator) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -189,8 +192,7 @@ class MixLora(Method[MixLoraConfig]):
                 chosen.append(site)
         for site in chosen_sites(moe_peft.layers_among(sites), generator):
             if site.kind == "linear" and not above(site.path, blocks):
-                stem = f"{MIXTURE}.{moe_peft.in_layers(site.path)}"
-                tensors |= moe_peft.example_lora(stem, site, options["r"], generator)
+                tensors |= moe_peft.example_plain(MIXTURE, site, options["r"], generator)
                 chosen.append(site)
         targets = moe_peft.target_names(chosen)
         return {"peft_type": "MIXLORA", **options, "target_modules": targets, **overrides, **routing}, tensors
@@ -207,8 +209,8 @@ def expert_size(config: MixLoraConfig) -> LoraSize:
 
 
 def _router(config: MixLoraConfig, found: SiteTensors) -> Router:
-    refuse_others(found, (GATE,), "a block has a router alone")
-    return router_of(found, GATE, config.num_experts, config.rule)
+    found.refuse_others((GATE,), "a block has a router alone")
+    return moe_peft.router_of(found, config.num_experts, config.rule)
 
 
 def _refuse_lone_routers(found: Mapping[str, SiteTensors], routers: Mapping[str, Router]) -> None:
@@ -219,16 +221,16 @@ def _refuse_lone_routers(found: Mapping[str, SiteTensors], routers: Mapping[str,
 
 
 def _experts(config: MixLoraConfig, found: SiteTensors) -> tuple[tuple[LowRank], ...]:
-    keys = moe_peft.mixture_keys(config.num_experts)
-    refuse_others(found, keys, f"below a router a layer has {config.num_experts} experts and nothing else")
-    return low_rank_experts(found, moe_peft.expert_keys, config.num_experts, expert_size(config))
+    reason = f"below a router a layer has {config.num_experts} experts and nothing else"
+    found.refuse_others(expert_keys(config.num_experts), reason)
+    return experts_of_one_size(found, config.num_experts, expert_size(config))
 
 
 def _plain(config: MixLoraConfig, found: SiteTensors) -> LowRank:
-    if GATE not in found.tensors and not any(key in found.tensors for key in LORA):
+    if GATE not in found.tensors and not any(key in found.tensors for key in FACTORS):
         expert = found.name_of(next(iter(found.tensors)))
         raise InvalidTensors(f"{GATE} is missing above {found.site.path!r}, while the file holds {expert}")
-    return only_lora(found, LORA, config.lora)
+    return only_lora(found, FACTORS, config.lora)
 
 
 def _last_projection(block: str, sites: Sites) -> str:

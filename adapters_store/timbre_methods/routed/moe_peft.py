@@ -28,11 +28,12 @@ from timbre_methods.config import Finite, PeftConfig, Rank
 from timbre_methods.contract import DERIVED, Site, Sites, Tensors
 from timbre_methods.errors import AdapterMismatch, InvalidTensors
 from timbre_methods.examples import coin, random_tensor, whole_number
-from timbre_methods.routed.experts import Keys, LoraSize, block_of
-from timbre_methods.routed.low_rank_experts import NumExperts
+from timbre_methods.low_rank.lora import FACTORS
+from timbre_methods.routed.blocks import block_of
+from timbre_methods.routed.low_rank_experts import LoraSize, NumExperts, example_lora, expert_factors
+from timbre_methods.routing import Router, Rule
 from timbre_methods.site_tensors import SiteTensors, nearest_fact
 
-LORA: Keys = ("lora_A.weight", "lora_B.weight")
 GATE = "moe_gate.weight"
 
 _NAME = re.compile(
@@ -78,15 +79,10 @@ def lora_size(rank: int, alpha: float, use_rslora: bool) -> LoraSize:
     return LoraSize(rank, alpha / (math.sqrt(rank) if use_rslora else rank))
 
 
-def expert_keys(number: int) -> Keys:
-    """Of one expert's A and B."""
-    key_a, key_b = (f"experts.{number}.{key}" for key in LORA)
-    return key_a, key_b
-
-
-def mixture_keys(num_experts: int) -> frozenset[str]:
-    """All keys of a layer that has experts, without its router's."""
-    return frozenset(key for e in range(num_experts) for key in expert_keys(e))
+def router_of(found: SiteTensors, num_experts: int, rule: Rule) -> Router:
+    """The router of a layer or block. Raises `InvalidTensors`."""
+    weight_EI = found.need(GATE, (num_experts, found.site.in_features))
+    return Router(weight_EI.to(torch.float32, copy=True), rule)
 
 
 def found_in_layers(mixture: str, tensors: Tensors, sites: Sites) -> list[SiteTensors]:
@@ -104,8 +100,8 @@ def found_in_layers(mixture: str, tensors: Tensors, sites: Sites) -> list[SiteTe
         if match is None:
             raise InvalidTensors(
                 f"{name[:200]!r} is surplus: no layer takes it; expected names like "
-                f"'{start}layers.0.<module>.<key>' with one of the keys {', '.join(LORA)}, {GATE} and "
-                f"{expert_keys(0)[0]}"
+                f"'{start}layers.0.<module>.<key>' with one of the keys {', '.join(FACTORS)}, {GATE} and "
+                f"{expert_factors(0)[0]}"
             )
         path = stem + match["path"]
         if match["key"] == GATE and path not in sites:
@@ -151,15 +147,6 @@ def tensors_of_layer(mixture: str, tensors: Tensors, site: Site, dtype: torch.dt
     }
 
 
-def expert_deltas(own: Mapping[str, Tensor], num_experts: int, scale: float) -> list[Tensor]:
-    """The experts of a layer as whole matrices [O, I]. For references only."""
-    return [
-        scale
-        * torch.einsum("or,ri->oi", own[f"experts.{e}.lora_B.weight"], own[f"experts.{e}.lora_A.weight"])
-        for e in range(num_experts)
-    ]
-
-
 def layers_among(sites: Sites) -> dict[str, Site]:
     """Those that a file can name."""
     return {path: site for path, site in sites.items() if in_layers(path)}
@@ -176,20 +163,17 @@ def example_options(generator: torch.Generator) -> dict[str, Any]:
     return options | ({"use_rslora": True} if coin(generator) else {})
 
 
-def example_lora(stem: str, site: Site, rank: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """The two factors under the names that begin with ``stem``."""
-    return {
-        f"{stem}.{LORA[0]}": random_tensor((rank, site.in_features), generator),
-        f"{stem}.{LORA[1]}": random_tensor((site.out_features, rank), generator),
-    }
+def example_plain(mixture: str, site: Site, rank: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """The LoRA of a layer without experts."""
+    return example_lora(f"{mixture}.{in_layers(site.path)}", FACTORS, site, rank, generator)
 
 
 def example_experts(
     mixture: str, site: Site, num_experts: int, rank: int, generator: torch.Generator
 ) -> dict[str, Tensor]:
     """The experts of one layer."""
-    stem = f"{mixture}.{in_layers(site.path)}.experts"
-    made = [example_lora(f"{stem}.{e}", site, rank, generator) for e in range(num_experts)]
+    stem, keys = f"{mixture}.{in_layers(site.path)}", map(expert_factors, range(num_experts))
+    made = [example_lora(stem, own, site, rank, generator) for own in keys]
     return {name: tensor for each in made for name, tensor in each.items()}
 
 

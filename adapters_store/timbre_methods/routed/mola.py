@@ -22,8 +22,14 @@ from timbre_methods.contract import Method, Site, Sites, Tensors
 from timbre_methods.examples import chosen_sites, whole_number
 from timbre_methods.program import AdapterProgram
 from timbre_methods.routed import moe_peft
-from timbre_methods.routed.experts import low_rank_experts, refuse_others, router_of
-from timbre_methods.routed.low_rank_experts import NumExperts, check_top_k, plain_output
+from timbre_methods.routed.low_rank_experts import (
+    NumExperts,
+    check_top_k,
+    expert_deltas,
+    expert_keys,
+    experts_of_one_size,
+    plain_output,
+)
 from timbre_methods.routed.moe_peft import GATE, MoePeftConfig
 from timbre_methods.routing import Routed, Rule
 from timbre_methods.site_tensors import SiteTensors
@@ -57,19 +63,19 @@ class Mola(Method[MolaConfig]):
         return AdapterProgram({each.site.path: (self._mixture(config, each),) for each in found})
 
     def _mixture(self, config: MolaConfig, found: SiteTensors) -> Routed:
-        keys = moe_peft.mixture_keys(config.num_experts)
-        refuse_others(found, {*keys, GATE}, f"each layer has a router and {config.num_experts} experts")
+        keys = expert_keys(config.num_experts) | {GATE}
+        found.refuse_others(keys, f"each layer has a router and {config.num_experts} experts")
         rule = Rule(keep="top_k", top_k=config.top_k, gate="renormalised")
-        router = router_of(found, GATE, config.num_experts, rule)
-        return Routed(low_rank_experts(found, moe_peft.expert_keys, config.num_experts, config.lora), router)
+        router = moe_peft.router_of(found, config.num_experts, rule)
+        return Routed(experts_of_one_size(found, config.num_experts, config.lora), router)
 
     def reference(self, config: MolaConfig, tensors: Tensors, site: Site, x_TI: Tensor) -> Tensor:
         y_TO = plain_output(site, x_TI)
         own = moe_peft.tensors_of_layer(MIXTURE, tensors, site, x_TI.dtype)
         if own:
             gates_TE = renormalised_reference(x_TI, own[GATE], config.top_k)
-            deltas = moe_peft.expert_deltas(own, config.num_experts, config.lora.scale)
-            for gate_T, delta_OI in zip(gates_TE.unbind(1), deltas, strict=True):
+            gates_TE = config.lora.scale * gates_TE
+            for gate_T, delta_OI in zip(gates_TE.T, expert_deltas(own, config.num_experts), strict=True):
                 y_TO = y_TO + gate_T.unsqueeze(1) * torch.einsum("oi,ti->to", delta_OI, x_TI)
         return y_TO
 
