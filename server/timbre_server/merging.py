@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save
 
 from timbre_methods.contract import Sites, Tensors
 from timbre_methods.errors import AdapterMismatch, MethodError
-from timbre_methods.merging.bind import ArrowChoice, bind_arrow, bind_routed
+from timbre_methods.merging.bind import ArrowChoice, bind_arrow, bind_routed, check_cells
 from timbre_methods.merging.changes import Ingredient
 from timbre_methods.merging.compress import CollectionForm, compress
 from timbre_methods.merging.lora_file import AdapterFile
@@ -98,16 +98,16 @@ class Merges:
 
     @torch.inference_mode()
     def _merged(self, recipe: Recipe, parents: Sequence[AdapterRecord]) -> MadeFiles:
-        ingredients = self._ingredients(recipe, parents)
         if recipe.is_mixture:
-            return _files(self._bound(recipe, ingredients), recipe, relative_error=0.0)
+            check_cells(sum(record.manifest.parameters for record in parents))
+            return _files(self._bound(recipe, self._ingredients(recipe, parents)), recipe, relative_error=0.0)
         numbers = MergeNumbers(
             recipe.kind,
             rank=recipe.rank,
             density=1.0 if recipe.density is None else recipe.density,
             seed=recipe.seed or 0,
         )
-        made = merge(numbers, ingredients, self._sites, self._proceed)
+        made = merge(numbers, self._ingredients(recipe, parents), self._sites, self._proceed)
         return _files(made.file, replace(recipe, rank=made.rank), made.relative_error)
 
     def _bound(self, recipe: Recipe, ingredients: Sequence[Ingredient]) -> AdapterFile:

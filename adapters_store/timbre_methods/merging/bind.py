@@ -26,10 +26,22 @@ from timbre_methods.errors import AdapterMismatch, InvalidRecipe, InvalidTensors
 from timbre_methods.low_rank.lora import scales_of
 from timbre_methods.merging.changes import Ingredient, factors_at
 from timbre_methods.merging.lora_file import AdapterFile, peft_config
-from timbre_methods.merging.merge import adapted_paths, check_finite, check_result
+from timbre_methods.merging.merge import adapted_paths, check_finite
 from timbre_methods.routed.lora_mixer import ROUTER, ROUTER_BIAS
 from timbre_methods.routed.low_rank_experts import Factors, expert_factors
 from timbre_methods.site_tensors import PREFIX, check_tensor, nearest_fact
+
+MAX_CELLS = 2**29
+"""The most numbers of a mixture, routers apart: it is held whole until it is stored."""
+
+
+def check_cells(num_cells: int) -> None:
+    """Raises `InvalidRecipe` for more numbers than a mixture may have."""
+    if num_cells > MAX_CELLS:
+        raise InvalidRecipe(
+            f"the mixture would have more than {MAX_CELLS} numbers; bind fewer adapters, or some of smaller "
+            "ranks"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +83,7 @@ def bind_routed(
     routers = _routers(router, experts, len(ingredients), sites)
     has_bias = any(ROUTER_BIAS in own for own in routers.values())
     if has_bias:
-        no_bias_E = torch.zeros(len(ingredients))
-        routers = {path: {ROUTER_BIAS: no_bias_E, **own} for path, own in routers.items()}
+        routers = {p: {ROUTER_BIAS: torch.zeros(len(ingredients)), **own} for p, own in routers.items()}
     options = {
         "scales": [each.weight for each in ingredients],
         "top_k": top_k,
@@ -92,14 +103,17 @@ def _experts(ingredients: Sequence[Ingredient], sites: Sites) -> dict[str, list[
                 raise AdapterMismatch(
                     f"{each.label} ({each.method}) adapts {path}, and only linear layers have experts"
                 )
+    num_cells = 0
+    for path in paths:  # Not all of them at once: thin cores in a wide basis take much more than their own.
+        for each in ingredients:
+            num_cells += sum(factor.numel() for factor in _expert(each, path, sites))
+            check_cells(num_cells)
     return {path: [_expert(each, path, sites) for each in ingredients] for path in paths}
 
 
 def _expert(found: Ingredient, path: str, sites: Sites) -> Factors:
     if path in found.program.sites:
-        a_RI, b_OR = factors_at(found, path)
-        check_finite(path, a_RI, b_OR)
-        return a_RI, b_OR
+        return factors_at(found, path)
     return torch.zeros(1, sites[path].in_features), torch.zeros(sites[path].out_features, 1)
 
 
@@ -173,7 +187,7 @@ def _routers(
                 f"'{path}.{ROUTER}', or '{ROUTER}' for all layers that have no nearer one"
             )
         names = {key: _name(owner, key) for key in (ROUTER, ROUTER_BIAS)}
-        found[path] = {key: router[name] for key, name in names.items() if name in router}
+        found[path] = {key: router[name].clone() for key, name in names.items() if name in router}
         unused -= set(names.values())
         _check_shapes(names, found[path], num_experts, sites[path])
     if unused:
@@ -244,12 +258,17 @@ def _file(
 ) -> AdapterFile:
     tensors: dict[str, Tensor] = {}
     for path, pairs in experts.items():
+        check_finite(path, *(factor for pair in pairs for factor in pair))
         own = {
             key: tensor
             for e, pair in enumerate(pairs)
             for key, tensor in zip(expert_factors(e), pair, strict=True)
         }
         tensors |= {f"{PREFIX}{path}.{key}": each for key, each in {**own, **routers.get(path, {})}.items()}
-    check_result(sum(tensor.numel() for tensor in tensors.values()))
-    alone = {name: tensor.float().contiguous().clone() for name, tensor in tensors.items()}
-    return AdapterFile(peft_config(peft_type, experts, options), alone)
+    return AdapterFile(peft_config(peft_type, experts, options), {n: _alone(t) for n, t in tensors.items()})
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """Float32, contiguous and in storage of its own, as a file wants it."""
+    found = tensor.float().contiguous()
+    return found if found.untyped_storage().nbytes() == found.nbytes else found.clone()

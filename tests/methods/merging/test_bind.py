@@ -10,14 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file, save
 from torch import Tensor
 
 from timbre_client.export.mixtures import arrow
 from timbre_methods.contract import Site
 from timbre_methods.errors import AdapterMismatch, InvalidRecipe, MethodError
+from timbre_methods.merging import bind
 from timbre_methods.merging.bind import ArrowChoice, bind_arrow, bind_routed
 from timbre_methods.merging.changes import Ingredient
+from timbre_methods.merging.lora_file import AdapterFile
 from timbre_methods.program import AdapterProgram, Dense, LowRank
 from timbre_methods.registry import check_adapter, compile_adapter, derive
 from timbre_methods.site_tensors import PREFIX
@@ -153,8 +155,16 @@ def test_a_trained_router_mixes_as_its_formula_says(evaluate: Any, top_k: int, r
 
 
 def test_a_layer_s_router_is_the_nearest() -> None:
+    def bound(given: dict[str, Tensor]) -> AdapterFile:
+        experts = [lora(e, paths=(Q, K)) for e in range(3)]
+        file = bind_routed(experts, given, SITES, top_k=1, renormalised=True)
+        check_adapter(file.config, load(save(file.tensors)), SITES)
+        return file
+
+    bound(router(""))
+    bound(router("", bias=[""]))
     given = router("", Q)
-    file = bind_routed([lora(e, paths=(Q, K)) for e in range(3)], given, SITES, top_k=1, renormalised=True)
+    file = bound(given)
     assert torch.equal(file.tensors[f"{PREFIX}{Q}.router.weight"], given[f"{Q}.router.weight"])
     assert torch.equal(file.tensors[f"{PREFIX}{K}.router.weight"], given["router.weight"])
 
@@ -210,3 +220,11 @@ def test_what_is_no_low_rank_change_of_a_linear_layer_is_no_expert() -> None:
     )
     with pytest.raises(InvalidRecipe, match=rf"at {Q} the adapters' values multiply to more"):
         bind_arrow([large], [], SITES, ArrowChoice(1, 1.0))
+
+
+def test_a_mixture_is_counted_before_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bind, "MAX_CELLS", 2 * 3 * (9 + 7 + 7 + 11))
+    bind_arrow([lora(e) for e in range(3)], [], SITES, ArrowChoice(1, 1.0))
+    for experts in ([lora(1), lora(2), lora(3, rank=3)], [lora(e) for e in range(4)]):
+        with pytest.raises(InvalidRecipe, match="would have more than 204 numbers; bind fewer adapters"):
+            bind_arrow(experts, [], SITES, ArrowChoice(1, 1.0))
