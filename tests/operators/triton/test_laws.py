@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,6 +22,9 @@ KERNELS: Mapping[type[Part], Operator[Any]] = {
 }
 NAMES = [type(operator).__name__ for operator in catalogue.operators()] + ["RoutedOperator"]
 
+MAX_ROWS = 5
+"""Of a span: the interpreter takes some hundredths of a second for a program."""
+
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="the laws' tensors are on the CPU: for Triton's interpreter"
 )
@@ -36,6 +40,11 @@ def laws(load_module: Callable[[Path], ModuleType]) -> ModuleType:
 def _laws_of_kernels(laws: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     own = {type(operator).__name__: operator for operator in KERNELS.values()}
     monkeypatch.setattr(laws, "OPERATORS", own)
+    small = {
+        crowd: [replace(span, num_rows=min(span.num_rows, MAX_ROWS)) for span in spans]
+        for crowd, spans in laws.CROWDS.items()
+    }
+    monkeypatch.setattr(laws, "CROWDS", small)
 
 
 @pytest.mark.parametrize("name", NAMES)
