@@ -28,7 +28,7 @@ from timbre_server.adapters.loader import AdapterLoader
 from timbre_server.errors import AdapterLoadFailed
 from timbre_server.inspection import inspector
 from timbre_server.operators.catalogue import all_operators
-from timbre_server.operators.low_rank import _BoundLowRank
+from timbre_server.operators.low_rank import _BoundGated, _BoundLowRank
 from timbre_server.operators.routed import _BoundRouted
 from timbre_server.operators.row_table import RowTable, Span
 from timbre_server.operators.step_routing import StepRouting
@@ -137,7 +137,8 @@ def bound_factors(program: AdapterProgram, paths: Sequence[str], num_rows: int) 
     blocks: list[Any] = []
     for bound in AdaptedGroup(paths, rows, {0: program}, operators).bound():
         if isinstance(bound, _BoundRouted):
-            blocks += [block for block, _ in bound.low_rank._blocks]
+            assert isinstance(bound.low_rank._bound, _BoundGated)
+            blocks += [block for block, _ in bound.low_rank._bound._blocks]
         elif isinstance(bound, _BoundLowRank):
             blocks += bound._blocks
     return [t for block in blocks for t in (block.factors.a_RI, *block.factors.b_RO) if t is not None]

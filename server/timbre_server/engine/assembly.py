@@ -56,16 +56,7 @@ def assemble(
     adapted = AdaptedModel(
         model, probed.groups, arithmetic, probed.lone, probed.blocks, embedding, probed.parameters
     )
-    runner = Runner(
-        prepared,
-        adapted,
-        RunnerOptions(
-            block_size=options.block_size,
-            kv_cache_bytes=options.kv_cache_bytes,
-            max_model_len=options.max_model_len,
-            adapter_memory_bytes=options.adapter_memory_bytes,
-        ),
-    )
+    runner = Runner(prepared, adapted, _runner_options(options))
     ready = msgspec.structs.replace(runner.info(), kernels=kernels)
     frame = base_frame(ready.hidden_size, map(msgspec.structs.astuple, ready.attention), ready.stack)
     groups = [group.paths for group in probed.groups]
@@ -81,6 +72,15 @@ def assemble(
     scheduler = Scheduler(limits, BlockPool(runner.num_blocks, options.block_size), adapters)
     pinning = Pinning(adapted, adapters, sites, packer, on_load_ended)
     return EngineCore(runner, scheduler, adapters, Derivations(sites, on_load_ended), pinning), ready
+
+
+def _runner_options(options: EngineOptions) -> RunnerOptions:
+    return RunnerOptions(
+        block_size=options.block_size,
+        kv_cache_bytes=options.kv_cache_bytes,
+        max_model_len=options.max_model_len,
+        adapter_memory_bytes=options.adapter_memory_bytes,
+    )
 
 
 def _usable_threads() -> int:
