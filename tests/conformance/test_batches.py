@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from timbre_methods.contract import Site
 from timbre_methods.registry import compile_adapter, methods
-from timbre_server.adapters.adapted_model import AdaptedModel
+from timbre_server.adapters.adapted_model import AdaptedModel, Arithmetic
 from timbre_server.adapters.groups import Block, LinearGroup, LoneLayer, ParameterModule
+from timbre_server.operators.catalogue import Kernels, why_not
 from timbre_server.operators.row_table import Pairs, RowTable, Span
 
 METHODS = sorted(methods())
@@ -73,7 +74,13 @@ def features(site: Site, x: Tensor) -> Tensor:
 class Crowd:
     """All examples of all methods in the slots of one adapted network; slot i holds example i."""
 
-    def __init__(self, sites: Mapping[str, Site], make_example: Maker, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        sites: Mapping[str, Site],
+        make_example: Maker,
+        dtype: torch.dtype,
+        kernels: Kernels = "torch",
+    ) -> None:
         self.everything = sites
         self.sites = {path: site for path, site in sites.items() if site.kind != "block"}
         self.examples = [make_example(name, sites, seed) for name in METHODS for seed in range(EXAMPLES_EACH)]
@@ -93,7 +100,7 @@ class Crowd:
         ]
         blocks = [Block(path, site.in_features) for path, site in sites.items() if site.kind == "block"]
         self.model = AdaptedModel(
-            self.net, [LinearGroup(QK), *alone], lone=lone, blocks=blocks, parameters=modules
+            self.net, [LinearGroup(QK), *alone], Arithmetic(kernels=kernels), lone, blocks, None, modules
         )
         for slot, example in enumerate(self.examples):
             program = compile_adapter(example.raw_config, example.completed(sites), sites)
@@ -155,11 +162,13 @@ class Crowd:
         return [spans[i] for i in torch.randperm(len(spans), generator=generator)]
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("seed", "kernels"), [(0, "torch"), (1, "torch"), (2, "torch"), (0, "native")])
 def test_a_heterogeneous_batch_gives_each_row_its_own_papers_formula(
-    seed: int, tiny_sites: Mapping[str, Site], make_example: Maker
+    seed: int, kernels: Kernels, tiny_sites: Mapping[str, Site], make_example: Maker
 ) -> None:
-    crowd = Crowd(tiny_sites, make_example, torch.float32)
+    if (missing := why_not(kernels)) is not None:
+        pytest.skip(f"no {kernels} kernels here: {missing}")
+    crowd = Crowd(tiny_sites, make_example, torch.float32, kernels)
     generator = torch.Generator().manual_seed(seed)
     spans = crowd.random_spans(generator)
     inputs = crowd.random_inputs(sum(span.num_rows for span in spans), generator)

@@ -12,11 +12,15 @@ from torch import Tensor
 
 from timbre_methods.program import Part, owned_tensors
 from timbre_server.operators import pooling
-from timbre_server.operators.catalogue import all_operators
+from timbre_server.operators.catalogue import all_operators, why_not
 from timbre_server.operators.contract import Change, Operator, OwnProduct, Uses
 from timbre_server.operators.row_table import RowTable, Span
 
-OPERATORS = {type(operator).__name__: operator for operator in all_operators()}
+# Where there is no compiler, tests/operators/test_native.py skips and says so.
+OPERATORS = {
+    type(operator).__name__: operator
+    for operator in (*all_operators(), *(() if why_not("native") else all_operators(kernels="native")))
+}
 
 CROWDS = {
     "one row of one adapter": [Span(1, ((0, 1.0),))],

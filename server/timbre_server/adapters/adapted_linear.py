@@ -148,7 +148,7 @@ class AdaptedLinear(nn.Module):
         sums = list(self._group.changes(self._member, x))
         outputs = self._output_changes(bounds, x, y, changed_input=bool(inputs))
         outputs += [self._produced(o, x) for b in bounds if (o := b.own_product(self._member, rows_of(x)))]
-        return added(y, sums + outputs) if sums or outputs else y
+        return added(y, sums + outputs, is_own=True) if sums or outputs else y
 
     def _base_product(self, x: Tensor) -> Tensor:
         copies = self._group.copies
@@ -192,15 +192,13 @@ def rows_of(v: Tensor) -> Tensor:
     return v.reshape(-1, v.shape[-1])
 
 
-def added(v: Tensor, changes: Sequence[Change]) -> Tensor:
-    """``v`` plus changes to some of its rows, summed in float32 and rounded once; v is not modified.
+def added(v: Tensor, changes: Sequence[Change], *, is_own: bool = False) -> Tensor:
+    """``v`` plus changes to some of its rows, summed in float32 and rounded once; v is modified only if it
+    ``is_own``, the caller's alone.
 
     Rows that no change names keep their bits: float32 holds every half-precision value exactly.
     """
-    sum_TD = rows_of(v).to(torch.float32, copy=True)
+    sum_TD = rows_of(v).to(torch.float32, copy=not is_own).contiguous()
     for change in changes:
-        if isinstance(change.rows_N, Tensor):
-            sum_TD.index_add_(0, change.rows_N, change.values_NO)
-        else:
-            sum_TD[change.rows_N or slice(None)] += change.values_NO
+        change.add_to(sum_TD)
     return sum_TD.to(v.dtype).view(v.shape)

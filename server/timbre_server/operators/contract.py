@@ -40,6 +40,13 @@ class Change:
     values_NO: Tensor
     rows_N: Tensor | slice | None = None
 
+    def add_to(self, sum_TO: Tensor) -> None:
+        """Add it, in place, to a float32 sum of contiguous rows."""
+        if isinstance(self.rows_N, Tensor):
+            sum_TO.index_add_(0, self.rows_N, self.values_NO)
+        else:
+            sum_TO[self.rows_N or slice(None)] += self.values_NO
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OwnProduct:

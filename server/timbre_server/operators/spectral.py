@@ -35,7 +35,7 @@ class SpectralOperator(Operator[Spectral]):
     part = Spectral
 
     def __init__(self) -> None:
-        self._patterns: WeakKeyDictionary[Places, _Pattern] = WeakKeyDictionary()
+        self._patterns: WeakKeyDictionary[Places, Pattern] = WeakKeyDictionary()
         self._transforms: dict[tuple[Name, int, torch.device], Transform] = {}
 
     def meaning(self, part: Spectral, x_TI: Tensor, y_TO: Tensor) -> Meaning:
@@ -73,7 +73,7 @@ class SpectralOperator(Operator[Spectral]):
         self, parts_by_slot: Mapping[int, Sequence[Spectral]], crowd: _Crowd, room: PoolRoom
     ) -> _Member | None:
         cores: list[_Alone | _Pool] = []
-        pooled: list[tuple[Segment, _Pattern, Tensor]] = []
+        pooled: list[tuple[Segment, Pattern, Tensor]] = []
         outer: Transform | None = None
         for segment in crowd.segments:
             for part in parts_by_slot.get(segment.slot, ()):
@@ -91,13 +91,13 @@ class SpectralOperator(Operator[Spectral]):
             cores.append(_Pool.of(pooled, crowd))
         return _Member(outer, cores)
 
-    def _pattern(self, places: Places, device: torch.device) -> _Pattern:
+    def _pattern(self, places: Places, device: torch.device) -> Pattern:
         """Made once for each object of places, and kept as long as it, on the device of those who use it."""
         pattern = self._patterns.get(places)
         if pattern is None:
             inner = self._transform(places, places.in_features, device)
             outer = self._transform(places, places.out_features, device)
-            pattern = self._patterns[places] = _Pattern.of(places, inner, outer, device)
+            pattern = self._patterns[places] = Pattern.of(places, inner, outer, device)
         return pattern
 
     def _transform(self, places: Places, length: int, device: torch.device) -> Transform:
@@ -121,7 +121,7 @@ def _name(places: Places) -> Name:
 
 
 @dataclass(slots=True, eq=False)
-class _Pattern:
+class Pattern:
     """The pattern of S as a real matrix [C_out, C_in], and how its values follow from c."""
 
     row_ends: Tensor
@@ -133,7 +133,7 @@ class _Pattern:
     """What binds share as long as one of them uses it."""
 
     @staticmethod
-    def of(places: Places, inner: Transform, outer: Transform, device: torch.device) -> _Pattern:
+    def of(places: Places, inner: Transform, outer: Transform, device: torch.device) -> Pattern:
         columns_NE, in_factor_NE = inner.reads(places.columns_N)
         rows_NE, out_factor_NE = outer.writes(places.rows_N)
         factor = (in_factor_NE * out_factor_NE).flatten()
@@ -141,7 +141,7 @@ class _Pattern:
         order = torch.argsort(rows, stable=True)
         shape = (outer.coordinates, inner.coordinates)
         row_ends = torch.searchsorted(rows[order], torch.arange(shape[0] + 1, device=rows.device))
-        return _Pattern(
+        return Pattern(
             row_ends.to(device, torch.int32),
             columns[order].to(device, torch.int32),
             (order // rows_NE.shape[1]).to(device, torch.int32),
@@ -185,13 +185,13 @@ class _Alone:
     """One adapter by itself: its core, applied to all of its rows at once; made anew each time where there
     is no room to keep it."""
 
-    pattern: _Pattern
+    pattern: Pattern
     segment: Segment
     c_N: Tensor
     kept: Tensor | None
 
     @staticmethod
-    def of(pattern: _Pattern, segment: Segment, c_N: Tensor, room: PoolRoom) -> _Alone:
+    def of(pattern: Pattern, segment: Segment, c_N: Tensor, room: PoolRoom) -> _Alone:
         kept = pattern.matrix(c_N) if room.take(pattern.factor.nbytes) else None
         return _Alone(pattern, segment, c_N, kept)
 
@@ -215,7 +215,7 @@ class _Pool:
     """What multiplies each pair when it runs, where the table is gated: in the cores it is 1."""
 
     @staticmethod
-    def of(uses: Sequence[tuple[Segment, _Pattern, Tensor]], crowd: _Crowd) -> _Pool:
+    def of(uses: Sequence[tuple[Segment, Pattern, Tensor]], crowd: _Crowd) -> _Pool:
         rows_P = torch.cat([segment.rows_N for segment, _, _ in uses])
         every_row = torch.arange(crowd.num_rows, device=rows_P.device)
         is_every_row = torch.equal(rows_P, every_row) and not crowd.is_gated
@@ -235,7 +235,7 @@ class _Pool:
         h_UC.index_add_(0, self.rows_P, self.cores(z_PC))
 
 
-def _repeated(uses: Sequence[tuple[Segment, _Pattern, Tensor]], laid_out: _LaidOut) -> BlockDiagonal:
+def _repeated(uses: Sequence[tuple[Segment, Pattern, Tensor]], laid_out: _LaidOut) -> BlockDiagonal:
     """One pattern for all: only values are made."""
     pattern = uses[0][1]
     weights_P = torch.cat([segment.weights_N for segment, _, _ in uses])
@@ -247,7 +247,7 @@ def _repeated(uses: Sequence[tuple[Segment, _Pattern, Tensor]], laid_out: _LaidO
     return BlockDiagonal(row_ends, columns, values, pairs=pairs, shape=pattern.shape)
 
 
-def _stacked(uses: Sequence[tuple[Segment, _Pattern, Tensor]]) -> BlockDiagonal:
+def _stacked(uses: Sequence[tuple[Segment, Pattern, Tensor]]) -> BlockDiagonal:
     """Patterns of their own."""
     blocks = [
         Csr(pattern.row_ends, pattern.columns, pattern.values(c_N) * weight)

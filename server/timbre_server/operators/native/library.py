@@ -1,0 +1,109 @@
+"""The C++ kernels as one shared library: compiled at the first start on a machine, then taken from a cache.
+
+Compiled for the very processor, without Python's or PyTorch's headers, and called with addresses of tensors.
+OpenMP's runtime is the one that PyTorch has loaded, so that both share their threads; where PyTorch has
+another, the kernels run on one thread.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+
+COMPILERS = ("g++", "clang++")
+SOURCES = Path(__file__).with_name("source")
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-Wall", "-Wextra")
+_COMPILER_TIMEOUT_S = 300
+
+
+class LibraryUnavailable(Exception):
+    """There can be none on this machine; the message says why and what to do."""
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The library, built if need be. Raises: LibraryUnavailable."""
+    compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
+    if compiler is None:
+        raise LibraryUnavailable(f"no C++ compiler was found; install one of {', '.join(COMPILERS)}")
+    runtime = _openmp_runtime() if "clang" not in Path(compiler).name else None
+    try:
+        name = f"kernels-{_fingerprint(compiler, runtime)}.so"
+        folder = _cache_folder()
+        if folder is not None:
+            built = folder / name
+            if not built.exists():
+                _build(compiler, runtime, built)
+            return ctypes.CDLL(str(built))
+        with tempfile.TemporaryDirectory() as temporary:
+            built = Path(temporary) / name
+            _build(compiler, runtime, built)
+            return ctypes.CDLL(str(built))
+    except (OSError, subprocess.SubprocessError) as error:
+        raise LibraryUnavailable(f"the C++ kernels could not be built with {compiler}: {error}") from error
+
+
+def _openmp_runtime() -> Path | None:
+    """GNU's runtime as PyTorch brings it."""
+    return next((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"), None)
+
+
+def _cache_folder() -> Path | None:
+    """A folder that nobody else can write to, since what lies there is run; None: there is none."""
+    try:
+        folder = Path.home() / ".cache" / "timbre"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.stat()
+    except (OSError, RuntimeError):
+        return None
+    is_own = found.st_uid == os.geteuid() and not found.st_mode & 0o022
+    return folder if is_own and os.access(folder, os.W_OK) else None
+
+
+def _fingerprint(compiler: str, runtime: Path | None) -> str:
+    """Of all that the library follows from."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
+    known = [*_FLAGS, compiler, version.decode(errors="replace"), str(runtime), _processor()]
+    digest = hashlib.sha256("\n".join(known).encode())
+    for source in sorted(SOURCES.iterdir()):
+        digest.update(source.name.encode() + source.read_bytes())
+    return digest.hexdigest()[:24]
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return f"{platform.machine()} {platform.processor()}"
+    told = ("model name", "flags", "Features", "CPU part")
+    lines = cpuinfo.read_text(errors="replace").splitlines()
+    return "\n".join(sorted({line for line in lines if line.startswith(told)}))
+
+
+def _build(compiler: str, runtime: Path | None, target: Path) -> None:
+    """Appears at ``target`` whole, whoever else builds it at the same time."""
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        objects = []
+        for source in sorted(SOURCES.glob("*.cpp")):
+            objects.append(f"{folder}/{source.stem}.o")
+            threads = ["-fopenmp"] if runtime is not None else []
+            _run([compiler, *_FLAGS, *threads, "-c", str(source), "-o", objects[-1]])
+        linked = f"{folder}/linked.so"
+        threads = [str(runtime)] if runtime is not None else []
+        _run([compiler, "-shared", *objects, *threads, "-o", linked])
+        os.replace(linked, target)
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, check=False, timeout=_COMPILER_TIMEOUT_S)
+    if done.returncode:
+        last = done.stderr.decode(errors="replace").strip()[-2000:]
+        raise OSError(f"{' '.join(command[:2])} ... ended with status {done.returncode}: {last}")

@@ -1,0 +1,122 @@
+// y[row] += weight B (A x[row]), for adapters with A, B, ranks and rows of their own.
+//
+// Every adapter's factors are read once for each block of its rows, where they lie.
+#include "lanes.h"
+
+struct LowRankUse {
+    const float *a;  // [rank, in]
+    const float *b;  // [out, rank]
+    int64_t rank;
+    Rows rows;
+};
+
+constexpr int ROWS = 4;  // Rows of one adapter that read its factors together.
+
+// z[n, r] = weight_n a_r x_n for R ranks and N rows.
+template <int R, int N>
+static void shrink(const LowRankUse &use, int64_t first, int64_t rank, const float *x, int64_t in, float *z) {
+    Lanes sums[R][N] = {};
+    const float *a[R], *v[N];
+    for (int r = 0; r < R; r++) a[r] = use.a + (rank + r) * in;
+    for (int n = 0; n < N; n++) v[n] = x + use.rows.rows[first + n] * in;
+    int64_t i = 0;
+    for (; i + LANES <= in; i += LANES)
+        for (int r = 0; r < R; r++) {
+            const Lanes factor = load(a[r] + i);
+            for (int n = 0; n < N; n++) sums[r][n] += factor * load(v[n] + i);
+        }
+    for (int r = 0; r < R; r++)
+        for (int n = 0; n < N; n++) {
+            float total = sum(sums[r][n]);
+            for (int64_t j = i; j < in; j++) total += a[r][j] * v[n][j];
+            z[(first + n) * use.rank + rank + r] = total * use.rows.weights[first + n];
+        }
+}
+
+template <int N>
+static void shrink_rows(const LowRankUse &use, int64_t first, const float *x, int64_t in, float *z) {
+    constexpr int R = N == 1 ? 8 : N == 2 ? 4 : 2;
+    int64_t rank = 0;
+    for (; rank + R <= use.rank; rank += R) shrink<R, N>(use, first, rank, x, in, z);
+    for (; rank < use.rank; rank++) shrink<1, N>(use, first, rank, x, in, z);
+}
+
+static void shrink_all(const LowRankUse &use, const float *x, int64_t in, float *z) {
+    int64_t row = 0;
+    for (; row + ROWS <= use.rows.count; row += ROWS) shrink_rows<ROWS>(use, row, x, in, z);
+    if (row + 2 <= use.rows.count) shrink_rows<2>(use, row, x, in, z), row += 2;
+    if (row < use.rows.count) shrink_rows<1>(use, row, x, in, z);
+}
+
+// The sums of eight vectors as one.
+static inline Lanes sums_of(const Lanes p[LANES]) {
+    typedef int32_t Order __attribute__((vector_size(32)));
+    const Order even = {0, 8, 2, 10, 4, 12, 6, 14}, odd = {1, 9, 3, 11, 5, 13, 7, 15};
+    const Order low = {0, 1, 8, 9, 4, 5, 12, 13}, high = {2, 3, 10, 11, 6, 7, 14, 15};
+    const Order left = {0, 1, 2, 3, 8, 9, 10, 11}, right = {4, 5, 6, 7, 12, 13, 14, 15};
+#ifdef __clang__
+#define PICK(x, y, order) pick(x, y, order)
+    auto pick = [](Lanes x, Lanes y, Order order) {
+        Lanes picked;
+        for (int i = 0; i < LANES; i++) picked[i] = order[i] < LANES ? x[order[i]] : y[order[i] - LANES];
+        return picked;
+    };
+#else
+#define PICK(x, y, order) __builtin_shuffle(x, y, order)
+#endif
+    Lanes pairs[4], fours[2];
+    for (int i = 0; i < 4; i++)
+        pairs[i] = PICK(p[2 * i], p[2 * i + 1], even) + PICK(p[2 * i], p[2 * i + 1], odd);
+    for (int i = 0; i < 2; i++)
+        fours[i] = PICK(pairs[2 * i], pairs[2 * i + 1], low) + PICK(pairs[2 * i], pairs[2 * i + 1], high);
+    return PICK(fours[0], fours[1], left) + PICK(fours[0], fours[1], right);
+#undef PICK
+}
+
+// y[n, o] += b_o z_n for the outputs from `begin` to `end`.
+static void expand(const LowRankUse &use, const float *z, float *y, int64_t out, Share own) {
+    const int64_t rank = use.rank, whole = rank / LANES * LANES;
+    for (int64_t first = 0; first < use.rows.count; first += ROWS) {
+        const int64_t last = first + ROWS < use.rows.count ? first + ROWS : use.rows.count;
+        int64_t o = own.begin;
+        for (; o + LANES <= own.end; o += LANES)
+            for (int64_t n = first; n < last; n++) {
+                const float *b = use.b + o * rank, *v = z + n * rank;
+                float *to = y + use.rows.rows[n] * out + o;
+                Lanes total = load(to);
+                if (whole) {
+                    Lanes products[LANES] = {};
+                    for (int64_t r = 0; r < whole; r += LANES) {
+                        const Lanes factor = load(v + r);
+                        for (int j = 0; j < LANES; j++) products[j] += load(b + j * rank + r) * factor;
+                    }
+                    total += sums_of(products);
+                }
+                for (int64_t r = whole; r < rank; r++)
+                    for (int j = 0; j < LANES; j++) total[j] += b[j * rank + r] * v[r];
+                store(to, total);
+            }
+        for (; o < own.end; o++)
+            for (int64_t n = first; n < last; n++) {
+                float total = 0;
+                for (int64_t r = 0; r < rank; r++) total += use.b[o * rank + r] * z[n * rank + r];
+                y[use.rows.rows[n] * out + o] += total;
+            }
+    }
+}
+
+// x [T, in] and y [T, out] are contiguous.
+extern "C" void timbre_low_rank(
+    const LowRankUse *uses, int64_t count, const float *x, int64_t in, float *y, int64_t out, int threads
+) {
+    std::vector<int64_t> starts(count + 1, 0);
+    for (int64_t u = 0; u < count; u++) starts[u + 1] = starts[u] + uses[u].rows.count * uses[u].rank;
+    std::vector<float> z(starts[count]);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t u = 0; u < count; u++) shrink_all(uses[u], x, in, z.data() + starts[u]);
+        const Share own = share(out, thread_number(), thread_count(), LANES);
+        for (int64_t u = 0; u < count; u++) expand(uses[u], z.data() + starts[u], y, out, own);
+    }
+}

@@ -1,0 +1,93 @@
+// y[row] += irfft(S rfft(x[row])), for rows with values of their own in one sparse pattern of S.
+//
+// Eight rows lie side by side in every step; S is real between the parts of half spectra ("coordinates").
+#include "fourier.h"
+
+// Up to eight rows. Rows with equal values share them; others have theirs side by side.
+struct SpectralRows {
+    int64_t rows[LANES];
+    int64_t count;
+};
+
+struct SpectralCore {
+    const float *values;  // [N] of all rows, or [N, LANES]; null: nothing is added.
+    int64_t is_shared;
+};
+
+// Sorted by where it writes: coordinate o is the sum over e in [ends[o], ends[o + 1]) of
+// factor[e] values[source[e]] z[column[e]].
+struct SpectralPattern {
+    const int32_t *ends;
+    const int32_t *columns;
+    const int32_t *sources;
+    const float *factors;
+    int64_t coordinates;
+};
+
+// The first place in a buffer that vectors may lie at.
+static Complex *aligned(std::vector<float> &buffer) {
+    const uintptr_t step = LANES * sizeof(float), at = reinterpret_cast<uintptr_t>(buffer.data());
+    return reinterpret_cast<Complex *>((at + step - 1) / step * step);
+}
+
+// z, where vectors may lie, [count, 2 (m + 1), LANES]: the half spectra of x's rows.
+extern "C" void timbre_spectra(
+    const FourierPlan *plan, const SpectralRows *groups, int64_t count, const float *x, float *z, int threads
+) {
+    const int64_t m = plan->m, in = 2 * m;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        std::vector<float> buffers(2 * m * 2 * LANES + LANES);
+        Complex *packed = aligned(buffers), *scratch = packed + m;
+#pragma omp for schedule(static)
+        for (int64_t g = 0; g < count; g++) {
+            const SpectralRows &own = groups[g];
+            float *to = reinterpret_cast<float *>(packed);
+            std::memset(to, 0, m * sizeof *packed);
+            for (int64_t n = 0; n < own.count; n++)
+                for (int64_t i = 0; i < in; i++) to[i * LANES + n] = x[own.rows[n] * in + i];
+            spectra(*plan, packed, scratch, reinterpret_cast<Complex *>(z) + g * (m + 1));
+        }
+    }
+}
+
+template <bool SHARED>
+static void apply_core(const SpectralPattern &pattern, const float *values, const float *z, Complex *h) {
+    float *to = reinterpret_cast<float *>(h);
+    for (int64_t o = 0; o < pattern.coordinates; o++) {
+        Lanes total = {};
+        for (int64_t e = pattern.ends[o]; e < pattern.ends[o + 1]; e++) {
+            const int64_t source = pattern.sources[e];
+            const Lanes value = SHARED ? all(values[source]) : load(values + source * LANES);
+            total += value * pattern.factors[e] * load(z + int64_t(pattern.columns[e]) * LANES);
+        }
+        store(to + o * LANES, total);
+    }
+}
+
+// y [T, 2 m] is contiguous; `z` has `in_coordinates` for each group of rows.
+extern "C" void timbre_spectral(
+    const FourierPlan *plan, const SpectralPattern *pattern, const SpectralRows *groups, const SpectralCore *cores,
+    int64_t count, const float *z, int64_t in_coordinates, float *y, int threads
+) {
+    const int64_t m = plan->m, out = 2 * m;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        std::vector<float> buffers((3 * m + 1) * 2 * LANES + LANES);
+        Complex *h = aligned(buffers), *packed = h + m + 1, *scratch = packed + m;
+#pragma omp for schedule(static)
+        for (int64_t g = 0; g < count; g++) {
+            const SpectralRows &own = groups[g];
+            const SpectralCore &core = cores[g];
+            if (core.values == nullptr) continue;
+            const float *own_z = z + g * in_coordinates * LANES;
+            if (core.is_shared)
+                apply_core<true>(*pattern, core.values, own_z, h);
+            else
+                apply_core<false>(*pattern, core.values, own_z, h);
+            const float *from = reinterpret_cast<float *>(rows_of_spectra(*plan, h, packed, scratch));
+            for (int64_t n = 0; n < own.count; n++)
+                for (int64_t o = 0; o < out; o++) y[own.rows[n] * out + o] += from[o * LANES + n];
+        }
+    }
+}

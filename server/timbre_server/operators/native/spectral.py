@@ -1,0 +1,203 @@
+"""`Spectral` in C++, of the transform `dft`: eight rows side by side from the first transform to the last.
+
+Adapters whose coefficients sit at the same places, as those of one seed do, differ in their values alone:
+eight rows go through one pattern together. Where a group of layers has anything else (places of an adapter's
+own, another transform, a length with a large prime factor, gates) the plain operator runs.
+
+Legend: T rows of the batch, U rows that use the transform, I in, O out, N coefficients, C coordinates of a
+spectrum, L rows side by side.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from timbre_methods.program import Places, Spectral
+from timbre_server.operators.contract import Bound, Change, Uses
+from timbre_server.operators.native.fourier import LANES, Plan, Rows, factors_of
+from timbre_server.operators.native.library import library
+from timbre_server.operators.native.uses import KernelChange, num_threads
+from timbre_server.operators.pooling import PoolRoom
+from timbre_server.operators.row_table import Pairs, RowTable
+from timbre_server.operators.spectral import Pattern, SpectralOperator
+
+
+class NativeSpectral(SpectralOperator):
+    """`SpectralOperator` by ``spectral.cpp``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._plans: dict[int, Plan] = {}
+
+    def bind(self, uses: Uses[Spectral], table: RowTable) -> Bound:
+        places = [_only_places(parts_by_slot) for parts_by_slot in uses]
+        known = [each for each in places if each is not None]
+        served = all(own is not None for own, parts in zip(places, uses, strict=True) if parts)
+        if table.is_gated or not served or not all(map(_is_served, known)):
+            return super().bind(uses, table)
+        bytes_per_row = sum(LANES * each.rows_N.numel() for each in known)
+        batch = _Batch.of(table, {slot for parts_by_slot in uses for slot in parts_by_slot}, bytes_per_row)
+        members = [
+            None
+            if own is None
+            else _Member(batch, parts, self._plan(own.out_features), self._pattern(own, table.device))
+            for own, parts in zip(places, uses, strict=True)
+        ]
+        return _BoundSpectral(batch, self._plan(known[0].in_features), members)
+
+    def _plan(self, length: int) -> Plan:
+        if length not in self._plans:
+            self._plans[length] = Plan(length)
+        return self._plans[length]
+
+
+def _only_places(parts_by_slot: Mapping[int, Sequence[Spectral]]) -> Places | None:
+    """Those that all parts have in common."""
+    found = {part.places for parts in parts_by_slot.values() for part in parts}
+    return found.pop() if len(found) == 1 else None
+
+
+def _is_served(places: Places) -> bool:
+    lengths = (places.in_features, places.out_features)
+    return places.transform == "dft" and all(factors_of(length) is not None for length in lengths)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Batch:
+    """Rows in groups of up to eight. Those of a group all have one mix, or each its own."""
+
+    groups: ctypes.Array[Rows]
+    mixes: tuple[tuple[Pairs, ...], ...]
+    """Of each group: the one of all its rows, or one a row."""
+    rows_U: Tensor
+    num_rows: int
+
+    @staticmethod
+    def of(table: RowTable, slots: set[int], bytes_per_row: int) -> _Batch:
+        """Rows beyond the last whole eight of a mix are put together with those of others, where there is
+        room for a copy of their values."""
+        room = PoolRoom()
+        groups: list[tuple[list[int], tuple[Pairs, ...]]] = []
+        rest: list[tuple[int, Pairs]] = []
+        for mix, rows_N in table.by_mix(slots).items():
+            rows = rows_N.tolist() if mix else []
+            whole = len(rows) // LANES * LANES
+            groups += [(rows[start : start + LANES], (mix,)) for start in range(0, whole, LANES)]
+            if room.take(bytes_per_row * len(rows[whole:])):
+                rest += [(row, mix) for row in rows[whole:]]
+            elif rows[whole:]:
+                groups.append((rows[whole:], (mix,)))
+        for start in range(0, len(rest), LANES):
+            rows_L, mixes_L = zip(*rest[start : start + LANES], strict=True)
+            distinct = tuple(dict.fromkeys(mixes_L))
+            groups.append((list(rows_L), distinct if len(distinct) == 1 else mixes_L))
+        found = (Rows * len(groups))(*(Rows.of(rows) for rows, _ in groups))
+        rows_U = torch.tensor([row for rows, _ in groups for row in rows], dtype=torch.int64)
+        return _Batch(found, tuple(mixes for _, mixes in groups), rows_U, table.num_rows)
+
+
+class _Core(ctypes.Structure):
+    _fields_ = [("values", ctypes.c_void_p), ("is_shared", ctypes.c_int64)]
+
+
+class _PatternView(ctypes.Structure):
+    _fields_ = [
+        ("ends", ctypes.c_void_p),
+        ("columns", ctypes.c_void_p),
+        ("sources", ctypes.c_void_p),
+        ("factors", ctypes.c_void_p),
+        ("coordinates", ctypes.c_int64),
+    ]
+
+    @staticmethod
+    def of(pattern: Pattern) -> _PatternView:
+        tensors = (pattern.row_ends, pattern.columns, pattern.source, pattern.factor)
+        return _PatternView(*(tensor.data_ptr() for tensor in tensors), pattern.shape[0])
+
+
+class _Member:
+    """The values of all adapters at one member of a group of layers."""
+
+    def __init__(
+        self, batch: _Batch, parts_by_slot: Mapping[int, Sequence[Spectral]], plan: Plan, pattern: Pattern
+    ) -> None:
+        self._batch, self._plan, self._pattern = batch, plan, pattern
+        self._view = _PatternView.of(pattern)
+        own = [_values(mixes, parts_by_slot) for mixes in batch.mixes]
+        self._held = tuple(values for values, _ in own)
+        self._cores = (_Core * len(own))(
+            *(_Core(None if v is None else v.data_ptr(), is_shared) for v, is_shared in own)
+        )
+        self._work = LANES * len(own) * (len(pattern.columns) + 8 * plan.length)
+        self._run = library().timbre_spectral
+
+    @property
+    def out_features(self) -> int:
+        return self._plan.length
+
+    @property
+    def rows_N(self) -> Tensor:  # noqa: N802
+        return self._batch.rows_U
+
+    def add(self, z_GCL: Tensor, y_TO: Tensor) -> None:
+        """What was made of x is all that it reads: the spectra of the batch's groups of rows."""
+        self._run(
+            ctypes.byref(self._plan.view),
+            ctypes.byref(self._view),
+            self._batch.groups,
+            self._cores,
+            ctypes.c_int64(len(self._cores)),
+            ctypes.c_void_p(z_GCL.data_ptr()),
+            ctypes.c_int64(z_GCL.shape[1]),
+            ctypes.c_void_p(y_TO.data_ptr()),
+            num_threads(self._work),
+        )
+
+
+def _values(
+    mixes: Sequence[Pairs], parts_by_slot: Mapping[int, Sequence[Spectral]]
+) -> tuple[Tensor | None, bool]:
+    """The values of one group of rows, and whether they share them; None where they have none here."""
+    each = [_summed(mix, parts_by_slot) for mix in mixes]
+    known = [values for values in each if values is not None]
+    if len(each) == 1 or not known:
+        return each[0], True
+    lanes_NL = torch.zeros(len(known[0]), LANES)
+    for lane, values in enumerate(each):
+        if values is not None:
+            lanes_NL[:, lane] = values
+    return lanes_NL, False
+
+
+def _summed(mix: Pairs, parts_by_slot: Mapping[int, Sequence[Spectral]]) -> Tensor | None:
+    """``Σ w c`` of one mix; an adapter's own values where it is alone with weight 1."""
+    weighted = [(weight, part.c_N) for slot, weight in mix for part in parts_by_slot.get(slot, ())]
+    if len(weighted) == 1 and weighted[0][0] == 1:
+        return weighted[0][1].contiguous()
+    return torch.stack([weight * c_N for weight, c_N in weighted]).sum(0) if weighted else None
+
+
+class _BoundSpectral(Bound):
+    def __init__(self, batch: _Batch, plan: Plan, members: Sequence[_Member | None]) -> None:
+        self._batch, self._plan, self._members = batch, plan, members
+        self._work = LANES * len(batch.groups) * 8 * plan.length
+        self._run = library().timbre_spectra
+
+    def sums(self, x_TI: Tensor) -> Sequence[Sequence[Change]]:
+        x_TI = x_TI.contiguous()
+        z_GCL = torch.empty(len(self._batch.groups), self._plan.coordinates, LANES)
+        self._run(
+            ctypes.byref(self._plan.view),
+            self._batch.groups,
+            ctypes.c_int64(len(self._batch.groups)),
+            ctypes.c_void_p(x_TI.data_ptr()),
+            ctypes.c_void_p(z_GCL.data_ptr()),
+            num_threads(self._work),
+        )
+        num_rows = self._batch.num_rows
+        return [() if m is None else (KernelChange(m, z_GCL, num_rows),) for m in self._members]

@@ -1,0 +1,91 @@
+"""What every operator in C++ shares: whose rows a kernel is called for, and changes that it adds by itself.
+
+Kernels read tensors where they lie: whoever holds addresses holds the tensors, too.
+
+Legend: T rows of the batch, N rows of one adapter, I in, O out.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from timbre_server.operators.contract import Change
+from timbre_server.operators.row_table import Segment
+
+MIN_WORK_FOR_THREADS = 100_000
+"""Multiplications below which waking other threads costs more than they do."""
+
+
+class Rows(ctypes.Structure):
+    """``Rows`` of ``lanes.h``."""
+
+    _fields_ = [
+        ("rows", ctypes.c_void_p),
+        ("weights", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+    ]
+
+    @staticmethod
+    def of(segment: Segment) -> Rows:
+        """Weights are read at each run: a router may have written them anew."""
+        return Rows(segment.rows_N.data_ptr(), segment.weights_N.data_ptr(), len(segment.rows_N))
+
+
+class Kernel(Protocol):
+    """One member's parts of all adapters, ready to be added."""
+
+    @property
+    def rows_N(self) -> Tensor:  # noqa: N802
+        """The rows that it adds to, each once."""
+        ...
+
+    def add(self, source: Tensor, y_TO: Tensor) -> None:
+        """Add to y, in place, what the parts make of x, or of what was made of x for all members; both are
+        float32 and contiguous."""
+        ...
+
+    @property
+    def out_features(self) -> int: ...
+
+
+class KernelChange(Change):
+    """A change that is computed where it is added, and never lies anywhere else."""
+
+    __slots__ = ("_kernel", "_num_rows", "_source")
+    _kernel: Kernel
+    _num_rows: int
+    _source: Tensor
+
+    def __init__(self, kernel: Kernel, source: Tensor, num_rows: int) -> None:
+        object.__setattr__(self, "_kernel", kernel)
+        object.__setattr__(self, "_source", source)
+        object.__setattr__(self, "_num_rows", num_rows)
+
+    def add_to(self, sum_TO: Tensor) -> None:
+        self._kernel.add(self._source, sum_TO)
+
+    @property
+    def rows_N(self) -> Tensor:  # noqa: N802
+        return self._kernel.rows_N
+
+    @property
+    def values_NO(self) -> Tensor:  # noqa: N802
+        """For who wants to do something else with it."""
+        sum_TO = torch.zeros(self._num_rows, self._kernel.out_features)
+        self._kernel.add(self._source, sum_TO)
+        return sum_TO[self.rows_N]
+
+
+def rows_of(segments: Sequence[Segment]) -> Tensor:
+    """Those of any of them, each once."""
+    return torch.tensor(sorted({row for segment in segments for row in segment.rows_N.tolist()}))
+
+
+def num_threads(work: int) -> int:
+    """For so many multiplications."""
+    return torch.get_num_threads() if work >= MIN_WORK_FOR_THREADS else 1

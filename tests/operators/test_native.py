@@ -1,0 +1,118 @@
+"""Operators in C++ where they do something of their own; `test_operators` holds them to the laws of all."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from timbre_methods.program import LowRank, Part, Places, Spectral
+from timbre_server.operators.catalogue import all_operators, why_not
+from timbre_server.operators.contract import Operator
+from timbre_server.operators.row_table import RowTable, Span
+
+MISSING = why_not("native")
+pytestmark = pytest.mark.skipif(MISSING is not None, reason=f"no native kernels here: {MISSING}")
+
+CROWDS = {
+    "decode": [Span(1, ((slot, 1.0),)) for slot in range(11)],
+    "prefill beside decode": [Span(21, ((1, 1.0),)), Span(1), Span(1, ((2, 1.0),)), Span(9, ((0, 0.5),))],
+    "mixes": [
+        Span(1, ((0, 0.7), (1, 0.3))),
+        Span(19, ((2, 0.25), (0, 2.0))),
+        Span(1, ((10, -1.0),)),
+        Span(1),
+    ],
+}
+
+
+def operator_of(part: type[Part], kernels: str) -> Operator[Part]:
+    found = all_operators(kernels=kernels)  # type: ignore[arg-type]
+    return next(operator for operator in found if operator.part is part)
+
+
+def added(
+    operator: Operator[Part], uses: list[dict[int, list[Part]]], crowd: str, y: list[Tensor]
+) -> list[Tensor]:
+    """Each member's output with its changes, from the same random input."""
+    table = RowTable(CROWDS[crowd])
+    first = next(part for own in uses for parts in own.values() for part in parts)
+    size = first.places.in_features if isinstance(first, Spectral) else first.a_RI.shape[1]  # type: ignore[attr-defined]
+    x_TI = torch.randn(table.num_rows, size, generator=torch.Generator().manual_seed(1))
+    sums = operator.bind(uses, table).sums(x_TI)
+    found = [y_TO.clone() for y_TO in y]
+    for changes, y_TO in zip(sums, found, strict=True):
+        for change in changes:
+            change.add_to(y_TO)
+    return found
+
+
+def outputs(crowd: str, *sizes: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randn(RowTable(CROWDS[crowd]).num_rows, size, generator=generator) for size in sizes]
+
+
+@pytest.mark.parametrize("crowd", CROWDS)
+@pytest.mark.parametrize(("inner", "outer"), [(576, 192), (48, 70), (14, 2), (22, 24), (15, 12)])
+def test_adapters_of_one_seed_run_side_by_side_as_each_would_alone(
+    crowd: str, inner: int, outer: int
+) -> None:
+    """22 has the factor 11 and 15 is odd: the plain operator takes these."""
+    generator = torch.Generator().manual_seed(inner)
+    rows, columns = (torch.randint(n, (60,), generator=generator) for n in (outer, inner))
+    places = Places("dft", outer, inner, rows, columns)
+    # The second member is adapted by only some of them, and by slot 0 twice.
+    uses: list[dict[int, list[Part]]] = [
+        {
+            slot: [Spectral(torch.randn(60, generator=generator), places) for _ in range(1 + (slot == 0))]
+            for slot in slots
+        }
+        for slots in (range(11), (0, 2, 7))
+    ]
+    y = outputs(crowd, outer, outer)
+    native, plain = (added(operator_of(Spectral, kernels), uses, crowd, y) for kernels in ("native", "torch"))
+    for got, expected in zip(native, plain, strict=True):
+        torch.testing.assert_close(got, expected, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_a_spectrum_that_is_not_finite_spoils_its_own_rows_alone(bad: float) -> None:
+    places = Places("dft", 24, 48, torch.arange(20), torch.arange(20))
+    uses: list[dict[int, list[Part]]] = [{slot: [Spectral(torch.ones(20), places)] for slot in range(11)}]
+    y = outputs("decode", 24)
+    sound = added(operator_of(Spectral, "native"), uses, "decode", y)[0]
+    uses[0][3] = [Spectral(torch.full((20,), bad), places)]
+    spoilt = added(operator_of(Spectral, "native"), uses, "decode", y)[0]
+    others = torch.arange(11) != 3
+    assert not spoilt[3].isfinite().any()
+    assert torch.equal(spoilt[others], sound[others])
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3, 8, 12, 33])
+@pytest.mark.parametrize("crowd", CROWDS)
+def test_every_rank_gives_what_pytorch_gives_and_base_rows_keep_their_bits(rank: int, crowd: str) -> None:
+    generator = torch.Generator().manual_seed(rank)
+    # Slices of larger tensors: not contiguous.
+    uses: list[dict[int, list[Part]]] = [
+        {
+            slot: [
+                LowRank(
+                    torch.randn(rank, 60, generator=generator)[:, :43],
+                    torch.randn(rank, 21, generator=generator).T,
+                )
+            ]
+            for slot in range(11)
+        }
+    ]
+    y = outputs(crowd, 21)
+    y[0][:, 0] = -0.0
+    native, plain = (
+        added(operator_of(LowRank, kernels), uses, crowd, y)[0] for kernels in ("native", "torch")
+    )
+    torch.testing.assert_close(native, plain, atol=1e-4, rtol=1e-4)
+    row = 0
+    for span in CROWDS[crowd]:
+        if not span.pairs:
+            assert torch.equal(native[row].signbit(), y[0][row].signbit())
+            assert torch.equal(native[row], y[0][row])
+        row += span.num_rows

@@ -1,0 +1,72 @@
+"""The C++ library: where it comes from, and what is said where there can be none."""
+
+from __future__ import annotations
+
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from timbre_server.adapters.kernels import choose_kernels
+from timbre_server.operators.catalogue import why_not
+from timbre_server.operators.native import library as native
+
+needs_compiler = pytest.mark.skipif(
+    not any(shutil.which(name) for name in native.COMPILERS), reason="no C++ compiler is installed"
+)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A home of nobody's yet, with a library that is looked for anew."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    native.library.cache_clear()
+    yield tmp_path
+    native.library.cache_clear()
+
+
+@needs_compiler
+def test_it_is_built_once_and_then_found(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert why_not("native") is None
+    (built,) = (home / ".cache" / "timbre").iterdir()
+
+    def never(*_: object) -> None:
+        raise AssertionError("it was built again")
+
+    monkeypatch.setattr(native, "_build", never)
+    native.library.cache_clear()
+    native.library()
+    assert list((home / ".cache" / "timbre").iterdir()) == [built]
+
+
+@needs_compiler
+def test_a_cache_that_others_can_write_to_is_not_used(home: Path) -> None:
+    folder = home / ".cache" / "timbre"
+    folder.mkdir(parents=True)
+    folder.chmod(stat.S_IRWXU | stat.S_IRWXO)
+    assert why_not("native") is None
+    assert not list(folder.iterdir())
+
+
+@needs_compiler
+def test_a_compiler_that_fails_is_told_with_its_last_words(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "_FLAGS", ("-no-such-flag",))
+    reason = why_not("native")
+    assert reason is not None
+    assert "could not be built" in reason
+    assert "no-such-flag" in reason
+    assert not list((home / ".cache" / "timbre").iterdir())
+
+
+def test_without_a_compiler_pytorch_serves_and_the_reason_is_told(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "COMPILERS", ("no-such-compiler",))
+    kernels, reason = choose_kernels("auto", torch.device("cpu"))
+    assert kernels == "torch"
+    assert reason == "no C++ compiler was found; install one of no-such-compiler"
