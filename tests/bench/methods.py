@@ -17,7 +17,7 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from timbre_methods.contract import Site, Sites
 from timbre_methods.registry import derive, method_for
-from timbre_server.adapters.adapted_model import AdaptedModel
+from timbre_server.adapters.adapted_model import AdaptedModel, Arithmetic
 from timbre_server.adapters.groups import LinearGroup
+from timbre_server.operators.catalogue import Kernels
 from timbre_server.operators.row_table import RowTable, Span
 
 LAYER = "model.layers.0."
@@ -125,11 +126,12 @@ def write_adapter(model: nn.Module, make: Callable[[], peft.PeftConfig], folder:
 class Measured:
     """The layer with 16 adapters of one method in its slots, or with none."""
 
-    def __init__(self, model: nn.Module, folder: Path | None) -> None:
+    def __init__(self, model: nn.Module, folder: Path | None, kernels: Kernels) -> None:
         self._model = copy.deepcopy(model)
         paths = [[LAYER + path for path in group] for group in GROUPS]
         sites = {path: Site(path, weight, None) for path, weight in layer_weights(self._model).items()}
-        self._adapted = AdaptedModel(self._model, [LinearGroup(tuple(group)) for group in paths])
+        groups = [LinearGroup(tuple(group)) for group in paths]
+        self._adapted = AdaptedModel(self._model, groups, Arithmetic(kernels=kernels))
         self.prepared_bytes = self._load(folder, sites) if folder is not None else 0
         self._table = RowTable([Span(1, ((row, 1.0),) if folder else ()) for row in range(ROWS)])
         generator = torch.Generator().manual_seed(2)
@@ -162,43 +164,52 @@ class Measured:
         return 1000 * elapsed
 
 
-def measure(rounds: int, steps: int, folder: Path) -> list[dict[str, Any]]:
+Key = tuple[str, Kernels]
+
+
+def measure(rounds: int, steps: int, kernels: Sequence[Kernels], folder: Path) -> list[dict[str, Any]]:
     model = one_layer()
-    measured = {"base": Measured(model, None)}
+    written: dict[str, Path | None] = {"base": None}
     for name, make in METHODS.items():
-        measured[name] = Measured(model, write_adapter(model, make, folder / str(len(measured))))
+        written[name] = write_adapter(model, make, folder / str(len(written)))
     weights = {name: w.numpy() for name, w in layer_weights(model).items()}
     shapes = {path: weight.shape for path, weight in weights.items()}
     for name, write in PAPERS.items():
-        measured[name] = Measured(model, write(folder / str(len(measured)), shapes, weights))
-    times: dict[str, list[float]] = {name: [] for name in measured}
+        written[name] = write(folder / str(len(written)), shapes, weights)
+    measured: dict[Key, Measured] = {
+        (name, each): Measured(model, path, each) for name, path in written.items() for each in kernels
+    }
+    times: dict[Key, list[float]] = {key: [] for key in measured}
     for number in range(rounds + 1):
-        for name, layer in measured.items():
+        for key, layer in measured.items():
             median = statistics.median(layer.step_ms() for _ in range(steps))
             if number:
-                times[name].append(median)
-    return [_row(name, measured[name].prepared_bytes, times) for name in measured]
+                times[key].append(median)
+    return [_row(key, measured[key].prepared_bytes, times) for key in measured]
 
 
-def _row(name: str, prepared_bytes: int, times: dict[str, list[float]]) -> dict[str, Any]:
+def _row(key: Key, prepared_bytes: int, times: dict[Key, list[float]]) -> dict[str, Any]:
+    name, kernels = key
+
     def added(own: str) -> list[float]:
-        return [ms - base for ms, base in zip(times[own], times["base"], strict=True)]
+        return [ms - base for ms, base in zip(times[own, kernels], times["base", kernels], strict=True)]
 
     ratios = [own / lora for own, lora in zip(added(name), added("lora r=8"), strict=True)]
     return {
         "method": name,
+        "kernels": kernels,
         "prepared_bytes": prepared_bytes,
-        "layer_ms": round(statistics.median(times[name]), 3),
+        "layer_ms": round(statistics.median(times[key]), 3),
         "added_ms": round(statistics.median(added(name)), 3),
         "to_lora": round(statistics.median(ratios), 2),
     }
 
 
 def main() -> None:
-    args = arguments(__doc__, rounds=5, steps=20, out="bench-methods.json")
+    args = arguments(__doc__, rounds=5, steps=20, out="bench-methods.json", has_kernels=True)
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
-        report(measure(args.rounds, args.steps, Path(folder)), args)
+        report(measure(args.rounds, args.steps, args.kernels, Path(folder)), args)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, get_args
+
+from timbre_server.operators.catalogue import Kernels
 
 
 def arguments(
@@ -18,15 +20,25 @@ def arguments(
     rounds: int,
     steps: int,
     out: str,
+    has_kernels: bool = False,
     flags: Mapping[str, str] = MappingProxyType({}),
 ) -> argparse.Namespace:
-    """``rounds``, ``steps``, ``threads`` and ``out``, with these defaults, and flags with what they say."""
+    """``rounds``, ``steps``, ``threads`` and ``out``, with these defaults, perhaps ``kernels``, and flags with
+    what they say."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=rounds, help="measured rounds, after one that warms up")
     parser.add_argument("--steps", type=int, default=steps, help="decode steps of each row in a round")
     parser.add_argument("--threads", type=int, default=1)
+    if has_kernels:
+        parser.add_argument(
+            "--kernels",
+            nargs="+",
+            choices=get_args(Kernels),
+            default=["torch", "native"],
+            help="what runs the adapters; several stand side by side",
+        )
     parser.add_argument("--out", type=Path, default=Path(out))
     for name, meaning in flags.items():
         parser.add_argument(f"--{name}", action="store_true", help=meaning)

@@ -61,17 +61,24 @@ static inline void small_transform(const FourierPlan &plan, const Complex *a, Co
 // One factor P of m, of which `done` is the product of those before, `left` of the others with it.
 // (Stockham's order: T. G. Stockham, "High-speed convolution and correlation", 1966.)
 template <int SIGN, int P>
-static void pass(const FourierPlan &plan, const Complex *from, Complex *to, int64_t done, int64_t left) {
+static void pass(const FourierPlan &plan, const Complex *__restrict from, Complex *__restrict to, int64_t done, int64_t left) {
     const int64_t step = left / P;
-    for (int64_t j = 0; j < step; j++)
+    for (int64_t j = 0; j < step; j++) {
+        float re[P], im[P];
+        for (int u = 1; u < P; u++) {
+            re[u] = plan.roots[2 * j * u * done];
+            im[u] = plan.roots[2 * j * u * done + 1] * -SIGN;
+        }
         for (int64_t q = 0; q < done; q++) {
             Complex a[P], b[P];
+#pragma GCC unroll 8
             for (int t = 0; t < P; t++) a[t] = from[q + done * (j + step * t)];
             small_transform<SIGN, P>(plan, a, b);
             to[q + done * P * j] = b[0];
-            for (int u = 1; u < P; u++)
-                to[q + done * (P * j + u)] = rooted<SIGN>(b[u], plan.roots, j * u * done);
+#pragma GCC unroll 8
+            for (int u = 1; u < P; u++) to[q + done * (P * j + u)] = times(b[u], re[u], im[u]);
         }
+    }
 }
 
 // Of m complex numbers in `from`, which is lost. Returns where the result lies: `from` or `to`.
