@@ -23,8 +23,7 @@ def arguments(
     has_kernels: bool = False,
     flags: Mapping[str, str] = MappingProxyType({}),
 ) -> argparse.Namespace:
-    """``rounds``, ``steps``, ``threads`` and ``out``, with these defaults, perhaps ``kernels``, and flags with
-    what they say."""
+    """``rounds``, ``steps``, ``threads`` and ``out``, with these defaults, perhaps ``kernels``, and flags."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
