@@ -44,6 +44,7 @@ NOT_MERGED = (
     "alora", "arrow", "beft", "boft", "deft", "dora", "ether", "glora", "hira", "hra", "hydra", "ia3", "lily",
     "llava_mole", "ln_tuning", "lora_mixer", "loramoe", "mixlora", "mola", "molora", "moram", "mov", "oft",
     "parameter_lora", "peanut", "phatgoose", "propulsion", "road", "sara", "smora", "ssf", "trainable_tokens",
+    "xlora",
 )  # fmt: skip
 """What turns or scales what passes, what routes, or is made of the base's weights when it is loaded."""
 

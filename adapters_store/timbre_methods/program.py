@@ -9,12 +9,11 @@ parts of one adapter, and of several adapters in a mix, combine by weighted sums
     W' = W + Σ w · change                   SlicedLowRank, at a bare parameter
     y  = W x' + b + Σ w · change(x, y0)      all others
 
-This module knows no file format, no method's name and no batch. `routing` has the parts of mixtures, whose
-weights each row has of its own, and `prompt_parts` what acts outside of sites.
+This module knows no file format, no method and no batch. `routing` has the parts of mixtures, whose weights
+each row has of its own, and `prompt_parts` what acts outside of sites.
 
-Legend: I in features, O out features, R rank, N stored coefficients or blocks, P and Q the sizes of a
-basis, K places of a sparse core or tokens, F factors, S stored blocks, B their size, M and N
-(in `Circulant`) pieces of an output and an input.
+Legend: I in features, O out features, R rank, N stored coefficients or blocks, P and Q sizes of a basis, K
+places of a sparse core or tokens, F factors, S stored blocks, B their size, M and N (`Circulant`) pieces.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from typing import Literal
 from torch import Tensor
 
 from timbre_methods.prompt_parts import AttentionPrompt, Prompt
-from timbre_methods.routing import Routed, RoutedBlock, Router, repeated_router_bytes
+from timbre_methods.routing import Routed, RoutedBlock, Router, Scout, repeated_router_bytes
 
 SHARED = {"shared": True}
 """Field metadata: the tensor belongs to a basis that many adapters use, so no adapter owns its bytes."""
@@ -103,8 +102,7 @@ class Sparse:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Block:
-    """A dense block on some channels, ``index_N`` int64, distinct, in any order; ``block`` float32.
-
+    """A dense block on some channels, ``index_N`` int64, distinct, in any order; ``block`` float32:
     ``input``: ``y += S x[index]``, block S [O, N], index in [0, I).
     ``output``: ``y[index] += S x``, block S [N, I], index in [0, O).
     """
@@ -167,8 +165,7 @@ class Projected:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Diagonal:
-    """An element-wise gain and shift, as a change.
-
+    """An element-wise gain and shift, as a change:
     ``input``: ``x' = x + (gain − 1) ∘ x`` before the base product, ``gain`` [I], no shift.
     ``output``: ``y += (gain − 1) ∘ y0 + shift``, ``gain`` and ``shift`` [O], y0 with the base's bias.
     """
@@ -221,7 +218,7 @@ class SlicedLowRank:
 
 FromInput = LowRank | Spectral | Circulant | Sparse | Block | Dense | Kronecker | Projected | TokenRows
 Part = FromInput | Diagonal | Rotation | Routed | RoutedBlock | SlicedLowRank
-AnyPart = Part | Prompt | AttentionPrompt
+AnyPart = Part | Prompt | AttentionPrompt | Scout
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -230,15 +227,16 @@ class AdapterProgram:
 
     With a ``prompt`` it puts virtual tokens at positions 0 to V - 1, before a request's own. Prompts have no
     weighted sum: such an adapter runs alone and with weight 1. What it does in ``attention`` is by layer.
-
     With ``invocation_tokens`` it acts only from the first token of their last occurrence in a request's
-    prompt on, and on all that follows; a request without them is not the adapter's.
+    prompt on, and on all that follows; a request without them is not the adapter's. A ``scout`` gives the
+    gates of `Routed` parts with a `Scouted` router.
     """
 
     sites: Mapping[str, tuple[Part, ...]]
     prompt: Prompt | None = None
     attention: Mapping[int, AttentionPrompt] = field(default_factory=dict)
     invocation_tokens: tuple[int, ...] = ()
+    scout: Scout | None = None
 
     @property
     def virtual_tokens(self) -> int:
@@ -248,14 +246,14 @@ class AdapterProgram:
     @property
     def row_copies(self) -> int:
         """How many times a row of its requests runs through the block where that is most often."""
-        blocks = (p for parts in self.sites.values() for p in parts if isinstance(p, RoutedBlock))
-        return max((block.copies for block in blocks), default=1)
+        parts = (part for own in self.sites.values() for part in own)
+        return max((part.copies for part in parts if isinstance(part, RoutedBlock)), default=1)
 
     def placed_parts(self) -> Iterator[tuple[str, AnyPart]]:
         """Everything that the adapter consists of, with the place where it acts."""
         yield from ((path, part) for path, parts in self.sites.items() for part in parts)
-        if self.prompt is not None:
-            yield "prompt", self.prompt
+        lone = {"prompt": self.prompt, "scout": self.scout}
+        yield from ((place, part) for place, part in lone.items() if part is not None)
         yield from ((f"attention of layer {layer}", part) for layer, part in self.attention.items())
 
     @property
@@ -267,7 +265,7 @@ class AdapterProgram:
 
     @property
     def shared_bytes(self) -> dict[int, int]:
-        """Bytes of each tensor that it shares with others, by the tensor's identity in this process."""
+        """Bytes of each tensor that it shares with others, by the tensor's identity."""
         return {id(t): t.nbytes for _, part in self.placed_parts() for t in shared_tensors(part)}
 
 
@@ -282,13 +280,15 @@ def shared_tensors(part: AnyPart) -> Iterator[Tensor]:
 
 def owned_tensors(part: AnyPart | Router) -> Iterator[Tensor]:
     """The tensors of a part that belong to its adapter, without the shared basis."""
-    for value in (getattr(part, each.name) for each in fields(part)):
+    for value in [getattr(part, each.name) for each in fields(part)]:
         if isinstance(value, Tensor):
             yield value
         elif isinstance(value, Places) and value.is_own:
             yield from (value.rows_N, value.columns_N)
         elif isinstance(value, Router) and not (isinstance(part, Routed) and part.from_block):
             yield from owned_tensors(value)
+        elif isinstance(part, Scout) and isinstance(value, tuple):
+            yield from value
     if isinstance(part, Routed):
         yield from (t for expert in part.experts for inner in expert for t in owned_tensors(inner))
 

@@ -26,11 +26,6 @@ REFUSED: Mapping[str, str] = MappingProxyType(
             "it is a codebook for the codes of a sketched base, which everyone on the server would have to "
             "use; serve the sketched base as a model of its own"
         ),
-        "XLORA": (
-            "its router reads what the base alone makes of each token, which takes a pass and a key-value "
-            "cache of its own; upload its experts as single LoRAs and name several of them with weights, or "
-            "with the routers of ARROW"
-        ),
     }
 )
 """By ``peft_type``: why it is not served, and what to do."""

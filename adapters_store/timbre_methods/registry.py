@@ -65,6 +65,7 @@ class Inspection:
     virtual_tokens: int
     invocation_tokens: tuple[int, ...]
     row_copies: int
+    scouts: bool
 
 
 AnyMethod = Method[Any] | PromptMethod[Any]
@@ -222,6 +223,11 @@ def _compiled(method: AnyMethod, config: Any, beside: Beside, sites: Sites, fram
     if isinstance(method, PromptMethod):
         return method.compile(config, beside.own, sites, frame)
     program = method.compile(config, beside.own, sites_of(method, sites))
+    if program.scout is not None and frame.hidden_size not in (0, program.scout.width):
+        raise AdapterMismatch(
+            f"the classifier reads hidden states of {program.scout.width} features, this base's have "
+            f"{frame.hidden_size}"
+        )
     parts = beside.parts(sites)
     both = next((path for path in parts if path in program.sites), None)
     if both is not None:
@@ -274,6 +280,7 @@ def _inspection(raw_config: Mapping[str, Any], tensors: Tensors, sites: Sites, f
         virtual_tokens=program.virtual_tokens,
         invocation_tokens=program.invocation_tokens,
         row_copies=program.row_copies,
+        scouts=program.scout is not None,
     )
 
 

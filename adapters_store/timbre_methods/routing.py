@@ -8,6 +8,8 @@ row itself. Where experts meet is the one difference between mixtures:
 * after a block, ``y = Σ_e g_e(x) · block_e(x)``: the whole block, its nonlinearity included, once for each
   chosen expert, in which expert e alone acts at the sites below.
 
+A *scout* gives gates before any layer of the adapter acts: it reads what the base alone makes of the token.
+
 Like `program`, whose parts these are, this module holds plain data.
 
 Legend: I in features, E experts.
@@ -42,8 +44,9 @@ class Rule:
        them for this choice alone; or, by ``top_p``, the shortest run of the largest softmax values whose sum
        exceeds ``top_p``, the one that crosses it included. Of equal ones the first are kept.
     5. ``gate``: the softmax over all experts; the softmax over those kept, which is the softmax over all
-       divided by its sum over those kept (``renormalised``); or 1.
+       divided by its sum over those kept (``renormalised``); the ``logit`` itself; or 1.
     6. Those whose logit of step 2 lies below ``floor`` get 0; the others stay as they are.
+    7. With ``again``, those that are not 0 become their softmax among each other.
 
     All of it in float32. Experts that are not kept have gate 0.
     """
@@ -54,13 +57,15 @@ class Rule:
     keep: Literal["all", "top_k", "top_p"] = "all"
     top_k: int = 1
     top_p: float = 1.0
-    gate: Literal["softmax", "renormalised", "one"] = "softmax"
+    gate: Literal["softmax", "renormalised", "logit", "one"] = "softmax"
     floor: float | None = None
+    again: bool = False
 
     @property
     def is_choice(self) -> bool:
         """Whether one expert acts, with gate 1: then it does not matter where experts meet."""
-        return self.keep == "top_k" and self.top_k == 1 and self.gate != "softmax" and self.floor is None
+        keeps_one = self.keep == "top_k" and self.top_k == 1
+        return keeps_one and self.gate in ("renormalised", "one") and self.floor is None
 
     def num_kept(self, num_experts: int) -> int:
         """At most so many of them act on a row."""
@@ -81,8 +86,47 @@ class Router:
         return len(self.weight_EI)
 
     @property
+    def num_kept(self) -> int:
+        """At most so many of its experts act on a row."""
+        return self.rule.num_kept(self.num_experts)
+
+    @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (self.weight_EI, self.bias_E, self.preference_E) if t is not None)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scout:
+    """A network that reads h, the base's last hidden state of a token (after its final norm) where no adapter
+    acts: ``W h + c`` layer by layer, ReLU between them, all float32.
+
+    The last layer's outputs are the logits [places, E], which ``rule`` turns into gates from its step 2 on.
+    Such an adapter takes a pass of the base alone, with keys and values of its own, before each of its own.
+    """
+
+    weights: tuple[Tensor, ...]
+    """[out, in] of each layer."""
+    biases: tuple[Tensor, ...]
+    rule: Rule
+    num_experts: int
+
+    @property
+    def width(self) -> int:
+        """Of what it reads."""
+        return self.weights[0].shape[1]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scouted:
+    """The gates that the adapter's scout gives for one place; sites that share them have this very object."""
+
+    num_experts: int
+    place: int = 0
+
+    @property
+    def num_kept(self) -> int:
+        """At most so many of its experts act on a row: all, whatever the scout's rule."""
+        return self.num_experts
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,13 +135,18 @@ class Routed:
 
     ``experts`` has one entry for each of the router's, empty for an expert that does nothing here. Its
     `Diagonal` parts are of the output side and add ``g_e · change(part, y0)``. With ``from_block`` the very
-    same router object is also in a `RoutedBlock` above, from whose input the gates come; for the site alone,
-    outside of its block, each expert has gate 1.
+    same router object is also in a `RoutedBlock` above, from whose input the gates come. For the site alone,
+    outside of its block or where no scout has read, each expert has gate 1.
     """
 
     experts: tuple[tuple[FromInput | Diagonal, ...], ...]
-    router: Router
+    router: Router | Scouted
     from_block: bool = False
+
+    @property
+    def own_router(self) -> Router | None:
+        """The one that reads this site's input, where there is one."""
+        return self.router if isinstance(self.router, Router) and not self.from_block else None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -113,12 +162,11 @@ class RoutedBlock:
     @property
     def copies(self) -> int:
         """How many times a row runs through the block; more than once where several experts meet after it."""
-        rule = self.router.rule
-        is_once = self.meet == "sites" or rule.is_choice
-        return 1 if is_once else rule.num_kept(self.router.num_experts)
+        is_once = self.meet == "sites" or self.router.rule.is_choice
+        return 1 if is_once else self.router.num_kept
 
 
 def repeated_router_bytes(parts: Iterable[object]) -> int:
     """What routers that several sites share would be counted too often, if each site counted its own."""
-    routers = [part.router for part in parts if isinstance(part, Routed) and not part.from_block]
+    routers = [part.own_router for part in parts if isinstance(part, Routed) and part.own_router]
     return sum(router.nbytes for router in routers) - sum(router.nbytes for router in set(routers))

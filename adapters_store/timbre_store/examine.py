@@ -59,6 +59,7 @@ def examine(files: UploadedFiles, base_model: str | None, inspect: Inspect, limi
         virtual_tokens=inspection.virtual_tokens,
         invocation_tokens=inspection.invocation_tokens,
         row_copies=inspection.row_copies,
+        scouts=inspection.scouts,
     )
 
 

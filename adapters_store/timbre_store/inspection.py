@@ -22,6 +22,7 @@ class Inspection:
     virtual_tokens: int = 0
     invocation_tokens: tuple[int, ...] = ()
     row_copies: int = 1
+    scouts: bool = False
 
 
 Inspect = Callable[[dict[str, Any], TensorHeader, Path, Path], Inspection]

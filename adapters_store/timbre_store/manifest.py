@@ -29,6 +29,7 @@ OPTIONAL: Mapping[str, object] = {
     "invocation_tokens": (),
     "recipe": None,
     "row_copies": 1,
+    "scouts": False,
     "virtual_tokens": 0,
 }
 """Fields that are left out where they say nothing, and what they hold then."""
@@ -59,6 +60,8 @@ class Manifest:
     """It acts only from their last occurrence in a prompt on."""
     row_copies: int = 1
     """How many times a token runs through a block of the base, once for each expert that a router keeps."""
+    scouts: bool = False
+    """Whether a pass of the base alone gives its experts their gates."""
     recipe: Recipe | None = None
     """How the server made it of others; None for an adapter that was uploaded."""
     format: int = FORMAT
@@ -109,6 +112,8 @@ def _check_fields(raw: dict[str, Any]) -> None:
     for name in ("peft_type", "base_model_digest"):
         if not (raw[name] is None or isinstance(raw[name], str)):
             raise UnsafeFile(f"the manifest's {name} is {raw[name]!r}; expected a string or null")
+    if not isinstance(raw.get("scouts", False), bool):
+        raise UnsafeFile(f"the manifest's scouts is {raw['scouts']!r}; expected true or false")
     if not isinstance(raw["method"], str):
         raise UnsafeFile(f"the manifest's method is {raw['method']!r}; expected a string")
     if not (isinstance(raw["sites"], list) and all(isinstance(site, str) for site in raw["sites"])):

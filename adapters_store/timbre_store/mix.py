@@ -37,5 +37,6 @@ def mix_manifest(recipe: Recipe, parents: Sequence[Manifest], base_model: str | 
         tensors_digest=digest_of_bytes(NO_TENSORS),
         virtual_tokens=sum(parent.virtual_tokens for parent in parents),
         row_copies=math.prod(parent.row_copies for parent in parents),
+        scouts=any(parent.scouts for parent in parents),
         recipe=recipe,
     )

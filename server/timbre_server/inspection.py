@@ -149,6 +149,7 @@ def inspector(
             virtual_tokens=found.virtual_tokens,
             invocation_tokens=found.invocation_tokens,
             row_copies=found.row_copies,
+            scouts=found.scouts,
         )
 
     return inspect

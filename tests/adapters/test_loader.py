@@ -93,7 +93,7 @@ def loader_of(store: Store, base: str = BASE) -> AdapterLoader:
 
 
 def all_tensors(program: AdapterProgram) -> list[Tensor]:
-    return [t for parts in program.sites.values() for part in parts for t in owned_tensors(part)]
+    return [t for _, part in program.placed_parts() for t in owned_tensors(part)]
 
 
 @pytest.mark.parametrize("method", methods())

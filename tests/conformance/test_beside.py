@@ -23,7 +23,7 @@ from timbre_methods.site_tensors import PREFIX
 
 SEEDS = range(200)
 EXAMPLES = 2
-NOT_PEFTS_FILES = {"llava_mole", "loramoe", "mixlora", "mola"}
+NOT_PEFTS_FILES = {"llava_mole", "loramoe", "mixlora", "mola", "xlora"}
 ALONE = {"alora", *NOT_PEFTS_FILES, *prompt_methods()}
 """Methods that act on some of a request's rows or outside its layers, where whatever stands beside them would
 act on all rows; and those in whose files nothing of PEFT's can stand."""

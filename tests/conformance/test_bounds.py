@@ -135,6 +135,7 @@ BESIDE: Mapping[tuple[str, str], Mapping[str, object]] = {
     ("poly", "task_id"): {"n_tasks": MOST},
     ("smora", "r"): {"top_k": 1},
     ("smora", "top_k"): {"r": MAX_EXPERTS},
+    ("xlora", "top_k_lora"): {"adapters": {str(e): {"peft_type": "LORA"} for e in range(MAX_EXPERTS)}},
 }
 """What a number at its bounds is read beside, where the example's value of another option narrows them."""
 MOST_KEYS = 4096

@@ -92,7 +92,7 @@ WITHOUT_EFFECT: Mapping[tuple[str, str], tuple[set[object], str]] = {
 
 
 def outputs(evaluate: ModuleType, program: AdapterProgram, sites: Mapping[str, Site]) -> Tensor:
-    """What every layer gives for one input, all in one row of numbers."""
+    """What every layer and a scout give for one input, all in one row of numbers."""
     generator = torch.Generator().manual_seed(23)
     rows = [
         evaluate.run_parts(
@@ -102,7 +102,7 @@ def outputs(evaluate: ModuleType, program: AdapterProgram, sites: Mapping[str, S
         )
         for path, site in sites.items()
     ]
-    return torch.cat([row.flatten() for row in rows])
+    return torch.cat([*(row.flatten() for row in rows), evaluate.scouted_gates(program).flatten()])
 
 
 def inert_keys(raw_config: dict[str, Any]) -> frozenset[str]:

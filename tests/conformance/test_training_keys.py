@@ -45,6 +45,7 @@ NOT_LOOKED_AT: Mapping[str, str] = {
         boft_dropout deft_dropout encoder_dropout ffn_dropout frod_dropout gralora_dropout hira_dropout
         lora_dropout miss_dropout module_dropout psoft_dropout pvera_dropout randlora_dropout
         rank_dropout rank_dropout_scale tinylora_dropout unilora_dropout vblora_dropout vera_dropout
+        xlora_dropout_p
     """,
     "the course of training": """
         asa_importance_beta asa_schedule_exponent asa_target_subspaces asa_uncertainty_beta beta1
@@ -55,7 +56,7 @@ NOT_LOOKED_AT: Mapping[str, str] = {
         opt_projection_format_epsilon opt_weighted_loss_type orth_reg_weight reselection_steps
         router_aux_loss_coef router_loss router_z_loss_coef
         selection_accumulation_steps selection_algorithm tfinal tinit total_step use_asa
-        use_dynamic_rank
+        use_dynamic_rank use_trainable_adapters
     """,
     "a network that training alone runs": """
         encoder_hidden_size encoder_num_layers encoder_reparameterization_type prefix_projection

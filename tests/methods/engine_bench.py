@@ -119,7 +119,7 @@ class EngineBench:
             program = compile_adapter(config, tensors, self.sites, self.frame)
         slot = self.shelf.slots.setdefault(digest, len(self.shelf.slots))
         self.adapted.put(slot, program)
-        self.uses[digest] = AdapterUse(digest, virtual_tokens=found.virtual_tokens)
+        self.uses[digest] = AdapterUse(digest, virtual_tokens=found.virtual_tokens, scouts=found.scouts)
         return program
 
     def submit(self, prompt: list[int], adapter: Asked = None, num_tokens: int = 8, **sampling: Any) -> str:

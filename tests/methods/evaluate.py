@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from timbre_methods.contract import Site
 from timbre_methods.program import (
+    AdapterProgram,
     Block,
     Circulant,
     Dense,
@@ -34,7 +35,7 @@ from timbre_methods.program import (
     Spectral,
     TokenRows,
 )
-from timbre_methods.routing import Routed, RoutedBlock, Router
+from timbre_methods.routing import Routed, RoutedBlock, Router, Scouted
 
 
 def _load(name: str) -> ModuleType:
@@ -50,8 +51,8 @@ def _load(name: str) -> ModuleType:
 
 gates, spectra = _load("gates"), _load("spectra")
 
-CHOSEN: dict[Router, Tensor] = {}
-"""The gates [N, E] that blocks have chosen for the rows in them (`adapted_copy`)."""
+CHOSEN: dict[Router | Scouted, Tensor] = {}
+"""The gates [N, E] that blocks and scouts have chosen for the rows (`adapted_copy`)."""
 
 
 def block_sites(model: nn.Module) -> dict[str, Site]:
@@ -146,9 +147,9 @@ def change(part: Part, x_TI: Tensor, y0_TO: Tensor) -> Tensor:
 
 
 def routed(part: Routed, x_TI: Tensor, y0_TO: Tensor) -> Tensor:
-    """Expert after expert. Without a block around the site that has chosen, each has gate 1."""
+    """Expert after expert. Without a block or a scout that has chosen, each has gate 1."""
     x_NI, y0_NO = x_TI.flatten(0, -2), y0_TO.flatten(0, -2)
-    if part.from_block:
+    if part.from_block or isinstance(part.router, Scouted):
         gates_NE = CHOSEN.get(part.router, torch.ones(len(x_NI), len(part.experts))).to(x_NI.dtype)
     else:
         gates_NE = gates.gates(part.router, x_NI)
@@ -237,6 +238,15 @@ def run_parts(site: Site, parts: tuple[Part, ...], x_TI: Tensor) -> Tensor:
         return nn.functional.linear(v_TI, weight, bias_O)
 
     return apply_parts(parts, x_TI, product)
+
+
+def scouted_gates(program: AdapterProgram, num_rows: int = 3) -> Tensor:
+    """What an adapter's scout gives for one input, [T, L, E] in float64; nothing where it has none."""
+    if program.scout is None:
+        return torch.zeros(0, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(41)
+    h_TD = torch.randn(num_rows, program.scout.width, generator=generator, dtype=torch.float64)
+    return gates.of_scout(program.scout, h_TD)
 
 
 def block_gates(parts: tuple[Part, ...], x_TI: Tensor) -> Tensor:

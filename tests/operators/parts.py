@@ -156,6 +156,8 @@ RULES = (
     Rule(reads="normalised", logits="absolute", scale=0.5, keep="top_k", top_k=3, gate="renormalised"),
     Rule(logits="unit", scale=3.0, keep="top_k", top_k=2, gate="renormalised", floor=0.1),
     Rule(gate="one"),
+    Rule(keep="top_k", top_k=2, gate="logit"),
+    Rule(scale=2.0, keep="top_k", top_k=3, again=True),
 )
 
 

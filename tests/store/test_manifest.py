@@ -49,6 +49,7 @@ MANIFESTS = st.builds(
     virtual_tokens=st.just(0) | COUNTS,
     invocation_tokens=st.lists(COUNTS, max_size=3).map(tuple),
     row_copies=st.just(1) | COUNTS,
+    scouts=st.booleans(),
     recipe=st.none() | RECIPES,
 )
 
@@ -106,6 +107,7 @@ def test_changed_bytes_are_refused_or_are_another_manifest_in_canonical_form(pla
         ("config_digest", "0a" * 32),
         ("tensors_digest", None),
         ("surplus", 1),
+        ("scouts", 1),
         ("invocation_tokens", 5),
         ("invocation_tokens", [True]),
         ("invocation_tokens", [-1]),

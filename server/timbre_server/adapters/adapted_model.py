@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from timbre_methods.program import AdapterProgram
-from timbre_methods.routing import RoutedBlock, Router
+from timbre_methods.routing import RoutedBlock, Router, Scouted
 from timbre_server.adapters.active_rows import ActiveRows
 from timbre_server.adapters.adapted_embedding import AdaptedEmbedding
 from timbre_server.adapters.adapted_linear import AdaptedGroup, AdaptedLinear, Product
@@ -22,6 +22,7 @@ from timbre_server.adapters.groups import Block, LinearGroup, LoneLayer, Paramet
 from timbre_server.adapters.prompts import StepPrompts
 from timbre_server.adapters.routed_block import RoutedBlockLayer
 from timbre_server.adapters.routing_report import Choice, choices_of, expert_tokens, router_places
+from timbre_server.adapters.scouting import read_scouts
 from timbre_server.operators.catalogue import Kernels, all_operators, embedding_operators
 from timbre_server.operators.row_table import Pairs, RowTable
 from timbre_server.operators.step_routing import StepRouting
@@ -65,7 +66,7 @@ class AdaptedModel:
         self._groups: list[AdaptedGroup] = []
         self._linears: dict[str, AdaptedLinear] = {}
         self._step = StepRouting()
-        self._places: dict[Router, str] = {}
+        self._places: dict[Router | Scouted, str] = {}
         operators = {operator.part: operator for operator in all_operators(self._step, arithmetic.kernels)}
         for group in groups:
             rows = self._head_rows if group.is_head else self._body_rows[1]
@@ -109,6 +110,15 @@ class AdaptedModel:
             rows.begin(table.times(rows_per_token))
         self._head_rows.begin(head_table)
         self._prompts.begin(table)
+
+    def scout(self, rows_S: Tensor, hidden_SD: Tensor, kept_rows_T: Tensor) -> None:
+        """Give the scouts what the base alone made of the rows ``rows_S``, increasing, of those that are set;
+        ``kept_rows_T`` are the rows whose logits are kept. Every row of an adapter with one is among them."""
+        body, head = self._body_rows[1].table, self._head_rows.table
+        if body is not None:
+            read_scouts(self._programs, self._step, body, rows_S, hidden_SD)
+        if head is not None:
+            self._step.keep_rows(head, kept_rows_T)
 
     def clear_rows(self) -> None:
         """The forward has ended, well or not: base rows until told otherwise, nothing kept of its inputs."""

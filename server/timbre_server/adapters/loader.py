@@ -24,7 +24,7 @@ from timbre_methods.errors import MethodError
 from timbre_methods.program import AdapterProgram, AnyPart, LowRank, Projected, owned_tensors
 from timbre_methods.prompt_contract import NO_FRAME, Frame
 from timbre_methods.registry import compile_adapter, method_for
-from timbre_methods.routing import Routed, RoutedBlock, Router
+from timbre_methods.routing import Routed, RoutedBlock, Router, Scout, Scouted
 from timbre_server.errors import AdapterLoadFailed
 from timbre_server.operators.low_rank import side_by_side
 from timbre_store.errors import StoreError
@@ -101,13 +101,18 @@ def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
 
 def _check_promises(manifest: Manifest, program: AdapterProgram) -> None:
     """Requests were laid out by what the manifest says: rows that are the adapter's must be so here, too."""
-    said = (manifest.virtual_tokens, manifest.invocation_tokens, manifest.row_copies)
-    found = (program.virtual_tokens, program.invocation_tokens, program.row_copies)
+    said = (manifest.virtual_tokens, manifest.invocation_tokens, manifest.row_copies, manifest.scouts)
+    found = (
+        program.virtual_tokens,
+        program.invocation_tokens,
+        program.row_copies,
+        program.scout is not None,
+    )
     if said != found:
         raise AdapterLoadFailed(
             f"adapter {manifest.digest}: its manifest says {said[0]} virtual tokens, invocation tokens "
-            f"{said[1][:32]} and {said[2]} copies of each row, its files {found[0]}, {found[1][:32]} and "
-            f"{found[2]}: upload it again"
+            f"{said[1][:32]}, {said[2]} copies of each row and scouts={said[3]}, its files {found[0]}, "
+            f"{found[1][:32]}, {found[2]} and {found[3]}: upload it again"
         )
 
 
@@ -131,7 +136,7 @@ def _placed(program: AdapterProgram, device: torch.device, groups: Sequence[Sequ
     joined: dict[int, Any] = {
         id(part): there for part, there in _factors_side_by_side(program, device, groups)
     }
-    routers: dict[int, Router] = {}
+    routers: dict[int, Router | Scouted] = {}
 
     def own(tensor: Tensor) -> Tensor:
         return tensor.to(device, copy=True, memory_format=torch.contiguous_format)
@@ -146,6 +151,8 @@ def _placed(program: AdapterProgram, device: torch.device, groups: Sequence[Sequ
             for part_field in fields(part)
             if id(value := getattr(part, part_field.name)) in owned
         }
+        if isinstance(part, Scout):
+            changes = {name: tuple(map(own, getattr(part, name))) for name in ("weights", "biases")}
         if isinstance(part, Projected):
             changes["basis"] = basis_on(part.basis, device)
         if isinstance(part, (Routed, RoutedBlock)):
@@ -154,16 +161,17 @@ def _placed(program: AdapterProgram, device: torch.device, groups: Sequence[Sequ
             changes["experts"] = tuple(tuple(map(placed, expert)) for expert in part.experts)
         return replace(part, **changes)
 
-    def placed_router(router: Router) -> Router:
-        """A block and the sites below it go on sharing theirs."""
+    def placed_router(router: Router | Scouted) -> Router | Scouted:
+        """A block and the sites below it, and sites with a scout's gates in common, go on sharing theirs."""
         if id(router) not in routers:
-            routers[id(router)] = placed(router)
+            routers[id(router)] = placed(router) if isinstance(router, Router) else replace(router)
         return routers[id(router)]
 
     return replace(
         program,
         sites={path: tuple(map(placed, parts)) for path, parts in program.sites.items()},
         prompt=None if program.prompt is None else placed(program.prompt),
+        scout=None if program.scout is None else placed(program.scout),
         attention={layer: placed(part) for layer, part in program.attention.items()},
     )
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from timbre_methods.program import AdapterProgram
-from timbre_methods.routing import Routed, RoutedBlock, Router
+from timbre_methods.routing import Routed, RoutedBlock, Router, Scouted
 from timbre_server.operators.row_table import RowTable
 from timbre_server.operators.step_routing import RouterCall
 
@@ -22,7 +22,7 @@ MAX_EXPERTS_SHOWN = 8
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The experts that acted on one row at one place, largest gate first; no gate is 0."""
+    """The experts that acted on one row at one place, largest gate first; none is 0, some may be negative."""
 
     slot: int
     place: str
@@ -31,9 +31,9 @@ class Choice:
     gates: tuple[float, ...]
 
 
-def router_places(program: AdapterProgram) -> dict[Router, str]:
-    """The path at which each router of an adapter reads."""
-    places: dict[Router, str] = {}
+def router_places(program: AdapterProgram) -> dict[Router | Scouted, str]:
+    """The path at which each router of an adapter reads, or a scout's gates act first."""
+    places: dict[Router | Scouted, str] = {}
     for path, parts in program.sites.items():
         for part in parts:
             if isinstance(part, RoutedBlock) or (isinstance(part, Routed) and not part.from_block):
@@ -50,7 +50,7 @@ def expert_tokens(calls: Iterable[RouterCall]) -> dict[int, list[int]]:
     for (slot, num_experts), found in gates.items():
         own = counts.setdefault(slot, [])
         own += [0] * (num_experts - len(own))
-        for expert, count in enumerate(torch.cat(found).gt(0).sum(0).tolist()):
+        for expert, count in enumerate(torch.cat(found).ne(0).sum(0).tolist()):
             own[expert] += count
     return counts
 
@@ -58,7 +58,7 @@ def expert_tokens(calls: Iterable[RouterCall]) -> dict[int, list[int]]:
 def choices_of(
     rows: Sequence[int],
     calls: Iterable[RouterCall],
-    places: Mapping[Router, str],
+    places: Mapping[Router | Scouted, str],
     rows_of_tables: Mapping[RowTable, Tensor | None],
 ) -> dict[int, list[Choice]]:
     """By row of the step, in the order in which the routers were called. ``rows_of_tables``: for the tables
@@ -77,6 +77,6 @@ def choices_of(
 
 
 def _largest(gates_E: Tensor) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    order = torch.sort(gates_E, descending=True, stable=True).indices[:MAX_EXPERTS_SHOWN].tolist()
-    shown = [(expert, float(gates_E[expert])) for expert in order if float(gates_E[expert]) > 0]
+    order = torch.sort(gates_E.abs(), descending=True, stable=True).indices[:MAX_EXPERTS_SHOWN].tolist()
+    shown = [(expert, float(gates_E[expert])) for expert in order if float(gates_E[expert]) != 0]
     return tuple(expert for expert, _ in shown), tuple(gate for _, gate in shown)

@@ -3,7 +3,7 @@
 The model sees a batch of 1 with all rows one after another; positions, cache slots and what each row may
 see come from `paged_attention.PagedStep`. Knows nothing of requests, sampling or adapters.
 
-Legend: T rows, N kept rows, V vocabulary.
+Legend: T rows, N kept rows, V vocabulary, D hidden features.
 """
 
 from __future__ import annotations
@@ -47,6 +47,22 @@ def forward(
     if prompts is not None:
         context = PromptedAttention(context, prompts)
     return run_model(model, context, batch.token_ids, positions, batch.kept_rows)
+
+
+def hidden_states(model: PreTrainedModel, cache: KVCache, batch: Batch) -> Tensor:
+    """What the model's last norm gives for each row [T, D], in its dtype; keys and values as by `forward`.
+
+    Call it under ``torch.inference_mode()``, and with no adapter's rows set where the base alone is meant.
+    """
+    positions = [p for rows in batch.sequences for p in range(rows.start, rows.end)]
+    with active(PagedStep(cache, batch.sequences)):
+        output = model.base_model(
+            input_ids=torch.tensor([batch.token_ids], dtype=torch.int64, device=model.device),
+            position_ids=torch.tensor([positions], dtype=torch.int64, device=model.device),
+            use_cache=False,
+        )
+    hidden_TD: Tensor = output.last_hidden_state[0]
+    return hidden_TD
 
 
 def run_model(

@@ -63,6 +63,8 @@ class AdapterUse(msgspec.Struct, frozen=True):
     """It acts on this position and all that follow; one place for each digest."""
     row_copies: int = 1
     """As its manifest says: so many times each token runs through a block of the base."""
+    scouts: bool = False
+    """As its manifest says: each token first runs through the base alone, which gives its experts' gates."""
 
 
 MAX_ROUTED_TOKENS = 128

@@ -8,7 +8,7 @@ finite logit) and ``engine_error`` (the step failed).
 from __future__ import annotations
 
 from timbre_server.engine.messages import FinishReason, Submit, TokenEvent, TokenLogprobs
-from timbre_server.engine.sequence import ChunkResult, Sequence, num_virtual_tokens
+from timbre_server.engine.sequence import ChunkResult, Sequence, num_virtual_tokens, scouts
 
 
 def refusal(request: Submit, max_len: int, vocab_size: int | None) -> TokenEvent | None:
@@ -23,8 +23,12 @@ def refusal(request: Submit, max_len: int, vocab_size: int | None) -> TokenEvent
         return _refused(request, "invalid_request", text)
     if num_virtual + len(prompt) + min(answer, 1) > max_len:
         beside = f" beside {num_virtual} virtual ones of its adapter" if num_virtual else ""
+        twice = (
+            " (each of them twice, for an adapter that reads a pass of the base)" if scouts(request) else ""
+        )
         text = (
-            f"the prompt has {len(prompt)} tokens{beside}; the context holds {max_len}, the answer's included"
+            f"the prompt has {len(prompt)} tokens{beside}; the context holds {max_len}{twice}, the answer's "
+            "included"
         )
         return _refused(request, "context_length_exceeded", text)
     if vocab_size is not None and not 0 <= min(prompt) <= max(prompt) < vocab_size:

@@ -27,10 +27,10 @@ def victim(running: Iterable[Sequence]) -> Sequence:
     return max(running, key=lambda sequence: sequence.arrival)
 
 
-def has_room(num_needed: int, num_free: int, num_running: int) -> bool:
-    """Whether a waiting sequence's blocks may be taken: one stays for each running sequence's next tokens,
-    so that an admission does not at once preempt somebody (or itself, again and again)."""
-    return num_needed + num_running <= num_free
+def has_room(num_needed: int, num_free: int, num_growing: int) -> bool:
+    """Whether a waiting sequence's blocks may be taken: one stays for each table of the running sequences'
+    next tokens, so that an admission does not at once preempt somebody (or itself, again and again)."""
+    return num_needed + num_growing <= num_free
 
 
 def is_held_back(sequence: Sequence, most_skips: int, max_skips: int) -> bool:

@@ -1,24 +1,25 @@
 """Executes step plans: rows in, tokens out. It decides nothing.
 
 A plan says how many tokens of each sequence run. The runner flattens them to one batch, tells the adapters
-which rows are whose, runs the model once over the paged cache, and draws. Every failure leaves no step
+which rows are whose, runs the model once over the paged cache, and draws. Rows of adapters that scout run
+through the base alone before. Every failure leaves no step
 state behind: the attention context and the row tables are taken away however the step ends.
 
-Legend: N kept rows, V vocabulary.
+Legend: N kept rows, V vocabulary, S rows that scout, D hidden features.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, compress, pairwise
+from itertools import accumulate
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from timbre_server.engine.batch import Batch, forward
+from timbre_server.engine.batch import forward, hidden_states
 from timbre_server.engine.kv_cache import KVCache, bytes_per_block
 from timbre_server.engine.kv_sizing import (
     KVRequest,
@@ -29,12 +30,12 @@ from timbre_server.engine.kv_sizing import (
 )
 from timbre_server.engine.messages import Ready, Routing
 from timbre_server.engine.model_loader import PreparedModel, end_token_ids, longest_sequence
-from timbre_server.engine.paged_attention import SequenceRows
+from timbre_server.engine.plan_rows import Kept, batch_of, kept_of, scouting_batch, scouting_rows, spans_of
 from timbre_server.engine.prompted_attention import AttentionPrompts
 from timbre_server.engine.sampler import SamplingRow, prompt_logprobs, sample
 from timbre_server.engine.sequence import ChunkResult, ScheduledChunk, StepPlan, StepResult
 from timbre_server.engine.varlen_attention import step_for
-from timbre_server.operators.row_table import RowTable, Span
+from timbre_server.operators.row_table import RowTable
 
 _UNKNOWN_MEMORY_BYTES = 5 << 30
 
@@ -48,6 +49,10 @@ class RowAdapters(Protocol):
         ...
 
     def set_rows(self, table: RowTable, head_table: RowTable) -> None: ...
+
+    def scout(self, rows_S: Tensor, hidden_SD: Tensor, kept_rows_N: Tensor) -> None:
+        """Of the rows that are set, what the base alone made of those that scout."""
+        ...
 
     def clear_rows(self) -> None: ...
 
@@ -82,18 +87,6 @@ class RunnerOptions:
     """None: as long as the model and the cache allow."""
     adapter_memory_bytes: int = 0
     """Left free for adapters when the cache is sized on a GPU."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Kept:
-    """The last rows of one chunk, whose logits are kept: those that predict prompt tokens, then the last."""
-
-    num_prompt_rows: int
-    draws_token: bool
-
-    @property
-    def num_rows(self) -> int:
-        return self.num_prompt_rows + int(self.draws_token)
 
 
 class Runner:
@@ -159,13 +152,16 @@ class Runner:
         Raises:
             RuntimeError: the device failed; nothing of the step counts, and no step state is left.
         """
-        kept = [_kept_of(chunk) for chunk in plan.chunks]
-        batch = _batch_of(plan, kept)
+        kept = [kept_of(chunk) for chunk in plan.chunks]
+        batch = batch_of(plan, kept)
         table = self._table((chunk, chunk.num_tokens) for chunk in plan.chunks)
         head_table = self._table((c, keep.num_rows) for c, keep in zip(plan.chunks, kept, strict=True))
         with torch.inference_mode():
             try:
+                scouted = self._scout(plan)
                 self._adapters.set_rows(table, head_table)
+                if scouted is not None:
+                    self._adapters.scout(*scouted, self._rows(batch.kept_rows))
                 prompts = self._adapters.attention_prompts
                 logits_NV = forward(self._model, self.cache, batch, prompts, self._step)
                 expert_tokens, routing = self._routing(plan)
@@ -175,6 +171,16 @@ class Runner:
         for index, told in routing.items():
             results[index].routing = told
         return StepResult(results, expert_tokens)
+
+    def _scout(self, plan: StepPlan) -> tuple[Tensor, Tensor] | None:
+        """The rows that scout and what the base alone makes of them, its entries in the cache afterwards."""
+        rows = scouting_rows(plan)
+        if not rows:
+            return None
+        return self._rows(rows), hidden_states(self._model, self.cache, scouting_batch(plan))
+
+    def _rows(self, rows: Sequence[int]) -> Tensor:
+        return torch.tensor(rows, dtype=torch.int64, device=self.cache.device)
 
     def _routing(self, plan: StepPlan) -> tuple[dict[str, tuple[int, ...]], dict[int, tuple[Routing, ...]]]:
         """Of the forward that has just run: counts by digest, and the choices of chunks that ask, by place in
@@ -199,48 +205,11 @@ class Runner:
 
     def _table(self, last_rows: Iterable[tuple[ScheduledChunk, int]]) -> RowTable:
         """Of each chunk, its last so many rows."""
-        spans = [span for chunk, count in last_rows for span in _spans(chunk, chunk.end - count)]
+        spans = [span for chunk, count in last_rows for span in spans_of(chunk, chunk.end - count)]
         return RowTable(spans, self.cache.device)
 
 
-def _spans(chunk: ScheduledChunk, first: int) -> list[Span]:
-    """A chunk's rows from position ``first`` on, cut where adapters begin to act or virtual tokens end."""
-    sequence, num_virtual = chunk.sequence, chunk.sequence.num_virtual_tokens
-    inner = {cut for cut in (num_virtual, *sequence.turns) if first < cut < chunk.end}
-    return [
-        Span(
-            end - start,
-            tuple(compress(sequence.adapter_slots, sequence.acting(start))),
-            virtual_from=start if start < num_virtual else None,
-        )
-        for start, end in pairwise(sorted({first, *inner, chunk.end}))
-    ]
-
-
-def _kept_of(chunk: ScheduledChunk) -> _Kept:
-    """Row r of a sequence predicts token r + 1; prompt tokens are scored until the first token is drawn."""
-    sequence = chunk.sequence
-    scored = 0
-    if sequence.request.sampling.prompt_logprobs is not None and sequence.num_output_tokens == 0:
-        first = chunk.start + chunk.num_virtual
-        scored = max(0, min(chunk.end, sequence.num_prompt_tokens - 1) - first)
-    return _Kept(scored, chunk.draws_token)
-
-
-def _batch_of(plan: StepPlan, kept: Sequence[_Kept]) -> Batch:
-    token_ids: list[int] = []
-    sequences: list[SequenceRows] = []
-    kept_rows: list[int] = []
-    for chunk, keep in zip(plan.chunks, kept, strict=True):
-        first = len(token_ids)
-        sequence = chunk.sequence
-        sequences.append(SequenceRows(first, chunk.num_tokens, chunk.start, tuple(sequence.block_table)))
-        token_ids += sequence.token_ids[chunk.start : chunk.end]
-        kept_rows += range(len(token_ids) - keep.num_rows, len(token_ids))
-    return Batch(token_ids, sequences, kept_rows)
-
-
-def _results(plan: StepPlan, kept: Sequence[_Kept], logits_NV: Tensor) -> tuple[ChunkResult, ...]:
+def _results(plan: StepPlan, kept: Sequence[Kept], logits_NV: Tensor) -> tuple[ChunkResult, ...]:
     first_rows = [0, *accumulate(keep.num_rows for keep in kept)]
     drawing = [index for index, keep in enumerate(kept) if keep.draws_token]
     results = [ChunkResult() for _ in plan.chunks]

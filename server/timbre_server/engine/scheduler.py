@@ -28,6 +28,7 @@ from timbre_server.engine.sequence import (
     StepPlan,
     StepResult,
     first_tokens,
+    scouts,
 )
 
 
@@ -67,7 +68,8 @@ class Scheduler:
         self.blocks = blocks
         self.counts = StepCounts()
         self.max_len = min(limits.max_model_len, blocks.num_usable * blocks.block_size)
-        """Tokens that one request may have: the whole KV cache holds at least one request."""
+        """Tokens that one request may have: the whole KV cache holds at least one request. One that scouts
+        has each of its tokens there twice."""
         self._tables = BlockTables(blocks, enable_prefix_caching=limits.enable_prefix_caching)
         self._mixes = MixSlots(adapters)
         self._sequences: dict[str, Sequence] = {}
@@ -97,7 +99,7 @@ class Scheduler:
     def add(self, request: Submit) -> None:
         """Queue a request, or end it at once where it can never run."""
         assert request.request_id not in self._sequences, f"request id {request.request_id} is in use"
-        refused = refusal(request, self.max_len, self.limits.vocab_size)
+        refused = refusal(request, self._max_len(request), self.limits.vocab_size)
         if refused is not None:
             self._events.append(refused)
             return
@@ -136,7 +138,8 @@ class Scheduler:
             if outcome.error_message is None:
                 self._advance(chunk, outcome)
             else:
-                self.blocks.forget(chunk.sequence.block_table)
+                for table in chunk.sequence.tables:
+                    self.blocks.forget(table)
                 self._fail(chunk.sequence, "invalid_logits", outcome.error_message)
         return self.take_events()
 
@@ -145,6 +148,11 @@ class Scheduler:
         for chunk in plan.chunks:
             self._fail(chunk.sequence, code, message)
         return self.take_events()
+
+    def _max_len(self, request: Submit) -> int:
+        num_tables = 2 if scouts(request) else 1
+        num_blocks = self.blocks.num_usable // num_tables
+        return min(self.limits.max_model_len, num_blocks * self.blocks.block_size)
 
     def _plan_running(self, planned: dict[Sequence, int]) -> int:
         budget = self.limits.max_num_batched_tokens
@@ -189,7 +197,8 @@ class Scheduler:
                 passed_over.append(sequence)
                 most_skips = max(most_skips, sequence.num_skips)
                 continue
-            if not self._tables.place(sequence, len(self._running)):
+            num_growing = sum(len(running.tables) for running in self._running)
+            if not self._tables.place(sequence, num_growing):
                 self._mixes.release(sequence)
                 break
             self._start(sequence)
@@ -223,7 +232,7 @@ class Scheduler:
         assert outcome.token_id is not None, "the plan asked for a token and the runner drew none"
         sequence.token_ids.append(outcome.token_id)
         self.counts.generation_tokens += 1
-        reason = stop_reason(sequence, self.max_len)
+        reason = stop_reason(sequence, self._max_len(sequence.request))
         event = token_event(sequence, outcome, reason, is_first=is_first)
         if reason is None:
             self._events.append(event)

@@ -39,6 +39,10 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
     """One for each full block of token_ids so far."""
+    scout_table: list[int] = field(default_factory=list)
+    """Where it scouts: the blocks of the pass of the base alone, as many as in ``block_table``."""
+    scout_hashes: list[bytes] = field(default_factory=list)
+    """Those that a request for the base would have."""
     adapter_slots: AdapterSlots = ()
     mix: tuple[tuple[str, float], ...] = ()
     """The request's adapters by digest, each once, by `kv_blocks.resolved_mix`."""
@@ -49,19 +53,27 @@ class Sequence:
 
     num_virtual_tokens: int = field(init=False)
     """Leading positions that the request's adapter fills, and no answer shows."""
+    scouts: bool = field(init=False)
+    """Whether each token runs through the base alone first, for an adapter that reads what it makes of it."""
     row_copies: int = field(init=False)
-    """Rows that each of its tokens is at most, where its adapters' routers choose for a block."""
+    """Rows that each of its tokens is at most, where routers choose for a block or it scouts."""
     turns: tuple[int, ...] = field(init=False)
     """Positions, beside the first, from which on other adapters act than before; increasing."""
 
     def __post_init__(self) -> None:
         self.num_virtual_tokens = num_virtual_tokens(self.request)
-        self.row_copies = math.prod(use.row_copies for use in self.request.adapters)
+        self.scouts = scouts(self.request)
+        self.row_copies = math.prod(use.row_copies for use in self.request.adapters) + self.scouts
         self.turns = tuple(sorted({use.from_position for use in self.request.adapters} - {0}))
 
     @property
     def request_id(self) -> str:
         return self.request.request_id
+
+    @property
+    def tables(self) -> tuple[list[int], ...]:
+        """Its block tables, one for each pass of a token; equally long."""
+        return (self.block_table, self.scout_table) if self.scouts else (self.block_table,)
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -82,6 +94,10 @@ class Sequence:
 
 def num_virtual_tokens(request: Submit) -> int:
     return sum(use.virtual_tokens for use in request.adapters)
+
+
+def scouts(request: Submit) -> bool:
+    return any(use.scouts for use in request.adapters)
 
 
 def first_tokens(request: Submit) -> list[int]:

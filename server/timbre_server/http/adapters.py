@@ -114,6 +114,7 @@ def adapter_json(record: AdapterRecord) -> dict[str, Any]:
         "virtual_tokens": manifest.virtual_tokens,
         "invocation_tokens": list(manifest.invocation_tokens),
         "row_copies": manifest.row_copies,
+        "scouts": manifest.scouts,
         "recipe": None if manifest.recipe is None else manifest.recipe.to_raw(),
         "files": {CONFIG_PART: manifest.config_digest, TENSORS_PART: manifest.tensors_digest},
     }

@@ -43,6 +43,7 @@ class Voice:
                 each.adapter.manifest.virtual_tokens,
                 _position(each, prompt_token_ids),
                 each.adapter.manifest.row_copies,
+                each.adapter.manifest.scouts,
             )
             for each in self.mix
         )

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from timbre_methods.program import Diagonal, FromInput, LowRank, Part, Spectral
-from timbre_methods.routing import Routed, Router
+from timbre_methods.routing import Routed, Router, Scouted
 from timbre_server.operators.contract import Bound, Change, Meaning, Operator, Uses
 from timbre_server.operators.low_rank import Gating, LowRankOperator
 from timbre_server.operators.router import BoundRouters, router_gates
@@ -38,9 +38,11 @@ class RoutedOperator(Operator[Routed]):
         self._step = step
 
     def meaning(self, part: Routed, x_TI: Tensor, y_TO: Tensor) -> Meaning:
-        gates_TE = (
-            self._step.chosen(part.router, len(x_TI)) if part.from_block else router_gates(part.router, x_TI)
-        )
+        router = part.own_router
+        if router is not None:
+            gates_TE = router_gates(router, x_TI)
+        else:
+            gates_TE = x_TI.new_ones(len(x_TI), part.router.num_experts)
         total_TO = torch.zeros_like(y_TO)
         for gate_T, expert in zip(gates_TE.T, part.experts, strict=True):
             for inner in expert:
@@ -95,8 +97,9 @@ class _Gates:
     def __init__(self, uses: Uses[Routed], table: RowTable, step: StepRouting) -> None:
         self._step = step
         self._table = table
-        self._routers: dict[int, list[tuple[Router, bool]]] = {}
-        self._first_columns: dict[tuple[int, Router], int] = {}
+        self._routers: dict[int, list[tuple[Router | Scouted, Router | None]]] = {}
+        """By slot; again where it reads the group's own input."""
+        self._first_columns: dict[tuple[int, Router | Scouted], int] = {}
         self.segments = [s for s in table.segments if any(s.slot in parts_by_slot for parts_by_slot in uses)]
         for segment in self.segments:
             column = 0
@@ -105,15 +108,15 @@ class _Gates:
                 if key not in self._first_columns:
                     self._first_columns[key] = column
                     column += part.router.num_experts
-                    self._routers.setdefault(segment.slot, []).append((part.router, part.from_block))
+                    self._routers.setdefault(segment.slot, []).append((part.router, part.own_router))
         self._bound = BoundRouters([(s, r) for s in self.segments for r in self._own_routers(s)])
         self._by_slot: dict[int, Tensor] = {}
 
     def _own_routers(self, segment: Segment) -> list[Router]:
         """Those that read the group's input."""
-        return [router for router, from_block in self._routers[segment.slot] if not from_block]
+        return [own for _, own in self._routers[segment.slot] if own is not None]
 
-    def first_column(self, slot: int, router: Router) -> int:
+    def first_column(self, slot: int, router: Router | Scouted) -> int:
         return self._first_columns[slot, router]
 
     def gating(self, columns: Mapping[int, Sequence[int]]) -> Gating:
@@ -122,19 +125,19 @@ class _Gates:
         return Gating(
             columns,
             {slot: sum(r.num_experts for r in own) for slot, own in routers.items()},
-            {slot: sum(r.rule.num_kept(r.num_experts) for r in own) for slot, own in routers.items()},
+            {slot: sum(r.num_kept for r in own) for slot, own in routers.items()},
         )
 
     def compute(self, x_TI: Tensor) -> None:
         computed = iter(self._bound.gates(x_TI))
         for segment in self.segments:
             found: list[Tensor] = []
-            for router, from_block in self._routers[segment.slot]:
-                if from_block:
-                    found.append(self._step.chosen(router, len(segment.rows_N)))
+            for router, own in self._routers[segment.slot]:
+                if own is None:
+                    found.append(self._step.chosen(router, self._table, segment))
                 else:
                     found.append(next(computed))
-                    self._step.note(RouterCall(router, self._table, segment, found[-1]))
+                    self._step.note(RouterCall(own, self._table, segment, found[-1]))
             self._by_slot[segment.slot] = found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
     def of(self, slot: int) -> Tensor:

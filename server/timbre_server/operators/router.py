@@ -4,7 +4,7 @@ Adapters with a row or two each run as (row, router) pairs in one batched produc
 those with more rows, or without room for copies, get a product of their own. `timbre_methods.routing.Rule`
 says what is computed.
 
-Legend: T rows of the batch, N rows of one adapter, P pairs, I in, E experts.
+Legend: T rows of the batch, N rows of one adapter, P pairs, I in, E experts, L places of a scout.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm
 
-from timbre_methods.routing import Router, Rule
+from timbre_methods.routing import Router, Rule, Scout
 from timbre_server.operators.pooling import PoolRoom
 from timbre_server.operators.row_table import Segment
 
@@ -106,6 +106,14 @@ def router_gates(router: Router, x_NI: Tensor) -> Tensor:
     return ruled(router.rule, logits_NE, router.preference_E)
 
 
+def scout_gates(scout: Scout, h_NI: Tensor) -> Tensor:
+    """``[N, L, E]`` of what the base alone made of some rows, in float32."""
+    v_NI = h_NI.float()
+    for number, (weight_OI, bias_O) in enumerate(zip(scout.weights, scout.biases, strict=True)):
+        v_NI = torch.nn.functional.linear(v_NI.relu() if number else v_NI, weight_OI, bias_O)
+    return ruled(scout.rule, v_NI.view(len(h_NI), -1, scout.num_experts))
+
+
 def _read(rule: Rule, x_NI: Tensor) -> Tensor:
     if rule.reads == "normalised":
         return layer_norm(x_NI, x_NI.shape[-1:], eps=NORMALISED_EPSILON)
@@ -113,7 +121,7 @@ def _read(rule: Rule, x_NI: Tensor) -> Tensor:
 
 
 def ruled(rule: Rule, logits_NE: Tensor, preference_NE: Tensor | None = None) -> Tensor:
-    """Gates from logits, by steps 2 to 6 of the rule."""
+    """Gates from logits, by the rule from its step 2 on."""
     if rule.logits == "absolute":
         logits_NE = logits_NE.abs()
     elif rule.logits == "unit":
@@ -124,7 +132,13 @@ def ruled(rule: Rule, logits_NE: Tensor, preference_NE: Tensor | None = None) ->
     gates_NE = _gated(rule, scaled_NE, kept_NE)
     if kept_NE is not None:
         gates_NE = gates_NE.masked_fill(~kept_NE, 0.0)
-    return gates_NE if rule.floor is None else gates_NE.masked_fill(logits_NE < rule.floor, 0.0)
+    if rule.floor is not None:
+        gates_NE = gates_NE.masked_fill(logits_NE < rule.floor, 0.0)
+    if rule.again:
+        left_out_NE = gates_NE == 0
+        gates_NE = torch.softmax(gates_NE.masked_fill(left_out_NE, -torch.inf), -1)
+        gates_NE = gates_NE.masked_fill(left_out_NE, 0.0)
+    return gates_NE
 
 
 def _kept(rule: Rule, scaled_NE: Tensor, preference_NE: Tensor | None) -> Tensor | None:
@@ -145,6 +159,8 @@ def _gated(rule: Rule, scaled_NE: Tensor, kept_NE: Tensor | None) -> Tensor:
     """Gates of those that are kept; what it gives the others counts for nothing."""
     if rule.gate == "one":
         return torch.ones_like(scaled_NE)
+    if rule.gate == "logit":
+        return scaled_NE
     if rule.gate == "renormalised" and kept_NE is not None:
         scaled_NE = scaled_NE.masked_fill(~kept_NE, -torch.inf)
     return torch.softmax(scaled_NE, -1)

@@ -1,4 +1,5 @@
-"""What the routers of the running step have given: for the sites below a block, and for whoever asks after.
+"""What the routers of the running step have given: for sites that have none of their own (below a block, of
+an adapter with a scout), and for whoever asks after.
 
 Legend: N rows of one adapter, E experts, P copies of rows.
 """
@@ -7,9 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from timbre_methods.routing import Router
+from timbre_methods.routing import Router, Scouted
 from timbre_server.operators.row_table import RowTable, Segment
 
 
@@ -17,7 +19,7 @@ from timbre_server.operators.row_table import RowTable, Segment
 class RouterCall:
     """One router's gates ``gates_NE`` for the rows of a segment, which ``table`` counts."""
 
-    router: Router
+    router: Router | Scouted
     table: RowTable
     segment: Segment
     gates_NE: Tensor
@@ -28,6 +30,8 @@ class StepRouting:
 
     def __init__(self) -> None:
         self._chosen: dict[Router, Tensor] = {}
+        self._scouted: dict[Scouted, tuple[Tensor, Tensor]] = {}
+        self._rows_of_head: dict[RowTable, Tensor] = {}
         self.calls: list[RouterCall] = []
         self.rows_of_copies: dict[RowTable, Tensor] = {}
         """Of tables that count copies of the step's rows: the row of each, [P]."""
@@ -37,13 +41,35 @@ class StepRouting:
         in the table that holds there."""
         self._chosen[router] = gates_NE
 
-    def chosen(self, router: Router, num_rows: int) -> Tensor:
-        """``[N, E]``. Without a block that has chosen, each expert acts: the meaning of a site alone."""
-        gates_NE = self._chosen.get(router)
+    def scout(self, scouted: Scouted, rows_N: Tensor, gates_NE: Tensor) -> None:
+        """A scout has given the gates of its adapter's rows, increasing, until the step ends."""
+        self._scouted[scouted] = rows_N, gates_NE
+
+    def keep_rows(self, head_table: RowTable, row_T: Tensor) -> None:
+        """Of the table of the rows whose logits are kept, the row of the step of each."""
+        self._rows_of_head[head_table] = row_T
+
+    def chosen(self, router: Router | Scouted, table: RowTable, segment: Segment) -> Tensor:
+        """``[N, E]`` of a segment of the table that holds where this is asked. Without a block or a scout
+        that has chosen, each expert acts: the meaning of a site alone."""
+        if isinstance(router, Scouted):
+            gates_NE = self._of_scout(router, table, segment)
+        else:
+            gates_NE = self._chosen.get(router)
+        num_rows = len(segment.rows_N)
         if gates_NE is None:
-            return router.weight_EI.new_ones(num_rows, router.num_experts)
-        assert len(gates_NE) == num_rows, "a block chose for other rows than its sites have"
+            return segment.weights_N.new_ones(num_rows, router.num_experts)
+        assert len(gates_NE) == num_rows, "gates were chosen for other rows than the site has"
         return gates_NE
+
+    def _of_scout(self, scouted: Scouted, table: RowTable, segment: Segment) -> Tensor | None:
+        if scouted not in self._scouted:
+            return None
+        rows_N, gates_NE = self._scouted[scouted]
+        row_T = self.rows_of_copies.get(table, self._rows_of_head.get(table))
+        if row_T is None:
+            return gates_NE
+        return gates_NE.index_select(0, torch.searchsorted(rows_N, row_T[segment.rows_N]))
 
     def block_ends(self) -> None:
         self._chosen.clear()
@@ -54,5 +80,7 @@ class StepRouting:
 
     def end_step(self) -> None:
         self._chosen.clear()
+        self._scouted.clear()
+        self._rows_of_head.clear()
         self.calls.clear()
         self.rows_of_copies.clear()
