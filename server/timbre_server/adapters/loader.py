@@ -86,7 +86,7 @@ class AdapterLoader:
                 _check_promises(files.manifest, program)
                 _check_finite(digest, program)
             with _timed(seconds, "place"), torch.inference_mode():
-                program = _placed(program, self._device, self._groups)
+                program = placed_program(program, self._device, self._groups)
         except (StoreError, MethodError, SafetensorError, OSError) as error:
             raise AdapterLoadFailed(f"adapter {digest} could not be loaded: {error}") from error
         return LoadedAdapter(digest, method_for(files.config).name, program, seconds)
@@ -127,7 +127,9 @@ def _check_finite(digest: str, program: AdapterProgram) -> None:
                 )
 
 
-def _placed(program: AdapterProgram, device: torch.device, groups: Sequence[Sequence[str]]) -> AdapterProgram:
+def placed_program(
+    program: AdapterProgram, device: torch.device, groups: Sequence[Sequence[str]]
+) -> AdapterProgram:
     """The program on its device, in storage of exactly its own size, so that nothing keeps the file's memory
     alive and the prepared bytes are the real ones. Each tensor is contiguous in storage of its own; factors
     that are bound together lie side by side in one, and no bind copies them. A shared basis is moved

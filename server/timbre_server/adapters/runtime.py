@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from timbre_methods.contract import Sites
+from timbre_methods.prompt_contract import Frame
 from timbre_server.adapters.adapted_model import AdaptedModel
 from timbre_server.adapters.loader import LoadedAdapter
 from timbre_server.adapters.residency import Departure, Residency
@@ -36,6 +38,11 @@ class Loader(Protocol):
     def load(self, digest: str) -> LoadedAdapter:
         """Raises `AdapterLoadFailed`, and nothing else."""
         ...
+
+
+MakeLoader = Callable[[Sites, Frame, Sequence[Sequence[str]]], Loader]
+"""From the base's layers, what prompts need to know of it, and the paths of layers that are bound together:
+what loads adapters for them."""
 
 
 @dataclass(frozen=True, slots=True)

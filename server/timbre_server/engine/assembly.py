@@ -16,13 +16,13 @@ from timbre_server.adapters.derivation import Derivations
 from timbre_server.adapters.kernels import choose_kernels
 from timbre_server.adapters.loader import AdapterLoader
 from timbre_server.adapters.pinning import Pinning
-from timbre_server.adapters.runtime import AdapterRuntime
+from timbre_server.adapters.runtime import AdapterRuntime, Loader, MakeLoader
 from timbre_server.engine.core import EngineCore
 from timbre_server.engine.kv_blocks import BlockPool
 from timbre_server.engine.linears import bias_of, weight_of
 from timbre_server.engine.lone_layers import lone_weight_of
 from timbre_server.engine.messages import Ready, SiteShape
-from timbre_server.engine.model_loader import prepare_model
+from timbre_server.engine.model_loader import PreparedModel, prepare_model
 from timbre_server.engine.options import EngineOptions
 from timbre_server.engine.packed_linear import LinearPacker
 from timbre_server.engine.parameters import parameter_weight_of
@@ -46,6 +46,20 @@ def assemble(
         layers=options.layer_replication,
         on_progress=on_progress,
     )
+    return engine_around(prepared, options, on_progress, on_load_ended)
+
+
+def engine_around(
+    prepared: PreparedModel,
+    options: EngineOptions,
+    on_progress: Callable[[str], None],
+    on_load_ended: Callable[[], None],
+    make_loader: MakeLoader | None = None,
+) -> tuple[EngineCore, Ready]:
+    """The engine of a model that is in memory; ``options.model`` is not read.
+
+    Without ``make_loader`` adapters come from the store. Raises KernelsUnavailable.
+    """
     model, probed = prepared.loaded.model, prepared.probed
     kernels, why = choose_kernels(options.kernels, model.device)
     on_progress(f"Preparing the layers for adapters, with kernels: {kernels}" + (f" ({why})" if why else ""))
@@ -60,18 +74,26 @@ def assemble(
     ready = msgspec.structs.replace(runner.info(), kernels=kernels)
     frame = base_frame(ready.hidden_size, map(msgspec.structs.astuple, ready.attention), ready.stack)
     groups = [group.paths for group in probed.groups]
-    loader = AdapterLoader(Path(options.adapters_dir), ready.model_digest, sites, model.device, frame, groups)
+    loader: Loader
+    if make_loader is None:
+        root = Path(options.adapters_dir)
+        loader = AdapterLoader(root, ready.model_digest, sites, model.device, frame, groups)
+    else:
+        loader = make_loader(sites, frame, groups)
     adapters = AdapterRuntime(adapted, loader, options.adapter_memory_bytes, on_load_ended)
-    limits = SchedulerLimits(
+    scheduler = Scheduler(_limits(options, ready), BlockPool(runner.num_blocks, options.block_size), adapters)
+    pinning = Pinning(adapted, adapters, sites, packer, on_load_ended)
+    return EngineCore(runner, scheduler, adapters, Derivations(sites, on_load_ended), pinning), ready
+
+
+def _limits(options: EngineOptions, ready: Ready) -> SchedulerLimits:
+    return SchedulerLimits(
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,
         max_model_len=ready.max_model_len,
         vocab_size=ready.vocab_size,
         enable_prefix_caching=options.enable_prefix_caching,
     )
-    scheduler = Scheduler(limits, BlockPool(runner.num_blocks, options.block_size), adapters)
-    pinning = Pinning(adapted, adapters, sites, packer, on_load_ended)
-    return EngineCore(runner, scheduler, adapters, Derivations(sites, on_load_ended), pinning), ready
 
 
 def _runner_options(options: EngineOptions) -> RunnerOptions:
