@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -35,20 +36,22 @@ class MeasuredServer:
     process: subprocess.Popen[bytes]
 
     @classmethod
-    def start(cls, folder: Path, on: str, threads: int, flags: Sequence[str]) -> MeasuredServer:
-        """Serve the embedded model on a device with that many CPU threads; returns when it is ready."""
-        model_folder = embedded_model_folder(CACHE, print)
+    def start(
+        cls, folder: Path, on: str, threads: int, flags: Sequence[str], model_folder: Path | None = None
+    ) -> MeasuredServer:
+        """Serve a model (None: the embedded one) on a device with that many CPU threads; returns when it is
+        ready. What it stores lies below ``folder``."""
+        model_folder = model_folder or embedded_model_folder(CACHE, print)
         dtype = str(chosen_dtype("auto", device(on))).removeprefix("torch.")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         own = ["--model", model_folder, "--dtype", dtype, "--device", on]
         own += ["--num-threads", threads, "--port", port]
         own += ["--store-dir", folder / "store", "--adapter-memory-mib", 4096, "--log-level", "warning"]
         command = [sys.executable, "-m", "timbre_server", "serve", *map(str, own), *flags]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        environment = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
         url = f"http://127.0.0.1:{port}"
-        _wait_until_ready(url, process)
+        wait_until_ready(f"{url}/readyz", process)
         base = httpx2.get(f"{url}/v1/models").json()["data"][0]["id"]
         vocab_size = json.loads((model_folder / "config.json").read_text())["vocab_size"]
         return cls(url, base, model_folder, vocab_size, dtype, process)
@@ -74,25 +77,49 @@ class MeasuredServer:
         }
         return {"dtype": self.dtype, "resident_bytes": resident, "rss_bytes": rss}
 
+    def engine_steps(self) -> tuple[float, int]:
+        """Seconds that the engine has spent in steps so far, and how many they were."""
+        found = {
+            sample.name.removeprefix("timbre_engine_step_seconds_"): sample.value
+            for family in text_string_to_metric_families(httpx2.get(f"{self.url}/metrics").text)
+            if family.name == "timbre_engine_step_seconds"
+            for sample in family.samples
+        }
+        return found["sum"], int(found["count"])
+
     def stop(self) -> None:
-        self.process.terminate()
-        try:
-            self.process.wait(20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        stop(self.process)
 
 
-def _wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
-    give_up = time.monotonic() + START_TIMEOUT_S
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
+def wait_until_ready(
+    probe: str, process: subprocess.Popen[bytes], timeout_s: float = START_TIMEOUT_S
+) -> None:
+    """Until ``probe`` answers with 200. Raises RuntimeError where the process ends or takes too long."""
+    give_up = time.monotonic() + timeout_s
     while time.monotonic() < give_up:
         if process.poll() is not None:
             raise RuntimeError(f"the server ended with status {process.returncode}")
         try:
-            if httpx2.get(f"{url}/readyz").status_code == 200:
+            if httpx2.get(probe).status_code == 200:
                 return
         except httpx2.TransportError:
             pass
         time.sleep(0.2)
-    process.kill()
-    raise RuntimeError(f"the server was not ready within {START_TIMEOUT_S:.0f} s")
+    stop(process)
+    raise RuntimeError(f"the server was not ready within {timeout_s:.0f} s")
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(20)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 Tensors = dict[str, Tensor]
+Shapes = dict[str, tuple[int, int]]
+"""(out, in) of linear layers, by path."""
+Make = Callable[[Shapes], tuple[dict[str, Any], Tensors]]
+"""An adapter for layers: its config and tensors, drawn from torch's generator on torch's device."""
 FEEDFORWARD = ("down_proj",)
 
 
-def linear_shapes(model_folder: Path) -> dict[str, tuple[int, int]]:
+def linear_shapes(model_folder: Path) -> Shapes:
     """(out, in) of every linear layer of the model but its head, by path; no weight is read."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_folder))
@@ -28,22 +32,29 @@ def linear_shapes(model_folder: Path) -> dict[str, tuple[int, int]]:
     }
 
 
-def lora(shapes: dict[str, tuple[int, int]]) -> tuple[dict[str, Any], Tensors]:
-    """r = 8 on every linear layer."""
+def lora(shapes: Shapes, rank: int = 8) -> tuple[dict[str, Any], Tensors]:
+    """On every linear layer, as PEFT and so every other server reads it."""
     tensors = {}
     for path, (out_features, in_features) in shapes.items():
-        tensors[f"base_model.model.{path}.lora_A.weight"] = 0.02 * torch.randn(8, in_features)
-        tensors[f"base_model.model.{path}.lora_B.weight"] = 0.02 * torch.randn(out_features, 8)
-    return {"peft_type": "LORA", "r": 8, "lora_alpha": 8}, tensors
+        tensors[f"base_model.model.{path}.lora_A.weight"] = 0.02 * torch.randn(rank, in_features)
+        tensors[f"base_model.model.{path}.lora_B.weight"] = 0.02 * torch.randn(out_features, rank)
+    targets = sorted({path.rpartition(".")[2] for path in shapes})
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": targets,
+    }, tensors
 
 
-def fourierft(shapes: dict[str, tuple[int, int]]) -> tuple[dict[str, Any], Tensors]:
+def fourierft(shapes: Shapes) -> tuple[dict[str, Any], Tensors]:
     """n = 1000 on every linear layer, at the default seed."""
     tensors = {f"base_model.model.{path}.fourierft_spectrum": torch.randn(1000) for path in shapes}
     return {"peft_type": "FOURIERFT", "n_frequency": 1000, "scaling": 1.0, "random_loc_seed": 777}, tensors
 
 
-def shira(shapes: dict[str, tuple[int, int]]) -> tuple[dict[str, Any], Tensors]:
+def shira(shapes: Shapes) -> tuple[dict[str, Any], Tensors]:
     """1 % of the entries of every linear layer."""
     tensors = {}
     for path, (out_features, in_features) in shapes.items():
@@ -55,7 +66,7 @@ def shira(shapes: dict[str, tuple[int, int]]) -> tuple[dict[str, Any], Tensors]:
     return {"peft_type": "SHIRA", "r": 8, "mask_type": "random"}, tensors
 
 
-def ia3(shapes: dict[str, tuple[int, int]]) -> tuple[dict[str, Any], Tensors]:
+def ia3(shapes: Shapes) -> tuple[dict[str, Any], Tensors]:
     """k, v and down projections, as PEFT's default for Llama."""
     tensors = {}
     for path, (out_features, in_features) in shapes.items():
@@ -66,22 +77,49 @@ def ia3(shapes: dict[str, tuple[int, int]]) -> tuple[dict[str, Any], Tensors]:
     return {"peft_type": "IA3", "feedforward_modules": list(FEEDFORWARD)}, tensors
 
 
-FAMILIES: dict[str, Callable[[dict[str, tuple[int, int]]], tuple[dict[str, Any], Tensors]]] = {
+def vera(shapes: Shapes) -> tuple[dict[str, Any], Tensors]:
+    """r = 256, PEFT's default, on every linear layer; the shared matrices come from the seed."""
+    tensors = {}
+    for path, (out_features, _) in shapes.items():
+        tensors[f"base_model.model.{path}.vera_lambda_b"] = 0.02 * torch.randn(out_features)
+        tensors[f"base_model.model.{path}.vera_lambda_d"] = 0.1 * torch.randn(256)
+    return {"peft_type": "VERA", "r": 256, "save_projection": False}, tensors
+
+
+def mola(shapes: Shapes) -> tuple[dict[str, Any], Tensors]:
+    """A router and the top 2 of 4 LoRAs of rank 8 on every linear layer."""
+    tensors = {}
+    for path, (out_features, in_features) in shapes.items():
+        stem = f"mola.{path[path.index('layers.') :]}"
+        tensors[f"{stem}.moe_gate.weight"] = 0.02 * torch.randn(4, in_features)
+        for expert in range(4):
+            lora_a, lora_b = torch.randn(8, in_features), torch.randn(out_features, 8)
+            tensors[f"{stem}.experts.{expert}.lora_A.weight"] = 0.02 * lora_a
+            tensors[f"{stem}.experts.{expert}.lora_B.weight"] = 0.02 * lora_b
+    size = {"r": 8, "lora_alpha": 8, "num_experts": 4, "top_k": 2}
+    return {"peft_type": "MOLA", "routing_strategy": "mola", **size}, tensors
+
+
+FAMILIES: dict[str, Make] = {
     "lora": lora,
     "fourierft": fourierft,
     "shira": shira,
     "ia3": ia3,
+    "vera": vera,
+    "mola": mola,
 }
 
 
-def write_adapters(model_folder: Path, folder: Path, count: int) -> dict[str, list[str]]:
+def write_adapters(
+    model_folder: Path, folder: Path, families: Iterable[str], count: int
+) -> dict[str, list[str]]:
     """``count`` adapters of each family below ``folder``, as PEFT lays them out. Names by family."""
     shapes = linear_shapes(model_folder)
     names: dict[str, list[str]] = {}
-    for family, make in FAMILIES.items():
+    for family in families:
         for number in range(count):
             torch.manual_seed(number)
-            config, tensors = make(shapes)
+            config, tensors = FAMILIES[family](shapes)
             name = f"{family}-{number}"
             target = folder / name
             target.mkdir(parents=True)
