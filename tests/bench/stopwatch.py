@@ -1,0 +1,167 @@
+"""Timers around the parts of an engine that is built while they are on: where the time of a step goes.
+
+The parts are wrapped where the engine takes them from, by their public names, which are put back afterwards;
+an engine that was built goes on being timed. Time is exclusive: of parts inside parts, each counts its own.
+What adapters do is told by operator.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from types import ModuleType
+from typing import Any, ParamSpec, TypeVar
+
+from torch import Tensor, nn
+
+from timbre_server.adapters import adapted_linear, adapted_model
+from timbre_server.adapters.adapted_linear import AdaptedGroup
+from timbre_server.engine import assembly, attention, runner
+from timbre_server.engine.context import AttentionCall
+from timbre_server.engine.core import EngineCore
+from timbre_server.engine.packed_linear import LinearPacker
+from timbre_server.engine.runner import Runner
+from timbre_server.operators.contract import Bound, Change, Meaning, Operator, OwnProduct, Uses
+from timbre_server.operators.row_table import RowTable
+
+P = ParamSpec("P")
+ResultT = TypeVar("ResultT")
+
+LINEAR, ATTENTION, SAMPLING = "linear layers", "attention", "sampling"
+MODEL = "the model's rest: norms, rotation, activation"
+ADDING, ROWS, SCHEDULING = "adapters: adding to the base", "rows and tables", "scheduling"
+
+
+class Stopwatch:
+    """Seconds by part."""
+
+    def __init__(self, settle: Callable[[], object] = lambda: None) -> None:
+        """``settle`` waits for a device that works on by itself."""
+        self.counted: dict[str, float] = {}
+        """While `counting` was entered last."""
+        self._seconds: Counter[str] = Counter()
+        self._settle = settle
+        self._inner_s: list[float] = []
+        """Of the parts that run now, outermost first: what parts inside them have taken."""
+
+    def timed(self, part: str, function: Callable[P, ResultT]) -> Callable[P, ResultT]:
+        def run(*args: P.args, **kwargs: P.kwargs) -> ResultT:
+            self._settle()
+            started = time.perf_counter()
+            self._inner_s.append(0.0)
+            try:
+                result = function(*args, **kwargs)
+                self._settle()
+                return result
+            finally:
+                whole_s = time.perf_counter() - started
+                self._seconds[part] += whole_s - self._inner_s.pop()
+                if self._inner_s:
+                    self._inner_s[-1] += whole_s
+
+        return run
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        self._seconds.clear()
+        yield
+        self.counted = dict(self._seconds)
+
+    @contextmanager
+    def on_engines(self) -> Iterator[None]:
+        """Engines that are assembled inside have their parts timed."""
+        current = attention.current
+        with (
+            replaced(adapted_model, "AdaptedGroup", partial(_timed_group, self)),
+            replaced(adapted_linear, "added", self.timed(ADDING, adapted_linear.added)),
+            replaced(assembly, "LinearPacker", partial(_TimedPacker, self)),
+            replaced(assembly, "Runner", _timed_class(self, Runner, "execute", ROWS)),
+            replaced(assembly, "EngineCore", _timed_class(self, EngineCore, "step", SCHEDULING)),
+            replaced(attention, "current", lambda: _TimedContext(self, current())),
+            replaced(runner, "forward", self.timed(MODEL, runner.forward)),
+            replaced(runner, "sample", self.timed(SAMPLING, runner.sample)),
+        ):
+            yield
+
+
+@contextmanager
+def replaced(module: ModuleType, name: str, value: object) -> Iterator[None]:
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
+
+
+def _timed_class(watch: Stopwatch, cls: type, method: str, part: str) -> Callable[..., Any]:
+    def made(*args: Any, **kwargs: Any) -> Any:
+        made_object = cls(*args, **kwargs)
+        setattr(made_object, method, watch.timed(part, getattr(made_object, method)))
+        return made_object
+
+    return made
+
+
+def _timed_group(
+    watch: Stopwatch, paths: Sequence[str], rows: Any, programs: Any, operators: dict[Any, Operator[Any]]
+) -> AdaptedGroup:
+    timed = {part: _TimedOperator(watch, operator) for part, operator in operators.items()}
+    return AdaptedGroup(paths, rows, programs, timed)
+
+
+class _TimedPacker(LinearPacker):
+    def __init__(self, watch: Stopwatch, *args: Any) -> None:
+        super().__init__(*args)
+        self._watch = watch
+
+    def product_of(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
+        return self._watch.timed(LINEAR, super().product_of(module))
+
+
+class _TimedContext:
+    """An `AttentionContext`."""
+
+    def __init__(self, watch: Stopwatch, inner: Any) -> None:
+        self.attend: Callable[[AttentionCall], Tensor] = watch.timed(ATTENTION, inner.attend)
+
+
+class _TimedOperator(Operator[Any]):
+    def __init__(self, watch: Stopwatch, inner: Operator[Any]) -> None:
+        self.part = inner.part  # type: ignore[misc]
+        self._watch = watch
+        self._inner = inner
+
+    def meaning(self, part: Any, x_TI: Tensor, y_TO: Tensor) -> Meaning:
+        return self._inner.meaning(part, x_TI, y_TO)
+
+    def bind(self, uses: Uses[Any], table: RowTable) -> Bound:
+        name = f"adapters: {self.part.__name__}"
+        bound = self._watch.timed(f"{name}, prepared for a table", self._inner.bind)(uses, table)
+        return _TimedBound(self._watch, name, bound)
+
+
+class _TimedBound(Bound):
+    def __init__(self, watch: Stopwatch, part: str, inner: Bound) -> None:
+        self._watch = watch
+        self._part = part
+        self._inner = inner
+
+    @property
+    def reads_input_alone(self) -> bool:
+        return self._inner.reads_input_alone
+
+    def input_change(self, member: int, x_TI: Tensor) -> Change | None:
+        return self._watch.timed(self._part, self._inner.input_change)(member, x_TI)
+
+    def sums(self, x_TI: Tensor) -> Sequence[Sequence[Change]]:
+        return self._watch.timed(self._part, self._inner.sums)(x_TI)
+
+    def output_change(self, member: int, y_TO: Tensor) -> Change | None:
+        return self._watch.timed(self._part, self._inner.output_change)(member, y_TO)
+
+    def own_product(self, member: int, x_TI: Tensor) -> OwnProduct | None:
+        return self._watch.timed(self._part, self._inner.own_product)(member, x_TI)
