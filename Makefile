@@ -11,8 +11,8 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve test lint format bench bench-methods bench-mixtures bench-decode bench-kernels bench-pinned wheels constraints \
-	clean
+.PHONY: help serve test lint format bench bench-peers bench-profile bench-gpu bench-methods bench-mixtures \
+	bench-decode bench-kernels bench-pinned wheels constraints clean
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -39,8 +39,17 @@ format: $(VENV)/.dev ## let ruff put the sources in order
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
-bench: $(VENV)/.dev ## measure this machine; prints a table and writes JSON
+bench: $(VENV)/.dev ## measure this machine, ten minutes; ARGS=--quick two; prints a table and writes JSON
 	$(BIN)/python tests/bench/run.py $(ARGS)
+
+bench-peers: $(VENV)/.dev ## the same load on vLLM, llama.cpp and PEFT, where they are
+	$(BIN)/python tests/bench/run_peers.py $(ARGS)
+
+bench-profile: $(VENV)/.dev ## where the time of one decode step goes
+	$(BIN)/python tests/bench/step_profile.py $(ARGS)
+
+bench-gpu: $(VENV)/.dev ## decode of an 8B model on a GPU, as shares of its memory's bandwidth
+	$(BIN)/python tests/bench/gpu.py $(ARGS)
 
 bench-methods: $(VENV)/.dev ## measure what each method costs in memory and in a decode step
 	$(BIN)/python tests/bench/methods.py $(ARGS)

@@ -1,0 +1,147 @@
+"""The benches run from end to end on a model that means nothing: that they work, not what they measure."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import floor
+import gpu
+import pytest
+import run
+import run_peers
+import step_profile
+import torch
+from load import Figures, Job, figures
+from peers.contract import Setting
+from peers.generate import Generate
+from peers.llamacpp import LlamaCpp
+from peers.vllm import Vllm
+from random_adapters import write_adapters
+from scenarios import Scenario
+from table import report
+
+
+@pytest.fixture(autouse=True)
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The floor is not measured well."""
+    monkeypatch.setattr(floor, "BUDGET_S", 0.0)
+    monkeypatch.setattr(floor, "COPY_BYTES", 1 << 20)
+
+
+def numbers(rows: list[dict[str, Any]], column: str) -> list[float]:
+    return [float(row[column]) for row in rows]
+
+
+@pytest.mark.slow
+def test_a_real_server_is_measured_on_every_kind_of_load(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--model", str(tiny_model), "--rounds", "2", "--streams", "2", "--adapters", "2"]
+    flags += ["--families", "lora,mola,vera,all", "--prompts", "8", "--new-tokens", "4"]
+    args = run.arguments([*flags, "--popularity", "uniform", "--out", str(tmp_path / "bench.json")])
+    rows, more = run.measure(args, tmp_path)
+    assert len(rows) == 3 * 5
+    assert numbers(rows, "errors") == [0] * 15
+    assert min(numbers(rows, "tokens/s") + numbers(rows, "to base") + numbers(rows, "x floor")) > 0
+    assert [row["to base"] for row in rows if row["scenario"].endswith("base")] == ["1.000"] * 3
+    report(rows, args, **more)
+    written = json.loads(args.out.read_text())
+    assert written["rows"] == rows
+    assert len(written["rounds"]) == 15
+    assert "| decode, 2 x 8: mola, 2 uniform |" in capsys.readouterr().out
+
+
+def test_a_decode_step_is_profiled_by_part(tiny_model: Path) -> None:
+    args = step_profile.arguments(["--family", "mola", "--rows", "2", "--steps", "3", "--prompt-tokens", "4"])
+    parts = step_profile.engine_parts(args, tiny_model)
+    assert parts.keys() >= {"linear layers", "attention", "sampling", "scheduling", "adapters: Routed"}
+    assert min(parts.values()) > 0
+    *each, whole = step_profile.rows_of(parts)
+    assert numbers(each, "ms") == sorted(numbers(each, "ms"), reverse=True)
+    assert whole["ms"] == pytest.approx(1e3 * sum(parts.values()), abs=0.01)
+
+
+def test_the_base_alone_has_no_adapters_in_its_profile(tiny_model: Path) -> None:
+    args = step_profile.arguments(["--family", "base", "--rows", "2", "--steps", "2", "--prompt-tokens", "4"])
+    parts = step_profile.engine_parts(args, tiny_model)
+    assert min(parts.values()) > 0
+    assert not any(part.startswith("adapters") for part in parts)
+
+
+def test_the_gpu_bench_runs_its_cases_on_a_cpu() -> None:
+    rows, more = gpu.measure(gpu.size_of(tiny=True, rows=3), rounds=2, steps=2, prompt_tokens=4)
+    assert [row["case"] for row in rows] == list(gpu.CASES)
+    assert [row["aim"] for row in rows] == [0.97, 0.9, 0.85, 0.75]
+    assert rows[0]["to base"] == 1
+    assert all(len(own) == 2 for own in more["step_s"].values())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_the_gpu_bench_says_so() -> None:
+    with pytest.raises(SystemExit, match="no GPU here"):
+        gpu.size_of(tiny=False, rows=64)
+
+
+def test_peers_that_are_not_here_are_skipped_aloud(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("BENCH_VLLM", raising=False)
+    monkeypatch.setenv("BENCH_LLAMACPP", str(tmp_path / "nowhere"))
+    args = run_peers.arguments([])
+    peers = [Vllm(args.vllm), Vllm(tmp_path / "empty"), LlamaCpp(args.llamacpp)]
+    setting = Setting(tmp_path, "base", "float32", 1, {}, tmp_path)
+    with ExitStack() as stack:
+        assert run_peers.started(peers, setting, stack) == []
+    said = capsys.readouterr().out
+    assert "vLLM is skipped: no --vllm was given" in said
+    assert f"vLLM is skipped: there is no {tmp_path / 'empty' / 'bin' / 'python'}" in said
+    assert f"llama.cpp is skipped: there is no {tmp_path / 'nowhere'}" in said
+
+
+def test_peft_generates_for_the_base_and_for_adapters_of_its_own_for_each_row(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    names = write_adapters(tiny_model, tmp_path, ["lora"], 2)["lora"]
+    loras = {name: tmp_path / name for name in names}
+    peer = Generate()
+    with ExitStack() as stack:
+        setting = Setting(tiny_model, "base", "float32", 1, loras, tmp_path)
+        assert run_peers.started([peer], setting, stack) == [peer]
+        for models in (["base", "base"], names):
+            timings = peer.measure([[Job(model, (5, 6, 7), 4)] for model in models])
+            assert [(len(t.arrivals), t.prompt_tokens, t.error) for t in timings] == [(4, 3, None)] * 2
+            assert figures("decode", timings).tokens_per_s > 0
+
+
+def test_llama_cpp_is_told_the_place_of_an_adapter_and_to_use_none_for_the_base() -> None:
+    peer = LlamaCpp(None)
+    peer.places = {"lora-0": 0, "lora-1": 1}
+    assert peer.body(Job("lora-1", (1,), 2))["lora"] == [{"id": 1, "scale": 1.0}]
+    assert peer.body(Job("base", (1,), 2))["lora"] == [{"id": 0, "scale": 0.0}]
+
+
+def test_rows_of_peers_compare_with_their_own_base_and_with_ours() -> None:
+    times = (1.0, 1.0, 1.0)
+    speeds = {
+        ("Timbre", "base"): 10.0,
+        ("Timbre", "lora"): 8.0,
+        ("vLLM", "base"): 20.0,
+        ("vLLM", "lora"): 4.0,
+    }
+    lora = Scenario("decode", 2, "lora", 2)
+    scenario_of = {"base": lora.partner, "lora": lora}
+    rounds = {
+        (peer, scenario_of[which].name): [Figures(speed, times, times, times, 0)]
+        for (peer, which), speed in speeds.items()
+    }
+    floors = {each.name: 40.0 for each in scenario_of.values()}
+    rows = run_peers.rows_of([lora.partner, lora], ["Timbre", "vLLM", "PEFT generate"], rounds, floors)
+    assert [(row["peer"], row["to base"], row["to Timbre"], row["x floor"]) for row in rows] == [
+        ("Timbre", "1.000", "1.000", "4.00"),
+        ("vLLM", "1.000", "2.000", "2.00"),
+        ("Timbre", "0.800", "1.000", "5.00"),
+        ("vLLM", "0.200", "0.500", "10.00"),
+    ]
