@@ -117,8 +117,9 @@ def tensors_by_site(
     site that the base lacks.
     """
     found: dict[str, dict[str, Tensor]] = {}
+    derived = {name: tensor for name, tensor in tensors.items() if name.startswith(DERIVED)}
     for name, tensor in tensors.items():
-        if name in beside or name.startswith(DERIVED):
+        if name in beside or name in derived:
             continue
         path, key = _split(name, keys)
         if path not in sites:
@@ -128,7 +129,7 @@ def tensors_by_site(
         raise InvalidTensors("the file holds no tensor, expected at least one adapted layer")
     for path, site in sites.items():
         if path in found:
-            yield SiteTensors(site, found[path], derived_of_site(tensors, path))
+            yield SiteTensors(site, found[path], derived_of_site(derived, path))
 
 
 def derived_name(path: str, key: str) -> str:

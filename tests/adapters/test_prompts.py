@@ -83,10 +83,10 @@ def test_an_adapter_is_loaded_as_its_manifest_says(method: str, open_store: Call
     assert loaded.method == record.manifest.method == method
     assert loaded.program.prepared_bytes == record.manifest.prepared_bytes
     assert loaded.program.virtual_tokens == record.manifest.virtual_tokens
-    for _, part in loaded.program.placed_parts():
-        for tensor in owned_tensors(part):
-            assert tensor.is_contiguous()
-            assert tensor.untyped_storage().nbytes() == tensor.nbytes
+    tensors = [t for _, part in loaded.program.placed_parts() for t in owned_tensors(part)]
+    assert all(tensor.is_contiguous() for tensor in tensors)
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    assert sum(storages.values()) == loaded.prepared_bytes == record.manifest.prepared_bytes
 
 
 def test_a_manifest_that_promises_other_rows_is_not_loaded(open_store: Callable[..., Store]) -> None:

@@ -23,6 +23,7 @@ from timbre_server.adapters.prompts import StepPrompts
 from timbre_server.adapters.routed_block import RoutedBlockLayer
 from timbre_server.adapters.routing_report import Choice, choices_of, expert_tokens, router_places
 from timbre_server.adapters.scouting import read_scouts
+from timbre_server.adapters.slot_programs import SlotPrograms
 from timbre_server.operators.catalogue import Kernels, all_operators, embedding_operators
 from timbre_server.operators.row_table import Pairs, RowTable
 from timbre_server.operators.step_routing import StepRouting
@@ -59,7 +60,7 @@ class AdaptedModel:
         routers may choose for ``blocks``.
 
         Without ``embedding``, the base's layer of token embeddings, no adapter may bring virtual tokens."""
-        self._programs: dict[int, AdapterProgram] = {}
+        self._programs = SlotPrograms()
         self._prompts = StepPrompts(self._programs, embedding)
         self._body_rows = {layer.rows_per_token: ActiveRows() for layer in (LoneLayer("", "norm"), *lone)}
         self._head_rows = ActiveRows()
@@ -106,6 +107,7 @@ class AdaptedModel:
 
     def set_rows(self, table: RowTable, head_table: RowTable) -> None:
         """The rows of the next forward, and those of them whose logits are kept."""
+        self._programs.use(table.slots)
         for rows_per_token, rows in self._body_rows.items():
             rows.begin(table.times(rows_per_token))
         self._head_rows.begin(head_table)
@@ -148,7 +150,7 @@ class AdaptedModel:
             for path, parts in program.sites.items()
             if any(isinstance(part, RoutedBlock) for part in parts)
         ), "a router for a block that the model does not have"
-        self._programs[slot] = program
+        self._programs.put(slot, program)
         self._places |= router_places(program)
 
     def linear_layers(self) -> Iterator[tuple[str, nn.Module]]:

@@ -7,9 +7,9 @@ two steps, or in an `AdapterLoadFailed`.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,10 +21,11 @@ from torch import Tensor
 from timbre_methods.bases import basis_on
 from timbre_methods.contract import Sites
 from timbre_methods.errors import MethodError
-from timbre_methods.program import AdapterProgram, AnyPart, LowRank, Projected, owned_tensors
+from timbre_methods.program import AdapterProgram, AnyPart, LowRank, Part, Projected, owned_tensors
 from timbre_methods.prompt_contract import NO_FRAME, Frame
 from timbre_methods.registry import compile_adapter, method_for
 from timbre_methods.routing import Routed, RoutedBlock, Router, Scout, Scouted
+from timbre_server.adapters.packed_sites import PackedSites, may_be_packed, packed
 from timbre_server.errors import AdapterLoadFailed
 from timbre_server.operators.low_rank import side_by_side
 from timbre_store.errors import StoreError
@@ -42,6 +43,20 @@ class LoadedAdapter:
     method: str
     program: AdapterProgram
     seconds_by_phase: dict[str, float]
+    prepared_bytes: int = field(init=False)
+    """The program's, as below; counted once, where it holds up no step."""
+    shared_bytes: dict[int, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        sites, program = self.program.sites, self.program
+        if isinstance(sites, PackedSites):
+            program = replace(program, sites={})
+            prepared_bytes = sites.prepared_bytes + program.prepared_bytes
+            shared_bytes = sites.shared_bytes  # What acts outside of sites shares nothing.
+        else:
+            prepared_bytes, shared_bytes = program.prepared_bytes, program.shared_bytes
+        object.__setattr__(self, "prepared_bytes", prepared_bytes)
+        object.__setattr__(self, "shared_bytes", shared_bytes)
 
 
 class AdapterLoader:
@@ -118,13 +133,20 @@ def _check_promises(manifest: Manifest, program: AdapterProgram) -> None:
 
 def _check_finite(digest: str, program: AdapterProgram) -> None:
     """Finite values may overflow where they are multiplied; every answer would then be an error."""
-    for place, part in program.placed_parts():
-        for tensor in owned_tensors(part):
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise AdapterLoadFailed(
-                    f"adapter {digest} cannot be used: at {place} its values multiply to more than float32 "
-                    "holds; train it with smaller ones"
-                )
+    owned = [(place, t) for place, part in program.placed_parts() for t in owned_tensors(part)]
+    floats = [(place, tensor) for place, tensor in owned if tensor.is_floating_point()]
+    if not floats or _are_finite([tensor for _, tensor in floats]):
+        return
+    place = next(place for place, tensor in floats if not _are_finite([tensor]))
+    raise AdapterLoadFailed(
+        f"adapter {digest} cannot be used: at {place} its values multiply to more than float32 holds; train "
+        "it with smaller ones"
+    )
+
+
+def _are_finite(tensors: Sequence[Tensor]) -> bool:
+    """Looked at together: hundreds of small tensors take long one by one."""
+    return bool(torch.isfinite(torch.cat([tensor.reshape(-1) for tensor in tensors])).all())
 
 
 def placed_program(
@@ -133,7 +155,7 @@ def placed_program(
     """The program on its device, in storage of exactly its own size, so that nothing keeps the file's memory
     alive and the prepared bytes are the real ones. Each tensor is contiguous in storage of its own; factors
     that are bound together lie side by side in one, and no bind copies them. A shared basis is moved
-    once, for all adapters that use it."""
+    once, for all adapters that use it. What `may_be_packed` is."""
 
     joined: dict[int, Any] = {
         id(part): there for part, there in _factors_side_by_side(program, device, groups)
@@ -169,9 +191,14 @@ def placed_program(
             routers[id(router)] = placed(router) if isinstance(router, Router) else replace(router)
         return routers[id(router)]
 
+    def placed_sites(sites: Mapping[str, tuple[Part, ...]]) -> Mapping[str, tuple[Part, ...]]:
+        if may_be_packed(sites):
+            return packed(sites, device)
+        return {path: tuple(map(placed, parts)) for path, parts in sites.items()}
+
     return replace(
         program,
-        sites={path: tuple(map(placed, parts)) for path, parts in program.sites.items()},
+        sites=placed_sites(program.sites),
         prompt=None if program.prompt is None else placed(program.prompt),
         scout=None if program.scout is None else placed(program.scout),
         attention={layer: placed(part) for layer, part in program.attention.items()},

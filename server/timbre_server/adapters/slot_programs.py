@@ -1,0 +1,55 @@
+"""Programs by slot. Those used last have their parts made; all others lie packed (`packed_sites`)."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from timbre_methods.program import AdapterProgram
+
+MAX_IDLE_OPEN = 64
+"""So many programs beside those of the running step keep their parts: one that is used again soon."""
+
+
+class SlotPrograms(Mapping[int, AdapterProgram]):
+    """What a slot gives stays the very same object from `use` to `use` while it names the slot."""
+
+    def __init__(self) -> None:
+        self._programs: dict[int, AdapterProgram] = {}
+        self._open: OrderedDict[int, AdapterProgram] = OrderedDict()
+        """Used last, last."""
+
+    def __getitem__(self, slot: int) -> AdapterProgram:
+        found = self._open.get(slot)
+        if found is None:
+            program = self._programs[slot]
+            found = self._open[slot] = replace(program, sites=dict(program.sites))
+        return found
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._programs)
+
+    def __len__(self) -> int:
+        return len(self._programs)
+
+    @property
+    def num_open(self) -> int:
+        return len(self._open)
+
+    def put(self, slot: int, program: AdapterProgram) -> None:
+        self._programs[slot] = program
+
+    def pop(self, slot: int) -> AdapterProgram:
+        """Its parts are those that were used."""
+        program = self[slot]
+        del self._programs[slot], self._open[slot]
+        return program
+
+    def use(self, slots: Sequence[int]) -> None:
+        """A step begins that uses these, and no others."""
+        for slot in slots:
+            self._open[slot] = self[slot]
+            self._open.move_to_end(slot)
+        while len(self._open) > len(slots) + MAX_IDLE_OPEN:
+            self._open.popitem(last=False)
