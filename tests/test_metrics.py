@@ -84,8 +84,9 @@ class Subject:
         return dict(sample.labels)
 
 
-def step(**stats: object) -> StepOutput:
-    return StepOutput(StepStats(**stats))  # type: ignore[arg-type]
+def step(*, resident_adapters: tuple[str, ...] = (), **stats: object) -> StepOutput:
+    resident = {"num_resident_adapters": len(resident_adapters), "resident_adapters": resident_adapters}
+    return StepOutput(StepStats(**{**resident, **stats}))  # type: ignore[arg-type]
 
 
 def busy() -> Subject:
@@ -269,9 +270,9 @@ def test_lora_info_tells_the_room_that_is_left() -> None:
         "waiting_lora_adapters": "",
     }
     subject.tally.on_output(
-        step(resident_adapters=("d1", "d2"), waiting_adapters=("d3",), resident_adapter_bytes=1000)
+        step(resident_adapters=("d1",), num_resident_adapters=4, resident_adapter_bytes=800)
     )
-    assert subject.lora_info()["max_lora"] == "2"
+    assert subject.lora_info()["max_lora"] == "5"
 
 
 def test_lora_info_names_no_more_than_it_has_series_for() -> None:

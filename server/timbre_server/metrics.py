@@ -116,7 +116,7 @@ class Metrics(Collector):
         states = GaugeMetricFamily(
             "timbre_adapters", "Adapters in memory, or wanted there.", labels=("state",)
         )
-        states.add_metric(("resident",), len(stats.resident_adapters))
+        states.add_metric(("resident",), stats.num_resident_adapters)
         states.add_metric(("waiting",), len(set(stats.waiting_adapters) - set(stats.resident_adapters)))
         yield states
         used = GaugeMetricFamily(
@@ -178,7 +178,7 @@ class Metrics(Collector):
 
     def _room(self) -> int:
         """How many adapters fit in memory, if those to come are as large as those that are there."""
-        resident, used = len(self._tally.stats.resident_adapters), self._tally.stats.resident_adapter_bytes
+        resident, used = self._tally.stats.num_resident_adapters, self._tally.stats.resident_adapter_bytes
         if not resident or not used:
             return self._max_adapters
         left = max(0, self._engine.adapter_budget_bytes - self._pinned_bytes() - used)

@@ -210,3 +210,17 @@ class ResidencyMachine(RuleBasedStateMachine):
 
 ResidencyMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestResidencyMachine = ResidencyMachine.TestCase
+
+
+def test_the_last_used_are_told_however_many_others_there_are() -> None:
+    residency = Residency(100)
+    for digest in "abcdef":
+        residency.place(digest, 1)
+    assert residency.acquire("b") is not None
+    assert residency.last_used(3) == ("e", "f", "b")
+    assert residency.last_used(100) == residency.resident
+    assert (residency.num_resident, residency.is_resident("a"), residency.is_resident("z")) == (
+        6,
+        True,
+        False,
+    )

@@ -166,8 +166,14 @@ class AdaptersBesideTheLoop(LoadingAdapters):
     on_load_ended: Callable[[], None] = lambda: None
 
     @property
-    def resident(self) -> tuple[str, ...]:
-        return tuple(self.users)
+    def num_resident(self) -> int:
+        return len(self.users)
+
+    def is_resident(self, digest: str) -> bool:
+        return digest in self.users
+
+    def last_used(self, count: int) -> tuple[str, ...]:
+        return tuple(self.users)[-count:]
 
     @property
     def resident_bytes(self) -> int:

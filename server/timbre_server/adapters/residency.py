@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from types import MappingProxyType
 from typing import Literal
 
@@ -70,9 +70,23 @@ class Residency:
         return tuple(self._resident)
 
     @property
+    def num_resident(self) -> int:
+        return len(self._resident)
+
+    def is_resident(self, digest: str) -> bool:
+        return digest in self._resident
+
+    def last_used(self, count: int) -> tuple[str, ...]:
+        """So many of `resident` at most; takes no longer for many others."""
+        return tuple(islice(reversed(self._resident), count))[::-1]
+
+    @property
     def wanted(self) -> tuple[str, ...]:
         """Digests to load, oldest wish first."""
         return tuple(self._wanted)
+
+    def is_wanted(self, digest: str) -> bool:
+        return digest in self._wanted
 
     @property
     def next_wish(self) -> str | None:

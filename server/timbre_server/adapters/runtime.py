@@ -84,6 +84,17 @@ class AdapterRuntime:
         return self._residency.resident
 
     @property
+    def num_resident(self) -> int:
+        return self._residency.num_resident
+
+    def is_resident(self, digest: str) -> bool:
+        return self._residency.is_resident(digest)
+
+    def last_used(self, count: int) -> tuple[str, ...]:
+        """So many digests in memory at most, most recently used last."""
+        return self._residency.last_used(count)
+
+    @property
     def wanted(self) -> tuple[str, ...]:
         """Digests that are queued or being loaded, oldest wish first."""
         return self._residency.wanted
@@ -154,7 +165,7 @@ class AdapterRuntime:
 
     def unload(self, digest: str) -> None:
         """Let an adapter go when its last user has gone; `poll` reports the departure."""
-        was_resident = digest in self._residency.resident
+        was_resident = self._residency.is_resident(digest)
         self._leave(self._residency.unload(digest))
         if not was_resident:
             self._departed.append(Departure(digest, -1, "unloaded"))
@@ -181,7 +192,7 @@ class AdapterRuntime:
         if self._loading is None or not self._loading[1].done():
             return []
         digest, future = self._loading
-        if digest not in self._residency.wanted:
+        if not self._residency.is_wanted(digest):
             self._loading = None
             return []
         error = future.exception()
@@ -191,7 +202,7 @@ class AdapterRuntime:
             _log.error("the load of adapter %s failed unexpectedly", digest, exc_info=error)
             return [self._failed(digest, f"adapter {digest} could not be prepared: {error!r}")]
         loaded = future.result()
-        prepared_bytes, shared = loaded.program.prepared_bytes, loaded.program.shared_bytes
+        prepared_bytes, shared = loaded.prepared_bytes, loaded.shared_bytes
         needed_bytes = self._residency.bytes_with_held(prepared_bytes, shared)
         if needed_bytes > self._residency.budget_bytes:
             return [

@@ -40,7 +40,7 @@ from timbre_server.errors import EngineDied
 
 MAX_FAILED_STEPS = 3
 """In a row; the engine ends with the last of them."""
-MAX_RESIDENT_TOLD = 1024
+MAX_RESIDENT_TOLD = 256
 """So many digests at most, the last used, are told after each step."""
 STEP_FAILED = "the engine could not run the step that this request was part of; it is safe to try again"
 
@@ -57,7 +57,13 @@ class ResidentAdapters(AdapterSlotsSource, Protocol):
     """Adapters in memory, and the loads that run beside the loop (`adapters.runtime`)."""
 
     @property
-    def resident(self) -> tuple[str, ...]: ...
+    def num_resident(self) -> int: ...
+
+    def is_resident(self, digest: str) -> bool: ...
+
+    def last_used(self, count: int) -> tuple[str, ...]:
+        """So many digests in memory at most, most recently used last."""
+        ...
 
     @property
     def resident_bytes(self) -> int: ...
@@ -143,7 +149,7 @@ class EngineCore:
         self._scheduler.abort(request_id)
 
     def load_adapter(self, digest: str) -> None:
-        if digest in self._adapters.resident:
+        if self._adapters.is_resident(digest):
             self._loaded.append(AdapterLoaded(digest))
         else:
             self._adapters.load(digest)
@@ -219,7 +225,8 @@ class EngineCore:
             prefix_queried_tokens=counts.prefix_queried_tokens,
             prefix_hit_tokens=counts.prefix_hit_tokens,
             preemptions=counts.preemptions,
-            resident_adapters=self._adapters.resident[-MAX_RESIDENT_TOLD:],
+            num_resident_adapters=self._adapters.num_resident,
+            resident_adapters=self._adapters.last_used(MAX_RESIDENT_TOLD),
             waiting_adapters=scheduler.waiting_adapters,
             resident_adapter_bytes=self._adapters.resident_bytes,
             pinned=_pinned_adapter(self._pinning.pinned),

@@ -262,8 +262,9 @@ class StepStats(msgspec.Struct, frozen=True, omit_defaults=True):
     prefix_queried_tokens: int = 0
     prefix_hit_tokens: int = 0
     preemptions: int = 0
+    num_resident_adapters: int = 0
     resident_adapters: tuple[str, ...] = ()
-    """Digests in memory, most recently used last."""
+    """Digests in memory, most recently used last; of many the last alone."""
     waiting_adapters: tuple[str, ...] = ()
     resident_adapter_bytes: int = 0
     pinned: PinnedAdapter | None = None
