@@ -12,12 +12,12 @@ Every change is one transaction: after a crash it happened or it did not. Laws b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from threading import Lock
 
-from sqlalchemy import Connection, Engine, delete, exists, func, insert, or_, select
+from sqlalchemy import Column, Connection, Engine, delete, exists, func, insert, select
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
 from timbre_store.catalogue_file import translated_errors
@@ -96,11 +96,10 @@ class Catalogue:
         with self.reading() as connection:
             _refuse_alias(connection, name)
 
-    def refers_to_blob(self, digest: str) -> bool:
+    def referenced_blobs(self, digests: Collection[str]) -> set[str]:
+        """Those of them that are an adapter's files."""
         columns = (manifests.c.config_digest, manifests.c.tensors_digest, manifests.c.derived_digest)
-        mentioned = or_(*(column == digest for column in columns))
-        with self.reading() as connection:
-            return bool(connection.scalar(select(exists().where(mentioned))))
+        return self._mentioned(digests, columns)
 
     def derived_digest_of(
         self, config_digest: str, tensors_digest: str, base_model: str | None
@@ -112,9 +111,14 @@ class Catalogue:
             found = [Manifest.from_bytes(content) for content in connection.scalars(query)]
         return next((m.derived_digest for m in found if m.base_model_digest == base_model), None)
 
-    def refers_to_manifest(self, digest: str) -> bool:
+    def referenced_manifests(self, digests: Collection[str]) -> set[str]:
+        """Those of them that a version refers to."""
+        return self._mentioned(digests, (manifests.c.digest,))
+
+    def _mentioned(self, digests: Collection[str], columns: Sequence[Column[str]]) -> set[str]:
         with self.reading() as connection:
-            return bool(connection.scalar(select(exists().where(manifests.c.digest == digest))))
+            queries = (select(column).where(column.in_(digests)).distinct() for column in columns)
+            return {digest for query in queries for digest in connection.scalars(query)}
 
     def add_versions(
         self, arrivals: Sequence[tuple[str, Manifest]], created_s: float
@@ -175,7 +179,7 @@ def _refuse_alias(connection: Connection, name: str) -> None:
 
 def _add_version(connection: Connection, name: str, manifest: Manifest, created_s: float) -> AdapterRecord:
     _refuse_alias(connection, name)
-    latest = find_record(connection, Reference(name), missing_ok=True)
+    latest = find_record(connection, Reference(name), missing_ok=True, follow=False)
     digest = manifest.digest
     if latest is not None and latest.digest == digest:
         return latest
@@ -228,24 +232,25 @@ def _delete_versions(connection: Connection, reference: Reference) -> tuple[Mani
         doomed = of_name & (versions.c.digest == reference.digest)
     else:
         doomed = of_name & (versions.c.version == reference.version)
-    connection.execute(delete(versions).where(doomed))
+    freed = set(connection.scalars(delete(versions).where(doomed).returning(versions.c.digest)))
     for alias in aliases_of(connection, record.name):
         pointed_at = Reference(alias.name, version=alias.version)
         if find_record(connection, pointed_at, missing_ok=True) is None:
             raise AdapterInUse(
                 f"alias {alias.alias!r} points at {alias.target!r}; move or delete the alias first"
             )
-    return _drop_unreferenced(connection)
+    dropped = (_drop_unreferenced(connection, digest) for digest in sorted(freed))
+    return tuple(manifest for manifest in dropped if manifest is not None)
 
 
-def _drop_unreferenced(connection: Connection) -> tuple[Manifest, ...]:
-    """The manifests that no version refers to any more. Raises: AdapterInUse if a mix stands on one."""
-    unreferenced = ~exists().where(versions.c.digest == manifests.c.digest)
-    digests = select(manifests.c.digest).where(unreferenced)
-    connection.execute(delete(mixes).where(mixes.c.digest.in_(digests)))
+def _drop_unreferenced(connection: Connection, digest: str) -> Manifest | None:
+    """The manifest, where no version refers to it any more. Raises: AdapterInUse if a mix stands on it."""
+    if connection.scalar(select(exists().where(versions.c.digest == digest))):
+        return None
+    connection.execute(delete(mixes).where(mixes.c.digest == digest))
     standing = select(versions.c.name, versions.c.version).join(mixes, mixes.c.digest == versions.c.digest)
-    mix = connection.execute(standing.where(mixes.c.parent.in_(digests)).limit(1)).one_or_none()
+    mix = connection.execute(standing.where(mixes.c.parent == digest).limit(1)).one_or_none()
     if mix is not None:
         raise AdapterInUse(f"the mix {mix.name}@{mix.version} is made of it; delete the mix first")
-    gone = connection.execute(delete(manifests).where(unreferenced).returning(manifests.c.content)).all()
-    return tuple(Manifest.from_bytes(row.content) for row in gone)
+    gone = delete(manifests).where(manifests.c.digest == digest).returning(manifests.c.content)
+    return Manifest.from_bytes(connection.execute(gone).scalar_one())

@@ -1,7 +1,7 @@
 """A folder of write-once files named by the SHA-256 of their bytes, and when one may be removed.
 
 No file here is ever modified: a name's bytes are the same for ever, so readers need no lock. A file is
-removed only if nothing *refers* to it (the catalogue, asked through ``is_referenced``) and nobody *holds* it
+removed only if nothing *refers* to it (the catalogue, asked through ``referenced``) and nobody *holds* it
 (work in progress in this process). Holds live in memory; what a crash leaves unheld and unreferenced is
 taken by `collect` when it is old enough.
 """
@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from threading import Lock
 
@@ -22,6 +23,9 @@ from timbre_store.errors import NotFound
 from timbre_store.failpoints import Reach
 from timbre_store.layout import content_path
 from timbre_store.writer import BlobWriter
+
+DIGESTS_AT_ONCE = 1000
+"""In one question to the catalogue."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +42,13 @@ class Removed:
 class ContentFolder:
     """Thread-safe. One lock covers the instants in which files appear, vanish and change hands."""
 
-    def __init__(self, folder: Path, tmp: Path, is_referenced: Callable[[str], bool], reach: Reach) -> None:
+    def __init__(
+        self, folder: Path, tmp: Path, referenced: Callable[[Collection[str]], set[str]], reach: Reach
+    ) -> None:
+        """``referenced`` gives those of some digests that something refers to."""
         self._folder = folder
         self._tmp = tmp
-        self._is_referenced = is_referenced
+        self._referenced = referenced
         self._reach_point = reach
         self._lock = Lock()
         self._holds: Counter[str] = Counter()
@@ -64,9 +71,11 @@ class ContentFolder:
         return path
 
     def digests(self) -> Iterator[str]:
+        return chain.from_iterable(self._shards())
+
+    def _shards(self) -> Iterator[list[str]]:
         for shard in sorted((self._folder / "sha256").iterdir()):
-            for path in sorted(shard.iterdir()):
-                yield f"sha256:{path.name}"
+            yield [f"sha256:{path.name}" for path in sorted(shard.iterdir())]
 
     def begin(self, max_bytes: int) -> BlobWriter:
         """A writer whose blob stays until `collect` finds it old and unreferenced."""
@@ -111,7 +120,7 @@ class ContentFolder:
     def collect(self, min_age_s: float, now_s: float) -> Removed:
         """Remove files that nothing refers to, nobody holds, and that are at least this old."""
         removed = Removed()
-        for digest in list(self.digests()):
+        for digest in list(chain.from_iterable(map(self._unreferenced, self._shards()))):
             with self._lock:
                 path = self.path(digest)
                 if digest in self._holds or not path.exists():
@@ -119,6 +128,13 @@ class ContentFolder:
                 if now_s - path.stat().st_mtime >= min_age_s:
                     removed += self._remove_if_unreferenced(digest)
         return removed
+
+    def _unreferenced(self, digests: Sequence[str]) -> Iterator[str]:
+        """Asked together: one by one, the question would be put for every file of a large store."""
+        for start in range(0, len(digests), DIGESTS_AT_ONCE):
+            batch = digests[start : start + DIGESTS_AT_ONCE]
+            known = self._referenced(batch)
+            yield from (digest for digest in batch if digest not in known)
 
     def _publish_to_keep(self, temp_path: Path, digest: str) -> None:
         with self._lock:
@@ -145,7 +161,7 @@ class ContentFolder:
 
     def _remove_if_unreferenced(self, digest: str) -> Removed:
         path = self.path(digest)
-        if self._is_referenced(digest) or not path.exists():
+        if self._referenced([digest]) or not path.exists():
             return Removed()
         size = path.stat().st_size
         path.unlink()

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from timbre_store.digests import digest_of_bytes, is_digest
@@ -68,8 +68,9 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """Canonical JSON: keys sorted, no spaces, ASCII, no `OPTIONAL` field that says nothing."""
-        fields_of = {**asdict(self), "recipe": self.recipe and self.recipe.to_raw()}
-        raw = {key: value for key, value in fields_of.items() if value != OPTIONAL.get(key, ...)}
+        every = {each.name: getattr(self, each.name) for each in fields(self)}
+        every["recipe"] = self.recipe and self.recipe.to_raw()
+        raw = {key: value for key, value in every.items() if value != OPTIONAL.get(key, ...)}
         return json.dumps(
             raw, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
         ).encode("ascii")

@@ -77,9 +77,9 @@ class Store:
         engine = open_catalogue(self._layout.catalogue, may_create=not has_content, reach=self._reach)
         self._catalogue = catalogue = Catalogue(engine, self._reach)
         blobs, manifests = folders
-        self._blobs = ContentFolder(blobs, self._layout.tmp, catalogue.refers_to_blob, self._reach)
+        self._blobs = ContentFolder(blobs, self._layout.tmp, catalogue.referenced_blobs, self._reach)
         self._manifests = ContentFolder(
-            manifests, self._layout.tmp, catalogue.refers_to_manifest, self._reach
+            manifests, self._layout.tmp, catalogue.referenced_manifests, self._reach
         )
         self._registrar = Registrar(
             blobs=self._blobs,

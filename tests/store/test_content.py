@@ -150,7 +150,7 @@ def test_a_writer_that_was_left_takes_no_more(store: Store, samples: ModuleType)
 def test_garbage_is_what_is_old_and_nobody_s(tmp_path: Path, samples: ModuleType) -> None:
     referenced: set[str] = set()
     (tmp_path / "tmp").mkdir()
-    folder = ContentFolder(tmp_path / "blobs", tmp_path / "tmp", referenced.__contains__, pass_by)
+    folder = ContentFolder(tmp_path / "blobs", tmp_path / "tmp", referenced.intersection, pass_by)
     digests = [samples.put(_Opens(folder), text) for text in (b"a", b"b", b"c")]
     for digest in digests:
         os.utime(folder.path(digest), (1000, 1000))
