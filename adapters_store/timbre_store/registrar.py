@@ -44,7 +44,9 @@ class Registrar:
         with ExitStack() as stack, Upload(self.blobs, self.limits.max_blob_bytes) as upload:
             for arrival in arrivals:
                 stack.enter_context(self.blobs.holding(arrival.config_digest, arrival.tensors_digest))
-            manifests = [self._examined(arrival, base_model, upload) for arrival in arrivals]
+            contents = {replace(arrival, name=""): arrival for arrival in arrivals}
+            examined = {key: self._examined(each, base_model, upload) for key, each in contents.items()}
+            manifests = [examined[replace(arrival, name="")] for arrival in arrivals]
             self.reach("register.examined")
             names = (arrival.name for arrival in arrivals)
             return self._record(tuple(zip(names, manifests, strict=True)))
@@ -99,7 +101,7 @@ class Registrar:
 
     def _record(self, arrivals: Sequence[tuple[str, Manifest]]) -> tuple[AdapterRecord, ...]:
         """The manifests' files first, then the rows: a row never refers to a file that is not durable."""
-        contents = [manifest.to_bytes() for _, manifest in arrivals]
+        contents = {manifest.to_bytes() for _, manifest in arrivals}
         with Upload(self.manifests, max(map(len, contents))) as upload:
             for content in contents:
                 with upload.begin_blob() as writer:

@@ -9,9 +9,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
+from sqlalchemy import Engine, event
 
 from timbre_store.content import Removed
 from timbre_store.errors import (
@@ -28,7 +30,9 @@ from timbre_store.inspection import Inspection
 from timbre_store.limits import StoreLimits
 from timbre_store.manifest import Manifest
 from timbre_store.reader import open_adapter, verify_blob
+from timbre_store.safetensors_header import TensorHeader
 from timbre_store.store import Store
+from timbre_store.upload import Arrival
 
 NAN = np.array([np.nan] * 12, "<f4").tobytes()
 
@@ -232,3 +236,44 @@ def test_an_adapter_of_many_tensors_is_taken(store: Store, samples: ModuleType) 
     config = json.dumps({"peft_type": "LORA", "target_modules": ["q_proj"]}).encode()
     record = samples.upload_files(store, "dora", config, samples.tensor_file(tensors))
     assert record.manifest.parameters == 2 * 672
+
+
+def test_equal_contents_that_come_together_are_examined_once(tmp_path: Path, samples: ModuleType) -> None:
+    examined: list[Path] = []
+
+    def inspect(config: dict[str, Any], header: TensorHeader, tensors: Path, derived: Path) -> Inspection:
+        examined.append(tensors)
+        found: Inspection = samples.inspect(config, header, tensors, derived)
+        return found
+
+    with Store(tmp_path, inspect=inspect, limits=StoreLimits()) as store:
+        with store.begin_upload() as upload:
+            pairs = [
+                tuple(samples.put(upload, content) for content in samples.adapter(seed)) for seed in (1, 2)
+            ]
+            arrivals = [Arrival(f"a{number}", *pairs[number % 2]) for number in range(6)]
+            records = store.register_all(arrivals, samples.BASE)
+        assert len(examined) == 2
+        assert [record.name for record in records] == [f"a{number}" for number in range(6)]
+        assert [record.digest for record in records] == [records[0].digest, records[1].digest] * 3
+        assert all(store.resolve(record.name) == record for record in records)
+        assert store.check_integrity() == ()
+
+
+def test_a_deletion_looks_at_its_own_adapter_alone(store: Store, samples: ModuleType) -> None:
+    """In a catalogue of any size: the plan of no query that it runs walks a table."""
+    for seed in range(3):
+        samples.upload(store, f"a{seed}", seed)
+    walks: list[str] = []
+
+    def explain(connection: Any, cursor: Any, statement: str, given: Any, *_: Any) -> None:
+        if statement.startswith(("SELECT", "DELETE", "INSERT")):
+            plan = connection.connection.driver_connection.execute(f"EXPLAIN QUERY PLAN {statement}", given)
+            walks.extend(row[3] for row in plan if row[3].startswith("SCAN") and "CONSTANT" not in row[3])
+
+    event.listen(Engine, "before_cursor_execute", explain)
+    try:
+        store.delete("a1")
+    finally:
+        event.remove(Engine, "before_cursor_execute", explain)
+    assert walks == []
