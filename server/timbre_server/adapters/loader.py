@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from threading import Thread
 from typing import Any, TypeVar
 
 import torch
@@ -23,7 +24,7 @@ from timbre_methods.contract import Sites
 from timbre_methods.errors import MethodError
 from timbre_methods.program import AdapterProgram, AnyPart, LowRank, Part, Projected, owned_tensors
 from timbre_methods.prompt_contract import NO_FRAME, Frame
-from timbre_methods.registry import compile_adapter, method_for
+from timbre_methods.registry import compile_adapter, method_for, methods
 from timbre_methods.routing import Routed, RoutedBlock, Router, Scout, Scouted
 from timbre_server.adapters.packed_sites import PackedSites, may_be_packed, packed
 from timbre_server.errors import AdapterLoadFailed
@@ -78,6 +79,8 @@ class AdapterLoader:
         self._frame = frame
         self._device = torch.device(device)
         self._groups = groups
+        # A second of imports, that no load shall wait for.
+        Thread(target=methods, name="read-methods").start()
 
     def load(self, digest: str) -> LoadedAdapter:
         """Read, verify, compile and place one adapter. Raises `AdapterLoadFailed`, and nothing else, for
