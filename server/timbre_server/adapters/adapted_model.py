@@ -19,6 +19,7 @@ from timbre_server.adapters.adapted_linear import AdaptedGroup, AdaptedLinear, P
 from timbre_server.adapters.adapted_norm import AdaptedNorm
 from timbre_server.adapters.adapted_parameters import AdaptedParameters
 from timbre_server.adapters.groups import Block, LinearGroup, LoneLayer, ParameterModule
+from timbre_server.adapters.packed_sites import PackedSites
 from timbre_server.adapters.prompts import StepPrompts
 from timbre_server.adapters.routed_block import RoutedBlockLayer
 from timbre_server.adapters.routing_report import Choice, choices_of, expert_tokens, router_places
@@ -145,7 +146,7 @@ class AdaptedModel:
 
     def put(self, slot: int, program: AdapterProgram) -> None:
         """Let a free slot hold a program whose tensors are on the model's device."""
-        assert all(
+        assert isinstance(program.sites, PackedSites) or all(
             path in self._blocks
             for path, parts in program.sites.items()
             if any(isinstance(part, RoutedBlock) for part in parts)

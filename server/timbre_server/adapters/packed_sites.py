@@ -4,8 +4,8 @@ An adapter on two hundred layers is a thousand Python objects. Ten thousand such
 objects than in numbers, and the garbage collector would walk them all. So what is where is a `Layout`, which
 adapters of equal shape share, and parts, views of the numbers, are made for who asks.
 
-Mixtures and places of an adapter's own, which operators know by identity, do not lie so; nor do factors of low
-rank, which lie as they are bound.
+Mixtures and places of an adapter's own, which operators know by identity, do not lie so; nor do factors of
+low rank, which lie as they are bound.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from timbre_methods.program import AdapterProgram
 from timbre_methods.routing import Routed, RoutedBlock, Router, Scouted
+from timbre_server.adapters.packed_sites import PackedSites
 from timbre_server.operators.row_table import RowTable
 from timbre_server.operators.step_routing import RouterCall
 
@@ -34,6 +35,8 @@ class Choice:
 def router_places(program: AdapterProgram) -> dict[Router | Scouted, str]:
     """The path at which each router of an adapter reads, or a scout's gates act first."""
     places: dict[Router | Scouted, str] = {}
+    if isinstance(program.sites, PackedSites):
+        return places  # It holds none, and to make all parts only to see that would hold up a step.
     for path, parts in program.sites.items():
         for part in parts:
             if isinstance(part, RoutedBlock) or (isinstance(part, Routed) and not part.from_block):

@@ -41,10 +41,9 @@ class SlotPrograms(Mapping[int, AdapterProgram]):
         self._programs[slot] = program
 
     def pop(self, slot: int) -> AdapterProgram:
-        """Its parts are those that were used."""
-        program = self[slot]
-        del self._programs[slot], self._open[slot]
-        return program
+        """As it was put."""
+        self._open.pop(slot, None)
+        return self._programs.pop(slot)
 
     def use(self, slots: Sequence[int]) -> None:
         """A step begins that uses these, and no others."""
