@@ -12,7 +12,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help serve test lint format bench bench-peers bench-profile bench-gpu bench-methods bench-mixtures \
-	bench-decode bench-kernels bench-pinned wheels constraints clean
+	bench-decode bench-kernels bench-pinned bench-many bench-distinct wheels constraints clean
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -65,6 +65,12 @@ bench-pinned: $(VENV)/.dev ## measure what a pinned adapter saves in a decode st
 
 bench-decode: $(VENV)/.dev ## measure what adapters cost in a whole decode step and in prefill
 	$(BIN)/python tests/bench/decode.py $(ARGS)
+
+bench-many: $(VENV)/.dev ## measure a server with 10, 1,000 and 100,000 adapters; ARGS=--quick for small numbers
+	$(BIN)/python tests/bench/many.py $(ARGS)
+
+bench-distinct: $(VENV)/.dev ## measure throughput against the number of distinct adapters in a batch
+	$(BIN)/python tests/bench/distinct.py $(ARGS)
 
 wheels: $(VENV)/.dev ## both wheels into dist/
 	$(BIN)/python -m build --no-isolation --wheel --outdir dist .

@@ -23,6 +23,7 @@ FORBIDDEN = re.compile(
 HOSTS = {
     "127.0.0.1", "0.0.0.0", "[::1]", "arxiv.org", "docs.python.org", "github.com", "grafana.com",
     "huggingface.co", "json-schema.org", "prometheus.io", "sqlite.org", "www.sqlite.org",
+    "www.w3.org",
 }  # fmt: skip
 RESERVED = (".test", ".invalid", ".example", "example.org", "example.com")
 

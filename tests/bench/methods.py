@@ -124,42 +124,51 @@ def write_adapter(model: nn.Module, make: Callable[[], peft.PeftConfig], folder:
 
 
 class Measured:
-    """The layer with 16 adapters of one method in its slots, or with none."""
+    """The layer with so many adapters of one method in its slots, used by its rows in turn; or with none."""
 
-    def __init__(self, model: nn.Module, folder: Path | None, kernels: Kernels) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        folder: Path | None,
+        kernels: Kernels,
+        *,
+        rows: int = ROWS,
+        adapters: int = ROWS,
+    ) -> None:
         self._model = copy.deepcopy(model)
         paths = [[LAYER + path for path in group] for group in GROUPS]
         sites = {path: Site(path, weight, None) for path, weight in layer_weights(self._model).items()}
         groups = [LinearGroup(tuple(group)) for group in paths]
         self._adapted = AdaptedModel(self._model, groups, Arithmetic(kernels=kernels))
-        self.prepared_bytes = self._load(folder, sites) if folder is not None else 0
-        self._table = RowTable([Span(1, ((row, 1.0),) if folder else ()) for row in range(ROWS)])
+        self.prepared_bytes = self._load(folder, sites, adapters) if folder is not None else 0
+        slots = [((row % adapters, 1.0),) if folder else () for row in range(rows)]
+        self._table = RowTable([Span(1, pairs) for pairs in slots])
         generator = torch.Generator().manual_seed(2)
         self._inputs = [
             [(path, x_TI) for path in group]
             for group in paths
-            for x_TI in [torch.randn(1, ROWS, sites[group[0]].in_features, generator=generator)]
+            for x_TI in [torch.randn(1, rows, sites[group[0]].in_features, generator=generator)]
         ]
 
-    def _load(self, folder: Path, sites: Sites) -> int:
+    def _load(self, folder: Path, sites: Sites, adapters: int) -> int:
         config = json.loads((folder / "adapter_config.json").read_text())
         tensors: Mapping[str, Tensor] = load_file(folder / "adapter_model.safetensors")
         method = method_for(config)
         tensors = {**tensors, **derive(config, tensors, sites)}
-        for slot in range(ROWS):
+        for slot in range(adapters):
             program = method.compile(method.parse(config), tensors, sites)
             self._adapted.put(slot, program)
         return program.prepared_bytes
 
-    def step_ms(self) -> float:
+    def step_ms(self, clock: Callable[[], float] = time.perf_counter) -> float:
         """One decode step through the layer's linear parts, the table as in the step before."""
         self._adapted.set_rows(self._table, self._table)
-        started = time.perf_counter()
+        started = clock()
         with torch.inference_mode():
             for group in self._inputs:
                 for path, x_TI in group:
                     self._model.get_submodule(path)(x_TI)
-        elapsed = time.perf_counter() - started
+        elapsed = clock() - started
         self._adapted.clear_rows()
         return 1000 * elapsed
 

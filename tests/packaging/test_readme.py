@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import runpy
 from functools import cache
 from pathlib import Path
 
@@ -85,3 +86,8 @@ def test_files_that_the_architecture_page_names_exist() -> None:
     places |= {path.name for path in (REPOSITORY / "adapters_store/timbre_methods").glob("*.py")}
     places |= {path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "tests").rglob("*.py")}
     assert named - places == set()
+
+
+def test_the_picture_is_what_its_script_draws_of_the_figures_beside_it() -> None:
+    script = runpy.run_path(str(REPOSITORY / "tests/bench/throughput_picture.py"))
+    assert script["drawn"](script["lines"]()) == read("tests/bench/throughput.svg")
