@@ -77,16 +77,12 @@ class Residency:
         return digest in self._resident
 
     def last_used(self, count: int) -> tuple[str, ...]:
-        """So many of `resident` at most; takes no longer for many others."""
         return tuple(islice(reversed(self._resident), count))[::-1]
 
     @property
     def wanted(self) -> tuple[str, ...]:
         """Digests to load, oldest wish first."""
         return tuple(self._wanted)
-
-    def is_wanted(self, digest: str) -> bool:
-        return digest in self._wanted
 
     @property
     def next_wish(self) -> str | None:
@@ -240,17 +236,7 @@ class Residency:
 
     def check_integrity(self) -> None:
         """Raise AssertionError if slots, bytes or wishes contradict each other."""
-        slots = [entry.slot for entry in self._resident.values()]
-        assert len(set(slots)) == len(slots), "two adapters share a slot"
-        assert sorted(slots + self._free_slots) == list(range(self._next_slot)), "a slot was lost"
-        shared = {tensor: size for entry in self._resident.values() for tensor, size in entry.shared.items()}
-        total = sum(entry.prepared_bytes for entry in self._resident.values()) + sum(shared.values())
-        assert total + self._reserved_bytes == self.used_bytes, "bytes do not add up"
-        sharers = Counter(tensor for entry in self._resident.values() for tensor in entry.shared)
-        assert sharers == self._sharers, "who shares a tensor was miscounted"
-        assert self.used_bytes <= self.budget_bytes, "over budget"
-        assert not set(self._wanted) & set(self._resident), "a resident adapter is wanted"
-        assert all(self._resident[digest].users for digest in self._held), "a held adapter is not in use"
+        _check(self)
 
     def _remove(self, digest: str, reason: EvictionReason) -> Departure:
         entry = self._resident.pop(digest)
@@ -261,3 +247,17 @@ class Residency:
         self.used_bytes -= entry.prepared_bytes + self._bytes_of_new(entry.shared)
         self._free_slots.append(entry.slot)
         return Departure(digest, entry.slot, reason)
+
+
+def _check(books: Residency) -> None:
+    slots = [entry.slot for entry in books._resident.values()]
+    assert len(set(slots)) == len(slots), "two adapters share a slot"
+    assert sorted(slots + books._free_slots) == list(range(books._next_slot)), "a slot was lost"
+    shared = {tensor: size for entry in books._resident.values() for tensor, size in entry.shared.items()}
+    total = sum(entry.prepared_bytes for entry in books._resident.values()) + sum(shared.values())
+    assert total + books._reserved_bytes == books.used_bytes, "bytes do not add up"
+    sharers = Counter(tensor for entry in books._resident.values() for tensor in entry.shared)
+    assert sharers == books._sharers, "who shares a tensor was miscounted"
+    assert books.used_bytes <= books.budget_bytes, "over budget"
+    assert not set(books._wanted) & set(books._resident), "a resident adapter is wanted"
+    assert all(books._resident[digest].users for digest in books._held), "a held adapter is not in use"

@@ -192,7 +192,7 @@ class AdapterRuntime:
         if self._loading is None or not self._loading[1].done():
             return []
         digest, future = self._loading
-        if not self._residency.is_wanted(digest):
+        if digest not in self._residency.wanted:
             self._loading = None
             return []
         error = future.exception()
