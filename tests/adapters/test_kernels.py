@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
@@ -47,3 +49,11 @@ def test_kernels_that_are_asked_for_and_cannot_run_are_refused(monkeypatch: pyte
 def test_kernels_of_another_device_are_refused(wanted: str, device: torch.device) -> None:
     with pytest.raises(KernelsUnavailable, match=f"the model runs on {device.type}"):
         choose_kernels(wanted, device)  # type: ignore[arg-type]
+
+
+def test_without_triton_that_is_what_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert choose_kernels("auto", CUDA) == (
+        "torch",
+        "Triton is not installed; pip install 'timbre[gpu]' brings it",
+    )

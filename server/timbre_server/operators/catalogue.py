@@ -8,6 +8,7 @@ imported when it is asked for and not before.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any, Literal
 
 from timbre_server.operators.block import BlockOperator
@@ -62,6 +63,8 @@ def why_not(kernels: Kernels) -> str | None:
 
             return native.why_not()
         case "triton":
+            if find_spec("triton") is None:
+                return "Triton is not installed; pip install 'timbre[gpu]' brings it"
             from timbre_server.operators.triton import catalogue as triton
 
             return triton.why_not()

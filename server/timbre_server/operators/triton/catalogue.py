@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any
 
+import torch
+from triton.errors import TritonError
+
+from timbre_server.operators.agreement import wrong_operator
 from timbre_server.operators.contract import Operator
 from timbre_server.operators.triton.block import TritonBlock
 from timbre_server.operators.triton.diagonal import TritonDiagonal
@@ -29,7 +32,14 @@ def operators() -> tuple[Operator[Any], ...]:
 
 
 def why_not() -> str | None:
-    """Why they cannot run on this machine's GPU, and what to do; None: they can."""
-    if find_spec("triton") is None:
-        return "Triton is not installed; pip install 'timbre[gpu]' brings it"
-    return None
+    """Why they cannot run on this machine's GPU, and what to do; None: they can, and rightly."""
+    return disagreement(torch.device("cuda"))
+
+
+def disagreement(device: torch.device) -> str | None:
+    """What keeps them from computing what PyTorch does on a device; a small trial of each."""
+    try:
+        wrong = wrong_operator(operators(), device)
+    except (TritonError, RuntimeError, OSError, ValueError) as error:
+        return f"Triton's kernels fail on this device: {error}"
+    return None if wrong is None else f"{type(wrong).__name__} computes something else than PyTorch here"

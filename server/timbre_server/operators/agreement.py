@@ -1,0 +1,104 @@
+"""Whether operators that were compiled for this machine compute what their parts mean: tried at the start.
+
+One small part of each kind, on one row and on several, against `Operator.meaning`. Kinds without an example
+here are taken as they are: rotations, whose kernels share all they do with blocks.
+
+Legend: T rows, I in features, O out features, N entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from timbre_methods.program import Basis, Block, Diagonal, LowRank, Part, Places, Projected, Sparse, Spectral
+from timbre_server.operators.contract import Bound, Change, Operator
+from timbre_server.operators.row_table import RowTable, Span
+
+IN, OUT = 24, 20
+_TOLERANCE = 1e-4
+
+
+def wrong_operator(operators: Iterable[Operator[Any]], device: torch.device) -> Operator[Any] | None:
+    """The first whose changes are not those of its meaning."""
+    return next((operator for operator in operators if not _agrees(operator, device)), None)
+
+
+@torch.inference_mode()
+def _agrees(operator: Operator[Any], device: torch.device) -> bool:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
+    example = _EXAMPLES.get(operator.part)
+    if example is None:
+        return True
+    part = example(normal, device)
+    for num_rows in (1, 11):
+        x_TI, y_TO = normal(num_rows, IN), normal(num_rows, OUT)
+        change_TO = operator.meaning(part, x_TI, y_TO).change_TO
+        assert change_TO is not None, "the examples are changes of the output"
+        found_TO = torch.zeros_like(y_TO)
+        bound = operator.bind([{0: [part]}], RowTable([Span(num_rows, ((0, 0.5),))], device))
+        for change in _changes(bound, x_TI, y_TO):
+            change.add_to(found_TO)
+        if not torch.allclose(found_TO, 0.5 * change_TO, rtol=_TOLERANCE, atol=_TOLERANCE):
+            return False
+    return True
+
+
+def _changes(bound: Bound, x_TI: Tensor, y_TO: Tensor) -> list[Change]:
+    found = [change for member in bound.sums(x_TI) for change in member]
+    from_output = bound.output_change(0, y_TO)
+    return found if from_output is None else [*found, from_output]
+
+
+Normal = Callable[..., Tensor]
+
+
+def _low_rank(normal: Normal, device: torch.device) -> Part:
+    return LowRank(normal(9, IN), normal(OUT, 9))
+
+
+def _spectral(normal: Normal, device: torch.device) -> Part:
+    order_N = torch.arange(30)
+    places = Places("dft", OUT, IN, order_N * 7 % OUT, order_N * 5 % IN)
+    return Spectral(normal(30), places)
+
+
+def _sparse(normal: Normal, device: torch.device) -> Part:
+    """Rows of none, one, two and three entries in turn."""
+    counts_O = torch.arange(OUT) % 4
+    row_ends = torch.cat([torch.zeros(1, dtype=torch.int64), counts_O.cumsum(0)])
+    columns_N = torch.cat([torch.arange(n) * 7 for n in counts_O.tolist()]).int()
+    return Sparse(row_ends.to(device), columns_N.to(device), normal(len(columns_N)), IN)
+
+
+def _block(normal: Normal, device: torch.device) -> Part:
+    return Block("output", torch.tensor([3, 17, 4], device=device), normal(3, IN), OUT)
+
+
+def _projected(normal: Normal, device: torch.device) -> Part:
+    basis = Basis(normal(1, 5, IN) / 4, normal(1, OUT, 5) / 4)
+    return Projected("diagonal", normal(1, 5), basis, outer_NO=normal(1, OUT))
+
+
+def _diagonal(normal: Normal, device: torch.device) -> Part:
+    return Diagonal("output", normal(OUT), normal(OUT))
+
+
+_EXAMPLES: Mapping[type[Part], Callable[[Normal, torch.device], Part]] = MappingProxyType(
+    {
+        LowRank: _low_rank,
+        Spectral: _spectral,
+        Sparse: _sparse,
+        Block: _block,
+        Projected: _projected,
+        Diagonal: _diagonal,
+    }
+)
