@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 from timbre_methods.contract import Sites
 from timbre_methods.prompt_contract import Frame
 from timbre_methods.registry import compile_adapter
-from timbre_server.adapters.loader import LoadedAdapter, placed_program
+from timbre_server.adapters.loader import LoadedAdapter
+from timbre_server.adapters.placement import placed_program
 from timbre_server.engine.assembly import engine_around
 from timbre_server.engine.attention import install_attention
 from timbre_server.engine.core import EngineCore

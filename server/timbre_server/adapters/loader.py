@@ -7,33 +7,28 @@ two steps, or in an `AdapterLoadFailed`.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Thread
-from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from timbre_methods.bases import basis_on
 from timbre_methods.contract import Sites
 from timbre_methods.errors import MethodError
-from timbre_methods.program import AdapterProgram, AnyPart, LowRank, Part, Projected, owned_tensors
+from timbre_methods.program import AdapterProgram, owned_tensors
 from timbre_methods.prompt_contract import NO_FRAME, Frame
 from timbre_methods.registry import compile_adapter, method_for, methods
-from timbre_methods.routing import Routed, RoutedBlock, Router, Scout, Scouted
-from timbre_server.adapters.packed_sites import PackedSites, may_be_packed, packed
+from timbre_server.adapters.packed_sites import PackedSites
+from timbre_server.adapters.placement import placed_program
 from timbre_server.errors import AdapterLoadFailed
-from timbre_server.operators.low_rank import side_by_side
 from timbre_store.errors import StoreError
 from timbre_store.manifest import Manifest
 from timbre_store.reader import open_adapter, verify_blob
-
-PartT = TypeVar("PartT", bound=AnyPart | Router)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,85 +145,3 @@ def _check_finite(digest: str, program: AdapterProgram) -> None:
 def _are_finite(tensors: Sequence[Tensor]) -> bool:
     """Looked at together: hundreds of small tensors take long one by one."""
     return bool(torch.isfinite(torch.cat([tensor.reshape(-1) for tensor in tensors])).all())
-
-
-def placed_program(
-    program: AdapterProgram, device: torch.device, groups: Sequence[Sequence[str]]
-) -> AdapterProgram:
-    """The program on its device, in storage of exactly its own size, so that nothing keeps the file's memory
-    alive and the prepared bytes are the real ones. Each tensor is contiguous in storage of its own; factors
-    that are bound together lie side by side in one, and no bind copies them. A shared basis is moved
-    once, for all adapters that use it. What `may_be_packed` is."""
-
-    joined: dict[int, Any] = {
-        id(part): there for part, there in _factors_side_by_side(program, device, groups)
-    }
-    routers: dict[int, Router | Scouted] = {}
-
-    def own(tensor: Tensor) -> Tensor:
-        return tensor.to(device, copy=True, memory_format=torch.contiguous_format)
-
-    def placed(part: PartT) -> PartT:
-        if id(part) in joined:
-            there: PartT = joined[id(part)]
-            return there
-        owned = {id(tensor) for tensor in owned_tensors(part)}
-        changes: dict[str, Any] = {
-            part_field.name: own(value)
-            for part_field in fields(part)
-            if id(value := getattr(part, part_field.name)) in owned
-        }
-        if isinstance(part, Scout):
-            changes = {name: tuple(map(own, getattr(part, name))) for name in ("weights", "biases")}
-        if isinstance(part, Projected):
-            changes["basis"] = basis_on(part.basis, device)
-        if isinstance(part, (Routed, RoutedBlock)):
-            changes["router"] = placed_router(part.router)
-        if isinstance(part, Routed):
-            changes["experts"] = tuple(tuple(map(placed, expert)) for expert in part.experts)
-        return replace(part, **changes)
-
-    def placed_router(router: Router | Scouted) -> Router | Scouted:
-        """A block and the sites below it, and sites with a scout's gates in common, go on sharing theirs."""
-        if id(router) not in routers:
-            routers[id(router)] = placed(router) if isinstance(router, Router) else replace(router)
-        return routers[id(router)]
-
-    def placed_sites(sites: Mapping[str, tuple[Part, ...]]) -> Mapping[str, tuple[Part, ...]]:
-        if may_be_packed(sites):
-            return packed(sites, device)
-        return {path: tuple(map(placed, parts)) for path, parts in sites.items()}
-
-    return replace(
-        program,
-        sites=placed_sites(program.sites),
-        prompt=None if program.prompt is None else placed(program.prompt),
-        scout=None if program.scout is None else placed(program.scout),
-        attention={layer: placed(part) for layer, part in program.attention.items()},
-    )
-
-
-def _factors_side_by_side(
-    program: AdapterProgram, device: torch.device, groups: Sequence[Sequence[str]]
-) -> Iterator[tuple[LowRank, LowRank]]:
-    """Each part of low rank, and its copy on the device. Those at the layers of a group lie as operators bind
-    them: member after member, an adapter's own apart from its experts'."""
-    grouped = {path for group in groups for path in group}
-    for group in (*groups, *((path,) for path in program.sites if path not in grouped)):
-        parts = [program.sites.get(path, ()) for path in group]
-        own = [[part for part in at_path if isinstance(part, LowRank)] for at_path in parts]
-        of_experts = [
-            [
-                inner
-                for part in at_path
-                if isinstance(part, Routed)
-                for expert in part.experts
-                for inner in expert
-                if isinstance(inner, LowRank)
-            ]
-            for at_path in parts
-        ]
-        for members in (own, of_experts):
-            if any(members):
-                for before, after in zip(members, side_by_side(members, device), strict=True):
-                    yield from zip(before, after, strict=True)

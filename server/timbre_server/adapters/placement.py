@@ -1,0 +1,110 @@
+"""Puts a compiled program where it is served from: on the device, in storage of exactly its own size.
+
+Nothing keeps the file's memory alive, and the prepared bytes are the real ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from timbre_methods.bases import basis_on
+from timbre_methods.program import AdapterProgram, AnyPart, LowRank, Part, Projected, owned_tensors
+from timbre_methods.routing import Routed, RoutedBlock, Router, Scout, Scouted
+from timbre_server.adapters.packed_sites import may_be_packed, packed
+from timbre_server.operators.low_rank import side_by_side
+
+PartT = TypeVar("PartT", bound=AnyPart | Router)
+
+
+def placed_program(
+    program: AdapterProgram, device: torch.device, groups: Sequence[Sequence[str]]
+) -> AdapterProgram:
+    """The program on its device. What `may_be_packed` is; of all else each tensor is contiguous in storage of
+    its own, but for factors that are bound together at ``groups``: they lie side by side in one, and no bind
+    copies them. A shared basis is moved once, for all adapters that use it."""
+    placement = _Placement(program, device, groups)
+    return replace(
+        program,
+        sites=placement.sites(program.sites),
+        prompt=None if program.prompt is None else placement.part(program.prompt),
+        scout=None if program.scout is None else placement.part(program.scout),
+        attention={layer: placement.part(part) for layer, part in program.attention.items()},
+    )
+
+
+class _Placement:
+    """Of one program's parts."""
+
+    def __init__(
+        self, program: AdapterProgram, device: torch.device, groups: Sequence[Sequence[str]]
+    ) -> None:
+        self._device = device
+        self._joined: dict[int, Any] = {
+            id(part): there for part, there in _factors_side_by_side(program, device, groups)
+        }
+        self._routers: dict[int, Router | Scouted] = {}
+
+    def sites(self, sites: Mapping[str, tuple[Part, ...]]) -> Mapping[str, tuple[Part, ...]]:
+        if may_be_packed(sites):
+            return packed(sites, self._device)
+        return {path: tuple(map(self.part, parts)) for path, parts in sites.items()}
+
+    def part(self, part: PartT) -> PartT:
+        if id(part) in self._joined:
+            there: PartT = self._joined[id(part)]
+            return there
+        owned = {id(tensor) for tensor in owned_tensors(part)}
+        changes: dict[str, Any] = {
+            part_field.name: self._own(value)
+            for part_field in fields(part)
+            if id(value := getattr(part, part_field.name)) in owned
+        }
+        if isinstance(part, Scout):
+            changes = {name: tuple(map(self._own, getattr(part, name))) for name in ("weights", "biases")}
+        if isinstance(part, Projected):
+            changes["basis"] = basis_on(part.basis, self._device)
+        if isinstance(part, (Routed, RoutedBlock)):
+            changes["router"] = self._router(part.router)
+        if isinstance(part, Routed):
+            changes["experts"] = tuple(tuple(map(self.part, expert)) for expert in part.experts)
+        return replace(part, **changes)
+
+    def _router(self, router: Router | Scouted) -> Router | Scouted:
+        """A block and the sites below it, and sites with a scout's gates in common, go on sharing theirs."""
+        if id(router) not in self._routers:
+            self._routers[id(router)] = self.part(router) if isinstance(router, Router) else replace(router)
+        return self._routers[id(router)]
+
+    def _own(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._device, copy=True, memory_format=torch.contiguous_format)
+
+
+def _factors_side_by_side(
+    program: AdapterProgram, device: torch.device, groups: Sequence[Sequence[str]]
+) -> Iterator[tuple[LowRank, LowRank]]:
+    """Each part of low rank, and its copy on the device. Those at the layers of a group lie as operators bind
+    them: member after member, an adapter's own apart from its experts'."""
+    grouped = {path for group in groups for path in group}
+    for group in (*groups, *((path,) for path in program.sites if path not in grouped)):
+        parts = [program.sites.get(path, ()) for path in group]
+        own = [[part for part in at_path if isinstance(part, LowRank)] for at_path in parts]
+        of_experts = [
+            [
+                inner
+                for part in at_path
+                if isinstance(part, Routed)
+                for expert in part.experts
+                for inner in expert
+                if isinstance(inner, LowRank)
+            ]
+            for at_path in parts
+        ]
+        for members in (own, of_experts):
+            if any(members):
+                for before, after in zip(members, side_by_side(members, device), strict=True):
+                    yield from zip(before, after, strict=True)
