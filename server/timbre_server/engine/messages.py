@@ -1,8 +1,7 @@
 """What crosses the waist between HTTP and the engine: token ids and numbers, never text, never tensors.
 
 All are frozen msgspec structs, tagged by their type's name, so that one MessagePack decoder reads each
-direction (`ToEngine`, `FromEngine`). This module and `pin_messages` import neither torch nor anything else of
-the server.
+direction (`ToEngine`, `FromEngine`). Neither this module nor `pin_messages` imports torch or any other room.
 """
 
 from __future__ import annotations
