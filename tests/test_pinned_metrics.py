@@ -35,7 +35,10 @@ def test_the_pinned_adapter_has_one_series_by_its_name_while_it_is_pinned(subjec
 
 def test_merged_weights_leave_less_room_for_adapters(subject: Any) -> None:
     stats = StepStats(
-        pinned=PinnedAdapter("sha256:1", 7, 800), resident_adapters=("sha256:1",), resident_adapter_bytes=100
+        pinned=PinnedAdapter("sha256:1", 7, 800),
+        num_resident_adapters=1,
+        resident_adapters=("sha256:1",),
+        resident_adapter_bytes=100,
     )
     subject.tally.on_output(StepOutput(stats))
     (info,) = [sample for sample in subject.samples() if sample.name == "vllm:lora_requests_info"]

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from timbre_methods.program import LowRank
-from timbre_server.operators.low_rank import Alone, LowRankOperator, Stacked, low_rank_blocks, side_by_side
+from timbre_server.operators.low_rank import LowRankOperator, _Alone, _blocks, _Stacked, side_by_side
 from timbre_server.operators.row_table import RowTable, Span
 
 
@@ -35,7 +35,7 @@ def storages(tensors: list[Tensor]) -> dict[int, int]:
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
 
 
-def factors_of(block: Alone | Stacked) -> list[Tensor]:
+def factors_of(block: _Alone | _Stacked) -> list[Tensor]:
     return [block.factors.a_RI, *(b_RO for b_RO in block.factors.b_RO if b_RO is not None)]
 
 
@@ -52,8 +52,8 @@ def test_factors_side_by_side_are_bound_as_they_lie(num_rows: int) -> None:
     table = RowTable([Span(num_rows, ((7, 0.5),))])
     x_TI = torch.randn(num_rows, 6, generator=torch.Generator().manual_seed(2))
 
-    (block,) = low_rank_blocks([{7: parts} for parts in placed], table)
-    (copied,) = low_rank_blocks([{7: parts} for parts in members], table)
+    (block,) = _blocks([{7: parts} for parts in placed], table)
+    (copied,) = _blocks([{7: parts} for parts in members], table)
 
     assert storages(factors_of(block)).keys() <= own.keys()
     assert not storages(factors_of(copied)).keys() & own.keys()
@@ -66,7 +66,7 @@ def test_factors_side_by_side_are_bound_as_they_lie(num_rows: int) -> None:
 def test_factors_that_lie_otherwise_are_joined_in_their_own_order() -> None:
     (own,) = side_by_side([random_parts(2, 3, 1)], torch.device("cpu"))
     for parts in ([own[1], own[0], own[2]], [own[0], own[2]], [own[0], own[0]], [own[2], *random_parts(2)]):
-        (block,) = low_rank_blocks([{7: parts}], RowTable([Span(5, ((7, 1.0),))]))
+        (block,) = _blocks([{7: parts}], RowTable([Span(5, ((7, 1.0),))]))
         assert torch.equal(block.factors.a_RI, torch.cat([part.a_RI for part in parts]))
         (b_RO,) = block.factors.b_RO
         assert b_RO is not None

@@ -48,11 +48,11 @@ def metadata(wheel: Path) -> Message:
 
 
 def sources(*packages: str) -> dict[str, set[str]]:
-    """Python files and type markers in the tree, by package."""
+    """What is in the tree, by package."""
     found = {}
     for package in packages:
         root = REPOSITORY / package
-        files = (path for path in root.rglob("*") if path.suffix == ".py" or path.name == "py.typed")
+        files = (path for path in root.rglob("*") if path.is_file() and path.suffix != ".pyc")
         found[root.name] = {path.relative_to(root).as_posix() for path in files}
     return found
 
