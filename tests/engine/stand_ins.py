@@ -64,25 +64,26 @@ class ScriptedRunner:
             self._write(chunk)
         return StepResult(tuple(self._result(chunk) for chunk in plan.chunks))
 
-    def _place(self, sequence: Sequence, position: int) -> int:
-        block = sequence.block_table[position // self.block_size]
+    def _entries(self, sequence: Sequence, position: int) -> list[tuple[int, str]]:
+        """Where each pass over a token has its entries, and what they follow from."""
+        turns = [turn for turn in (0, *sequence.turns) if turn <= position]
+        mixes = [(turn, tuple(compress(sequence.mix, sequence.acting(turn)))) for turn in turns]
+        known = sequence.token_ids[: position + 1], sequence.request.cache_salt
+        passes = zip(sequence.tables, [mixes, [(0, ())]], strict=False)
+        return [(self._place(table, position), repr((known, each))) for table, each in passes]
+
+    def _place(self, table: list[int], position: int) -> int:
+        block = table[position // self.block_size]
         assert block != 0, "block 0 is for padding"
         return block * self.block_size + position % self.block_size
 
-    def _content(self, sequence: Sequence, position: int) -> str:
-        turns = [turn for turn in (0, *sequence.turns) if turn <= position]
-        mixes = [(turn, tuple(compress(sequence.mix, sequence.acting(turn)))) for turn in turns]
-        return repr((sequence.token_ids[: position + 1], mixes, sequence.request.cache_salt))
-
     def _check_prefix(self, chunk: ScheduledChunk) -> None:
-        for position in range(chunk.start):
-            found = self.written[self._place(chunk.sequence, position)]
-            assert found == self._content(chunk.sequence, position), "another sequence's KV entries"
+        for place, content in (e for p in range(chunk.start) for e in self._entries(chunk.sequence, p)):
+            assert self.written[place] == content, "another sequence's KV entries"
 
     def _write(self, chunk: ScheduledChunk) -> None:
         for position in range(chunk.start, chunk.end):
-            place = self._place(chunk.sequence, position)
-            self.written[place] = self._content(chunk.sequence, position)
+            self.written.update(self._entries(chunk.sequence, position))
 
     def _result(self, chunk: ScheduledChunk) -> ChunkResult:
         sequence, count = chunk.sequence, chunk.sequence.num_prompt_tokens
