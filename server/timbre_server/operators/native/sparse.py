@@ -9,13 +9,12 @@ import ctypes
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
 
 from timbre_methods.program import Sparse
-from timbre_server.operators.contract import Bound, Change, Uses
+from timbre_server.operators.contract import Bound, Uses
 from timbre_server.operators.native.library import library
-from timbre_server.operators.native.uses import KernelChange, Rows, num_threads, rows_of
-from timbre_server.operators.row_table import RowTable, Segment
+from timbre_server.operators.native.uses import BoundInputKernels, InputKernel, Rows
+from timbre_server.operators.row_table import RowTable
 from timbre_server.operators.sparse import SparseOperator
 
 
@@ -23,7 +22,7 @@ class NativeSparse(SparseOperator):
     """`SparseOperator` by ``sparse.cpp``."""
 
     def bind(self, uses: Uses[Sparse], table: RowTable) -> Bound:
-        return _BoundSparse([_member(parts_by_slot, table) for parts_by_slot in uses])
+        return BoundInputKernels([_kernel(parts_by_slot, table) for parts_by_slot in uses])
 
 
 class _Use(ctypes.Structure):
@@ -35,13 +34,23 @@ class _Use(ctypes.Structure):
     ]
 
 
-def _member(parts_by_slot: Mapping[int, Sequence[Sparse]], table: RowTable) -> _Member | None:
-    found = [
+def _kernel(parts_by_slot: Mapping[int, Sequence[Sparse]], table: RowTable) -> InputKernel | None:
+    held = [
         (segment, _laid_out(part))
         for segment in table.segments
         for part in parts_by_slot.get(segment.slot, ())
     ]
-    return _Member(found) if found else None
+    if not held:
+        return None
+    _, first = held[0]
+    uses = [
+        _Use(part.row_ends.data_ptr(), part.columns_N.data_ptr(), part.values_N.data_ptr(), Rows.of(segment))
+        for segment, part in held
+    ]
+    work = sum(len(segment.rows_N) * len(part.values_N) for segment, part in held)
+    return InputKernel(
+        library().timbre_sparse, uses, held, (len(first.row_ends) - 1, first.in_features), work
+    )
 
 
 def _laid_out(part: Sparse) -> Sparse:
@@ -52,51 +61,3 @@ def _laid_out(part: Sparse) -> Sparse:
         part.values_N.contiguous(),
         part.in_features,
     )
-
-
-class _Member:
-    """The `Kernel` of one member of a group."""
-
-    def __init__(self, uses: Sequence[tuple[Segment, Sparse]]) -> None:
-        self._held = tuple(uses)
-        first = uses[0][1]
-        self.out_features, self._in_features = len(first.row_ends) - 1, first.in_features
-        self._uses = (_Use * len(uses))(
-            *(
-                _Use(
-                    part.row_ends.data_ptr(),
-                    part.columns_N.data_ptr(),
-                    part.values_N.data_ptr(),
-                    Rows.of(segment),
-                )
-                for segment, part in uses
-            )
-        )
-        self._work = sum(len(segment.rows_N) * len(part.values_N) for segment, part in uses)
-        self._run = library().timbre_sparse
-
-    @property
-    def rows_N(self) -> Tensor:  # noqa: N802
-        return rows_of([segment for segment, _ in self._held])
-
-    def add(self, source: Tensor, y_TO: Tensor) -> None:
-        self._run(
-            self._uses,
-            ctypes.c_int64(len(self._uses)),
-            ctypes.c_void_p(source.data_ptr()),
-            ctypes.c_int64(self._in_features),
-            ctypes.c_void_p(y_TO.data_ptr()),
-            ctypes.c_int64(self.out_features),
-            num_threads(self._work),
-        )
-
-
-class _BoundSparse(Bound):
-    def __init__(self, members: Sequence[_Member | None]) -> None:
-        self._members = members
-
-    def sums(self, x_TI: Tensor) -> Sequence[Sequence[Change]]:
-        x_TI = x_TI.contiguous()
-        return [
-            () if member is None else (KernelChange(member, x_TI, len(x_TI)),) for member in self._members
-        ]

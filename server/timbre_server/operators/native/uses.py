@@ -8,13 +8,13 @@ Legend: T rows of the batch, N rows of one adapter, I in, O out.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from timbre_server.operators.contract import Change
+from timbre_server.operators.contract import Bound, Change
 from timbre_server.operators.row_table import Segment
 
 MIN_WORK_FOR_THREADS = 100_000
@@ -79,6 +79,51 @@ class KernelChange(Change):
         sum_TO = torch.zeros(self._num_rows, self._kernel.out_features)
         self._kernel.add(self._source, sum_TO)
         return sum_TO[self.rows_N]
+
+
+class InputKernel:
+    """The `Kernel` of one member that reads x itself: ``run(uses, their number, x, I, y, O, threads)``."""
+
+    def __init__(
+        self,
+        run: Callable[..., object],
+        uses: Sequence[ctypes.Structure],
+        held: Sequence[tuple[Segment, object]],
+        shape: tuple[int, int],
+        work: int,
+    ) -> None:
+        """``held``: whose rows and whose numbers ``uses`` has the addresses of. ``shape`` is [O, I]."""
+        self._run, self._held, self._work = run, tuple(held), work
+        self._uses = (type(uses[0]) * len(uses))(*uses)
+        self.out_features, self._in_features = shape
+
+    @property
+    def rows_N(self) -> Tensor:  # noqa: N802
+        return rows_of([segment for segment, _ in self._held])
+
+    def add(self, source: Tensor, y_TO: Tensor) -> None:
+        self._run(
+            self._uses,
+            ctypes.c_int64(len(self._uses)),
+            ctypes.c_void_p(source.data_ptr()),
+            ctypes.c_int64(self._in_features),
+            ctypes.c_void_p(y_TO.data_ptr()),
+            ctypes.c_int64(self.out_features),
+            num_threads(self._work),
+        )
+
+
+class BoundInputKernels(Bound):
+    """Of the members of a group; None: nobody has parts there."""
+
+    def __init__(self, members: Sequence[InputKernel | None]) -> None:
+        self._members = members
+
+    def sums(self, x_TI: Tensor) -> Sequence[Sequence[Change]]:
+        x_TI = x_TI.contiguous()
+        return [
+            () if member is None else (KernelChange(member, x_TI, len(x_TI)),) for member in self._members
+        ]
 
 
 def rows_of(segments: Sequence[Segment]) -> Tensor:
