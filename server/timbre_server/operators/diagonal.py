@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ class DiagonalOperator(Operator[Diagonal]):
         return Meaning(change_TO=(part.gain - 1) * y_TO + shift)
 
     def bind(self, uses: Uses[Diagonal], table: RowTable) -> Bound:
-        return _BoundDiagonal(
+        return BoundDiagonal(
             [_gains(parts, "input", table) for parts in uses],
             [_gains(parts, "output", table) for parts in uses],
         )
@@ -106,8 +107,16 @@ def _distinct_mixes(table: RowTable, slots: Collection[int]) -> tuple[dict[Pairs
     return mixes, mix_of_row
 
 
-class _BoundDiagonal(Bound):
-    def __init__(self, inputs: Sequence[_Gains | None], outputs: Sequence[_Gains | None]) -> None:
+class GainChanges(Protocol):
+    """What the gains of all adapters do at one side of one member."""
+
+    def change(self, v_TD: Tensor, /) -> Change: ...
+
+
+class BoundDiagonal(Bound):
+    """By whatever computes the gains' changes, of each member of a group."""
+
+    def __init__(self, inputs: Sequence[GainChanges | None], outputs: Sequence[GainChanges | None]) -> None:
         self._inputs = inputs
         self._outputs = outputs
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from timbre_methods.program import Diagonal
 from timbre_server.operators.contract import Bound, Change, Uses
-from timbre_server.operators.diagonal import DiagonalOperator
+from timbre_server.operators.diagonal import BoundDiagonal, DiagonalOperator
 from timbre_server.operators.row_table import RowTable
 from timbre_server.operators.triton.crowds import CrowdRows, Outputs, crowds_of
 from timbre_server.operators.triton.launch import numbers
@@ -64,7 +64,7 @@ def apply_gains(
 
 class TritonDiagonal(DiagonalOperator):
     def bind(self, uses: Uses[Diagonal], table: RowTable) -> Bound:
-        return _BoundDiagonal(
+        return BoundDiagonal(
             [_Gains.of(parts, "input", table) for parts in uses],
             [_Gains.of(parts, "output", table) for parts in uses],
         )
@@ -118,21 +118,3 @@ class _Gains:
 def _contiguous(part: Diagonal) -> Diagonal:
     shift = None if part.shift is None else part.shift.contiguous()
     return Diagonal(part.side, part.gain.contiguous(), shift)
-
-
-class _BoundDiagonal(Bound):
-    def __init__(self, inputs: Sequence[_Gains | None], outputs: Sequence[_Gains | None]) -> None:
-        self._inputs = inputs
-        self._outputs = outputs
-
-    @property
-    def reads_input_alone(self) -> bool:
-        return False
-
-    def input_change(self, member: int, x_TI: Tensor) -> Change | None:
-        gains = self._inputs[member]
-        return None if gains is None else gains.change(x_TI)
-
-    def output_change(self, member: int, y_TO: Tensor) -> Change | None:
-        gains = self._outputs[member]
-        return None if gains is None else gains.change(y_TO)
