@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
 
 from timbre_methods.program import LowRank, Part, Places, Spectral
+from timbre_server.operators.agreement import wrong_operator
 from timbre_server.operators.catalogue import all_operators, why_not
 from timbre_server.operators.contract import Operator
+from timbre_server.operators.native import uses as shared
+from timbre_server.operators.native.catalogue import operators
 from timbre_server.operators.row_table import RowTable, Span
 
 MISSING = why_not("native")
@@ -116,3 +121,19 @@ def test_every_rank_gives_what_pytorch_gives_and_base_rows_keep_their_bits(rank:
             assert torch.equal(native[row].signbit(), y[0][row].signbit())
             assert torch.equal(native[row], y[0][row])
         row += span.num_rows
+
+
+@pytest.fixture
+def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """For however little work."""
+    before = torch.get_num_threads()
+    monkeypatch.setattr(shared, "MIN_WORK_FOR_THREADS", 0)
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_two_threads_compute_what_one_does() -> None:
+    assert shared.num_threads(1) == 2
+    assert wrong_operator(operators(), torch.device("cpu"), counts=(1, 3, 11, 40)) is None

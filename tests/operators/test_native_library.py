@@ -52,6 +52,27 @@ def test_a_cache_that_others_can_write_to_is_not_used(home: Path) -> None:
 
 
 @needs_compiler
+def test_a_cache_in_a_folder_that_others_can_write_to_is_not_used(home: Path) -> None:
+    folder = home / ".cache" / "timbre"
+    folder.mkdir(parents=True)
+    folder.parent.chmod(stat.S_IRWXU | stat.S_IRWXO)
+    assert why_not("native") is None
+    assert not list(folder.iterdir())
+
+
+@needs_compiler
+def test_a_library_that_was_not_written_to_its_end_is_built_again(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "_fingerprint", lambda *_: "torn")
+    built = home / ".cache" / "timbre" / "kernels-torn.so"
+    built.parent.mkdir(parents=True)
+    built.touch()
+    assert why_not("native") is None
+    assert built.stat().st_size
+
+
+@needs_compiler
 def test_a_compiler_that_fails_is_told_with_its_last_words(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,21 +1,31 @@
 """Whether operators that were compiled for this machine compute what their parts mean: tried at the start.
 
-One small part of each kind, on one row and on several, against `Operator.meaning`. Kinds without an example
-here are taken as they are: rotations, whose kernels share all they do with blocks.
+One small part of each kind, on one row and on several, against `Operator.meaning`.
 
 Legend: T rows, I in features, O out features, N entries.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from timbre_methods.program import Basis, Block, Diagonal, LowRank, Part, Places, Projected, Sparse, Spectral
+from timbre_methods.program import (
+    Basis,
+    Block,
+    Diagonal,
+    LowRank,
+    Part,
+    Places,
+    Projected,
+    Rotation,
+    Sparse,
+    Spectral,
+)
 from timbre_server.operators.contract import Bound, Change, Operator
 from timbre_server.operators.row_table import RowTable, Span
 
@@ -23,23 +33,22 @@ IN, OUT = 24, 20
 _TOLERANCE = 1e-4
 
 
-def wrong_operator(operators: Iterable[Operator[Any]], device: torch.device) -> Operator[Any] | None:
-    """The first whose changes are not those of its meaning."""
-    return next((operator for operator in operators if not _agrees(operator, device)), None)
+def wrong_operator(
+    operators: Iterable[Operator[Any]], device: torch.device, counts: Sequence[int] = (1, 11)
+) -> Operator[Any] | None:
+    """The first whose changes are not those of its meaning, for so many rows."""
+    return next((operator for operator in operators if not _agrees(operator, device, counts)), None)
 
 
 @torch.inference_mode()
-def _agrees(operator: Operator[Any], device: torch.device) -> bool:
+def _agrees(operator: Operator[Any], device: torch.device, counts: Sequence[int]) -> bool:
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device)
 
-    example = _EXAMPLES.get(operator.part)
-    if example is None:
-        return True
-    part = example(normal, device)
-    for num_rows in (1, 11):
+    part = _EXAMPLES[operator.part](normal, device)
+    for num_rows in counts:
         x_TI, y_TO = normal(num_rows, IN), normal(num_rows, OUT)
         change_TO = operator.meaning(part, x_TI, y_TO).change_TO
         assert change_TO is not None, "the examples are changes of the output"
@@ -88,6 +97,11 @@ def _projected(normal: Normal, device: torch.device) -> Part:
     return Projected("diagonal", normal(1, 5), basis, outer_NO=normal(1, OUT))
 
 
+def _rotation(normal: Normal, device: torch.device) -> Part:
+    """Of pairs of entries that lie apart."""
+    return Rotation("output", normal(2, 5, 4, 4) / 2, (OUT, 4))
+
+
 def _diagonal(normal: Normal, device: torch.device) -> Part:
     return Diagonal("output", normal(OUT), normal(OUT))
 
@@ -100,5 +114,6 @@ _EXAMPLES: Mapping[type[Part], Callable[[Normal, torch.device], Part]] = Mapping
         Block: _block,
         Projected: _projected,
         Diagonal: _diagonal,
+        Rotation: _rotation,
     }
 )

@@ -12,6 +12,7 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 from functools import cache
@@ -41,9 +42,11 @@ def library() -> ctypes.CDLL:
         folder = _cache_folder()
         if folder is not None:
             built = folder / name
-            if not built.exists():
+            try:
+                return ctypes.CDLL(str(built))
+            except OSError:  # There is none, or a damaged one.
                 _build(compiler, runtime, built)
-            return ctypes.CDLL(str(built))
+                return ctypes.CDLL(str(built))
         with tempfile.TemporaryDirectory() as temporary:
             built = Path(temporary) / name
             _build(compiler, runtime, built)
@@ -66,7 +69,15 @@ def _cache_folder() -> Path | None:
     except (OSError, RuntimeError):
         return None
     is_own = found.st_uid == os.geteuid() and not found.st_mode & 0o022
-    return folder if is_own and os.access(folder, os.W_OK) else None
+    is_safe = is_own and all(map(_is_kept, folder.resolve().parents))
+    return folder if is_safe and os.access(folder, os.W_OK) else None
+
+
+def _is_kept(folder: Path) -> bool:
+    """Whether nobody else can put another folder in the place of one in it."""
+    found = folder.stat()
+    is_shared = found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX
+    return found.st_uid in (0, os.geteuid()) and not is_shared
 
 
 def _fingerprint(compiler: str, runtime: Path | None) -> str:
@@ -99,6 +110,8 @@ def _build(compiler: str, runtime: Path | None, target: Path) -> None:
         linked = f"{folder}/linked.so"
         threads = [str(runtime)] if runtime is not None else []
         _run([compiler, "-shared", *objects, *threads, "-o", linked])
+        with open(linked, "rb") as written:
+            os.fsync(written.fileno())  # To load a torn file would end the process.
         os.replace(linked, target)
 
 

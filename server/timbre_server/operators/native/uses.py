@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -97,7 +98,7 @@ class InputKernel:
         self._uses = (type(uses[0]) * len(uses))(*uses)
         self.out_features, self._in_features = shape
 
-    @property
+    @cached_property
     def rows_N(self) -> Tensor:  # noqa: N802
         return rows_of([segment for segment, _ in self._held])
 

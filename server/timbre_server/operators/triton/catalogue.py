@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from subprocess import SubprocessError
 from typing import Any
 
 import torch
@@ -40,6 +41,6 @@ def disagreement(device: torch.device) -> str | None:
     """What keeps them from computing what PyTorch does on a device; a small trial of each."""
     try:
         wrong = wrong_operator(operators(), device)
-    except (TritonError, RuntimeError, OSError, ValueError) as error:
+    except (TritonError, RuntimeError, OSError, ValueError, SubprocessError, AssertionError) as error:
         return f"Triton's kernels fail on this device: {error}"
     return None if wrong is None else f"{type(wrong).__name__} computes something else than PyTorch here"

@@ -1,6 +1,8 @@
 // y[row] += irfft(S rfft(x[row])), for rows with values of their own in one sparse pattern of S.
 //
 // Eight rows lie side by side in every step; S is real between the parts of half spectra ("coordinates").
+#include <memory>
+
 #include "fourier.h"
 
 // Up to eight rows. Rows with equal values share them; others have theirs side by side.
@@ -25,8 +27,8 @@ struct SpectralPattern {
 };
 
 // The first place in a buffer that vectors may lie at.
-static Complex *aligned(std::vector<float> &buffer) {
-    const uintptr_t step = LANES * sizeof(float), at = reinterpret_cast<uintptr_t>(buffer.data());
+static Complex *aligned(const std::unique_ptr<float[]> &buffer) {
+    const uintptr_t step = LANES * sizeof(float), at = reinterpret_cast<uintptr_t>(buffer.get());
     return reinterpret_cast<Complex *>((at + step - 1) / step * step);
 }
 
@@ -37,7 +39,7 @@ extern "C" void timbre_spectra(
     const int64_t m = plan->m, in = 2 * m;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        std::vector<float> buffers(2 * m * 2 * LANES + LANES);
+        const std::unique_ptr<float[]> buffers(new float[2 * m * 2 * LANES + LANES]);
         Complex *packed = aligned(buffers), *scratch = packed + m;
 #pragma omp for schedule(static)
         for (int64_t g = 0; g < count; g++) {
@@ -73,7 +75,7 @@ extern "C" void timbre_spectral(
     const int64_t m = plan->m, out = 2 * m;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        std::vector<float> buffers((3 * m + 1) * 2 * LANES + LANES);
+        const std::unique_ptr<float[]> buffers(new float[(3 * m + 1) * 2 * LANES + LANES]);
         Complex *h = aligned(buffers), *packed = h + m + 1, *scratch = packed + m;
 #pragma omp for schedule(static)
         for (int64_t g = 0; g < count; g++) {
