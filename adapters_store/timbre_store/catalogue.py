@@ -239,15 +239,13 @@ def _delete_versions(connection: Connection, reference: Reference) -> tuple[Mani
             raise AdapterInUse(
                 f"alias {alias.alias!r} points at {alias.target!r}; move or delete the alias first"
             )
-    dropped = (_drop_unreferenced(connection, digest) for digest in sorted(freed))
-    return tuple(manifest for manifest in dropped if manifest is not None)
+    gone = [d for d in sorted(freed) if not connection.scalar(select(exists().where(versions.c.digest == d)))]
+    connection.execute(delete(mixes).where(mixes.c.digest.in_(gone)))  # One of them may stand on another.
+    return tuple(_drop(connection, digest) for digest in gone)
 
 
-def _drop_unreferenced(connection: Connection, digest: str) -> Manifest | None:
-    """The manifest, where no version refers to it any more. Raises: AdapterInUse if a mix stands on it."""
-    if connection.scalar(select(exists().where(versions.c.digest == digest))):
-        return None
-    connection.execute(delete(mixes).where(mixes.c.digest == digest))
+def _drop(connection: Connection, digest: str) -> Manifest:
+    """Of a manifest that no version refers to. Raises: AdapterInUse if a mix stands on it."""
     standing = select(versions.c.name, versions.c.version).join(mixes, mixes.c.digest == versions.c.digest)
     mix = connection.execute(standing.where(mixes.c.parent == digest).limit(1)).one_or_none()
     if mix is not None:
