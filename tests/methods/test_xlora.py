@@ -19,12 +19,9 @@ from torch import Tensor, nn
 from timbre_client.export.xlora import xlora as pack
 from timbre_methods.errors import (
     AdapterMismatch,
-    InvalidConfig,
     InvalidTensors,
-    MethodError,
     UnsupportedMethod,
 )
-from timbre_methods.registry import method_for
 from timbre_server.engine.messages import AdapterUse, SamplingParams, Submit
 
 ATTENTION, EVERY = ["q_proj", "v_proj"], ["q_proj", "k_proj", "o_proj", "up_proj", "down_proj"]
@@ -250,40 +247,6 @@ def test_a_request_that_the_cache_cannot_hold_twice_is_refused(
     assert bench.answer([5] * 15, "x", num_tokens=30).error is None
 
 
-REFUSED: dict[str, tuple[dict[str, Any], type[MethodError], str]] = {
-    "another first pass": ({"scaling_pass_value": 0.3}, UnsupportedMethod, "'scaling_pass_value' is on"),
-    "a path": (
-        {"adapters": {"0": "./expert"}},
-        InvalidConfig,
-        "expert 0 is the path './expert'",
-    ),
-    "another name": ({"adapters": {"first": {"peft_type": "LORA"}}}, InvalidConfig, "found the name 'first'"),
-    "an expert of another kind": ({"adapters": {"0": {"peft_type": "IA3"}}}, InvalidConfig, "found 'IA3'"),
-    "too few experts": ({"top_k_lora": 4}, InvalidConfig, "top_k_lora: found 4, expected at most 3"),
-}
-NOT_OF_AN_EXPERT = {"use_dora": True, "lora_bias": True, "bias": "all", "init_lora_weights": "pissa"}
-
-
-@pytest.mark.parametrize("case", REFUSED.values(), ids=REFUSED)
-def test_a_config_that_is_not_served_is_refused_by_name(
-    case: tuple[dict[str, Any], type[MethodError], str], trained: Callable[..., Trained]
-) -> None:
-    changes, error, text = case
-    config = {**trained().config, **changes}
-    with pytest.raises(error, match=text):
-        method_for(config).parse(config)
-
-
-@pytest.mark.parametrize("option", sorted(NOT_OF_AN_EXPERT))
-def test_an_experts_option_that_is_not_served_is_refused_by_name(
-    option: str, trained: Callable[..., Trained]
-) -> None:
-    config = trained().config
-    config["adapters"]["1"][option] = NOT_OF_AN_EXPERT[option]
-    with pytest.raises(UnsupportedMethod, match=rf"expert 1: .*{option}.*not served"):
-        method_for(config).parse(config)
-
-
 def test_a_classifier_that_is_not_whole_or_of_another_base_is_refused(
     llama: nn.Module, trained: Callable[..., Trained], engine_bench: ModuleType
 ) -> None:
@@ -296,3 +259,20 @@ def test_a_classifier_that_is_not_whole_or_of_another_base_is_refused(
     wider = {**rest, first: torch.ones(6, xlora.config["hidden_size"] + 1)}
     with pytest.raises(AdapterMismatch, match="reads hidden states of"):
         bench.put("x", {**xlora.config, "hidden_size": xlora.config["hidden_size"] + 1}, wider)
+
+
+def test_an_expert_without_tensors_is_refused_by_its_number(
+    llama: nn.Module, trained: Callable[..., Trained], engine_bench: ModuleType
+) -> None:
+    xlora = trained()
+    lost = {name: tensor for name, tensor in xlora.tensors.items() if ".experts.1." not in name}
+    with pytest.raises(InvalidTensors, match="expert 1 has no tensor in the file"):
+        engine_bench.EngineBench(llama).put("x", xlora.config, lost)
+
+
+def test_a_classifier_of_more_outputs_than_a_step_can_take_is_refused(
+    llama: nn.Module, trained: Callable[..., Trained], engine_bench: ModuleType
+) -> None:
+    xlora = trained(xlora_depth=2, xlora_size=6)
+    with pytest.raises(UnsupportedMethod, match="has 16385 outputs, at most 16384 are served"):
+        engine_bench.EngineBench(llama).put("x", {**xlora.config, "xlora_size": 2**14 + 1}, xlora.tensors)

@@ -52,6 +52,8 @@ from timbre_methods.routed.low_rank_experts import (
 from timbre_methods.routing import MAX_EXPERTS, Routed, Rule, Scout, Scouted
 from timbre_methods.site_tensors import SiteTensors, check_tensor, tensors_by_site
 
+MAX_SCOUT_FEATURES = 2**14
+"""Of a layer of the classifier: a few megabytes of file could else make a step of any size."""
 CLASSIFIER = "base_model.internal_xlora_classifier.layers."
 _DROPPED = (
     "; PEFT leaves a classifier's layer out of the file where its number is an expert's name: save the "
@@ -117,6 +119,9 @@ class XLora(Method[XLoraConfig]):
             )
             for number, each in enumerate(found)
         }
+        for e in range(len(experts)):
+            if not any(part.experts[e] for part in routed.values()):
+                raise InvalidTensors(f"expert {e} has no tensor in the file, though adapters has its config")
         return AdapterProgram({path: (part,) for path, part in routed.items()}, scout=scout)
 
     def reference(self, config: XLoraConfig, tensors: Tensors, site: Site, x_TI: Tensor) -> Tensor:
@@ -228,6 +233,12 @@ def _classifier_names(config: XLoraConfig, tensors: Tensors) -> list[str]:
 
 def _scout(config: XLoraConfig, tensors: Tensors, names: Sequence[str], num_outputs: int) -> Scout:
     sizes = [config.hidden_size, *[config.xlora_size] * (config.xlora_depth - 1), num_outputs]
+    widest = max(sizes[1:])
+    if widest > MAX_SCOUT_FEATURES:
+        raise UnsupportedMethod(
+            f"XLORA: a layer of the classifier has {widest} outputs, at most {MAX_SCOUT_FEATURES} are "
+            "served: each token of a step takes as many numbers"
+        )
     weights, biases = names[::2], names[1::2]
     for number, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         check_tensor(weight, tensors[weight], (sizes[number + 1], sizes[number]))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from timbre_methods.program import AdapterProgram
-from timbre_methods.routing import RoutedBlock, Router, Scouted
+from timbre_methods.routing import RoutedBlock, Router, Scout, Scouted
 from timbre_server.adapters.active_rows import ActiveRows
 from timbre_server.adapters.adapted_embedding import AdaptedEmbedding
 from timbre_server.adapters.adapted_linear import AdaptedGroup, AdaptedLinear, Product
@@ -23,7 +23,7 @@ from timbre_server.adapters.packed_sites import PackedSites
 from timbre_server.adapters.prompts import StepPrompts
 from timbre_server.adapters.routed_block import RoutedBlockLayer
 from timbre_server.adapters.routing_report import Choice, choices_of, expert_tokens, router_places
-from timbre_server.adapters.scouting import read_scouts
+from timbre_server.adapters.scouting import read_scouts, scouted_of
 from timbre_server.adapters.slot_programs import SlotPrograms
 from timbre_server.operators.catalogue import Kernels, all_operators, embedding_operators
 from timbre_server.operators.row_table import Pairs, RowTable
@@ -69,6 +69,7 @@ class AdaptedModel:
         self._linears: dict[str, AdaptedLinear] = {}
         self._step = StepRouting()
         self._places: dict[Router | Scouted, str] = {}
+        self._scouts: dict[int, tuple[Scout, Sequence[Scouted]]] = {}
         operators = {operator.part: operator for operator in all_operators(self._step, arithmetic.kernels)}
         for group in groups:
             rows = self._head_rows if group.is_head else self._body_rows[1]
@@ -119,7 +120,7 @@ class AdaptedModel:
         ``kept_rows_T`` are the rows whose logits are kept. Every row of an adapter with one is among them."""
         body, head = self._body_rows[1].table, self._head_rows.table
         if body is not None:
-            read_scouts(self._programs, self._step, body, rows_S, hidden_SD)
+            read_scouts(self._scouts, self._step, body, rows_S, hidden_SD)
         if head is not None:
             self._step.keep_rows(head, kept_rows_T)
 
@@ -153,6 +154,8 @@ class AdaptedModel:
         ), "a router for a block that the model does not have"
         self._programs.put(slot, program)
         self._places |= router_places(program)
+        if program.scout is not None:
+            self._scouts[slot] = program.scout, scouted_of(program)
 
     def linear_layers(self) -> Iterator[tuple[str, nn.Module]]:
         """The base's own, by path."""
@@ -181,6 +184,7 @@ class AdaptedModel:
 
     def drop(self, slot: int) -> None:
         """Free a slot's tensors, also where they were prepared for a table."""
+        self._scouts.pop(slot, None)
         for router in router_places(self._programs.pop(slot)):
             del self._places[router]
         for group in self._groups:

@@ -5,34 +5,34 @@ Legend: S rows that were scouted, N rows of one adapter, D hidden features, L pl
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from timbre_methods.program import AdapterProgram
-from timbre_methods.routing import Routed, Scouted
+from timbre_methods.routing import Routed, Scout, Scouted
 from timbre_server.operators.router import scout_gates
 from timbre_server.operators.row_table import RowTable
 from timbre_server.operators.step_routing import RouterCall, StepRouting
 
 
 def read_scouts(
-    programs: Mapping[int, AdapterProgram],
+    scouts: Mapping[int, tuple[Scout, Sequence[Scouted]]],
     step: StepRouting,
     table: RowTable,
     rows_S: Tensor,
     hidden_SD: Tensor,
 ) -> None:
     """Tell ``step`` the gates of each adapter of the table that has a scout; its rows are among ``rows_S``,
-    which increase."""
+    which increase. ``scouts``: by slot, with `scouted_of` its program."""
     for segment in table.segments:
-        program = programs[segment.slot]
-        if program.scout is None:
+        if segment.slot not in scouts:
             continue
+        scout, places = scouts[segment.slot]
         h_ND = hidden_SD.index_select(0, torch.searchsorted(rows_S, segment.rows_N))
-        gates_NLE = scout_gates(program.scout, h_ND)
-        for scouted in scouted_of(program):
+        gates_NLE = scout_gates(scout, h_ND)
+        for scouted in places:
             gates_NE = gates_NLE[:, scouted.place]
             step.scout(scouted, segment.rows_N, gates_NE)
             step.note(RouterCall(scouted, table, segment, gates_NE))
