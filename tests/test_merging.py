@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save
 
 from timbre_methods.contract import Site
-from timbre_methods.errors import AdapterMismatch
+from timbre_methods.errors import AdapterMismatch, InvalidRecipe
 from timbre_methods.prompt_contract import NO_FRAME
 from timbre_methods.registry import methods, sites_of
 from timbre_server.adapters.derivation import write_derived
@@ -164,3 +164,21 @@ def test_a_thread_that_gives_way_has_the_lowest_priority_and_others_keep_theirs(
     thread.join()
     assert found == [LOWEST_PRIORITY]
     assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) < LOWEST_PRIORITY
+
+
+async def test_a_mixture_of_too_many_tensors_is_refused_before_a_parent_is_read(store: Store) -> None:
+    record = replace(stored(store, "sora"), digest="sha256:" + "0" * 64)
+    wide = replace(record, manifest=replace(record.manifest, sites=tuple(f"l{n}" for n in range(512))))
+    opened = Merges(store.root, META, NO_FRAME)
+    recipe = Recipe("arrow", (Parent(record.digest, 1.0),) * 5, top_k=1, temperature=1.0)
+    with pytest.raises(InvalidRecipe, match="5 experts on 512 layers would be 5120 tensors, at most 4096"):
+        await opened.merge(recipe, [wide] * 5)
+    opened.close()
+
+
+async def test_on_repeated_layers_nothing_is_computed(store: Store) -> None:
+    record = stored(store, "sora")
+    opened = Merges(store.root, META, replace(NO_FRAME, stack=(0, 0)))
+    with pytest.raises(InvalidRecipe, match="on repeated layers"):
+        await opened.merge(recipe_of(record), [record])
+    opened.close()

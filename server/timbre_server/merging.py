@@ -22,8 +22,8 @@ import torch
 from safetensors.torch import load_file, save
 
 from timbre_methods.contract import Sites, Tensors
-from timbre_methods.errors import AdapterMismatch, MethodError
-from timbre_methods.merging.bind import ArrowChoice, bind_arrow, bind_routed, check_cells
+from timbre_methods.errors import AdapterMismatch, InvalidRecipe, MethodError
+from timbre_methods.merging.bind import ArrowChoice, RouterChoice, bind_arrow, bind_routed, check_cells
 from timbre_methods.merging.changes import Ingredient
 from timbre_methods.merging.compress import CollectionForm, compress
 from timbre_methods.merging.lora_file import AdapterFile
@@ -79,6 +79,11 @@ class Merges:
         parents: Sequence[AdapterRecord],
     ) -> Made:
         self._proceed()
+        if self._frame.stack:
+            raise InvalidRecipe(
+                "on repeated layers (--layer-replication) only kind 'linear' is made: no file says of what "
+                "is computed that it is for them"
+            )
         if not self._places.acquire(blocking=False):
             raise QueueFull(
                 f"{MAX_OPEN} recipes are being made; try again when one is", retry_after_s=RETRY_S
@@ -100,6 +105,7 @@ class Merges:
     def _merged(self, recipe: Recipe, parents: Sequence[AdapterRecord]) -> MadeFiles:
         if recipe.is_mixture:
             check_cells(sum(record.manifest.parameters for record in parents))
+            _check_tensors(recipe, [set(record.manifest.sites) for record in parents])
             return _files(self._bound(recipe, self._ingredients(recipe, parents)), recipe, relative_error=0.0)
         numbers = MergeNumbers(
             recipe.kind,
@@ -116,11 +122,11 @@ class Merges:
         if recipe.kind == "arrow":
             assert recipe.temperature is not None
             choice = ArrowChoice(recipe.top_k, recipe.temperature)
-            return bind_arrow(experts, general, self._sites, choice)
+            return bind_arrow(experts, general, self._sites, choice, self._proceed)
         assert recipe.router is not None
         assert recipe.renormalised is not None
-        router = self._router(recipe.router)
-        return bind_routed(experts, router, self._sites, top_k=recipe.top_k, renormalised=recipe.renormalised)
+        router, chosen = self._router(recipe.router), RouterChoice(recipe.top_k, recipe.renormalised)
+        return bind_routed(experts, router, self._sites, chosen, self._proceed)
 
     def _router(self, digest: str) -> Tensors:
         """A file that no registration has looked at. Raises: StoreError."""
@@ -164,6 +170,17 @@ class Merges:
                 "needs a change that stands by itself; mix it with kind 'linear'"
             ) from error
         return Ingredient(label, method, program, weight, files.config)
+
+
+def _check_tensors(recipe: Recipe, sites: Sequence[set[str]]) -> None:
+    """Raises `InvalidRecipe` for a mixture whose file would have more tensors than any may have."""
+    num_layers, most = len(set[str]().union(*sites)), StoreLimits().max_tensors
+    count = num_layers * (2 * len(recipe.parents) + (recipe.kind == "routed"))
+    if count > most:
+        raise InvalidRecipe(
+            f"{len(recipe.parents)} experts on {num_layers} layers would be {count} tensors, at most {most} "
+            "are in one adapter; bind fewer"
+        )
 
 
 def _files(file: AdapterFile, recipe: Recipe, relative_error: float) -> MadeFiles:

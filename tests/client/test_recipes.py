@@ -23,8 +23,8 @@ STEM = "base_model.model.model.layers.0.q_proj"
 
 @pytest.fixture
 def stocked(client: Timbre, tmp_path: Path) -> Timbre:
-    """A server with two small LoRAs, ``one`` and ``two``."""
-    for seed, name in enumerate(("one", "two")):
+    """A server with three small LoRAs."""
+    for seed, name in enumerate(("one", "two", "three")):
         folder = tmp_path / name
         folder.mkdir()
         (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
@@ -89,10 +89,10 @@ async def test_adapters_are_bound_by_a_router_s_file(stocked: Timbre, url: str, 
     assert [parent.weight for parent in recipe.parents] == [1.0, 0.5]
     async with AsyncTimbre(url) as client:
         assert await client.upload_file(path) == digest
-        again = await client.create_recipe("near", "arrow", parents, temperature=0.5, general=["two"])
+        again = await client.create_recipe("near", "arrow", parents, temperature=0.5, general=["three"])
     assert again.adapter.recipe is not None
     assert again.adapter.recipe.temperature == 0.5
-    assert again.adapter.recipe.general == (stocked.get_adapter("two").digest,)
+    assert again.adapter.recipe.general == (stocked.get_adapter("three").digest,)
 
 
 def test_a_named_mix_is_stamped_with_its_own_name_and_with_its_parts() -> None:

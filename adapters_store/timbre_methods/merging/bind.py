@@ -4,11 +4,6 @@ An expert is its adapter's whole ΔW at a layer, its scale in B; the adapter's w
 adapter that does not adapt a layer where others do is an expert of zeros there: Arrow gives it no row that
 another can have, and a trained router whatever share of nothing it likes.
 
-A trained router is a file of its own, of linear layers with a row for each adapter. Their names are paths:
-``router.weight`` [E, in] and, where it has one, ``router.bias`` [E] are those of every layer that has no
-nearer one, and ``<module>.router.weight`` those of all below that module. Each layer's router reads the
-layer's own input.
-
 Legend: I in features, O out features, R rank, E experts.
 """
 
@@ -21,15 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from timbre_methods.contract import Site, Sites, Tensors
-from timbre_methods.errors import AdapterMismatch, InvalidRecipe, InvalidTensors
+from timbre_methods.contract import Sites, Tensors
+from timbre_methods.errors import AdapterMismatch, InvalidRecipe
 from timbre_methods.low_rank.lora import scales_of
 from timbre_methods.merging.changes import Ingredient, factors_at
+from timbre_methods.merging.given_router import routers_of
 from timbre_methods.merging.lora_file import AdapterFile, peft_config
-from timbre_methods.merging.merge import adapted_paths, check_finite
-from timbre_methods.routed.lora_mixer import ROUTER, ROUTER_BIAS
+from timbre_methods.merging.merge import Proceed, adapted_paths, check_finite
+from timbre_methods.routed.lora_mixer import ROUTER_BIAS
 from timbre_methods.routed.low_rank_experts import Factors, expert_factors
-from timbre_methods.site_tensors import PREFIX, check_tensor, nearest_fact
+from timbre_methods.site_tensors import PREFIX
 
 MAX_CELLS = 2**29
 """The most numbers of a mixture, routers apart: it is held whole until it is stored."""
@@ -50,8 +46,18 @@ class ArrowChoice:
     temperature: float
 
 
+@dataclass(frozen=True, slots=True)
+class RouterChoice:
+    top_k: int
+    renormalised: bool
+
+
 def bind_arrow(
-    ingredients: Sequence[Ingredient], general: Sequence[Ingredient], sites: Sites, choice: ArrowChoice
+    ingredients: Sequence[Ingredient],
+    general: Sequence[Ingredient],
+    sites: Sites,
+    choice: ArrowChoice,
+    proceed: Proceed = lambda: None,
 ) -> AdapterFile:
     """Experts that are found by their own directions; the mean of A and the mean of B of ``general`` ones, as
     their files have them, are taken from each (GenKnowSub).
@@ -59,9 +65,10 @@ def bind_arrow(
     Raises `AdapterMismatch` for an adapter that cannot be an expert, and where factors cannot be subtracted:
     all then are plain LoRAs of one rank, on the same layers.
     """
-    experts = _experts(ingredients, sites)
+    experts = _experts(ingredients, sites, proceed)
     if general:
-        experts = _without_general(experts, ingredients, general, sites)
+        experts = _without_general(experts, ingredients, _experts(general, sites, proceed), general)
+        _check_left(experts, ingredients)
     options = {
         "scales": [each.weight for each in ingredients],
         "top_k": choice.top_k,
@@ -72,32 +79,38 @@ def bind_arrow(
 
 
 def bind_routed(
-    ingredients: Sequence[Ingredient], router: Tensors, sites: Sites, *, top_k: int, renormalised: bool
+    ingredients: Sequence[Ingredient],
+    router: Tensors,
+    sites: Sites,
+    choice: RouterChoice,
+    proceed: Proceed = lambda: None,
 ) -> AdapterFile:
     """Experts under a trained router, whose tensors are given by the names in its file.
 
     Raises `AdapterMismatch` for an adapter that cannot be an expert, and `InvalidRecipe`, naming tensor and
     layer, for a router that does not fit them.
     """
-    experts = _experts(ingredients, sites)
-    routers = _routers(router, experts, len(ingredients), sites)
+    experts = _experts(ingredients, sites, proceed)
+    routers = routers_of(router, experts, len(ingredients), sites)
     has_bias = any(ROUTER_BIAS in own for own in routers.values())
     if has_bias:
         routers = {p: {ROUTER_BIAS: torch.zeros(len(ingredients)), **own} for p, own in routers.items()}
     options = {
         "scales": [each.weight for each in ingredients],
-        "top_k": top_k,
-        "renormalised": renormalised,
+        "top_k": choice.top_k,
+        "renormalised": choice.renormalised,
         "routers": "projection",
         "router_bias": has_bias,
     }
     return _file("LORA_MIXER", options, experts, routers)
 
 
-def _experts(ingredients: Sequence[Ingredient], sites: Sites) -> dict[str, list[Factors]]:
+def _experts(ingredients: Sequence[Ingredient], sites: Sites, proceed: Proceed) -> dict[str, list[Factors]]:
     """Of each layer that any of them adapts, in model order, one for each of them."""
     paths = adapted_paths(ingredients, sites)
     for each in ingredients:
+        if each.weight == 0:
+            raise InvalidRecipe(f"{each.label} has the weight 0: as an expert it does nothing; leave it out")
         for path in paths:
             if path in each.program.sites and sites[path].kind != "linear":
                 raise AdapterMismatch(
@@ -105,10 +118,15 @@ def _experts(ingredients: Sequence[Ingredient], sites: Sites) -> dict[str, list[
                 )
     num_cells = 0
     for path in paths:  # Not all of them at once: thin cores in a wide basis take much more than their own.
+        proceed()
         for each in ingredients:
             num_cells += sum(factor.numel() for factor in _expert(each, path, sites))
             check_cells(num_cells)
-    return {path: [_expert(each, path, sites) for each in ingredients] for path in paths}
+    found = {}
+    for path in paths:
+        proceed()
+        found[path] = [_expert(each, path, sites) for each in ingredients]
+    return found
 
 
 def _expert(found: Ingredient, path: str, sites: Sites) -> Factors:
@@ -120,12 +138,11 @@ def _expert(found: Ingredient, path: str, sites: Sites) -> Factors:
 def _without_general(
     experts: Mapping[str, Sequence[Factors]],
     ingredients: Sequence[Ingredient],
+    common: Mapping[str, Sequence[Factors]],
     general: Sequence[Ingredient],
-    sites: Sites,
 ) -> dict[str, list[Factors]]:
-    """With each expert's scale in B, and that of the general ones taken out of theirs."""
+    """With each expert's scale in B, and that of the general ones taken out of ``common``, theirs."""
     found = {}
-    common = _experts(general, sites)
     for path in dict.fromkeys((*experts, *common)):
         together = (*ingredients, *general)
         _check_alike(together, path)
@@ -140,6 +157,15 @@ def _without_general(
             for (a_RI, b_OR), scale in zip(pairs, scales, strict=False)
         ]
     return found
+
+
+def _check_left(experts: Mapping[str, Sequence[Factors]], ingredients: Sequence[Ingredient]) -> None:
+    for e, each in enumerate(ingredients):
+        if not any(bool(a.any()) and bool(b.any()) for a, b in (pairs[e] for pairs in experts.values())):
+            raise InvalidRecipe(
+                f"nothing is left of {each.label} once the general adapters are taken from it; leave it out "
+                "of one of the two"
+            )
 
 
 def _check_alike(together: Sequence[Ingredient], path: str) -> None:
@@ -171,83 +197,6 @@ def _scale_at(found: Ingredient, path: str) -> float:
     if scale == 0:
         raise AdapterMismatch(f"{found.label} has the scale 0 at {path}: it does nothing; leave it out")
     return scale
-
-
-def _routers(
-    router: Tensors, experts: Mapping[str, object], num_experts: int, sites: Sites
-) -> dict[str, dict[str, Tensor]]:
-    """The router of each layer, by key. Raises `InvalidRecipe`."""
-    owners = _owners(router, experts, sites)
-    unused, found = set(router), {}
-    for path in experts:
-        owner = _nearest(path, owners)
-        if owner is None:
-            raise InvalidRecipe(
-                f"the router's file has no router for {path}, which the adapters change; give it "
-                f"'{path}.{ROUTER}', or '{ROUTER}' for all layers that have no nearer one"
-            )
-        names = {key: _name(owner, key) for key in (ROUTER, ROUTER_BIAS)}
-        found[path] = {key: router[name].clone() for key, name in names.items() if name in router}
-        unused -= set(names.values())
-        _check_shapes(names, found[path], num_experts, sites[path])
-    if unused:
-        raise InvalidRecipe(
-            f"the router's file has {min(unused)}, but each layer below has a nearer router; leave it out"
-        )
-    return found
-
-
-def _owners(router: Tensors, experts: Mapping[str, object], sites: Sites) -> set[str]:
-    """The modules that the file has routers for."""
-    owners = set()
-    for name in router:
-        owner = _owner(name)
-        if owner and not any(path == owner or path.startswith(f"{owner}.") for path in experts):
-            is_known = any(path == owner or path.startswith(f"{owner}.") for path in sites)
-            fact = "none of the adapters changes a layer there" if is_known else nearest_fact(owner, sites)
-            raise InvalidRecipe(f"the router's file has {name}, but {fact}")
-        if _name(owner, ROUTER) not in router:
-            raise InvalidRecipe(f"the router's file has {name}, but no {_name(owner, ROUTER)}")
-        owners.add(owner)
-    return owners
-
-
-def _owner(name: str) -> str:
-    """The module whose layers a tensor of the router's file is for; empty for all."""
-    for key in (ROUTER, ROUTER_BIAS):
-        if name == key or name.endswith(f".{key}"):
-            return name.removesuffix(key).removesuffix(".")
-    raise InvalidRecipe(
-        f"the router's file has {name[:200]!r}; expected '{ROUTER}' and '{ROUTER_BIAS}', each alone or after "
-        "the path of a layer or of a module around it"
-    )
-
-
-def _name(owner: str, key: str) -> str:
-    return f"{owner}.{key}" if owner else key
-
-
-def _nearest(path: str, owners: set[str]) -> str | None:
-    while path not in owners:
-        if not path:
-            return None
-        path = path.rpartition(".")[0]
-    return path
-
-
-def _check_shapes(names: Mapping[str, str], own: Mapping[str, Tensor], num_experts: int, site: Site) -> None:
-    shapes: dict[str, tuple[int, ...]] = {
-        ROUTER: (num_experts, site.in_features),
-        ROUTER_BIAS: (num_experts,),
-    }
-    for key, tensor in own.items():
-        try:
-            check_tensor(names[key], tensor, shapes[key])
-        except InvalidTensors as error:
-            raise InvalidRecipe(
-                f"the router's file: {error}: a row for each of the {num_experts} parents, as wide as the "
-                f"input of {site.path}"
-            ) from error
 
 
 def _file(

@@ -17,7 +17,7 @@ from timbre_client.export.mixtures import arrow
 from timbre_methods.contract import Site
 from timbre_methods.errors import AdapterMismatch, InvalidRecipe, MethodError
 from timbre_methods.merging import bind
-from timbre_methods.merging.bind import ArrowChoice, bind_arrow, bind_routed
+from timbre_methods.merging.bind import ArrowChoice, RouterChoice, bind_arrow, bind_routed
 from timbre_methods.merging.changes import Ingredient
 from timbre_methods.merging.lora_file import AdapterFile
 from timbre_methods.program import AdapterProgram, Dense, LowRank
@@ -103,10 +103,12 @@ def test_a_weight_multiplies_its_expert_and_leaves_the_choice(evaluate: Any) -> 
             - rows(Q) @ SITES[Q].weight_OI.double().T
         )
 
-    plain, none, double = found(1.0), found(0.0), found(2.0)
-    is_first = (none == 0).all(dim=1)
+    plain, double, triple = found(1.0), found(2.0), found(3.0)
+    is_first = (double != plain).any(dim=1)
     assert 0 < int(is_first.sum()) < 20
-    torch.testing.assert_close(double, plain * (1 + is_first.double().unsqueeze(1)), atol=1e-6, rtol=1e-6)
+    for weight, weighted in ((2, double), (3, triple)):
+        expected = torch.where(is_first.unsqueeze(1), weight * plain, plain)
+        torch.testing.assert_close(weighted, expected, atol=1e-6, rtol=1e-6)
 
 
 def test_an_adapter_does_nothing_at_a_layer_that_it_does_not_adapt(evaluate: Any) -> None:
@@ -136,7 +138,7 @@ def router(*names: str, num_experts: int = 3, bias: Sequence[str] = ()) -> dict[
 def test_a_trained_router_mixes_as_its_formula_says(evaluate: Any, top_k: int, renormalised: bool) -> None:
     experts = [lora(1, weight=0.5), lora(2, rank=3, alpha=1), lora(3, use_rslora=True, paths=(Q,))]
     given = router("layers.0.attn", DOWN, bias=["layers.0.attn"])
-    file = bind_routed(experts, given, SITES, top_k=top_k, renormalised=renormalised)
+    file = bind_routed(experts, given, SITES, RouterChoice(top_k, renormalised))
     actual = outputs(evaluate, compiled(file.config, file.tensors))
     for path, owner in ((Q, "layers.0.attn"), (DOWN, DOWN)):
         weight = given[f"{owner}.router.weight"].double()
@@ -157,7 +159,7 @@ def test_a_trained_router_mixes_as_its_formula_says(evaluate: Any, top_k: int, r
 def test_a_layer_s_router_is_the_nearest() -> None:
     def bound(given: dict[str, Tensor]) -> AdapterFile:
         experts = [lora(e, paths=(Q, K)) for e in range(3)]
-        file = bind_routed(experts, given, SITES, top_k=1, renormalised=True)
+        file = bind_routed(experts, given, SITES, RouterChoice(1, True))
         check_adapter(file.config, load(save(file.tensors)), SITES)
         return file
 
@@ -186,7 +188,7 @@ ROUTERS: list[tuple[Mapping[str, Tensor], str]] = [
 @pytest.mark.parametrize(("given", "words"), ROUTERS, ids=lambda each: str(each)[:40])
 def test_a_router_that_does_not_fit_is_told_where(given: dict[str, Tensor], words: str) -> None:
     with pytest.raises(InvalidRecipe, match=words):
-        bind_routed([lora(e) for e in range(3)], given, SITES, top_k=1, renormalised=True)
+        bind_routed([lora(e) for e in range(3)], given, SITES, RouterChoice(1, True))
 
 
 NO_FACTORS = Ingredient("odd@1", "shira", AdapterProgram({Q: (Dense(torch.ones(9, 7)),)}))
@@ -220,6 +222,21 @@ def test_what_is_no_low_rank_change_of_a_linear_layer_is_no_expert() -> None:
     )
     with pytest.raises(InvalidRecipe, match=rf"at {Q} the adapters' values multiply to more"):
         bind_arrow([large], [], SITES, ArrowChoice(1, 1.0))
+
+
+def test_an_expert_that_does_nothing_is_refused_by_name() -> None:
+    with pytest.raises(InvalidRecipe, match="lora2@1 has the weight 0"):
+        bind_arrow([lora(1), lora(2, weight=0)], [], SITES, ArrowChoice(1, 1.0))
+    with pytest.raises(InvalidRecipe, match="nothing is left of lora1@1 once the general adapters are taken"):
+        bind_arrow([lora(1), lora(2)], [lora(1)], SITES, ArrowChoice(1, 1.0))
+
+
+def test_a_mixture_is_given_up_at_a_layer() -> None:
+    def stopping() -> None:
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        bind_arrow([lora(1)], [], SITES, ArrowChoice(1, 1.0), stopping)
 
 
 def test_a_mixture_is_counted_before_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
