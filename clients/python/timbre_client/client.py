@@ -101,7 +101,7 @@ class Timbre:
     def upload_file(self, path: Path, *, on_progress: OnProgress | None = None) -> str:
         """Sends one file, such as a router for `create_recipe`, unless the server has it; its digest.
 
-        A file that nothing is made of is removed after a day.
+        The file itself is removed after a day; what was made of it stays.
         """
         return self._follow(upload_file(path, on_progress=on_progress))
 

@@ -20,8 +20,8 @@ def xlora(folder: str | Path, source: str | Path, experts: Sequence[str | Path] 
     ``source`` that are named 0, 1, ... The paths in its config are the trainer's and are not read. All
     tensors keep their dtypes and bytes.
 
-    Raises ValueError for a classifier that is not whole, a wrong number of experts and one that is no plain
-    LoRA on linear layers, FileNotFoundError for a missing file.
+    Nothing is written before all is read. Raises ValueError for a classifier that is not whole, a wrong
+    number of experts and one that is no plain LoRA on linear layers, FileNotFoundError for a missing file.
     """
     origin, target = Path(source), Path(folder)
     config = _config(origin, "XLORA")
@@ -31,12 +31,14 @@ def xlora(folder: str | Path, source: str | Path, experts: Sequence[str | Path] 
     )
     if not folders or len(folders) != count:
         raise ValueError(f"{origin / CONFIG} names {count} adapters, found {len(folders)} folders of experts")
+    if target.resolve() in {each.resolve() for each in (origin, *folders)}:
+        raise ValueError(f"{target} is one of the folders that are packed; choose another")
     own = {str(e): _config(each, "LORA") for e, each in enumerate(folders)}
-    target.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({**config, "adapters": own}, indent=2, sort_keys=True)
-    (target / CONFIG).write_text(text + "\n")
     files = [(origin / TENSORS, _classifier_name), *((f / TENSORS, _namer(e)) for e, f in enumerate(folders))]
-    _join(files, target / TENSORS)
+    content, text = _joined(files), json.dumps({**config, "adapters": own}, indent=2, sort_keys=True)
+    target.mkdir(parents=True, exist_ok=True)
+    (target / CONFIG).write_text(text + "\n")
+    (target / TENSORS).write_bytes(content)
     return target
 
 
@@ -68,7 +70,7 @@ def _namer(number: int) -> Callable[[str], str]:
     return named
 
 
-def _join(files: Sequence[tuple[Path, Callable[[str], str]]], target: Path) -> None:
+def _joined(files: Sequence[tuple[Path, Callable[[str], str]]]) -> bytes:
     """One safetensors file of several, each tensor under its new name."""
     header: dict[str, Any] = {}
     pieces: list[bytes] = []
@@ -87,7 +89,7 @@ def _join(files: Sequence[tuple[Path, Callable[[str], str]]], target: Path) -> N
         )
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    target.write_bytes(b"".join([struct.pack("<Q", len(text)), text, *pieces]))
+    return b"".join([struct.pack("<Q", len(text)), text, *pieces])
 
 
 def _entries(content: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -96,5 +98,7 @@ def _entries(content: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _header_size(content: bytes) -> int:
+    if len(content) < 8:
+        raise ValueError(f"{len(content)} bytes are no safetensors file")
     (size,) = struct.unpack("<Q", content[:8])
     return int(size)
