@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
@@ -115,6 +116,9 @@ class FakeEngine:
         self.may_answer.set()
 
 
+Refused = tuple[dict[str, Any], int, str | None, str]
+
+
 @dataclass(frozen=True)
 class AdapterFiles:
     config: bytes
@@ -148,6 +152,22 @@ class Served:
         form = {name: part for name, part in parts.items() if part is not None}
         return await self.client.post("/v1/adapters", files=form)
 
+    async def made(self, **recipe: object) -> dict[str, Any]:
+        """What the server says of an adapter that it makes of others."""
+        response = await self.client.post("/v1/recipes", json=recipe)
+        assert response.status_code == 201, response.text
+        return dict(response.json())
+
+    async def not_refused_so(self, path: str, bodies: Iterable[Refused]) -> list[object]:
+        """Those bodies that are not told their status, param and words, with what each is told."""
+        found: list[object] = []
+        for fields, status, param, words in bodies:
+            response = await self.client.post(path, json=fields)
+            error = response.json()["error"]
+            if (response.status_code, error["param"]) != (status, param) or words not in error["message"]:
+                found.append((fields, response.status_code, error))
+        return found
+
     def stored_files(self) -> list[Path]:
         kinds = ("blobs", "manifests", "tmp")
         return [path for kind in kinds for path in (self.store.root / kind).rglob("*") if path.is_file()]
@@ -162,6 +182,22 @@ def adapter_files() -> Callable[..., AdapterFiles]:
         config, tensors = methods()[method].example(meta_sites(SITES), generator)
         real = {name: tensor.contiguous() for name, tensor in tensors.items()}
         return AdapterFiles(json.dumps({**config, **config_changes}).encode(), save(real))
+
+    return make
+
+
+@pytest.fixture
+def lora_files() -> Callable[[int, int], AdapterFiles]:
+    """Makes a LoRA of a rank, from a seed, on all sites and with scale 2."""
+
+    def make(rank: int, seed: int) -> AdapterFiles:
+        generator, tensors = torch.Generator().manual_seed(seed), {}
+        for site in SITES:
+            stem = f"base_model.model.{site.path}.lora"
+            tensors[f"{stem}_A.weight"] = torch.randn(rank, site.in_features, generator=generator)
+            tensors[f"{stem}_B.weight"] = torch.randn(site.out_features, rank, generator=generator)
+        config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank}
+        return AdapterFiles(json.dumps(config).encode(), save(tensors))
 
     return make
 

@@ -19,23 +19,11 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 OTHER_BASE = "sha256:" + "c" * 64
 
 
-def lora(rank: int, seed: int, files: type) -> Any:
-    """A LoRA on both layers, with scale 2."""
-    generator, tensors = torch.Generator().manual_seed(seed), {}
-    for path, (out_features, in_features) in zip(PATHS, SHAPES, strict=True):
-        stem = f"base_model.model.{path}.lora"
-        tensors[f"{stem}_A.weight"] = torch.randn(rank, in_features, generator=generator)
-        tensors[f"{stem}_B.weight"] = torch.randn(out_features, rank, generator=generator)
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank}
-    return files(json.dumps(config).encode(), save(tensors))
-
-
 @pytest.fixture
-async def stocked(serve: Callable[..., Any], adapter_files: Any) -> Any:
+async def stocked(serve: Callable[..., Any], adapter_files: Any, lora_files: Any) -> Any:
     """Two LoRAs of ranks 2 and 3, and adapters of other families."""
     served = serve()
-    files = type(adapter_files())
-    uploads = {"one": lora(2, 1, files), "two": lora(3, 2, files), "same": lora(2, 5, files)}
+    uploads = {"one": lora_files(2, 1), "two": lora_files(3, 2), "same": lora_files(2, 5)}
     uploads |= {name: adapter_files(name, seed=3) for name in ("fourierft", "ia3", "shira")}
     for name, each in uploads.items():
         response = await served.upload(each, name=(None, name))
@@ -49,12 +37,6 @@ def body(kind: str, *names: str, **fields: Any) -> dict[str, Any]:
         {"name": name, "weight": weight} for name, weight in zip(names, (0.7, -0.4, 1.0), strict=False)
     ]
     return {"name": "made", "kind": kind, "parents": parents, **fields}
-
-
-async def made(served: Any, **fields: Any) -> dict[str, Any]:
-    response = await served.client.post("/v1/recipes", json=fields)
-    assert response.status_code == 201, response.text
-    return dict(response.json())
 
 
 def deltas(served: Any, name: str) -> list[Tensor]:
@@ -105,18 +87,18 @@ async def test_a_merge_is_an_ordinary_adapter_that_says_how_it_was_made(stocked:
 async def test_every_kind_makes_an_adapter_of_its_rank_and_the_same_again(
     stocked: Any, kind: str, numbers: dict[str, Any]
 ) -> None:
-    first = await made(stocked, **body(kind, "one", "two", **numbers))
+    first = await stocked.made(**body(kind, "one", "two", **numbers))
     rank = numbers.get("rank", 3)
     assert first["parameters"] == rank * sum(map(sum, SHAPES))
     assert first["recipe"]["rank"] == rank
     assert 0 < first["relative_error"] < 5
-    assert await made(stocked, **body(kind, "one", "two", **numbers)) == first
+    assert await stocked.made(**body(kind, "one", "two", **numbers)) == first
     await stocked.client.delete("/v1/adapters/one")
     assert (await stocked.client.get("/v1/adapters/made")).json()["digest"] == first["digest"]
 
 
 async def test_lorahub_takes_adapters_of_one_rank(stocked: Any) -> None:
-    await made(stocked, **body("lorahub", "one", "same"))
+    await stocked.made(**body("lorahub", "one", "same"))
     one, same = (
         load_file(stocked.store.blob_path(stocked.store.resolve(name).manifest.tensors_digest))
         for name in ("one", "same")
@@ -132,7 +114,7 @@ async def test_lorahub_takes_adapters_of_one_rank(stocked: Any) -> None:
 
 async def test_another_seed_is_another_version_and_any_can_go(stocked: Any) -> None:
     answers = [
-        await made(stocked, **body("dare_ties", "one", "two", density=0.4, seed=seed)) for seed in (1, 2)
+        await stocked.made(**body("dare_ties", "one", "two", density=0.4, seed=seed)) for seed in (1, 2)
     ]
     assert [answer["id"] for answer in answers] == ["made@1", "made@2"]
     assert (await stocked.client.delete("/v1/adapters/made@1")).status_code == 200
@@ -143,19 +125,19 @@ async def test_another_seed_is_another_version_and_any_can_go(stocked: Any) -> N
 
 
 async def test_other_families_merge_where_their_change_stands_by_itself(stocked: Any) -> None:
-    answer = await made(stocked, **body("ties", "fourierft", "shira", "one", rank=8, density=0.2))
+    answer = await stocked.made(**body("ties", "fourierft", "shira", "one", rank=8, density=0.2))
     assert (answer["method"], answer["recipe"]["rank"]) == ("lora", 8)
 
 
 async def test_a_mix_of_any_families_has_a_name_and_keeps_what_it_stands_on(stocked: Any) -> None:
-    answer = await made(stocked, **body("linear", "one", "fourierft", "ia3"))
+    answer = await stocked.made(**body("linear", "one", "fourierft", "ia3"))
     assert (answer["method"], answer["relative_error"]) == ("mix", 0.0)
     assert [parent["weight"] for parent in answer["recipe"]["parents"]] == [0.7, -0.4, 1.0]
     parts = stocked.store.resolve("made").parts
     assert [part.adapter.name for part in parts] == ["one", "fourierft", "ia3"]
     refused = await stocked.client.delete("/v1/adapters/ia3")
     assert (refused.status_code, refused.json()["error"]["code"]) == (409, "adapter_in_use")
-    nested = await made(stocked, **{**body("linear", "made", "one"), "name": "nested"})
+    nested = await stocked.made(**{**body("linear", "made", "one"), "name": "nested"})
     weights = [parent["weight"] for parent in nested["recipe"]["parents"]]
     assert weights == pytest.approx([0.7 * 0.7 - 0.4, 0.7 * -0.4, 0.7])
     for name in ("nested", "made", "ia3"):
@@ -164,7 +146,7 @@ async def test_a_mix_of_any_families_has_a_name_and_keeps_what_it_stands_on(stoc
 
 async def test_weights_that_multiply_through_named_mixes_stay_in_bounds(stocked: Any) -> None:
     strong = {"kind": "linear", "parents": [{"name": "one", "weight": 90}]}
-    await made(stocked, **{**strong, "name": "loud"})
+    await stocked.made(**{**strong, "name": "loud"})
     before = stocked.stored_files()
     for weight in (1.2, -1.2):
         louder = {"name": "made", "kind": "linear", "parents": [{"name": "loud", "weight": weight}]}
@@ -173,7 +155,7 @@ async def test_weights_that_multiply_through_named_mixes_stay_in_bounds(stocked:
         assert "one@1 has the weight" in response.json()["error"]["message"]
     assert stocked.stored_files() == before
     assert stocked.store.versions("made") == ()
-    await made(stocked, name="made", kind="linear", parents=[{"name": "loud", "weight": 1.1}])
+    await stocked.made(name="made", kind="linear", parents=[{"name": "loud", "weight": 1.1}])
 
 
 async def test_a_taken_name_is_refused_before_anything_is_computed(
@@ -247,15 +229,9 @@ async def test_a_bad_recipe_is_told_what_is_wrong_and_changes_nothing(stocked: A
     record = stocked.store.resolve("one")
     digests = record.manifest.config_digest, record.manifest.tensors_digest
     stocked.store.register("stranger", *digests, OTHER_BASE)
-    await made(stocked, **{**body("linear", "two"), "name": "mix"})
+    await stocked.made(**{**body("linear", "two"), "name": "mix"})
     before = stocked.stored_files()
-    wrong = []
-    for fields, status, param, words in REFUSED:
-        response = await stocked.client.post("/v1/recipes", json=fields)
-        error = response.json()["error"]
-        if (response.status_code, error["param"]) != (status, param) or words not in error["message"]:
-            wrong.append((fields, response.status_code, error))
-    assert wrong == []
+    assert await stocked.not_refused_so("/v1/recipes", REFUSED) == []
     assert stocked.stored_files() == before
     assert stocked.store.versions("made") == ()
     assert {len(found) for _, found in stocked.recipes[1:]} == {0}
@@ -270,8 +246,8 @@ async def test_a_weight_that_is_no_number_is_refused(stocked: Any) -> None:
     assert stocked.store.versions("made") == ()
 
 
-async def test_values_that_overflow_are_refused_and_leave_nothing(stocked: Any, adapter_files: Any) -> None:
-    large = lora(2, 9, type(adapter_files()))
+async def test_values_that_overflow_are_refused_and_leave_nothing(stocked: Any, lora_files: Any) -> None:
+    large = lora_files(2, 9)
     tensors = {name: 1e37 * tensor for name, tensor in load(large.tensors).items()}
     response = await stocked.upload(type(large)(large.config, save(tensors)), name=(None, "large"))
     assert response.status_code == 201, response.text

@@ -84,7 +84,8 @@ def check_fields(body: RecipeBody) -> None:
         )
     if body.top_k is not None and body.top_k > len(body.parents):
         raise InvalidRequest(
-            f"top_k is {body.top_k}, and there are {len(body.parents)} parents to choose from", param="top_k"
+            f"top_k is {body.top_k}; expected at most {len(body.parents)}, the number of parents",
+            param="top_k",
         )
     if "router" in read and not is_digest(body.router or ""):
         raise InvalidRequest(
