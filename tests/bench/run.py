@@ -17,7 +17,7 @@ import asyncio
 import json
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,9 @@ from table import options, report
 
 BUSY = 0.1
 """Above this share of the machine at work before a run, it says so."""
+
+Found = tuple[list[dict[str, Any]], dict[str, Any]]
+"""The table's rows, and everything else that was found."""
 
 
 def add_load_flags(parser: argparse.ArgumentParser) -> None:
@@ -150,8 +153,7 @@ def warm_up(server: MeasuredServer, names: Mapping[str, Sequence[str]]) -> None:
         )
 
 
-def measure(args: argparse.Namespace, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The table's rows, and everything else that was found."""
+def measure(args: argparse.Namespace, folder: Path) -> Found:
     scenarios = chosen(args)
     busy = psutil.cpu_percent(1.0) / 100
     if busy > BUSY:
@@ -187,14 +189,14 @@ def measure(args: argparse.Namespace, folder: Path) -> tuple[list[dict[str, Any]
     }
 
 
-def main() -> None:
-    args = arguments()
+def measure_and_report(args: argparse.Namespace, find: Callable[[argparse.Namespace, Path], Found]) -> None:
+    """With a folder for ``find`` that is gone when it ends."""
     with tempfile.TemporaryDirectory() as folder:
-        rows, more = measure(args, Path(folder))
+        rows, more = find(args, Path(folder))
     report(rows, args, **more)
     for name, error in more["errors"].items():
         print(f"{name}: {error}")
 
 
 if __name__ == "__main__":
-    main()
+    measure_and_report(arguments(), measure)

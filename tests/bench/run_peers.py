@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -22,10 +21,10 @@ from peers.contract import HttpPeer, Peer, Setting
 from peers.generate import Generate
 from peers.llamacpp import LlamaCpp
 from peers.vllm import Vllm
-from run import add_load_flags, chosen, measured_floor, names_of
+from run import Found, add_load_flags, chosen, measure_and_report, measured_floor, names_of
 from scenarios import BASE, Scenario, jobs
 from summary import first_errors, ratio_in_round, row, shown
-from table import options, report
+from table import options
 
 
 class Timbre(HttpPeer):
@@ -82,8 +81,7 @@ def warm_up(peer: Peer, names: Mapping[str, Sequence[str]]) -> list[Timing]:
     return peer.measure([[Job(name, (200, 201, 202, 203), 3)] for own in names.values() for name in own])
 
 
-def measure(args: argparse.Namespace, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The table's rows, and everything else that was found."""
+def measure(args: argparse.Namespace, folder: Path) -> Found:
     scenarios = chosen(args)
     with ExitStack() as stack:
         server = MeasuredServer.start(folder, "cpu", args.threads, args.server_flags, args.model)
@@ -130,14 +128,5 @@ def rows_of(
     return rows
 
 
-def main() -> None:
-    args = arguments()
-    with tempfile.TemporaryDirectory() as folder:
-        rows, more = measure(args, Path(folder))
-    report(rows, args, **more)
-    for name, error in more["errors"].items():
-        print(f"{name}: {error}")
-
-
 if __name__ == "__main__":
-    main()
+    measure_and_report(arguments(), measure)
