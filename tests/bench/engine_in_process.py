@@ -92,6 +92,7 @@ class Decoding:
                 if loaded.error_message:
                     raise RuntimeError(loaded.error_message)
                 missing.discard(loaded.digest)
+            time.sleep(0.001)  # The thread that loads has the processor meanwhile.
             if time.monotonic() > give_up:
                 raise RuntimeError(f"{len(missing)} adapters were not loaded within {TIMEOUT_S:.0f} s")
 

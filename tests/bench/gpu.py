@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -89,6 +90,7 @@ def measure(
     for number in range(rounds + 1):
         for case, digests in rows_of.items():
             median = statistics.median(decoding.step_seconds(digests, prompt_tokens, steps))
+            print(f"round {number}: {case}: {1e3 * median:.2f} ms", file=sys.stderr, flush=True)
             if number:
                 seconds[case].append(median)
     rows = [row(case, own, seconds["base"], least_s) for case, own in seconds.items()]

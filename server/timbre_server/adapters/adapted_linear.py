@@ -69,6 +69,11 @@ class AdaptedGroup:
             self._bound_table = table
         return self._bound
 
+    @property
+    def last_bound(self) -> tuple[Bound, ...]:
+        """What the last forward with adapters ran, unless one of them was dropped since."""
+        return self._bound
+
     def _bind(self, table: RowTable) -> list[Bound]:
         uses: dict[type[Part], list[dict[int, list[Part]]]] = {}
         for slot in table.slots:
@@ -198,6 +203,10 @@ def added(v: Tensor, changes: Sequence[Change], *, is_own: bool = False) -> Tens
 
     Rows that no change names keep their bits: float32 holds every half-precision value exactly.
     """
+    if is_own and len(changes) == 1 and v.is_contiguous() and not isinstance(changes[0].rows_N, Tensor):
+        # PyTorch sums in the wider type and rounds once: no copy is needed.
+        rows_of(v)[changes[0].rows_N or slice(None)] += changes[0].values_NO
+        return v
     sum_TD = rows_of(v).to(torch.float32, copy=not is_own).contiguous()
     for change in changes:
         change.add_to(sum_TD)

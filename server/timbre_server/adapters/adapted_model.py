@@ -6,7 +6,7 @@ rows use which slots.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -26,8 +26,9 @@ from timbre_server.adapters.routing_report import Choice, choices_of, expert_tok
 from timbre_server.adapters.scouting import read_scouts, scouted_of
 from timbre_server.adapters.slot_programs import SlotPrograms
 from timbre_server.operators.catalogue import Kernels, all_operators, embedding_operators
+from timbre_server.operators.contract import Bound
 from timbre_server.operators.row_table import Pairs, RowTable
-from timbre_server.operators.step_routing import StepRouting
+from timbre_server.operators.step_routing import RouterCall, StepRouting
 
 
 def _itself(module: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -42,6 +43,21 @@ class Arithmetic:
     """The fastest ``W x + b`` of a linear layer."""
     kernels: Kernels = "torch"
     """Of what adapters add."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RecordedForward:
+    """What one forward left in ``step``. Calling it leaves the same again; keeping it keeps what was prepared
+    for the forward's tables."""
+
+    step: StepRouting
+    calls: Sequence[RouterCall]
+    rows_of_copies: Mapping[RowTable, Tensor]
+    prepared: Sequence[Sequence[Bound]]
+
+    def __call__(self) -> None:
+        self.step.calls[:] = self.calls
+        self.step.rows_of_copies = dict(self.rows_of_copies)
 
 
 class AdaptedModel:
@@ -70,6 +86,7 @@ class AdaptedModel:
         self._step = StepRouting()
         self._places: dict[Router | Scouted, str] = {}
         self._scouts: dict[int, tuple[Scout, Sequence[Scouted]]] = {}
+        self._listener: Callable[[int | None], None] = lambda _: None
         operators = {operator.part: operator for operator in all_operators(self._step, arithmetic.kernels)}
         for group in groups:
             rows = self._head_rows if group.is_head else self._body_rows[1]
@@ -145,6 +162,34 @@ class AdaptedModel:
             rows, self._step.calls, self._places, tables if body is None else tables | {body: None}
         )
 
+    def launches(self) -> tuple[Hashable, frozenset[int]] | None:
+        """Of the rows that are set: a key that is equal for steps that launch the same on the same tensors,
+        and the slots of the adapters that act. None where that is not told beforehand: of adapters of routed
+        blocks, of parameters, and in attention."""
+        body, head = self._body_rows[1], self._head_rows
+        if body.table is None:
+            return body.are_merged, frozenset()
+        changing = {*self._blocks, *(path for module in self._parameters for path in module.paths)}
+        sites = (self._programs[slot].sites for slot in body.table.slots)
+        if self._prompts.act_in_attention or not all(map(changing.isdisjoint, sites)):
+            return None
+        return (body.table, head.table), frozenset(body.table.slots)
+
+    def recorded(self) -> RecordedForward:
+        """Of the forward that has just run. Before `clear_rows`."""
+        step, prepared = self._step, tuple(group.last_bound for group in self._groups)
+        return RecordedForward(step, tuple(step.calls), dict(step.rows_of_copies), prepared)
+
+    def forget_forward(self) -> None:
+        """Another forward of the same rows follows: what this one left does not count."""
+        self._step.calls.clear()
+        self._step.rows_of_copies = {}
+
+    def when_dropped(self, listener: Callable[[int | None], None]) -> None:
+        """Told each slot that is dropped, and None when all layers' weights change: what was kept of their
+        launches must go."""
+        self._listener = listener
+
     def put(self, slot: int, program: AdapterProgram) -> None:
         """Let a free slot hold a program whose tensors are on the model's device."""
         assert isinstance(program.sites, PackedSites) or all(
@@ -174,6 +219,7 @@ class AdaptedModel:
 
     def unmerge(self) -> None:
         """Drop the merged weights."""
+        self._listener(None)
         self._set_merged_pairs(())
         for linear in self._linears.values():
             linear.merged = None
@@ -185,6 +231,7 @@ class AdaptedModel:
     def drop(self, slot: int) -> None:
         """Free a slot's tensors, also where they were prepared for a table."""
         self._scouts.pop(slot, None)
+        self._listener(slot)
         for router in router_places(self._programs.pop(slot)):
             del self._places[router]
         for group in self._groups:

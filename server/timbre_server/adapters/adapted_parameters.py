@@ -36,6 +36,7 @@ class AdaptedParameters(nn.Module):
     def __init__(self, base: nn.Module, facts: ParameterModule, rows: ActiveRows, programs: Programs) -> None:
         super().__init__()
         self.base = base
+        self.paths = tuple(f"{facts.path}.{name}" for name in facts.names)
         self._facts = facts
         self._rows = rows
         self._programs = programs
@@ -74,8 +75,9 @@ class AdaptedParameters(nn.Module):
         if table is None:
             return {}
         if self._bound_table is not table:
-            paths = [f"{self._facts.path}.{name}" for name in self._facts.names]
-            acting = [slot for slot in table.slots if any(p in self._programs[slot].sites for p in paths)]
+            acting = [
+                slot for slot in table.slots if any(p in self._programs[slot].sites for p in self.paths)
+            ]
             self._mixes = table.by_mix(acting) if acting else {}
             self._bound_table = table
         return self._mixes

@@ -101,6 +101,7 @@ def _runner_options(options: EngineOptions) -> RunnerOptions:
         block_size=options.block_size,
         kv_cache_bytes=options.kv_cache_bytes,
         max_model_len=options.max_model_len,
+        max_num_seqs=options.max_num_seqs,
         adapter_memory_bytes=options.adapter_memory_bytes,
     )
 

@@ -73,13 +73,21 @@ def run_model(
     kept_rows: Sequence[int],
 ) -> Tensor:
     """The model on one flattened batch, its attention answered by ``context``: logits [N, V], float32."""
-    device = model.device
+    tokens_1T, positions_1T = (torch.tensor([each], device=model.device) for each in (token_ids, positions))
+    return run_rows(model, context, tokens_1T, positions_1T, torch.tensor(kept_rows, device=model.device))
+
+
+def run_rows(
+    model: PreTrainedModel,
+    context: AttentionContext,
+    tokens_1T: Tensor,
+    positions_1T: Tensor,
+    kept_rows_N: Tensor | int = 0,
+) -> Tensor:
+    """`run_model` of int64 tensors on the model's device; 0 keeps all rows."""
     with active(context):
         output = model(
-            input_ids=torch.tensor([token_ids], dtype=torch.int64, device=device),
-            position_ids=torch.tensor([positions], dtype=torch.int64, device=device),
-            logits_to_keep=torch.tensor(kept_rows, dtype=torch.int64, device=device),
-            use_cache=False,
+            input_ids=tokens_1T, position_ids=positions_1T, logits_to_keep=kept_rows_N, use_cache=False
         )
     logits_NV: Tensor = output.logits[0].float()
     return logits_NV

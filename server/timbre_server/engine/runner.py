@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from timbre_server.engine.batch import forward, hidden_states
+from timbre_server.engine.decode_graphs import RecordableAdapters, graphs_for
 from timbre_server.engine.kv_cache import KVCache, bytes_per_block
 from timbre_server.engine.kv_sizing import (
     KVRequest,
@@ -40,7 +41,7 @@ from timbre_server.operators.row_table import RowTable
 _UNKNOWN_MEMORY_BYTES = 5 << 30
 
 
-class RowAdapters(Protocol):
+class RowAdapters(RecordableAdapters, Protocol):
     """What the runner needs of the adapted model."""
 
     @property
@@ -85,6 +86,7 @@ class RunnerOptions:
     """None: a share of free memory (`kv_sizing.default_kv_bytes`)."""
     max_model_len: int | None = None
     """None: as long as the model and the cache allow."""
+    max_num_seqs: int = 256
     adapter_memory_bytes: int = 0
     """Left free for adapters when the cache is sized on a GPU."""
 
@@ -115,6 +117,7 @@ class Runner:
             device=self._model.device,
         )
         self._step = step_for(self.cache, prepared.probed.kv_shapes)
+        self._graphs = graphs_for(prepared, self.cache, adapters, (options.max_num_seqs, size.max_model_len))
 
     @property
     def num_blocks(self) -> int:
@@ -163,7 +166,9 @@ class Runner:
                 if scouted is not None:
                     self._adapters.scout(*scouted, self._rows(batch.kept_rows))
                 prompts = self._adapters.attention_prompts
-                logits_NV = forward(self._model, self.cache, batch, prompts, self._step)
+                logits_NV = self._graphs.logits(batch) if self._graphs and scouted is None else None
+                if logits_NV is None:
+                    logits_NV = forward(self._model, self.cache, batch, prompts, self._step)
                 expert_tokens, routing = self._routing(plan)
             finally:
                 self._adapters.clear_rows()

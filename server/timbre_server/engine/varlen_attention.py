@@ -6,7 +6,7 @@ sequences first. Soft caps, sinks, and keys and values of different sizes are le
 meaning this is. It is used only where `step_for` found at start that the two agree on this device.
 
 Checked against `paged_attention` with a twin of the kernel, in its documented meaning, on the CPU; not yet
-run on a GPU.
+run on a GPU: PyTorch 2.11, which was at hand on one, reads no block tables.
 
 Legend: T rows, L keys of all sequences together, S slots, N sequences, H query heads, G KV heads, D dim.
 """
@@ -126,7 +126,10 @@ def step_for(cache: KVCache, shapes: Sequence[LayerShape]) -> StepKind:
         return PagedStep
     try:
         agree = agrees(VarlenStep, cache, shapes)
-    except (RuntimeError, TypeError, ValueError):  # No such kernel for this device, or in this version.
+    except TypeError:
+        _log.info("attention: padded groups (PyTorch %s reads no block tables)", torch.__version__)
+        return PagedStep
+    except (RuntimeError, ValueError):  # No such kernel for this device.
         _log.warning("PyTorch's variable-length attention does not run here", exc_info=True)
         agree = False
     _log.info("attention: %s", "variable-length kernel" if agree else "padded groups")
@@ -134,12 +137,18 @@ def step_for(cache: KVCache, shapes: Sequence[LayerShape]) -> StepKind:
 
 
 @torch.inference_mode()
-def agrees(kind: StepKind, cache: KVCache, shapes: Sequence[LayerShape]) -> bool:
+def agrees(
+    kind: StepKind,
+    cache: KVCache,
+    shapes: Sequence[LayerShape],
+    checked: Sequence[tuple[int, int]] = _CHECKED,
+) -> bool:
     """Whether a kind of step computes what `PagedStep` does, with and without a window, for a cache of this
-    block size, dtype and device. Works on a small cache of its own."""
+    block size, dtype and device. Works on a small cache of its own, with sequences of so many rows and keys
+    as ``checked`` says."""
     size = cache.block_size
     sequences, first_row, next_block = [], 0, 1
-    for num_rows, num_keys in _CHECKED:
+    for num_rows, num_keys in checked:
         blocks = tuple(range(next_block, next_block + -(-num_keys // size)))
         sequences.append(SequenceRows(first_row, num_rows, num_keys - num_rows, blocks))
         first_row, next_block = first_row + num_rows, next_block + len(blocks)

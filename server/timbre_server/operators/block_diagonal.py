@@ -29,6 +29,7 @@ def csr(row_ends: Tensor, columns_Z: Tensor, values_Z: Tensor, shape: tuple[int,
     """A CSR tensor with 32-bit indices. The caller vouches for the indices: they are not checked again."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
+        warnings.filterwarnings("ignore", "Sparse invariant checks are implicitly disabled", UserWarning)
         return torch.sparse_csr_tensor(
             row_ends.int(), columns_Z.int(), values_Z, shape, check_invariants=False
         )

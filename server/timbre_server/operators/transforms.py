@@ -95,6 +95,11 @@ class HalfSpectrum(Transform):
         h_UK = torch.view_as_complex(h_UC.view(-1, self.coordinates // 2, 2))
         if self.phase_K is not None:
             h_UK = h_UK * self.phase_K.conj()
+        if (
+            h_UK.is_cuda
+        ):  # cuFFT reads imaginary parts of frequencies that have none in a real row's spectrum.
+            h_UK = h_UK.clone()
+            h_UK.imag[:, :: self.length // 2 if self.length % 2 == 0 else self.length] = 0
         y_UD: Tensor = torch.fft.irfft(h_UK, n=self.length)
         return y_UD
 

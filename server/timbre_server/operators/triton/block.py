@@ -6,8 +6,7 @@ walks along the inputs, and writes where the channels are; all other outputs are
 together, read where they lie. An adapter with more rows gets the twin's product of its own, which reads its
 block once.
 
-All in float32. Checked under Triton's interpreter and compiled for compute capability 9.0; not yet run on a
-GPU.
+All in float32. Checked under Triton's interpreter and on an H200.
 
 Legend: as in `timbre_server.operators.block`; R rows of a launch, A uses.
 """

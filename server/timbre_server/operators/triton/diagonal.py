@@ -4,7 +4,7 @@ A program has one row and 1024 of its features: it reads v once, and the gains a
 row's adapters where they lie. Rows of any mixes run in one launch. No atomics are used, and a value is
 written once.
 
-Checked under Triton's interpreter; not yet run on a GPU.
+Checked under Triton's interpreter and on an H200.
 
 Legend: T rows of the batch, Q rows that have a gain, D features (in or out).
 """

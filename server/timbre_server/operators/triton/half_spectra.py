@@ -12,8 +12,8 @@ so spectra pass through memory once; then a program holds the summed cores of on
 mix, and transforms them back. Every sum has one order.
 
 Tiles: a program of `_spectra` has `TILE` of the k1 of one row. One of `_changes` has a row's whole spectrum
-and every so many tiles of p2. All in float32. Checked under Triton's interpreter and compiled for compute
-capability 9.0; not yet run on a GPU.
+and every so many tiles of p2. All in float32. Checked under Triton's interpreter and on
+an H200.
 
 Legend: T rows, U rows that use a transform, A uses, C coordinates, D features, K = n/2 + 1.
 """

@@ -5,7 +5,7 @@ row, 16 ranks and 512 inputs, and the pieces of z are added in order by who read
 one member and 64 of its outputs, over all factors that the rows have there. Mixes are rows with several
 factors. No factor is copied or padded, no atomics are used, and an output is written once.
 
-Checked under Triton's interpreter; not yet run on a GPU.
+Checked under Triton's interpreter and on an H200.
 
 Legend: T rows of the batch, I in, O out, R rank.
 """

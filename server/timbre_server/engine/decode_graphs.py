@@ -1,0 +1,260 @@
+"""Decode steps as CUDA graphs: what one step launches is recorded and replayed for those like it.
+
+A decode step of a large model is a thousand small launches, which take Python several times as long as the
+GPU. Steps of one row for each sequence that differ in nothing but numbers are recorded at the third in a row
+and then replayed: tokens, positions, slots, lengths and block tables lie in tensors that stay where they are,
+and attention reads them there (`paged_decode`). Base rows are padded to a few counts, so a handful of graphs
+serves them all. Where adapters are in use, a graph is of one row table: it serves until a sequence comes or
+ends, or one of its adapters leaves, and then steps run as usual until they repeat. What cannot be recorded
+(a model or an operator that asks the device in between) runs as ever, with a line in the log.
+
+Legend: T rows, R rows at most, B blocks of the longest sequence, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from timbre_server.engine.batch import Batch, run_rows
+from timbre_server.engine.context import AttentionContext
+from timbre_server.engine.kv_cache import KVCache
+from timbre_server.engine.model_loader import PreparedModel
+from timbre_server.engine.varlen_attention import agrees
+
+RECORD_AT = 3
+"""So many like steps in a row are worth a recording: it takes about as long as two."""
+MAX_GRAPHS = 16
+"""The least recently used goes first."""
+_CHECKED = ((1, 18), (1, 1), (1, 200), (1, 16))
+"""Rows and keys of the sequences that attention's kernel is tried on."""
+PADDED_ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+
+_log = logging.getLogger(__name__)
+
+Record = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
+"""Records what a function launches; gives what launches it again, and returns the very same tensor."""
+
+
+class DecodeTables(NamedTuple):
+    """Of each row: the slot of its own key and value (int64), its block table, padded with 0, and how many
+    keys it sees, its own included (int32). A row of no keys is padding: it gives zeros, and its slot is in
+    block 0, which is no sequence's."""
+
+    slots_T: Tensor
+    blocks_TB: Tensor
+    num_keys_T: Tensor
+
+
+class RecordableAdapters(Protocol):
+    """What the graphs need of the adapted model."""
+
+    def launches(self) -> tuple[Hashable, frozenset[int]] | None:
+        """Of the rows that are set: a key that is equal for steps that launch the same on the same tensors,
+        and the slots of the adapters that act; without any, there may as well be more rows. None where it
+        cannot be told beforehand what they launch."""
+        ...
+
+    def when_dropped(self, listener: Callable[[int | None], None]) -> None:
+        """To be told each slot that is dropped, and None when weights change."""
+        ...
+
+    def recorded(self) -> Callable[[], None]:
+        """Of the forward that has just run. Calling it makes as if it had just run again; keeping it keeps
+        all that its launches read."""
+        ...
+
+    def forget_forward(self) -> None:
+        """What the last forward left does not count."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Graph:
+    replay: Callable[[], Tensor]
+    slots: frozenset[int]
+    tell: Callable[[], None]
+    """What the adapters of the recorded forward leave; it keeps what the graph's launches read."""
+
+
+MakeStep = Callable[[KVCache, DecodeTables], AttentionContext]
+
+
+class DecodeGraphs:
+    """The recordings of one model, and the tensors that they read their step from."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cache: KVCache,
+        adapters: RecordableAdapters,
+        make_step: MakeStep,
+        record: Record,
+        limits: tuple[int, int],
+    ) -> None:
+        """``limits``: rows of a step, and tokens of a sequence."""
+        max_rows, max_model_len = limits
+        self._model, self._cache, self._adapters = model, cache, adapters
+        self._make_step, self._record = make_step, record
+        self._max_rows = _padded(max_rows)
+        num_blocks = -(-max_model_len // cache.block_size)
+        device = cache.device
+        self._numbers_4R = torch.zeros(4, self._max_rows, dtype=torch.int64, device=device)
+        """Tokens, positions, slots, and keys that each row sees."""
+        self._blocks_RB = torch.zeros(self._max_rows, num_blocks, dtype=torch.int32, device=device)
+        self._tables: list[tuple[int, ...]] = [()] * self._max_rows
+        """What `_blocks_RB` holds of each row."""
+        self._graphs: OrderedDict[Hashable, _Graph | None] = OrderedDict()
+        """None: it could not be recorded."""
+        self._last: tuple[Hashable, int] = (None, 0)
+        """The key of the last decode step, and how often in a row it was that."""
+        adapters.when_dropped(self._forget)
+
+    def logits(self, batch: Batch) -> Tensor | None:
+        """Logits [T, V] of a decode step, float32, valid until the next; None: run it as usual.
+
+        The adapters' rows are set. Call it under ``torch.inference_mode()``.
+        """
+        num_rows = len(batch.token_ids)
+        if num_rows > self._max_rows or len(batch.kept_rows) != num_rows or len(batch.sequences) != num_rows:
+            return None
+        own = self._adapters.launches()
+        if own is None:
+            return None
+        of_adapters, slots = own
+        width = num_rows if slots else _padded(num_rows)
+        key = (width, of_adapters)
+        graph = self._graphs.get(key)
+        if graph is None:
+            last, count = self._last
+            self._last = (key, count + 1 if last == key else 1)
+            if key in self._graphs or self._last[1] < RECORD_AT:
+                return None
+        self._fill(batch, width)
+        if graph is None:
+            return self._recorded(key, slots, width)[:num_rows]
+        self._graphs.move_to_end(key)
+        logits_TV = graph.replay()
+        graph.tell()
+        return logits_TV[:num_rows]
+
+    def _forget(self, slot: int | None) -> None:
+        """Drop what was recorded with an adapter that leaves, and what that kept of it; None: everything."""
+        for key, graph in tuple(self._graphs.items()):
+            if slot is None or graph is None or slot in graph.slots:
+                del self._graphs[key]
+        self._last = (None, 0)
+
+    def _recorded(self, key: Hashable, slots: frozenset[int], width: int) -> Tensor:
+        """The step's logits, by a run that also makes ready what may not be made while recording."""
+
+        def run() -> Tensor:
+            slots_T, keys_T = self._numbers_4R[2, :width], self._numbers_4R[3, :width].int()
+            tables = DecodeTables(slots_T, self._blocks_RB[:width], keys_T)
+            context = self._make_step(self._cache, tables)
+            return run_rows(self._model, context, self._numbers_4R[:1, :width], self._numbers_4R[1:2, :width])
+
+        logits_TV = run()
+        tell = self._adapters.recorded()
+        self._adapters.forget_forward()
+        try:
+            replay = self._record(run)
+        except RuntimeError:
+            _log.warning("decode steps like this one run without a CUDA graph", exc_info=True)
+            self._keep(key, None)
+        else:
+            self._keep(key, _Graph(replay, slots, self._adapters.recorded()))
+        tell()
+        return logits_TV
+
+    def _keep(self, key: Hashable, graph: _Graph | None) -> None:
+        self._graphs[key] = graph
+        while len(self._graphs) > MAX_GRAPHS:
+            self._graphs.popitem(last=False)
+
+    def _fill(self, batch: Batch, width: int) -> None:
+        size = self._cache.block_size
+        positions = [rows.start for rows in batch.sequences]
+        slots = [
+            rows.block_table[position // size] * size + position % size
+            for rows, position in zip(batch.sequences, positions, strict=True)
+        ]
+        padding = width - len(positions)
+        numbers = [
+            [*batch.token_ids, *[0] * padding],
+            [*positions, *[0] * padding],
+            [*slots, *(number % size for number in range(padding))],  # Block 0 is no sequence's.
+            [*(position + 1 for position in positions), *[0] * padding],
+        ]
+        self._numbers_4R[:, :width].copy_(torch.tensor(numbers))
+        self._place([rows.block_table for rows in batch.sequences])
+
+    def _place(self, tables: Sequence[tuple[int, ...]]) -> None:
+        changed = [row for row, table in enumerate(tables) if self._tables[row] != table]
+        if not changed:
+            return
+        width = max(len(tables[row]) for row in changed)
+        padded = [(*tables[row], *(0,) * (width - len(tables[row]))) for row in changed]
+        device = self._cache.device
+        rows_N = torch.tensor(changed, device=device)
+        self._blocks_RB[rows_N, :width] = torch.tensor(padded, dtype=torch.int32, device=device)
+        for row in changed:
+            self._tables[row] = tables[row]
+
+
+def graphs_for(
+    prepared: PreparedModel, cache: KVCache, adapters: RecordableAdapters, limits: tuple[int, int]
+) -> DecodeGraphs | None:
+    """None where steps cannot be recorded: without a GPU or Triton, with soft caps or sinks, or where
+    attention's kernel does not give here what `PagedStep` gives. ``limits`` as `DecodeGraphs`."""
+    layers, shapes = prepared.probed.layers, prepared.probed.kv_shapes
+    is_plain = not any(layer.softcap is not None or layer.has_sinks for layer in layers)
+    if cache.device.type != "cuda" or not is_plain or find_spec("triton") is None:
+        return None
+    from timbre_server.engine.paged_decode import (
+        DecodeStep,
+        can_attend,
+    )  # Triton is not installed everywhere.
+
+    try:
+        agree = all(map(can_attend, shapes)) and agrees(DecodeStep.of, cache, shapes, _CHECKED)
+    except (RuntimeError, OSError, ValueError):
+        _log.warning("attention's kernel for recorded steps fails here", exc_info=True)
+        agree = False
+    _log.info("decode steps: %s", "recorded as CUDA graphs" if agree else "launched one by one")
+    return (
+        DecodeGraphs(prepared.loaded.model, cache, adapters, DecodeStep, CudaRecord(), limits)
+        if agree
+        else None
+    )
+
+
+def _padded(num_rows: int) -> int:
+    return next((count for count in PADDED_ROWS if count >= num_rows), num_rows)
+
+
+class CudaRecord:
+    """`Record` by CUDA graphs that share one pool of memory."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        graph = torch.cuda.CUDAGraph()
+        # Adapters arrive on a thread of their own meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            out = run()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return out
+
+        return replay

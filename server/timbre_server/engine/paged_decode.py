@@ -1,0 +1,144 @@
+"""Attention of decode steps over the paged cache in Triton: no launch depends on the step's numbers.
+
+Slots, lengths and block tables are read on the device, so a launch may be recorded in a CUDA graph and
+replayed for the next step. A program has one row's query heads of one KV head and a share of the row's own
+keys, read where they are; a second launch joins the shares (FlashDecoding: Dao et al., 2023). With scores
+s = scale q·k, m the largest of a share, l = Σ exp(s - m) and a = Σ exp(s - m) v::
+
+    out = Σ_shares exp(m - m*) a / Σ_shares exp(m - m*) l,    m* = max m
+
+Products take the cache's dtype and sum in float32. Soft caps and sinks are not served here. Checked under
+Triton's interpreter and on an H200.
+
+Legend: T rows, B blocks of a row, H query heads, G KV heads, M query heads of one KV head, D dim, L keys of
+a tile, S shares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from timbre_server.engine.context import AttentionCall
+from timbre_server.engine.decode_graphs import DecodeTables
+from timbre_server.engine.kv_cache import KVCache, LayerShape
+from timbre_server.engine.paged_attention import SequenceRows
+
+MAX_DIM = 256
+PROGRAMS = 512
+"""About as many at least: a GPU has some 130 processors, and each takes a few."""
+MAX_SHARES = 16
+TILE = 64
+
+
+@triton.jit
+def _shares(
+    q, q_head, q_row, k, v, blocks, num_blocks, num_keys, scale, window, sums, maxima, H: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    M: tl.constexpr = H // G
+    PM: tl.constexpr = triton.next_power_of_2(max(M, 16))
+    PD: tl.constexpr = triton.next_power_of_2(max(D, 16))
+    t, g, share = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    shares = tl.num_programs(2)
+    m, d = tl.arange(0, PM), tl.arange(0, PD)
+    is_md = (m < M)[:, None] & (d < D)[None, :]
+    h = g * M + m
+    q_MD = tl.load(q + h[:, None] * q_head + t * q_row + d[None, :], mask=is_md, other=0.0)
+
+    last = tl.load(num_keys + t)
+    first = tl.maximum(last - window, 0)
+    length = tl.cdiv(tl.cdiv(last - first, shares), TILE) * TILE
+    start = first + share * length
+    end = tl.minimum(start + length, last)
+    max_M = tl.full((PM,), -3.0e38, tl.float32)
+    sum_M = tl.zeros((PM,), tl.float32)
+    sum_MD = tl.zeros((PM, PD), tl.float32)
+    for tile in range(start, end, TILE):
+        key = tile + tl.arange(0, TILE)
+        is_key = key < end
+        block = tl.load(blocks + t * num_blocks + key // BLOCK, mask=is_key, other=0)
+        slot = block.to(tl.int64) * BLOCK + key % BLOCK
+        at = (slot[:, None] * G + g) * D + d[None, :]
+        is_ld = is_key[:, None] & (d < D)[None, :]
+        k_LD = tl.load(k + at, mask=is_ld, other=0.0)
+        s_ML = tl.dot(q_MD, tl.trans(k_LD), input_precision=PRECISION) * scale
+        s_ML = tl.where(is_key[None, :], s_ML, float("-inf"))
+        higher_M = tl.maximum(max_M, tl.max(s_ML, axis=1))
+        p_ML = tl.exp(s_ML - higher_M[:, None])
+        less_M = tl.exp(max_M - higher_M)
+        v_LD = tl.load(v + at, mask=is_ld, other=0.0)
+        sum_MD = tl.dot(p_ML.to(v_LD.dtype), v_LD, sum_MD * less_M[:, None], input_precision=PRECISION)
+        sum_M = sum_M * less_M + tl.sum(p_ML, axis=1)
+        max_M = higher_M
+    of_share = (t * H + h) * shares + share
+    tl.store(sums + of_share[:, None] * D + d[None, :], sum_MD, mask=is_md)
+    tl.store(maxima + of_share * 2, max_M, mask=m < M)
+    tl.store(maxima + of_share * 2 + 1, sum_M, mask=m < M)
+
+
+@triton.jit
+def _join(sums, maxima, out, D: tl.constexpr, SHARES: tl.constexpr):
+    PD: tl.constexpr = triton.next_power_of_2(D)
+    row, s, d = tl.program_id(0).to(tl.int64), tl.arange(0, SHARES), tl.arange(0, PD)
+    of_share = row * SHARES + s
+    max_S, sum_S = tl.load(maxima + of_share * 2), tl.load(maxima + of_share * 2 + 1)
+    weight_S = tl.where(sum_S > 0, tl.exp(max_S - tl.max(max_S, axis=0)), 0.0)
+    a_SD = tl.load(sums + of_share[:, None] * D + d[None, :], mask=(d < D)[None, :], other=0.0)
+    total = tl.sum(weight_S * sum_S, axis=0)
+    out_D = tl.sum(weight_S[:, None] * a_SD, axis=0) / tl.where(total > 0, total, 1.0)
+    tl.store(out + row * D + d, out_D.to(out.dtype.element_ty), mask=d < D)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DecodeStep:
+    """The context of a forward pass of decode rows."""
+
+    cache: KVCache
+    tables: DecodeTables
+
+    @classmethod
+    def of(cls, cache: KVCache, sequences: Sequence[SequenceRows]) -> DecodeStep:
+        """Of sequences of one row each, in the order of the batch."""
+        size, width = cache.block_size, max(len(s.block_table) for s in sequences)
+        slots = [s.block_table[s.start // size] * size + s.start % size for s in sequences]
+        blocks = [(*s.block_table, *(0,) * (width - len(s.block_table))) for s in sequences]
+        return cls(
+            cache,
+            DecodeTables(
+                torch.tensor(slots, device=cache.device),
+                torch.tensor(blocks, dtype=torch.int32, device=cache.device),
+                torch.tensor([s.end for s in sequences], dtype=torch.int32, device=cache.device),
+            ),
+        )
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        cache, (slots_T, blocks_TB, num_keys_T) = self.cache, self.tables
+        cache.write(call.layer, slots_T, call.k_GTD.transpose(0, 1), call.v_GTE.transpose(0, 1))
+        k, v = cache.pools(call.layer)
+        q_HTD = call.q_HTD if call.q_HTD.stride(2) == 1 else call.q_HTD.contiguous()
+        (heads, rows, dim), kv_heads = q_HTD.shape, k.shape[1]
+        most_keys = blocks_TB.shape[1] * cache.block_size
+        wanted = triton.next_power_of_2(triton.cdiv(PROGRAMS, rows * kv_heads))
+        shares = max(1, min(wanted, MAX_SHARES, triton.next_power_of_2(triton.cdiv(most_keys, TILE))))
+        sums = torch.empty(rows, heads, shares, dim, dtype=torch.float32, device=q_HTD.device)
+        maxima = torch.empty(rows, heads, shares, 2, dtype=torch.float32, device=q_HTD.device)
+        out_THD = torch.empty(rows, heads, dim, dtype=q_HTD.dtype, device=q_HTD.device)
+        _shares[rows, kv_heads, shares](
+            q_HTD, q_HTD.stride(0), q_HTD.stride(1), k, v, blocks_TB, blocks_TB.stride(0), num_keys_T,
+            call.scale, most_keys if call.window is None else call.window, sums, maxima, H=heads, G=kv_heads,
+            D=dim, BLOCK=cache.block_size, TILE=TILE,
+            PRECISION="ieee" if q_HTD.dtype == torch.float32 else "tf32",
+        )  # fmt: skip
+        _join[(rows * heads,)](sums, maxima, out_THD, D=dim, SHARES=shares)
+        return out_THD
+
+
+def can_attend(shape: LayerShape) -> bool:
+    """Whether a layer's sizes are served."""
+    return shape.key_dim == shape.value_dim <= MAX_DIM

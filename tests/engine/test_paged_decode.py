@@ -1,0 +1,93 @@
+"""Attention's kernel for recorded steps against the plain one, under the interpreter or on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from timbre_server.engine.context import AttentionCall
+from timbre_server.engine.decode_graphs import DecodeTables
+from timbre_server.engine.kv_cache import KVCache, LayerShape
+from timbre_server.engine.paged_attention import PagedStep, SequenceRows
+from timbre_server.engine.paged_decode import DecodeStep, can_attend
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def cache_of(shape: LayerShape, block_size: int, num_blocks: int) -> KVCache:
+    torch.manual_seed(0)
+    cache = KVCache([shape], num_blocks=num_blocks, block_size=block_size, dtype=torch.float32, device=DEVICE)
+    for pool in cache.pools(0):
+        pool.normal_()
+    return cache
+
+
+def call_of(shape: LayerShape, heads: int, rows: int, window: int | None = None) -> AttentionCall:
+    def random(count: int, dim: int) -> torch.Tensor:
+        return torch.randn(rows, count, dim, device=DEVICE).transpose(0, 1)
+
+    kv_heads, dim = shape.num_kv_heads, shape.key_dim
+    return AttentionCall(
+        0, random(heads, dim), random(kv_heads, dim), random(kv_heads, dim), scale=dim**-0.5, window=window
+    )
+
+
+def rows_of(lengths: list[int], block_size: int) -> list[SequenceRows]:
+    """Each sequence's blocks lie in falling order."""
+    found, last = [], sum(-(-length // block_size) for length in lengths)
+    for row, length in enumerate(lengths):
+        count = -(-length // block_size)
+        found.append(SequenceRows(row, 1, length - 1, tuple(range(last, last - count, -1))))
+        last -= count
+    return found
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "block_size", "window", "lengths"),
+    [
+        (4, 4, 64, 16, None, [1, 16, 17, 150]),
+        (9, 3, 64, 16, None, [70, 3]),
+        (8, 2, 80, 1, None, [5, 1, 66]),
+        (16, 1, 16, 256, None, [300, 64, 65]),
+        (8, 1, 128, 4, 7, [1, 6, 7, 8, 90]),
+        (2, 1, 24, 16, 70, [69, 70, 71, 200]),
+    ],
+)
+def test_the_kernel_gives_what_padded_groups_give(
+    heads: int, kv_heads: int, dim: int, block_size: int, window: int | None, lengths: list[int]
+) -> None:
+    shape = LayerShape(0, kv_heads, dim, dim)
+    assert can_attend(shape)
+    sequences = rows_of(lengths, block_size)
+    num_blocks = 1 + sum(len(s.block_table) for s in sequences)
+    caches = [cache_of(shape, block_size, num_blocks) for _ in range(2)]
+    call = call_of(shape, heads, len(lengths), window)
+    want = PagedStep(caches[0], sequences).attend(call)
+    got = DecodeStep.of(caches[1], sequences).attend(call)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    for expected, written in zip(caches[0].pools(0), caches[1].pools(0), strict=True):
+        assert torch.equal(written, expected)
+
+
+def test_rows_of_padding_give_zeros_and_change_no_other_row() -> None:
+    shape = LayerShape(0, 2, 32, 32)
+    sequences = rows_of([40, 9], 16)
+    cache, call = cache_of(shape, 16, 6), call_of(shape, 4, 4)
+    slots_T, blocks_TB, num_keys_T = DecodeStep.of(cache, sequences).tables
+    zeros = torch.zeros(2, blocks_TB.shape[1], dtype=torch.int32, device=DEVICE)
+    tables = DecodeTables(
+        torch.cat([slots_T, torch.tensor([0, 1], device=DEVICE)]),
+        torch.cat([blocks_TB, zeros]),
+        torch.cat([num_keys_T, zeros[:, 0]]),
+    )
+    out = DecodeStep(cache, tables).attend(call)
+    assert not out[2:].any()
+    own = AttentionCall(0, call.q_HTD[:, :2], call.k_GTD[:, :2], call.v_GTE[:, :2], scale=call.scale)
+    torch.testing.assert_close(out[:2], PagedStep(cache, sequences).attend(own), atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_not_served() -> None:
+    assert not can_attend(LayerShape(0, 2, 64, 32))
+    assert not can_attend(LayerShape(0, 2, 512, 512))
