@@ -12,9 +12,10 @@ from torch import Tensor
 
 from timbre_methods.program import LowRank
 from timbre_server.operators.contract import Bound, Change, Uses
-from timbre_server.operators.low_rank import LowRankOperator
+from timbre_server.operators.low_rank import BoundGated, Gating, LowRankOperator
 from timbre_server.operators.native.library import library
-from timbre_server.operators.native.uses import KernelChange, Rows, num_threads, rows_of
+from timbre_server.operators.native.low_rank_experts import BoundExperts
+from timbre_server.operators.native.uses import KernelChange, LowRankUse, num_threads, rows_of
 from timbre_server.operators.row_table import RowTable, Segment
 
 
@@ -24,14 +25,8 @@ class NativeLowRank(LowRankOperator):
     def bind(self, uses: Uses[LowRank], table: RowTable) -> Bound:
         return _BoundLowRank([_member(parts_by_slot, table) for parts_by_slot in uses])
 
-
-class _Use(ctypes.Structure):
-    _fields_ = [
-        ("a", ctypes.c_void_p),
-        ("b", ctypes.c_void_p),
-        ("rank", ctypes.c_int64),
-        ("rows", Rows),
-    ]
+    def bind_gated(self, uses: Uses[LowRank], table: RowTable, gating: Gating) -> BoundGated:
+        return BoundExperts(uses, table, gating)
 
 
 def _member(parts_by_slot: Mapping[int, Sequence[LowRank]], table: RowTable) -> _Member | None:
@@ -50,9 +45,7 @@ class _Member:
     def __init__(self, uses: Sequence[tuple[Segment, Tensor, Tensor]]) -> None:
         self._held = tuple(uses)
         self.out_features, self._in_features = len(uses[0][2]), uses[0][1].shape[1]
-        self._uses = (_Use * len(uses))(
-            *(_Use(a.data_ptr(), b.data_ptr(), len(a), Rows.of(segment)) for segment, a, b in uses)
-        )
+        self._uses = (LowRankUse * len(uses))(*(LowRankUse.of(a, b, segment) for segment, a, b in uses))
         pairs = sum(len(segment.rows_N) * len(a) for segment, a, _ in uses)
         self._work = pairs * (self._in_features + self.out_features)
         self._run = library().timbre_low_rank
