@@ -1,10 +1,12 @@
 """What adapters cost in a whole decode step: ``make bench-decode``.
 
-A random model of the embedded model's shapes (30 layers, float32) over the paged cache, 16 sequences of one
-context length, each with its own adapter: the server's own forward pass, without HTTP and scheduler. Every
-round times every scenario once, interleaved, so that a busy neighbour troubles all alike; ``ratio`` is base
-only's time by the scenario's in the same round, medians. With one thread the clock is the process's processor
-time, which a neighbour moves less. Prints a table and writes JSON.
+A random model of the embedded model's shapes (float32; fewer than its 30 layers, unless ``--layers`` says so)
+over the paged cache, 16 sequences of one context length, each with its own adapter: the server's own forward
+pass, without HTTP and scheduler. Every round times every scenario once, interleaved, so that a busy neighbour
+troubles all alike; ``ratio`` is base only's time by the scenario's in the same round, medians. With one
+thread the clock is the process's processor time, which a neighbour moves less.
+
+Prints a table and writes JSON.
 
 Legend: T rows.
 """
@@ -38,7 +40,7 @@ from timbre_server.operators.catalogue import Kernels
 from timbre_server.operators.row_table import RowTable, Span
 
 STREAMS, CONTEXT, PROMPT, BLOCK_SIZE = 16, 128, 64, 16
-MIXED = "all four"
+MIXED = "all"
 
 
 def random_model(layers: int) -> LlamaForCausalLM:
@@ -168,9 +170,9 @@ def _row(phase: str, scenario: str, name: str, own: Sequence[float], base: Seque
 
 
 def main() -> None:
-    args = arguments(__doc__, rounds=5, steps=8, out="bench-decode.json", has_kernels=True)
+    args = arguments(__doc__, rounds=3, steps=4, out="bench-decode.json", has_kernels=True, layers=6)
     torch.set_num_threads(args.threads)
-    model = random_model(30)
+    model = random_model(args.layers)
     rows = sorted(measure(model, args.kernels, args.rounds, args.steps), key=lambda row: str(row["phase"]))
     report(rows, args)
 

@@ -26,13 +26,17 @@ def arguments(
     steps: int,
     out: str,
     has_kernels: bool = False,
+    layers: int | None = None,
     flags: Mapping[str, str] = MappingProxyType({}),
 ) -> argparse.Namespace:
-    """``rounds``, ``steps``, ``threads`` and ``out``, with these defaults, perhaps ``kernels``, and flags."""
+    """``rounds``, ``steps``, ``threads`` and ``out``, with these defaults, perhaps ``kernels`` and
+    ``layers``, and flags."""
     parser = options(description)
     parser.add_argument("--rounds", type=int, default=rounds, help="measured rounds, after one that warms up")
     parser.add_argument("--steps", type=int, default=steps, help="decode steps of each row in a round")
     parser.add_argument("--threads", type=int, default=1)
+    if layers is not None:
+        parser.add_argument("--layers", type=int, default=layers, help="decoder layers of the model")
     if has_kernels:
         parser.add_argument(
             "--kernels",

@@ -203,7 +203,7 @@ def added(v: Tensor, changes: Sequence[Change], *, is_own: bool = False) -> Tens
 
     Rows that no change names keep their bits: float32 holds every half-precision value exactly.
     """
-    if is_own and len(changes) == 1 and v.is_contiguous() and not isinstance(changes[0].rows_N, Tensor):
+    if is_own and len(changes) == 1 and v.is_contiguous() and _is_plain(changes[0]):
         # PyTorch sums in the wider type and rounds once: no copy is needed.
         rows_of(v)[changes[0].rows_N or slice(None)] += changes[0].values_NO
         return v
@@ -211,3 +211,8 @@ def added(v: Tensor, changes: Sequence[Change], *, is_own: bool = False) -> Tens
     for change in changes:
         change.add_to(sum_TD)
     return sum_TD.to(v.dtype).view(v.shape)
+
+
+def _is_plain(change: Change) -> bool:
+    """Whether its values lie in memory, for rows in order."""
+    return type(change) is Change and not isinstance(change.rows_N, Tensor)

@@ -5,14 +5,14 @@ Legend: T rows of the batch, I in, O out, R ranks.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Mapping, Sequence
 
 from timbre_methods.program import LowRank
 from timbre_server.operators.contract import Bound, Uses
-from timbre_server.operators.low_rank import LowRankOperator
+from timbre_server.operators.low_rank import BoundGated, Gating, LowRankOperator
 from timbre_server.operators.native.library import library
-from timbre_server.operators.native.uses import BoundInputKernels, InputKernel, Rows
+from timbre_server.operators.native.low_rank_experts import BoundExperts
+from timbre_server.operators.native.uses import BoundInputKernels, InputKernel, LowRankUse
 from timbre_server.operators.row_table import RowTable
 
 
@@ -22,14 +22,8 @@ class NativeLowRank(LowRankOperator):
     def bind(self, uses: Uses[LowRank], table: RowTable) -> Bound:
         return BoundInputKernels([_kernel(parts_by_slot, table) for parts_by_slot in uses])
 
-
-class _Use(ctypes.Structure):
-    _fields_ = [
-        ("a", ctypes.c_void_p),
-        ("b", ctypes.c_void_p),
-        ("rank", ctypes.c_int64),
-        ("rows", Rows),
-    ]
+    def bind_gated(self, uses: Uses[LowRank], table: RowTable, gating: Gating) -> BoundGated:
+        return BoundExperts(uses, table, gating)
 
 
 def _kernel(parts_by_slot: Mapping[int, Sequence[LowRank]], table: RowTable) -> InputKernel | None:
@@ -43,6 +37,6 @@ def _kernel(parts_by_slot: Mapping[int, Sequence[LowRank]], table: RowTable) -> 
         return None
     _, (a_RI, b_OR) = held[0]
     shape = len(b_OR), a_RI.shape[1]
-    uses = [_Use(a.data_ptr(), b.data_ptr(), len(a), Rows.of(segment)) for segment, (a, b) in held]
+    uses = [LowRankUse.of(a, b, segment) for segment, (a, b) in held]
     work = sum(len(segment.rows_N) * len(a) for segment, (a, _) in held) * sum(shape)
     return InputKernel(library().timbre_low_rank, uses, held, shape, work)

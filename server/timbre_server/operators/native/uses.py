@@ -2,7 +2,7 @@
 
 Kernels read tensors where they lie: whoever holds addresses holds the tensors, too.
 
-Legend: T rows of the batch, N rows of one adapter, I in, O out.
+Legend: T rows of the batch, N rows of one adapter, I in, O out, R ranks.
 """
 
 from __future__ import annotations
@@ -35,6 +35,21 @@ class Rows(ctypes.Structure):
     def of(segment: Segment) -> Rows:
         """Weights are read at each run: a router may have written them anew."""
         return Rows(segment.rows_N.data_ptr(), segment.weights_N.data_ptr(), len(segment.rows_N))
+
+
+class LowRankUse(ctypes.Structure):
+    """``LowRankUse`` of ``low_rank.cpp``."""
+
+    _fields_ = [
+        ("a", ctypes.c_void_p),
+        ("b", ctypes.c_void_p),
+        ("rank", ctypes.c_int64),
+        ("rows", Rows),
+    ]
+
+    @staticmethod
+    def of(a_RI: Tensor, b_OR: Tensor, segment: Segment) -> LowRankUse:
+        return LowRankUse(a_RI.data_ptr(), b_OR.data_ptr(), len(a_RI), Rows.of(segment))
 
 
 class Kernel(Protocol):

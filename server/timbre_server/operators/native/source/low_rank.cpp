@@ -120,3 +120,42 @@ extern "C" void timbre_low_rank(
         for (int64_t u = 0; u < count; u++) expand(uses[u], z.data() + starts[u], y, out, own);
     }
 }
+
+// An expert of low rank, and where the gates of its adapter's rows are.
+struct Expert {
+    LowRankUse use;
+    int64_t adapter;
+    int64_t column;
+};
+
+struct Gates {
+    const float *values;  // [rows of the adapter, columns]
+    int64_t columns;
+};
+
+// As above, for experts: each runs, and is read, for the rows alone whose gate is not zero.
+extern "C" void timbre_low_rank_experts(
+    const Expert *experts, int64_t count, const Gates *gates, const float *x, int64_t in, float *y, int64_t out,
+    int threads
+) {
+    int64_t size = 0;
+    for (int64_t e = 0; e < count; e++) size += experts[e].use.rows.count;
+    std::vector<int64_t> rows(size);
+    std::vector<float> weights(size);
+    std::vector<LowRankUse> kept;
+    int64_t end = 0;
+    for (int64_t e = 0; e < count; e++) {
+        const LowRankUse &use = experts[e].use;
+        const Gates &own = gates[experts[e].adapter];
+        const int64_t begin = end;
+        for (int64_t n = 0; n < use.rows.count; n++) {
+            const float gate = own.values[n * own.columns + experts[e].column];
+            if (gate == 0) continue;
+            rows[end] = use.rows.rows[n];
+            weights[end++] = gate * use.rows.weights[n];
+        }
+        if (end > begin)
+            kept.push_back({use.a, use.b, use.rank, {rows.data() + begin, weights.data() + begin, end - begin}});
+    }
+    timbre_low_rank(kept.data(), kept.size(), x, in, y, out, threads);
+}

@@ -1,0 +1,126 @@
+"""Experts of low rank in C++: each is read for those rows alone that a router sends to it.
+
+Legend: T rows of the batch, N rows of one adapter, I in, O out, R ranks, K gates of one adapter.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from timbre_methods.program import LowRank
+from timbre_server.operators.contract import Change, Uses
+from timbre_server.operators.low_rank import BoundGated, Gating
+from timbre_server.operators.native.library import library
+from timbre_server.operators.native.uses import KernelChange, LowRankUse, num_threads, rows_of
+from timbre_server.operators.row_table import RowTable, Segment
+
+
+class _ExpertUse(ctypes.Structure):
+    """``Expert`` of ``low_rank.cpp``."""
+
+    _fields_ = [("use", LowRankUse), ("adapter", ctypes.c_int64), ("column", ctypes.c_int64)]
+
+
+class _GatesView(ctypes.Structure):
+    """``Gates`` of ``low_rank.cpp``."""
+
+    _fields_ = [("values", ctypes.c_void_p), ("columns", ctypes.c_int64)]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Expert:
+    adapter: int
+    """Which of the segments that have experts."""
+    segment: Segment
+    column: int
+    a_RI: Tensor
+    b_OR: Tensor
+
+
+class BoundExperts(BoundGated):
+    """All experts of low rank at a group. The ranks of one part have one gate."""
+
+    def __init__(self, uses: Uses[LowRank], table: RowTable, gating: Gating) -> None:
+        self._segments = [s for s in table.segments if any(s.slot in parts_by_slot for parts_by_slot in uses)]
+        experts: list[list[_Expert]] = [[] for _ in uses]
+        for adapter, segment in enumerate(self._segments):
+            rank, columns = 0, gating.columns[segment.slot]
+            for own, parts_by_slot in zip(experts, uses, strict=True):
+                for part in parts_by_slot.get(segment.slot, ()):
+                    of_part = set(columns[rank : rank + len(part.a_RI)])
+                    rank += len(part.a_RI)
+                    if of_part:
+                        (column,) = of_part
+                        factors = part.a_RI.contiguous(), part.b_OR.contiguous()
+                        own.append(_Expert(adapter, segment, column, *factors))
+        self._members = [_Member(own, gating) if own else None for own in experts]
+
+    def sums(self, x_TI: Tensor, gates: Callable[[int], Tensor]) -> Sequence[Sequence[Change]]:
+        x_TI = x_TI.contiguous()
+        each_NK = [gates(segment.slot).contiguous() for segment in self._segments]
+        of_step = _Gates(
+            each_NK, (_GatesView * len(each_NK))(*(_GatesView(g.data_ptr(), g.shape[1]) for g in each_NK))
+        )
+        return [
+            () if member is None else (KernelChange(_Gated(member, of_step), x_TI, len(x_TI)),)
+            for member in self._members
+        ]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Gates:
+    """Of one step, by adapter."""
+
+    held: Sequence[Tensor]
+    views: ctypes.Array[_GatesView]
+
+
+class _Member:
+    """The experts of one member of a group."""
+
+    def __init__(self, experts: Sequence[_Expert], gating: Gating) -> None:
+        self._held = tuple(experts)
+        self.out_features, self._in_features = len(experts[0].b_OR), experts[0].a_RI.shape[1]
+        self._experts = (_ExpertUse * len(experts))(
+            *(_ExpertUse(LowRankUse.of(e.a_RI, e.b_OR, e.segment), e.adapter, e.column) for e in experts)
+        )
+        kept = {slot: gating.num_kept[slot] / gating.num_columns[slot] for slot in gating.columns}
+        pairs = sum(len(e.segment.rows_N) * len(e.a_RI) * kept[e.segment.slot] for e in experts)
+        self._work = int(pairs) * (self._in_features + self.out_features)
+        self._run = library().timbre_low_rank_experts
+        self.rows_N = rows_of([e.segment for e in experts])
+
+    def add(self, gates: _Gates, x_TI: Tensor, y_TO: Tensor) -> None:
+        self._run(
+            self._experts,
+            ctypes.c_int64(len(self._experts)),
+            gates.views,
+            ctypes.c_void_p(x_TI.data_ptr()),
+            ctypes.c_int64(self._in_features),
+            ctypes.c_void_p(y_TO.data_ptr()),
+            ctypes.c_int64(self.out_features),
+            num_threads(self._work),
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Gated:
+    """The `Kernel` of one member in one step."""
+
+    member: _Member
+    gates: _Gates
+
+    @property
+    def rows_N(self) -> Tensor:  # noqa: N802
+        return self.member.rows_N
+
+    @property
+    def out_features(self) -> int:
+        return self.member.out_features
+
+    def add(self, source: Tensor, y_TO: Tensor) -> None:
+        self.member.add(self.gates, source, y_TO)
