@@ -87,6 +87,8 @@ class RunnerOptions:
     """None: as long as the model and the cache allow."""
     adapter_memory_bytes: int = 0
     """Left free for adapters when the cache is sized on a GPU."""
+    native_attention: bool = False
+    """On a CPU, attend in C++ where that gives what PyTorch gives."""
 
 
 class Runner:
@@ -114,7 +116,7 @@ class Runner:
             dtype=self._model.dtype,
             device=self._model.device,
         )
-        self._step = step_for(self.cache, prepared.probed.kv_shapes)
+        self._step = step_for(self.cache, prepared.probed.kv_shapes, native=options.native_attention)
 
     @property
     def num_blocks(self) -> int:

@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from timbre_methods.program import LowRank
+from timbre_server.native.library import library, num_threads
 from timbre_server.operators.contract import Bound, Change, Uses
 from timbre_server.operators.low_rank import LowRankOperator
-from timbre_server.operators.native.library import library
-from timbre_server.operators.native.uses import KernelChange, Rows, num_threads, rows_of
+from timbre_server.operators.native.uses import KernelChange, Rows, rows_of
 from timbre_server.operators.row_table import RowTable, Segment
 
 

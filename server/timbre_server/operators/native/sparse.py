@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from timbre_methods.program import Sparse
+from timbre_server.native.library import library, num_threads
 from timbre_server.operators.contract import Bound, Change, Uses
-from timbre_server.operators.native.library import library
-from timbre_server.operators.native.uses import KernelChange, Rows, num_threads, rows_of
+from timbre_server.operators.native.uses import KernelChange, Rows, rows_of
 from timbre_server.operators.row_table import RowTable, Segment
 from timbre_server.operators.sparse import SparseOperator
 

@@ -17,9 +17,6 @@ from torch import Tensor
 from timbre_server.operators.contract import Change
 from timbre_server.operators.row_table import Segment
 
-MIN_WORK_FOR_THREADS = 100_000
-"""Multiplications below which waking other threads costs more than they do."""
-
 
 class Rows(ctypes.Structure):
     """``Rows`` of ``lanes.h``."""
@@ -84,8 +81,3 @@ class KernelChange(Change):
 def rows_of(segments: Sequence[Segment]) -> Tensor:
     """Those of any of them, each once."""
     return torch.tensor(sorted({row for segment in segments for row in segment.rows_N.tolist()}))
-
-
-def num_threads(work: int) -> int:
-    """For so many multiplications."""
-    return torch.get_num_threads() if work >= MIN_WORK_FOR_THREADS else 1
