@@ -67,7 +67,7 @@ class ModelSettings(_Group):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs."""
     kernels: Literal["auto", "torch", "native", "triton"] = "auto"
-    """What runs adapters; 'auto': triton on a GPU, native where a C++ compiler is found, else torch."""
+    """What runs adapters (native: attention, too); 'auto': triton or native where it runs, else torch."""
     cache_dir: Path = Path(".timbre/cache")
     """Folder for converted weights, so that a second start is quick."""
 

@@ -33,12 +33,14 @@ EDGES: Mapping[str, frozenset[str]] = {
         "timbre_server.request_record": "",
         # What HTTP gets of a recipe before it is registered.
         "timbre_server.made": "timbre_store",
+        # The compiled library, which operators and attention both call: it knows neither of them.
+        "timbre_server.native": "",
         # The waist between runner, adapters and operators: rows, and nothing about where they came from.
         "timbre_server.operators.row_table": "",
         "timbre_server.adapters.groups": "",
         "timbre_server.operators": (
             "timbre_methods.program timbre_methods.routing timbre_server.operators.row_table"
-            " timbre_server.errors"
+            " timbre_server.native timbre_server.errors"
         ),
         "timbre_server.adapters": (
             "timbre_server.operators timbre_server.operators.row_table timbre_server.adapters.groups"
@@ -55,7 +57,7 @@ EDGES: Mapping[str, frozenset[str]] = {
         ),
         "timbre_server.engine": (
             "timbre_server.engine.messages timbre_server.engine.pin_messages"
-            " timbre_server.engine.options timbre_server.adapters"
+            " timbre_server.engine.options timbre_server.adapters timbre_server.native"
             " timbre_server.operators.row_table timbre_server.adapters.groups"
             " timbre_methods.program timbre_server.errors"
         ),
@@ -121,7 +123,7 @@ WITHOUT_TORCH = (
 )
 
 # The engine's side of the socket. The server's process would load the model's libraries by importing it.
-ENGINE_PROCESS_ONLY = ("timbre_server.operators", "timbre_server.adapters")
+ENGINE_PROCESS_ONLY = ("timbre_server.operators", "timbre_server.adapters", "timbre_server.native")
 
 
 def unit_of(module: str) -> str:

@@ -78,7 +78,9 @@ def generated(model: PreTrainedModel, token_ids: Sequence[int]) -> list[int]:
     return out[0, len(token_ids) :].tolist()
 
 
-def served(model: PreTrainedModel, num_blocks: int, limits: SchedulerLimits) -> Outcome:
+def served(
+    model: PreTrainedModel, num_blocks: int, limits: SchedulerLimits, *, native_attention: bool = False
+) -> Outcome:
     install_attention(model)
     probed = probe(model)
     arithmetic = Arithmetic(LinearPacker(model.dtype, model.device).product_of)
@@ -86,6 +88,7 @@ def served(model: PreTrainedModel, num_blocks: int, limits: SchedulerLimits) -> 
     options = RunnerOptions(
         block_size=BLOCK_SIZE,
         kv_cache_bytes=num_blocks * bytes_per_block(probed.kv_shapes, BLOCK_SIZE, model.dtype),
+        native_attention=native_attention,
     )
     runner = Runner(PreparedModel(LoadedModel(model, "tiny", "sha256:0"), probed), adapted, options)
     for layer in range(len(probed.layers)):
@@ -130,6 +133,7 @@ def test_text_equals_generate_under_chunks_prefix_hits_and_preemption(
     assert outcome.preemptions > 0
     assert outcome.unfinished_chunks > 0
     assert outcome.mixed_steps > 0
+    assert served(tiny_model(family), 24, tight, native_attention=True).outputs == expected
     wide = SchedulerLimits(
         max_num_seqs=64, max_num_batched_tokens=2048, max_model_len=64, enable_prefix_caching=False
     )

@@ -70,7 +70,7 @@ def engine_around(
     adapted = AdaptedModel(
         model, probed.groups, arithmetic, probed.lone, probed.blocks, embedding, probed.parameters
     )
-    runner = Runner(prepared, adapted, _runner_options(options))
+    runner = Runner(prepared, adapted, _runner_options(options, kernels == "native"))
     ready = msgspec.structs.replace(runner.info(), kernels=kernels)
     frame = base_frame(ready.hidden_size, map(msgspec.structs.astuple, ready.attention), ready.stack)
     groups = [group.paths for group in probed.groups]
@@ -96,13 +96,14 @@ def _limits(options: EngineOptions, ready: Ready) -> SchedulerLimits:
     )
 
 
-def _runner_options(options: EngineOptions) -> RunnerOptions:
+def _runner_options(options: EngineOptions, native_attention: bool) -> RunnerOptions:
     return RunnerOptions(
         block_size=options.block_size,
         kv_cache_bytes=options.kv_cache_bytes,
         max_model_len=options.max_model_len,
         max_num_seqs=options.max_num_seqs,
         adapter_memory_bytes=options.adapter_memory_bytes,
+        native_attention=native_attention,
     )
 
 

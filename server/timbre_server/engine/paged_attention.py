@@ -86,8 +86,7 @@ class PagedStep:
         self.write(call)
         q_THD = call.q_HTD.transpose(0, 1)
         out_THE = q_THD.new_empty(*q_THD.shape[:2], call.v_GTE.shape[2])
-        for group in self._groups(call.window):
-            out_THE.index_copy_(0, group.rows_R, self._attend_group(call, group, q_THD))
+        self._attend_singles(call, q_THD, out_THE)
         for chunk in self._masked_chunks(call.window, explicit=needs_exact(call)):
             first, last = chunk.rows.first_row, chunk.rows.first_row + chunk.rows.num_rows
             out_THE[first:last] = self._attend_chunk(call, chunk)
@@ -96,6 +95,11 @@ class PagedStep:
     def write(self, call: AttentionCall) -> None:
         """Store the step's keys and values."""
         self._cache.write(call.layer, self._slots_T, call.k_GTD.transpose(0, 1), call.v_GTE.transpose(0, 1))
+
+    def _attend_singles(self, call: AttentionCall, q_THD: Tensor, out_THE: Tensor) -> None:
+        """Of the sequences with one row, into their rows of ``out``; their keys and values are stored."""
+        for group in self._groups(call.window):
+            out_THE.index_copy_(0, group.rows_R, self._attend_group(call, group, q_THD))
 
     def _attend_group(self, call: AttentionCall, group: _Group, q_THD: Tensor) -> Tensor:
         k_NGD, v_NGE = self._cache.read(call.layer, group.slots_N)

@@ -89,6 +89,8 @@ class RunnerOptions:
     max_num_seqs: int = 256
     adapter_memory_bytes: int = 0
     """Left free for adapters when the cache is sized on a GPU."""
+    native_attention: bool = False
+    """On a CPU, attend in C++ where that gives what PyTorch gives."""
 
 
 class Runner:
@@ -116,7 +118,7 @@ class Runner:
             dtype=self._model.dtype,
             device=self._model.device,
         )
-        self._step = step_for(self.cache, prepared.probed.kv_shapes)
+        self._step = step_for(self.cache, prepared.probed.kv_shapes, native=options.native_attention)
         self._graphs = graphs_for(prepared, self.cache, adapters, (options.max_num_seqs, size.max_model_len))
 
     @property

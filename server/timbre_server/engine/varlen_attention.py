@@ -24,15 +24,17 @@ from torch.nn.attention.varlen import varlen_attn
 
 from timbre_server.engine.context import AttentionCall, AttentionContext
 from timbre_server.engine.kv_cache import KVCache, LayerShape
+from timbre_server.engine.native_attention import NUMBERS, NativeStep
 from timbre_server.engine.paged_attention import PagedStep, SequenceRows, needs_exact, visible_keys
+from timbre_server.native.library import LibraryUnavailable
 
 _log = logging.getLogger(__name__)
 
 PAGE_SIZE = 256
 """FlashAttention 2 reads blocks where they are if their size is a multiple of this."""
 MAX_DIM = 256
-_TOLERANCE = 2e-2
-"""Of values around 1 in 16 bits."""
+_TOLERANCES = {2: 2e-2, 4: 1e-4}
+"""Of values around 1, by bytes of one."""
 _CHECKED = ((21, 21), (1, 18), (1, 3), (6, 19), (1, 1))
 """Rows and keys of the sequences that `agrees` compares."""
 
@@ -120,8 +122,13 @@ class VarlenStep(PagedStep):
         return torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=self._cache.device)
 
 
-def step_for(cache: KVCache, shapes: Sequence[LayerShape]) -> StepKind:
-    """The fastest kind of step that gives on this device what `PagedStep` gives."""
+def step_for(cache: KVCache, shapes: Sequence[LayerShape], *, native: bool = False) -> StepKind:
+    """The fastest kind of step that gives on this device what `PagedStep` gives.
+
+    ``native``: C++ may be used on a CPU.
+    """
+    if native and cache.device.type == "cpu" and cache.dtype in NUMBERS:
+        return _native_or_padded(cache, shapes)
     if cache.device.type != "cuda" or cache.dtype.itemsize != 2:
         return PagedStep
     try:
@@ -136,6 +143,18 @@ def step_for(cache: KVCache, shapes: Sequence[LayerShape]) -> StepKind:
     return VarlenStep if agree else PagedStep
 
 
+def _native_or_padded(cache: KVCache, shapes: Sequence[LayerShape]) -> StepKind:
+    try:
+        why_not = "" if agrees(NativeStep, cache, shapes) else "C++ computes something else than PyTorch here"
+    except LibraryUnavailable as error:
+        why_not = str(error)
+    if why_not:
+        _log.warning("attention: padded groups (%s)", why_not)
+        return PagedStep
+    _log.info("attention: single rows in C++")
+    return NativeStep
+
+
 @torch.inference_mode()
 def agrees(
     kind: StepKind,
@@ -146,7 +165,7 @@ def agrees(
     """Whether a kind of step computes what `PagedStep` does, with and without a window, for a cache of this
     block size, dtype and device. Works on a small cache of its own, with sequences of so many rows and keys
     as ``checked`` says."""
-    size = cache.block_size
+    size, tolerance = cache.block_size, _TOLERANCES[cache.dtype.itemsize]
     sequences, first_row, next_block = [], 0, 1
     for num_rows, num_keys in checked:
         blocks = tuple(range(next_block, next_block + -(-num_keys // size)))
@@ -159,7 +178,7 @@ def agrees(
         for window in (None, 5):
             call = _random_call(shape, first_row, window, own)
             want, got = (each(own, sequences).attend(call) for each in (PagedStep, kind))
-            if not torch.allclose(got.float(), want.float(), atol=_TOLERANCE, rtol=_TOLERANCE):
+            if not torch.allclose(got.float(), want.float(), atol=tolerance, rtol=tolerance):
                 return False
     return True
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from timbre_server.native.library import LibraryUnavailable, library
 from timbre_server.operators.agreement import wrong_operator
 from timbre_server.operators.contract import Operator
-from timbre_server.operators.native.library import LibraryUnavailable, library
 from timbre_server.operators.native.low_rank import NativeLowRank
 from timbre_server.operators.native.sparse import NativeSparse
 from timbre_server.operators.native.spectral import NativeSpectral

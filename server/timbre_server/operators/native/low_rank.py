@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from timbre_methods.program import LowRank
+from timbre_server.native.library import library
 from timbre_server.operators.contract import Bound, Uses
 from timbre_server.operators.low_rank import BoundGated, Gating, LowRankOperator
-from timbre_server.operators.native.library import library
 from timbre_server.operators.native.low_rank_experts import BoundExperts
 from timbre_server.operators.native.uses import BoundInputKernels, InputKernel, LowRankUse
 from timbre_server.operators.row_table import RowTable

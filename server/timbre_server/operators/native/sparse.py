@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from timbre_methods.program import Sparse
+from timbre_server.native.library import library
 from timbre_server.operators.contract import Bound, Uses
-from timbre_server.operators.native.library import library
 from timbre_server.operators.native.uses import BoundInputKernels, InputKernel, Rows
 from timbre_server.operators.row_table import RowTable
 from timbre_server.operators.sparse import SparseOperator

@@ -15,11 +15,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from timbre_server.native.library import num_threads
 from timbre_server.operators.contract import Bound, Change
 from timbre_server.operators.row_table import Segment
-
-MIN_WORK_FOR_THREADS = 100_000
-"""Multiplications below which waking other threads costs more than they do."""
 
 
 class Rows(ctypes.Structure):
@@ -145,8 +143,3 @@ class BoundInputKernels(Bound):
 def rows_of(segments: Sequence[Segment]) -> Tensor:
     """Those of any of them, each once."""
     return torch.tensor(sorted({row for segment in segments for row in segment.rows_N.tolist()}))
-
-
-def num_threads(work: int) -> int:
-    """For so many multiplications."""
-    return torch.get_num_threads() if work >= MIN_WORK_FOR_THREADS else 1

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from timbre_server.adapters.kernels import choose_kernels
+from timbre_server.native import library as native
 from timbre_server.operators.catalogue import why_not
-from timbre_server.operators.native import library as native
 
 needs_compiler = pytest.mark.skipif(
     not any(shutil.which(name) for name in native.COMPILERS), reason="no C++ compiler is installed"

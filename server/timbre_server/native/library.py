@@ -24,6 +24,8 @@ COMPILERS = ("g++", "clang++")
 SOURCES = Path(__file__).with_name("source")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-Wall", "-Wextra")
 _COMPILER_TIMEOUT_S = 300
+MIN_WORK_FOR_THREADS = 100_000
+"""Multiplications below which waking other threads costs more than they do."""
 
 
 class LibraryUnavailable(Exception):
@@ -53,6 +55,11 @@ def library() -> ctypes.CDLL:
             return ctypes.CDLL(str(built))
     except (OSError, subprocess.SubprocessError) as error:
         raise LibraryUnavailable(f"the C++ kernels could not be built with {compiler}: {error}") from error
+
+
+def num_threads(work: int) -> int:
+    """For so many multiplications."""
+    return torch.get_num_threads() if work >= MIN_WORK_FOR_THREADS else 1
 
 
 def _openmp_runtime() -> Path | None:

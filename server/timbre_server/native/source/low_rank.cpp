@@ -48,31 +48,6 @@ static void shrink_all(const LowRankUse &use, const float *x, int64_t in, float 
     if (row < use.rows.count) shrink_rows<1>(use, row, x, in, z);
 }
 
-// The sums of eight vectors as one.
-static inline Lanes sums_of(const Lanes p[LANES]) {
-    typedef int32_t Order __attribute__((vector_size(32)));
-    const Order even = {0, 8, 2, 10, 4, 12, 6, 14}, odd = {1, 9, 3, 11, 5, 13, 7, 15};
-    const Order low = {0, 1, 8, 9, 4, 5, 12, 13}, high = {2, 3, 10, 11, 6, 7, 14, 15};
-    const Order left = {0, 1, 2, 3, 8, 9, 10, 11}, right = {4, 5, 6, 7, 12, 13, 14, 15};
-#ifdef __clang__
-#define PICK(x, y, order) pick(x, y, order)
-    auto pick = [](Lanes x, Lanes y, Order order) {
-        Lanes picked;
-        for (int i = 0; i < LANES; i++) picked[i] = order[i] < LANES ? x[order[i]] : y[order[i] - LANES];
-        return picked;
-    };
-#else
-#define PICK(x, y, order) __builtin_shuffle(x, y, order)
-#endif
-    Lanes pairs[4], fours[2];
-    for (int i = 0; i < 4; i++)
-        pairs[i] = PICK(p[2 * i], p[2 * i + 1], even) + PICK(p[2 * i], p[2 * i + 1], odd);
-    for (int i = 0; i < 2; i++)
-        fours[i] = PICK(pairs[2 * i], pairs[2 * i + 1], low) + PICK(pairs[2 * i], pairs[2 * i + 1], high);
-    return PICK(fours[0], fours[1], left) + PICK(fours[0], fours[1], right);
-#undef PICK
-}
-
 // y[n, o] += b_o z_n for the outputs from `begin` to `end`.
 static void expand(const LowRankUse &use, const float *z, float *y, int64_t out, Share own) {
     const int64_t rank = use.rank, whole = rank / LANES * LANES;

@@ -1,0 +1,189 @@
+"""Single rows in C++ against the padded groups of PyTorch, and against dense attention in float64."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from timbre_server.engine.context import AttentionCall
+from timbre_server.engine.kv_cache import KVCache, LayerShape
+from timbre_server.engine.native_attention import NativeStep
+from timbre_server.engine.paged_attention import PagedStep, SequenceRows
+from timbre_server.engine.varlen_attention import agrees, step_for
+from timbre_server.native import library as native
+
+CPU = torch.device("cpu")
+LENGTHS = (1, 7, 8, 9, 40, 77, 300)
+needs_compiler = pytest.mark.skipif(
+    not any(shutil.which(name) for name in native.COMPILERS), reason="no C++ compiler is installed"
+)
+
+
+def filled_cache(
+    shape: LayerShape, lengths: Sequence[int], block_size: int = 16, dtype: torch.dtype = torch.float32
+) -> tuple[KVCache, list[tuple[int, ...]]]:
+    """A cache with the keys and values of all tokens before each sequence's last, and NaN everywhere else;
+    and the sequences' blocks, in no order."""
+    torch.manual_seed(5)
+    counts = [-(-length // block_size) for length in lengths]
+    cache = KVCache([shape], num_blocks=sum(counts) + 1, block_size=block_size, dtype=dtype, device=CPU)
+    free = (torch.randperm(sum(counts)) + 1).tolist()
+    tables = [tuple(free.pop() for _ in range(count)) for count in counts]
+    for pool in cache.pools(shape.layer):
+        pool.fill_(math.nan)
+        for length, table in zip(lengths, tables, strict=True):
+            for position in range(length - 1):
+                slot = table[position // block_size] * block_size + position % block_size
+                pool[slot] = torch.randn(pool.shape[1:]).to(dtype)
+    return cache, tables
+
+
+def decodes(lengths: Sequence[int], tables: Sequence[tuple[int, ...]]) -> list[SequenceRows]:
+    return [
+        SequenceRows(row, 1, length - 1, table)
+        for row, (length, table) in enumerate(zip(lengths, tables, strict=True))
+    ]
+
+
+def random_call(
+    shape: LayerShape, num_rows: int, group: int = 3, window: int | None = None, **more: float
+) -> AttentionCall:
+    """Heads as a model's projections lay them out: [T, H, D], seen as [H, T, D]."""
+
+    def heads(count: int, dim: int) -> Tensor:
+        return torch.randn(num_rows, count, dim).transpose(0, 1)
+
+    count = shape.num_kv_heads
+    q_HTD, k_GTD = heads(count * group, shape.key_dim), heads(count, shape.key_dim)
+    v_GTE = heads(count, shape.value_dim)
+    return AttentionCall(shape.layer, q_HTD, k_GTD, v_GTE, shape.key_dim**-0.5, window, **more)
+
+
+def in_dtype(call: AttentionCall, dtype: torch.dtype) -> AttentionCall:
+    q_HTD, k_GTD, v_GTE = (tensor.to(dtype) for tensor in (call.q_HTD, call.k_GTD, call.v_GTE))
+    return AttentionCall(call.layer, q_HTD, k_GTD, v_GTE, call.scale, call.window)
+
+
+@needs_compiler
+@pytest.mark.parametrize("block_size", [1, 4, 16, 24])
+@pytest.mark.parametrize("window", [None, 1, 13])
+@pytest.mark.parametrize(
+    ("kv_heads", "group", "key_dim", "value_dim"),
+    [(3, 3, 64, 64), (1, 1, 32, 32), (2, 7, 8, 16), (2, 4, 128, 72), (1, 8, 256, 256)],
+)
+def test_single_rows_equal_padded_groups(
+    kv_heads: int, group: int, key_dim: int, value_dim: int, window: int | None, block_size: int
+) -> None:
+    shape = LayerShape(2, kv_heads, key_dim, value_dim)
+    cache, tables = filled_cache(shape, LENGTHS[:-1], block_size)
+    rows, call = decodes(LENGTHS[:-1], tables), random_call(shape, len(LENGTHS) - 1, group, window)
+    want_THE, got_THE = PagedStep(cache, rows).attend(call), NativeStep(cache, rows).attend(call)
+    torch.testing.assert_close(got_THE, want_THE, rtol=1e-5, atol=1e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block_size", [4, 16, 256])
+def test_chunks_and_single_rows_of_one_step_agree(dtype: torch.dtype, block_size: int) -> None:
+    torch.manual_seed(0)
+    shapes = (LayerShape(0, 2, 32, 32), LayerShape(1, 1, 64, 40), LayerShape(2, 2, 12, 12))
+    cache = KVCache(shapes, num_blocks=1, block_size=block_size, dtype=dtype, device=CPU)
+    assert agrees(NativeStep, cache, shapes)
+    assert step_for(cache, shapes, native=True) is NativeStep
+    assert step_for(cache, shapes) is PagedStep
+
+
+@needs_compiler
+def test_a_bfloat16_cache_is_as_near_to_the_truth_as_padded_groups() -> None:
+    shape = LayerShape(0, 3, 64, 64)
+    cache, tables = filled_cache(shape, LENGTHS, dtype=torch.bfloat16)
+    rows, call = decodes(LENGTHS, tables), in_dtype(random_call(shape, len(LENGTHS)), torch.bfloat16)
+    padded_THE, got_THE = PagedStep(cache, rows).attend(call), NativeStep(cache, rows).attend(call)
+    exact, _ = filled_cache(shape, LENGTHS)
+    for pool, narrow in zip(exact.pools(0), cache.pools(0), strict=True):
+        pool.copy_(narrow)
+    truth_THE = PagedStep(exact, rows).attend(in_dtype(call, torch.float32))
+    torch.testing.assert_close(got_THE, truth_THE.bfloat16(), rtol=2**-8, atol=1e-6)
+    assert (got_THE - truth_THE).abs().mean() <= (padded_THE - truth_THE).abs().mean()
+
+
+@needs_compiler
+def test_scores_far_apart_and_scores_that_are_no_numbers_are_as_in_pytorch() -> None:
+    shape, lengths = LayerShape(0, 1, 8, 8), (30, 30)
+    cache, tables = filled_cache(shape, lengths)
+    rows, call = decodes(lengths, tables), random_call(shape, 2, group=2)
+    call.q_HTD[:, 0] *= 1000
+    call.q_HTD[1, 1, 3] = math.nan
+    want_THE, got_THE = PagedStep(cache, rows).attend(call), NativeStep(cache, rows).attend(call)
+    assert torch.isnan(got_THE[1, 1]).all()
+    torch.testing.assert_close(got_THE, want_THE, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_is_bit_for_bit_the_same_alone_in_a_crowd_and_on_any_threads(dtype: torch.dtype) -> None:
+    shape = LayerShape(0, 3, 64, 64)
+    cache, tables = filled_cache(shape, LENGTHS, dtype=dtype)
+    rows, call = decodes(LENGTHS, tables), in_dtype(random_call(shape, len(LENGTHS)), dtype)
+    before = torch.get_num_threads()
+    try:
+        crowds = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            crowds.append(NativeStep(cache, rows).attend(call))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(crowds[0], crowds[1])
+    assert torch.equal(crowds[0], crowds[2])
+    for row, (length, table) in enumerate(zip(LENGTHS, tables, strict=True)):
+        own = (tensor[:, row : row + 1] for tensor in (call.q_HTD, call.k_GTD, call.v_GTE))
+        alone = NativeStep(cache, [SequenceRows(0, 1, length - 1, table)])
+        assert torch.equal(alone.attend(AttentionCall(0, *own, call.scale))[0], crowds[0][row])
+
+
+@needs_compiler
+def test_soft_caps_are_left_to_pytorch() -> None:
+    shape, lengths = LayerShape(0, 2, 16, 16), (9, 20)
+    cache, tables = filled_cache(shape, lengths)
+    rows, call = decodes(lengths, tables), random_call(shape, 2, softcap=0.5)
+    assert torch.equal(NativeStep(cache, rows).attend(call), PagedStep(cache, rows).attend(call))
+
+
+@pytest.fixture
+def without_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(native, "COMPILERS", ("no-such-compiler",))
+    native.library.cache_clear()
+    yield
+    native.library.cache_clear()
+
+
+@pytest.mark.usefixtures("without_compiler")
+def test_without_a_compiler_the_groups_are_padded_and_the_log_says_why(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    shape = LayerShape(0, 2, 16, 16)
+    cache, _ = filled_cache(shape, (3,))
+    assert step_for(cache, [shape], native=True) is PagedStep
+    assert "no C++ compiler was found; install one of no-such-compiler" in caplog.text
+
+
+@needs_compiler
+def test_a_kernel_that_computes_something_else_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    shape = LayerShape(0, 2, 16, 16)
+    cache, _ = filled_cache(shape, (3,))
+    attend = NativeStep._attend_singles
+
+    def wrong(step: NativeStep, call: AttentionCall, q_THD: Tensor, out_THE: Tensor) -> None:
+        attend(step, call, q_THD, out_THE)
+        out_THE *= 1.001
+
+    monkeypatch.setattr(NativeStep, "_attend_singles", wrong)
+    assert step_for(cache, [shape], native=True) is PagedStep
+    assert "something else than PyTorch" in caplog.text
