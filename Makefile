@@ -58,7 +58,7 @@ bench-mixtures: $(VENV)/.dev ## measure what mixtures of experts and mixes cost 
 	$(BIN)/python tests/bench/mixtures.py $(ARGS)
 
 bench-kernels: $(VENV)/.dev ## measure Triton's kernels beside PyTorch's operators, on a GPU
-	$(BIN)/python tests/bench/kernels.py $(ARGS)
+	$(BIN)/python tests/bench/kernel_times.py $(ARGS)
 
 bench-pinned: $(VENV)/.dev ## measure what a pinned adapter saves in a decode step, and costs beside others
 	$(BIN)/python tests/bench/pinned.py $(ARGS)

@@ -18,6 +18,7 @@ import random
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -26,15 +27,18 @@ from pathlib import Path
 from typing import Any
 
 from bank import weigh
-from load import Figures, Scenario, Shape, run_scenario
+from load import Figures, Job, figures, run
 from many_store import name_of, seed_store
 from measured_server import CACHE, MeasuredServer
 from random_adapters import write_adapters
+from scenarios import FIRST_TOKEN_ID
 
 from timbre_server.engine.embedded_model import embedded_model_folder
 
 FAMILIES = ("fourierft", "lora")
 PROMPT_TOKENS, NEW_TOKENS = 32, 2
+WARM_UP = 10
+"""Requests, and names that they are for at most, before memory is read."""
 
 
 @dataclass(frozen=True)
@@ -55,19 +59,27 @@ def zipf_names(registered: int, asked: int, requests: int, seed: int) -> tuple[s
     return tuple(map(name_of, drawn))
 
 
-def started(folder: Path, args: argparse.Namespace, registered: int, model_folder: Path) -> Crowd:
+def started(
+    stack: ExitStack, folder: Path, args: argparse.Namespace, registered: int, model_folder: Path
+) -> Crowd:
+    """The server is the stack's to stop."""
     seed_store(folder / "store", model_folder, registered, args.contents)
     began = time.perf_counter()
-    server = MeasuredServer.start(folder, "cpu", args.threads, [])
+    server = MeasuredServer.start(folder, "cpu", args.threads, [], model_folder)
     start_s = time.perf_counter() - began
-    stream(server, zipf_names(10, 10, 10, 0), 0)
+    stack.callback(server.stop)
+    stream(server, zipf_names(registered, WARM_UP, WARM_UP, 0), 0)
     return Crowd(registered, server, start_s, server.facts()["rss_bytes"])
 
 
-def stream(server: MeasuredServer, models: tuple[str, ...], seed: int) -> Figures:
-    """One request after another, each for the next model."""
-    shape = Shape(PROMPT_TOKENS, NEW_TOKENS, server.vocab_size)
-    return asyncio.run(run_scenario(server.url, Scenario("", 1, models, len(models)), shape, seed))
+def stream(server: MeasuredServer, models: Sequence[str], seed: int) -> Figures:
+    """One request after another, each for the next model. Raises: RuntimeError where one failed."""
+    chance, tokens = random.Random(seed), range(FIRST_TOKEN_ID, server.vocab_size)
+    jobs = [Job(model, tuple(chance.choices(tokens, k=PROMPT_TOKENS)), NEW_TOKENS) for model in models]
+    found = figures("mixed", asyncio.run(run(server.url, [jobs])))
+    if found.first_error is not None:
+        raise RuntimeError(f"{found.errors} of {len(jobs)} requests failed; the first: {found.first_error}")
+    return found
 
 
 def streamed(crowds: list[Crowd], args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -77,19 +89,19 @@ def streamed(crowds: list[Crowd], args: argparse.Namespace) -> list[dict[str, An
             names = zipf_names(crowd.registered, args.asked, args.requests, number + 1)
             found = stream(crowd.server, names, 1000 + number)
             rounds[crowd.registered].append(found)
-            print(f"round {number}: {crowd.registered}: TTFT {found.ttft_p50_ms:.1f} ms", flush=True)
+            print(f"round {number}: {crowd.registered}: TTFT {found.ttft_ms[0]:.1f} ms", flush=True)
     fewest, least = crowds[0], rounds[crowds[0].registered]
     rows = []
     for crowd in crowds:
         own = rounds[crowd.registered]
-        ratios = [one.ttft_p50_ms / other.ttft_p50_ms for one, other in zip(own, least, strict=True)]
+        ratios = [one.ttft_ms[0] / other.ttft_ms[0] for one, other in zip(own, least, strict=True)]
         more = max(1, crowd.registered - fewest.registered)
         grown = {key: size - fewest.rss_bytes.get(key, size) for key, size in crowd.rss_bytes.items()}
         rows.append(
             {
                 "registered": crowd.registered,
-                "ttft_p50_ms": round(statistics.median(f.ttft_p50_ms for f in own), 1),
-                "ttft_p99_ms": round(statistics.median(f.ttft_p99_ms for f in own), 1),
+                "ttft_p50_ms": round(statistics.median(f.ttft_ms[0] for f in own), 1),
+                "ttft_p99_ms": round(statistics.median(f.ttft_ms[-1] for f in own), 1),
                 "ttft_p50_ratio": round(statistics.median(ratios), 3),
                 "start_s": round(crowd.start_s, 1),
                 "server_bytes_each": round(grown["server"] / more, 1),
@@ -108,7 +120,7 @@ def cold_and_warm(server: MeasuredServer, count: int, folder: Path) -> list[dict
     times: dict[str, list[tuple[float, float]]] = {family: [] for family in names}
     for number in range(1, count + 1):
         for family, own in names.items():
-            cold, warm = (stream(server, (own[number],), seed).ttft_p50_ms for seed in (number, -number))
+            cold, warm = (stream(server, (own[number],), seed).ttft_ms[0] for seed in (number, -number))
             times[family].append((cold, warm))
     return [
         {
@@ -121,13 +133,11 @@ def cold_and_warm(server: MeasuredServer, count: int, folder: Path) -> list[dict
     ]
 
 
-def measure(args: argparse.Namespace, folder: Path) -> dict[str, list[dict[str, Any]]]:
-    model_folder = embedded_model_folder(CACHE, print)
+def measure(args: argparse.Namespace, folder: Path, model_folder: Path) -> dict[str, list[dict[str, Any]]]:
     with ExitStack() as stack:
         crowds = []
         for registered in sorted(args.registered):
-            crowds.append(started(folder / str(registered), args, registered, model_folder))
-            stack.callback(crowds[-1].server.stop)
+            crowds.append(started(stack, folder / str(registered), args, registered, model_folder))
         many = streamed(crowds, args)
         cold = cold_and_warm(crowds[0].server, args.cold, folder / "cold")
     return {"registered": many, "cold": cold, "bank": [dict(weigh(model_folder, args.bank))]}
@@ -140,7 +150,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         print("| " + " | ".join(str(value) for value in row.values()) + " |")
 
 
-def arguments() -> argparse.Namespace:
+def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -154,7 +164,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--bank", type=int, help="FourierFT adapters in memory at once; default: 10000")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("bench-many.json"))
-    args = parser.parse_args()
+    args = parser.parse_args(given)
     usual = {
         "registered": [10, 1000, 100_000],
         "contents": 10_000,
@@ -172,7 +182,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     with tempfile.TemporaryDirectory() as folder:
-        measured = measure(args, Path(folder))
+        measured = measure(args, Path(folder), embedded_model_folder(CACHE, print))
     for rows in measured.values():
         print_table(rows)
     about = {"when": datetime.now(UTC).isoformat(timespec="seconds"), "threads": args.threads}

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import floor
 import gpu
+import many
 import pytest
 import run
 import run_peers
 import step_profile
 import torch
 from load import Figures, Job, figures
+from measured_server import MeasuredServer, free_port
 from peers.contract import Setting
 from peers.generate import Generate
 from peers.llamacpp import LlamaCpp
@@ -22,6 +26,7 @@ from peers.vllm import Vllm
 from random_adapters import write_adapters
 from scenarios import Scenario
 from table import report
+from transformers.utils import import_utils
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +57,38 @@ def test_a_real_server_is_measured_on_every_kind_of_load(
     assert written["rows"] == rows
     assert len(written["rounds"]) == 15
     assert "| decode, 2 x 8: mola, 2 uniform |" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_servers_with_more_and_fewer_names_are_measured(tiny_model: Path, tmp_path: Path) -> None:
+    few = ["--registered", "6", "3", "--contents", "3", "--asked", "5", "--requests", "4", "--rounds", "1"]
+    args = many.arguments([*few, "--cold", "1", "--bank", "2"])
+    measured = many.measure(args, tmp_path, tiny_model)
+    assert numbers(measured["registered"], "registered") == [3, 6]
+    assert measured["registered"][0]["ttft_p50_ratio"] == 1
+    assert [row["family"] for row in measured["cold"]] == ["fourierft", "lora"]
+    assert min(numbers(measured["cold"], "cold_to_warm")) > 0
+    assert numbers(measured["bank"], "booked_bytes") == numbers(measured["bank"], "coefficient_bytes")
+
+
+def test_a_server_that_did_not_answer_as_asked_is_stopped(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    nowhere = MeasuredServer(f"http://127.0.0.1:{free_port()}", "", tiny_model, 256, "float32", process)
+    monkeypatch.setattr(MeasuredServer, "start", lambda *_: nowhere)
+    args = many.arguments(["--contents", "1"])
+    with (
+        pytest.raises(RuntimeError, match="requests failed; the first: voice-000000: "),
+        ExitStack() as stack,
+    ):
+        many.started(stack, tmp_path, args, 1, tiny_model)
+    assert process.poll() is not None
+
+
+def test_no_bench_is_taken_for_a_library_that_transformers_looks_for() -> None:
+    for path in Path(__file__).parent.glob("*.py"):
+        assert not hasattr(import_utils, f"is_{path.stem}_available"), path.name
 
 
 def test_a_decode_step_is_profiled_by_part(tiny_model: Path) -> None:
