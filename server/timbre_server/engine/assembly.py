@@ -28,6 +28,7 @@ from timbre_server.engine.packed_linear import LinearPacker
 from timbre_server.engine.parameters import parameter_weight_of
 from timbre_server.engine.runner import Runner, RunnerOptions
 from timbre_server.engine.scheduler import Scheduler, SchedulerLimits
+from timbre_server.operators.catalogue import Kernels
 
 
 def assemble(
@@ -70,7 +71,7 @@ def engine_around(
     adapted = AdaptedModel(
         model, probed.groups, arithmetic, probed.lone, probed.blocks, embedding, probed.parameters
     )
-    runner = Runner(prepared, adapted, _runner_options(options, kernels == "native"))
+    runner = Runner(prepared, adapted, _runner_options(options, kernels))
     ready = msgspec.structs.replace(runner.info(), kernels=kernels)
     frame = base_frame(ready.hidden_size, map(msgspec.structs.astuple, ready.attention), ready.stack)
     groups = [group.paths for group in probed.groups]
@@ -96,14 +97,15 @@ def _limits(options: EngineOptions, ready: Ready) -> SchedulerLimits:
     )
 
 
-def _runner_options(options: EngineOptions, native_attention: bool) -> RunnerOptions:
+def _runner_options(options: EngineOptions, kernels: Kernels) -> RunnerOptions:
     return RunnerOptions(
         block_size=options.block_size,
         kv_cache_bytes=options.kv_cache_bytes,
         max_model_len=options.max_model_len,
         max_num_seqs=options.max_num_seqs,
         adapter_memory_bytes=options.adapter_memory_bytes,
-        native_attention=native_attention,
+        native_attention=kernels == "native",
+        record_steps=kernels == "triton",
     )
 
 

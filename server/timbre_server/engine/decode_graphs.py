@@ -17,7 +17,6 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import NamedTuple, Protocol
 
 import torch
@@ -149,7 +148,7 @@ class DecodeGraphs:
     def _forget(self, slot: int | None) -> None:
         """Drop what was recorded with an adapter that leaves, and what that kept of it; None: everything."""
         for key, graph in tuple(self._graphs.items()):
-            if slot is None or graph is None or slot in graph.slots:
+            if slot is None or (graph is not None and slot in graph.slots):
                 del self._graphs[key]
         self._last = (None, 0)
 
@@ -213,16 +212,14 @@ class DecodeGraphs:
 def graphs_for(
     prepared: PreparedModel, cache: KVCache, adapters: RecordableAdapters, limits: tuple[int, int]
 ) -> DecodeGraphs | None:
-    """None where steps cannot be recorded: without a GPU or Triton, with soft caps or sinks, or where
-    attention's kernel does not give here what `PagedStep` gives. ``limits`` as `DecodeGraphs`."""
+    """None where steps cannot be recorded: without a GPU, with soft caps or sinks, or where the kernel of
+    attention does not give here what `PagedStep` does. Needs Triton. ``limits`` as `DecodeGraphs`."""
     layers, shapes = prepared.probed.layers, prepared.probed.kv_shapes
     is_plain = not any(layer.softcap is not None or layer.has_sinks for layer in layers)
-    if cache.device.type != "cuda" or not is_plain or find_spec("triton") is None:
+    if cache.device.type != "cuda" or not is_plain:
         return None
-    from timbre_server.engine.paged_decode import (
-        DecodeStep,
-        can_attend,
-    )  # Triton is not installed everywhere.
+    # Triton is not installed everywhere.
+    from timbre_server.engine.paged_decode import DecodeStep, can_attend
 
     try:
         agree = all(map(can_attend, shapes)) and agrees(DecodeStep.of, cache, shapes, _CHECKED)
@@ -230,11 +227,9 @@ def graphs_for(
         _log.warning("attention's kernel for recorded steps fails here", exc_info=True)
         agree = False
     _log.info("decode steps: %s", "recorded as CUDA graphs" if agree else "launched one by one")
-    return (
-        DecodeGraphs(prepared.loaded.model, cache, adapters, DecodeStep, CudaRecord(), limits)
-        if agree
-        else None
-    )
+    if not agree:
+        return None
+    return DecodeGraphs(prepared.loaded.model, cache, adapters, DecodeStep, CudaRecord(), limits)
 
 
 def _padded(num_rows: int) -> int:

@@ -91,6 +91,8 @@ class RunnerOptions:
     """Left free for adapters when the cache is sized on a GPU."""
     native_attention: bool = False
     """On a CPU, attend in C++ where that gives what PyTorch gives."""
+    record_steps: bool = True
+    """On a GPU with Triton, replay decode steps as CUDA graphs."""
 
 
 class Runner:
@@ -119,7 +121,8 @@ class Runner:
             device=self._model.device,
         )
         self._step = step_for(self.cache, prepared.probed.kv_shapes, native=options.native_attention)
-        self._graphs = graphs_for(prepared, self.cache, adapters, (options.max_num_seqs, size.max_model_len))
+        limits = options.max_num_seqs, size.max_model_len
+        self._graphs = graphs_for(prepared, self.cache, adapters, limits) if options.record_steps else None
 
     @property
     def num_blocks(self) -> int:
