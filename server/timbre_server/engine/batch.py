@@ -73,8 +73,11 @@ def run_model(
     kept_rows: Sequence[int],
 ) -> Tensor:
     """The model on one flattened batch, its attention answered by ``context``: logits [N, V], float32."""
-    tokens_1T, positions_1T = (torch.tensor([each], device=model.device) for each in (token_ids, positions))
-    return run_rows(model, context, tokens_1T, positions_1T, torch.tensor(kept_rows, device=model.device))
+    tokens_1T, positions_1T, kept_rows_1N = (
+        torch.tensor([each], dtype=torch.int64, device=model.device)
+        for each in (token_ids, positions, kept_rows)
+    )
+    return run_rows(model, context, tokens_1T, positions_1T, kept_rows_1N[0])
 
 
 def run_rows(
