@@ -28,7 +28,6 @@ from timbre_server.engine.packed_linear import LinearPacker
 from timbre_server.engine.parameters import parameter_weight_of
 from timbre_server.engine.runner import Runner, RunnerOptions
 from timbre_server.engine.scheduler import Scheduler, SchedulerLimits
-from timbre_server.operators.catalogue import Kernels
 
 
 def assemble(
@@ -97,7 +96,7 @@ def _limits(options: EngineOptions, ready: Ready) -> SchedulerLimits:
     )
 
 
-def _runner_options(options: EngineOptions, kernels: Kernels) -> RunnerOptions:
+def _runner_options(options: EngineOptions, kernels: str) -> RunnerOptions:
     return RunnerOptions(
         block_size=options.block_size,
         kv_cache_bytes=options.kv_cache_bytes,
