@@ -204,8 +204,7 @@ def added(v: Tensor, changes: Sequence[Change], *, is_own: bool = False) -> Tens
     Rows that no change names keep their bits: float32 holds every half-precision value exactly.
     """
     if is_own and len(changes) == 1 and v.is_contiguous() and _is_plain(changes[0]):
-        # PyTorch sums in the wider type and rounds once: no copy is needed.
-        rows_of(v)[changes[0].rows_N or slice(None)] += changes[0].values_NO
+        changes[0].add_to(rows_of(v))  # PyTorch sums in the wider type and rounds once: no copy is needed.
         return v
     sum_TD = rows_of(v).to(torch.float32, copy=not is_own).contiguous()
     for change in changes:

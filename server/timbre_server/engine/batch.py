@@ -19,7 +19,7 @@ from timbre_server.engine.context import AttentionContext, active
 from timbre_server.engine.kv_cache import KVCache
 from timbre_server.engine.paged_attention import PagedStep, SequenceRows
 from timbre_server.engine.prompted_attention import AttentionPrompts, PromptedAttention
-from timbre_server.engine.varlen_attention import StepKind
+from timbre_server.engine.step_kinds import StepKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +73,11 @@ def run_model(
     kept_rows: Sequence[int],
 ) -> Tensor:
     """The model on one flattened batch, its attention answered by ``context``: logits [N, V], float32."""
-    tokens_1T, positions_1T, kept_rows_1N = (
-        torch.tensor([each], dtype=torch.int64, device=model.device)
-        for each in (token_ids, positions, kept_rows)
-    )
-    return run_rows(model, context, tokens_1T, positions_1T, kept_rows_1N[0])
+    device = model.device
+    tokens_1T = torch.tensor([token_ids], device=device)
+    positions_1T = torch.tensor([positions], device=device)
+    kept_rows_N = torch.tensor(kept_rows, dtype=torch.int64, device=device)  # There may be none.
+    return run_rows(model, context, tokens_1T, positions_1T, kept_rows_N)
 
 
 def run_rows(

@@ -45,7 +45,7 @@ class Change:
         if isinstance(self.rows_N, Tensor):
             sum_TO.index_add_(0, self.rows_N, self.values_NO)
         else:
-            sum_TO[self.rows_N or slice(None)] += self.values_NO
+            sum_TO[self.rows_N or slice(None)].add_(self.values_NO)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
