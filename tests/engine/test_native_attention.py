@@ -14,7 +14,7 @@ from timbre_server.engine.context import AttentionCall
 from timbre_server.engine.kv_cache import KVCache, LayerShape
 from timbre_server.engine.native_attention import NativeStep
 from timbre_server.engine.paged_attention import PagedStep, SequenceRows
-from timbre_server.engine.varlen_attention import agrees, step_for
+from timbre_server.engine.step_kinds import agrees, step_for
 from timbre_server.native import library as native
 
 CPU = torch.device("cpu")

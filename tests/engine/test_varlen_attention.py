@@ -12,7 +12,8 @@ from torch import Tensor
 from timbre_server.engine.context import AttentionCall
 from timbre_server.engine.kv_cache import KVCache, LayerShape
 from timbre_server.engine.paged_attention import PagedStep, SequenceRows
-from timbre_server.engine.varlen_attention import PAGE_SIZE, VarlenStep, agrees, step_for
+from timbre_server.engine.step_kinds import agrees, step_for
+from timbre_server.engine.varlen_attention import PAGE_SIZE, VarlenStep
 
 CPU = torch.device("cpu")
 SHAPES = (LayerShape(0, 2, 8, 8), LayerShape(1, 1, 16, 16))

@@ -112,6 +112,8 @@ class AdaptedModel:
             for block in blocks
         }
         self._parameters = [self._adapted_parameters(model, facts) for facts in parameters]
+        self._untold_paths = {*self._blocks, *(path for module in self._parameters for path in module.paths)}
+        """Of what adapters change where it is not told beforehand what they launch."""
 
     def _adapted_parameters(self, model: nn.Module, facts: ParameterModule) -> AdaptedParameters:
         base = model.get_submodule(facts.path)
@@ -169,15 +171,19 @@ class AdaptedModel:
         body, head = self._body_rows[1], self._head_rows
         if body.table is None:
             return body.are_merged, frozenset()
-        changing = {*self._blocks, *(path for module in self._parameters for path in module.paths)}
-        sites = (self._programs[slot].sites for slot in body.table.slots)
-        if self._prompts.act_in_attention or not all(map(changing.isdisjoint, sites)):
+        programs = (self._programs[slot] for slot in body.table.slots)
+        if self._prompts.act_in_attention or not all(
+            program.sites.keys().isdisjoint(self._untold_paths) for program in programs
+        ):
             return None
         return (body.table, head.table), frozenset(body.table.slots)
 
     def recorded(self) -> RecordedForward:
         """Of the forward that has just run. Before `clear_rows`."""
-        step, prepared = self._step, tuple(group.last_bound for group in self._groups)
+        step = self._step
+        # Of base rows nothing was prepared: what groups hold is an earlier step's, whose adapters may leave.
+        groups = self._groups if self._body_rows[1].table is not None else ()
+        prepared = tuple(group.last_bound for group in groups)
         return RecordedForward(step, tuple(step.calls), dict(step.rows_of_copies), prepared)
 
     def forget_forward(self) -> None:

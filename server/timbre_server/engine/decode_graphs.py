@@ -5,8 +5,9 @@ GPU. Steps of one row for each sequence that differ in nothing but numbers are r
 and then replayed: tokens, positions, slots, lengths and block tables lie in tensors that stay where they are,
 and attention reads them there (`paged_decode`). Base rows are padded to a few counts, so a handful of graphs
 serves them all. Where adapters are in use, a graph is of one row table: it serves until a sequence comes or
-ends, or one of its adapters leaves, and then steps run as usual until they repeat. What cannot be recorded
-(a model or an operator that asks the device in between) runs as ever, with a line in the log.
+ends, or one of its adapters leaves, and then steps run as usual until they repeat; there is one such graph at
+a time. What cannot be recorded (a model or an operator that asks the device in between) runs as ever, with a
+line in the log. In 16 bits attention's two kernels round differently.
 
 Legend: T rows, R rows at most, B blocks of the longest sequence, V vocabulary.
 """
@@ -14,7 +15,6 @@ Legend: T rows, R rows at most, B blocks of the longest sequence, V vocabulary.
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -27,15 +27,15 @@ from timbre_server.engine.batch import Batch, run_rows
 from timbre_server.engine.context import AttentionContext
 from timbre_server.engine.kv_cache import KVCache
 from timbre_server.engine.model_loader import PreparedModel
-from timbre_server.engine.varlen_attention import agrees
+from timbre_server.engine.step_kinds import agrees
 
 RECORD_AT = 3
-"""So many like steps in a row are worth a recording: it takes about as long as two."""
-MAX_GRAPHS = 16
-"""The least recently used goes first."""
+"""At so many like steps in a row; before, a recording may be for nothing."""
 _CHECKED = ((1, 18), (1, 1), (1, 200), (1, 16))
 """Rows and keys of the sequences that attention's kernel is tried on."""
-PADDED_ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+PADDED_ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192)
+"""And the multiples of `MANY_ROWS`."""
+MANY_ROWS = 256
 
 _log = logging.getLogger(__name__)
 
@@ -111,8 +111,8 @@ class DecodeGraphs:
         self._blocks_RB = torch.zeros(self._max_rows, num_blocks, dtype=torch.int32, device=device)
         self._tables: list[tuple[int, ...]] = [()] * self._max_rows
         """What `_blocks_RB` holds of each row."""
-        self._graphs: OrderedDict[Hashable, _Graph | None] = OrderedDict()
-        """None: it could not be recorded."""
+        self._graphs: dict[Hashable, _Graph] = {}
+        """One for each padded number of base rows, and one with adapters."""
         self._last: tuple[Hashable, int] = (None, 0)
         """The key of the last decode step, and how often in a row it was that."""
         adapters.when_dropped(self._forget)
@@ -135,12 +135,11 @@ class DecodeGraphs:
         if graph is None:
             last, count = self._last
             self._last = (key, count + 1 if last == key else 1)
-            if key in self._graphs or self._last[1] < RECORD_AT:
+            if self._last[1] != RECORD_AT:
                 return None
         self._fill(batch, width)
         if graph is None:
             return self._recorded(key, slots, width)[:num_rows]
-        self._graphs.move_to_end(key)
         logits_TV = graph.replay()
         graph.tell()
         return logits_TV[:num_rows]
@@ -148,7 +147,7 @@ class DecodeGraphs:
     def _forget(self, slot: int | None) -> None:
         """Drop what was recorded with an adapter that leaves, and what that kept of it; None: everything."""
         for key, graph in tuple(self._graphs.items()):
-            if slot is None or (graph is not None and slot in graph.slots):
+            if slot is None or slot in graph.slots:
                 del self._graphs[key]
         self._last = (None, 0)
 
@@ -161,6 +160,8 @@ class DecodeGraphs:
             context = self._make_step(self._cache, tables)
             return run_rows(self._model, context, self._numbers_4R[:1, :width], self._numbers_4R[1:2, :width])
 
+        if slots:  # The row table that was in use before does not come back.
+            self._graphs = {other: graph for other, graph in self._graphs.items() if not graph.slots}
         logits_TV = run()
         tell = self._adapters.recorded()
         self._adapters.forget_forward()
@@ -168,16 +169,10 @@ class DecodeGraphs:
             replay = self._record(run)
         except RuntimeError:
             _log.warning("decode steps like this one run without a CUDA graph", exc_info=True)
-            self._keep(key, None)
         else:
-            self._keep(key, _Graph(replay, slots, self._adapters.recorded()))
+            self._graphs[key] = _Graph(replay, slots, self._adapters.recorded())
         tell()
         return logits_TV
-
-    def _keep(self, key: Hashable, graph: _Graph | None) -> None:
-        self._graphs[key] = graph
-        while len(self._graphs) > MAX_GRAPHS:
-            self._graphs.popitem(last=False)
 
     def _fill(self, batch: Batch, width: int) -> None:
         size = self._cache.block_size
@@ -233,7 +228,8 @@ def graphs_for(
 
 
 def _padded(num_rows: int) -> int:
-    return next((count for count in PADDED_ROWS if count >= num_rows), num_rows)
+    many = -(-num_rows // MANY_ROWS) * MANY_ROWS
+    return next((count for count in PADDED_ROWS if count >= num_rows), many)
 
 
 class CudaRecord:

@@ -35,7 +35,7 @@ from timbre_server.engine.plan_rows import Kept, batch_of, kept_of, scouting_bat
 from timbre_server.engine.prompted_attention import AttentionPrompts
 from timbre_server.engine.sampler import SamplingRow, prompt_logprobs, sample
 from timbre_server.engine.sequence import ChunkResult, ScheduledChunk, StepPlan, StepResult
-from timbre_server.engine.varlen_attention import step_for
+from timbre_server.engine.step_kinds import step_for
 from timbre_server.operators.row_table import RowTable
 
 _UNKNOWN_MEMORY_BYTES = 5 << 30
