@@ -112,8 +112,7 @@ class AdaptedModel:
             for block in blocks
         }
         self._parameters = [self._adapted_parameters(model, facts) for facts in parameters]
-        self._untold_paths = {*self._blocks, *(path for module in self._parameters for path in module.paths)}
-        """Of what adapters change where it is not told beforehand what they launch."""
+        self._untold_paths = {*self._blocks, *(path for each in self._parameters for path in each.paths)}
 
     def _adapted_parameters(self, model: nn.Module, facts: ParameterModule) -> AdaptedParameters:
         base = model.get_submodule(facts.path)
