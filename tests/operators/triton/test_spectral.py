@@ -15,6 +15,7 @@ from timbre_server.operators.materialise import materialise
 from timbre_server.operators.row_table import RowTable, Span
 from timbre_server.operators.spectral import SpectralOperator
 from timbre_server.operators.transforms import HalfSpectrum, transform
+from timbre_server.operators.triton import half_spectra
 from timbre_server.operators.triton.half_spectra import MAX_FACTOR, HalfSpectraKernels, factors_of
 from timbre_server.operators.triton.spectral import BoundSpectra, TritonSpectral
 
@@ -72,16 +73,15 @@ def test_transforms_are_mixed_and_wavelets_are_left_to_the_twin(twins: ModuleTyp
 
 
 @pytest.mark.parametrize("name", ["dft", "dct"])
-@pytest.mark.parametrize("length", [1, 2, 43, 1536])
+@pytest.mark.parametrize("length", [1, 2, 43, 131, 1536, 4098, 6001])
 def test_rows_of_any_length_go_there_and_back(name: Name, length: int, twins: ModuleType) -> None:
     generator = torch.Generator().manual_seed(length)
-    own, factors = transform(name, length, (), twins.DEVICE), factors_of(length)
+    own = transform(name, length, (), twins.DEVICE)
     assert isinstance(own, HalfSpectrum)
-    assert factors is not None
     x_TI = torch.randn(2, length, generator=generator).to(twins.DEVICE)
     rows_U = torch.tensor([1], device=twins.DEVICE)
 
-    z_UC = HalfSpectraKernels(own, factors, twins.DEVICE).spectra(x_TI, rows_U)
+    z_UC = HalfSpectraKernels(own, twins.DEVICE).spectra(x_TI, rows_U)
 
     torch.testing.assert_close(z_UC, own.forward(x_TI[rows_U]), atol=1e-6 * length**0.5, rtol=1e-5)
     places = Places(name, length, length, torch.tensor([length - 1, 0]), torch.tensor([0, length // 2]))
@@ -104,16 +104,24 @@ def test_the_sizes_of_models_have_two_factors() -> None:
     assert factors_of(18944) is None
 
 
-def test_a_length_without_factors_and_a_bind_without_room_are_the_twins(
-    twins: ModuleType, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["dft", "dct", "hartley"])
+@pytest.mark.parametrize("crowd", ["uniform", "mixes", "prefill"])
+def test_rows_beyond_those_of_a_step_are_transformed_by_a_library(
+    name: Name, crowd: str, twins: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(half_spectra, "PROGRAMS", 1)
+    bound = twins.check(
+        TritonSpectral(), SpectralOperator(), lambda out, g: part(name, (out, 18), g), crowd, 18
+    )
+    assert isinstance(bound, BoundSpectra)
+
+
+def test_a_bind_without_room_is_the_twins(twins: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(1)
     table = RowTable([Span(1, ((0, 1.0),))], twins.DEVICE)
-    parts = [twins.on_device(part("dft", (8, length), generator)) for length in (131, 16)]
-    prime = TritonSpectral().bind([{0: [parts[0]]}], table)
+    own = twins.on_device(part("dft", (8, 16), generator))
     monkeypatch.setattr(pooling, "MAX_POOLED_BYTES", 0)
-    crowded = TritonSpectral().bind([{0: [parts[1]]}], table)
-    assert not isinstance(prime, BoundSpectra)
+    crowded = TritonSpectral().bind([{0: [own]}], table)
     assert not isinstance(crowded, BoundSpectra)
 
 

@@ -12,8 +12,13 @@ so spectra pass through memory once; then a program holds the summed cores of on
 mix, and transforms them back. Every sum has one order.
 
 Tiles: a program of `_spectra` has `TILE` of the k1 of one row. One of `_changes` has a row's whole spectrum
-and every so many tiles of p2. All in float32. Checked under Triton's interpreter and on
-an H200.
+and every so many tiles of p2. All in float32.
+
+That is n (n1 + n2) of work for each row, and right where rows are few and short. On an H200 two outputs of
+14336 took 0.75 ms so, one of 4096 0.05 ms, and a prompt of 2048 rows four times as long as in PyTorch. So
+long rows, many rows, and lengths without two small factors are cuFFT's, and only their cores are a kernel.
+
+Checked under Triton's interpreter and on an H200, but for the ways by cuFFT, which have not run on a GPU yet.
 
 Legend: T rows, U rows that use a transform, A uses, C coordinates, D features, K = n/2 + 1.
 """
@@ -29,7 +34,7 @@ import triton.language as tl
 from torch import Tensor
 
 from timbre_server.operators.transforms import HalfSpectrum
-from timbre_server.operators.triton.row_uses import RowUses
+from timbre_server.operators.triton.core_sums import Cores, core_sums, summed
 
 TILE = tl.constexpr(16)
 """Of a factor, in the dimension that programs share out: the least that a matrix product takes."""
@@ -43,6 +48,9 @@ MAX_FACTOR = 128
 PROGRAMS = 128
 """About as many as a GPU has processors: with fewer rows, several programs share one row's way back."""
 
+LONGEST = 4096
+"""Of the rows that are transformed by products; there may be `PROGRAMS` of them."""
+
 
 class Tables(NamedTuple):
     """One length's cosines and sines, float32 [2, ...]: ``turns1`` of k1 p1, ``twists`` of k1 p2, ``turns2``
@@ -54,20 +62,6 @@ class Tables(NamedTuple):
     turns2: Tensor
     phase: Tensor
     order: Tensor | None
-
-
-class Cores(NamedTuple):
-    """What the uses of rows do to spectra. Patterns are CSR matrices one after the other: coordinate i of
-    pattern m has entries ``row_ends[m, i]`` to ``row_ends[m, i + 1]``, each c[source] · factor at a column. A
-    use has a pattern, and the address of its own c."""
-
-    uses: RowUses
-    pattern_A: Tensor
-    c_A: Tensor
-    row_ends: Tensor
-    columns: Tensor
-    source: Tensor
-    factor: Tensor
 
 
 @triton.jit
@@ -133,31 +127,6 @@ def _spectra(x, rows, x_stride, tables, z, N1: tl.constexpr, N2: tl.constexpr):
 
 
 @triton.jit
-def _summed(k, is_k, u, z, cores, phase, COORDINATES: tl.constexpr):
-    """What the cores of a row's pairs make at frequencies k, in phase again. A frequency's real part has the
-    entries before ``middle``, and its imaginary part those from there on."""
-    re = tl.zeros(k.shape, tl.float32)
-    im = tl.zeros(k.shape, tl.float32)
-    for pair in range(tl.load(cores.uses.starts + u), tl.load(cores.uses.starts + u + 1)):
-        use = tl.load(cores.uses.use_P + pair)
-        ends = cores.row_ends + tl.load(cores.pattern_A + use) * (COORDINATES + 1) + 2 * k
-        start = tl.load(ends, is_k, 0)
-        middle = tl.load(ends + 1, is_k, 0)
-        end = tl.load(ends + 2, is_k, 0)
-        c = tl.load(cores.c_A + use).to(tl.pointer_type(tl.float32))
-        weight = tl.load(cores.uses.weights_P + pair)
-        for step in range(0, tl.max(end - start)):
-            at = start + step
-            is_one = at < end
-            value = tl.load(z + tl.load(cores.columns + at, is_one, 0), is_one, 0.0)
-            value *= tl.load(c + tl.load(cores.source + at, is_one, 0), is_one, 0.0)
-            value *= weight * tl.load(cores.factor + at, is_one, 0.0)
-            re += tl.where(at < middle, value, 0.0)
-            im += tl.where(at < middle, 0.0, value)
-    return _phased(re, im, phase, k, is_k)
-
-
-@triton.jit
 def _changes(z, z_stride, cores, tables, y, N1: tl.constexpr, N2: tl.constexpr):
     """``y[u, order] = irfft(phase · cores of row u applied to z[u])``."""
     N: tl.constexpr = N1 * N2
@@ -173,11 +142,13 @@ def _changes(z, z_stride, cores, tables, y, N1: tl.constexpr, N2: tl.constexpr):
     k2 = tl.arange(0, PM)
     k = k1[:, None] + N1 * k2[None, :]
     is_k = (k1[:, None] < N1) & (k < HALF)
-    h_re, h_im = _summed(k, is_k, u, z, cores, tables.phase, C)
+    h_re, h_im = summed(k, is_k, u, z, cores, C)
+    h_re, h_im = _phased(h_re, h_im, tables.phase, k, is_k)
     alternating = 0.0
     if N % 2 == 0:
         middle = N // 2 + tl.arange(0, 1)
-        last, _ = _summed(middle, middle == N // 2, u, z, cores, tables.phase, C)
+        last, last_im = summed(middle, middle == N // 2, u, z, cores, C)
+        last, _ = _phased(last, last_im, tables.phase, middle, middle == N // 2)
         alternating = tl.sum(last, 0)
     for own in range(tl.program_id(1) * TILE, N2, tl.num_programs(1) * TILE):
         p2 = (own + tl.arange(0, TILE))[None, :]
@@ -203,9 +174,41 @@ def _changes(z, z_stride, cores, tables, y, N1: tl.constexpr, N2: tl.constexpr):
 class HalfSpectraKernels:
     """The launches for one transform of one length."""
 
-    def __init__(self, transform: HalfSpectrum, factors: tuple[int, int], device: torch.device) -> None:
-        n, (n1, n2) = transform.length, factors
-        self._factors, self._coordinates = factors, transform.coordinates
+    def __init__(self, transform: HalfSpectrum, device: torch.device) -> None:
+        self._transform = transform
+        self._products = None if transform.length > LONGEST else _Products.of(transform, device)
+
+    def spectra(self, x_TD: Tensor, rows_U: Tensor | None) -> Tensor:
+        """[U, C]: as `Transform.forward` of those rows."""
+        num_rows = len(x_TD) if rows_U is None else len(rows_U)
+        if self._products is None or num_rows > PROGRAMS:
+            return self._transform.forward(x_TD if rows_U is None else x_TD[rows_U])
+        z_UC = torch.empty(num_rows, self._transform.coordinates, device=x_TD.device)
+        self._products.there(x_TD.contiguous(), rows_U, z_UC)
+        return z_UC
+
+    def changes(self, z_UC: Tensor, cores: Cores) -> Tensor:
+        """[U, D]: as `Transform.back` of what the cores make of spectra, of this or another length."""
+        if self._products is None or len(z_UC) > PROGRAMS:
+            return self._transform.back(core_sums(z_UC, cores, self._transform.coordinates))
+        y_UD = torch.empty(len(z_UC), self._transform.length, device=z_UC.device)
+        self._products.back(z_UC, cores, y_UD)
+        return y_UD
+
+
+class _Products:
+    """A length's two factors, and what its rows are multiplied by."""
+
+    def __init__(self, factors: tuple[int, int], tables_there: Tables, tables_back: Tables) -> None:
+        self._factors, self._there, self._back = factors, tables_there, tables_back
+
+    @staticmethod
+    def of(transform: HalfSpectrum, device: torch.device) -> _Products | None:
+        """None for a length without two small factors."""
+        n, factors = transform.length, factors_of(transform.length)
+        if factors is None:
+            return None
+        n1, n2 = factors
         m2 = math.ceil(((n + 1) // 2) / n1)
         turns = [_turns(n1, n1, n1), _turns(n1, n2, n), _turns(n2, m2, n2)]
         turns1, twists, turns2 = (table.to(device, torch.float32) for table in turns)
@@ -222,27 +225,22 @@ class HalfSpectraKernels:
             torch.view_as_real(w_K.expand(n // 2 + 1).resolve_conj()).contiguous()
             for w_K in (phase_K, phase_K.conj() * share_K)
         )
-        self._there = Tables(turns1, twists, turns2, there, order)
-        self._back = Tables(turns1, twists, turns2, back, order)
+        return _Products(
+            factors,
+            Tables(turns1, twists, turns2, there, order),
+            Tables(turns1, twists, turns2, back, order),
+        )
 
-    def spectra(self, x_TD: Tensor, rows_U: Tensor | None) -> Tensor:
-        """[U, C]: as `Transform.forward` of those rows."""
-        x_TD = x_TD.contiguous()
-        num_rows = len(x_TD) if rows_U is None else len(rows_U)
-        z_UC = torch.empty(num_rows, self._coordinates, device=x_TD.device)
+    def there(self, x_TD: Tensor, rows_U: Tensor | None, z_UC: Tensor) -> None:
         n1, n2 = self._factors
-        grid = (num_rows, triton.cdiv(n1, TILE.value))
+        grid = (len(z_UC), triton.cdiv(n1, TILE.value))
         _spectra[grid](x_TD, rows_U, x_TD.stride(0), self._there, z_UC, n1, n2, num_warps=8)
-        return z_UC
 
-    def changes(self, z_UC: Tensor, cores: Cores) -> Tensor:
-        """[U, D]: as `Transform.back` of what the cores make of spectra, of this or another length."""
+    def back(self, z_UC: Tensor, cores: Cores, y_UD: Tensor) -> None:
         n1, n2 = self._factors
-        y_UD = torch.empty(len(z_UC), n1 * n2, device=z_UC.device)
         splits = max(1, min(PROGRAMS // len(z_UC), triton.cdiv(n2, TILE.value)))
         grid, warps = (len(z_UC), splits), 8 if max(n1, n2) <= 64 else 16
         _changes[grid](z_UC, z_UC.stride(0), cores, self._back, y_UD, n1, n2, num_warps=warps)
-        return y_UD
 
 
 def factors_of(length: int) -> tuple[int, int] | None:

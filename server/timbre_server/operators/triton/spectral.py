@@ -1,8 +1,7 @@
-"""`Spectral` by the kernels of `half_spectra`: one launch for the group, and one for each of its members.
+"""`Spectral` by `half_spectra`: for a step's rows one launch for the group, and one for each of its members.
 
-Rows of a decode step and of a prompt, and adapters with places of their own, all run alike. Wavelets, lengths
-without two factors up to 128, places that crowd in one frequency, and patterns for which a bind has no room
-are the twin's.
+Rows of a decode step and of a prompt, and adapters with places of their own, all run alike. Wavelets, places
+that crowd in one frequency, and patterns for which a bind has no room are the twin's.
 
 Legend: as in `timbre_server.operators.spectral`.
 """
@@ -23,7 +22,8 @@ from timbre_server.operators.pooling import PoolRoom
 from timbre_server.operators.row_table import RowTable, Segment
 from timbre_server.operators.spectral import SpectralOperator
 from timbre_server.operators.transforms import HalfSpectrum, Transform
-from timbre_server.operators.triton.half_spectra import Cores, HalfSpectraKernels, factors_of
+from timbre_server.operators.triton.core_sums import Cores
+from timbre_server.operators.triton.half_spectra import HalfSpectraKernels
 from timbre_server.operators.triton.launch import addresses, numbers
 from timbre_server.operators.triton.row_uses import Pairs
 
@@ -65,10 +65,7 @@ class TritonSpectral(SpectralOperator):
 
     def _kernels_of(self, transform: Transform, device: torch.device) -> HalfSpectraKernels | None:
         if transform not in self._kernels:
-            factors = factors_of(transform.length) if isinstance(transform, HalfSpectrum) else None
-            made = None
-            if isinstance(transform, HalfSpectrum) and factors is not None:
-                made = HalfSpectraKernels(transform, factors, device)
+            made = HalfSpectraKernels(transform, device) if isinstance(transform, HalfSpectrum) else None
             self._kernels[transform] = made
         return self._kernels[transform]
 
