@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -43,6 +44,8 @@ class Arithmetic:
     """The fastest ``W x + b`` of a linear layer."""
     kernels: Kernels = "torch"
     """Of what adapters add."""
+    norm_of: Callable[[nn.Module], Callable[[Tensor], Tensor]] = _itself
+    """The fastest way to a norm's output."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -103,8 +106,8 @@ class AdaptedModel:
             adapted = AdaptedGroup((layer.path,), rows, self._programs, known)
             self._groups.append(adapted)
             base = model.get_submodule(layer.path)
-            wrapped = AdaptedEmbedding(base, adapted) if is_embedding else AdaptedNorm(base, adapted)
-            _put_in_place(model, layer.path, wrapped)
+            make = AdaptedEmbedding if is_embedding else partial(AdaptedNorm, norm=arithmetic.norm_of(base))
+            _put_in_place(model, layer.path, make(base, adapted))
         self._blocks = {
             block.path: RoutedBlockLayer(
                 model.get_submodule(block.path), block, self._body_rows[1], self._programs, self._step

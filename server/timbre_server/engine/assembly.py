@@ -18,6 +18,7 @@ from timbre_server.adapters.loader import AdapterLoader
 from timbre_server.adapters.pinning import Pinning
 from timbre_server.adapters.runtime import AdapterRuntime, Loader, MakeLoader
 from timbre_server.engine.core import EngineCore
+from timbre_server.engine.fused_norm import norm_of
 from timbre_server.engine.kv_blocks import BlockPool
 from timbre_server.engine.linears import bias_of, weight_of
 from timbre_server.engine.lone_layers import lone_weight_of
@@ -65,7 +66,7 @@ def engine_around(
     on_progress(f"Preparing the layers for adapters, with kernels: {kernels}" + (f" ({why})" if why else ""))
     sites = base_sites(layers_of(model, probed.sites))
     packer = LinearPacker(model.dtype, model.device)
-    arithmetic = Arithmetic(packer.product_of, kernels)
+    arithmetic = Arithmetic(packer.product_of, kernels, norm_of)
     embedding = model.get_input_embeddings()
     adapted = AdaptedModel(
         model, probed.groups, arithmetic, probed.lone, probed.blocks, embedding, probed.parameters

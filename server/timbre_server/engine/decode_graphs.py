@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -237,15 +238,21 @@ class CudaRecord:
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
+        # A pool ends with its last graph, and nothing can be recorded into it afterwards: this one stays.
+        self._keeper = self._recorded(partial(torch.zeros, 1, device="cuda"))
 
     def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        graph = torch.cuda.CUDAGraph()
-        # Adapters arrive on a thread of their own meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            out = run()
+        graph, out = self._recorded(run)
 
         def replay() -> Tensor:
             graph.replay()
             return out
 
         return replay
+
+    def _recorded(self, run: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        graph = torch.cuda.CUDAGraph()
+        # Adapters arrive on a thread of their own meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            out = run()
+        return graph, out
