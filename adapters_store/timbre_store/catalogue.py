@@ -17,9 +17,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from threading import Lock
 
-from sqlalchemy import Column, Connection, Engine, delete, exists, func, insert, select
+from sqlalchemy import Column, Connection, Engine, delete, exists, select
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
+from timbre_store.catalogue_additions import add_versions, refuse_aliases
 from timbre_store.catalogue_file import translated_errors
 from timbre_store.catalogue_reads import (
     aliases_of,
@@ -34,7 +35,7 @@ from timbre_store.failpoints import Reach
 from timbre_store.manifest import Manifest
 from timbre_store.names import Reference
 from timbre_store.records import AdapterRecord, Alias, Page
-from timbre_store.tables import aliases, counters, manifests, mixes, versions
+from timbre_store.tables import aliases, latest_versions, manifests, mixes, versions
 
 
 class Catalogue:
@@ -74,9 +75,7 @@ class Catalogue:
 
     def page(self, limit: int, after: str | None) -> Page[AdapterRecord]:
         """The latest version of each name, in order of names."""
-        latest = select(versions.c.name, func.max(versions.c.version).label("version")).group_by(
-            versions.c.name
-        )
+        latest = latest_versions()
         if after is not None:
             latest = latest.where(versions.c.name > after)
         wanted = latest.order_by(versions.c.name).limit(limit + 1).subquery()
@@ -91,10 +90,10 @@ class Catalogue:
         with self.reading() as connection:
             return aliases_of(connection, name)
 
-    def check_name_is_free_for_adapter(self, name: str) -> None:
-        """Raises: NameConflict if it is an alias."""
+    def check_names_are_free_for_adapters(self, names: Collection[str]) -> None:
+        """Raises: NameConflict if one is an alias."""
         with self.reading() as connection:
-            _refuse_alias(connection, name)
+            refuse_aliases(connection, names)
 
     def referenced_blobs(self, digests: Collection[str]) -> set[str]:
         """Those of them that are an adapter's files."""
@@ -128,10 +127,10 @@ class Catalogue:
         Raises: NameConflict if a name is an alias; NotFound if a mix's parent is not there.
         """
         with self._writing() as connection:
-            records = [_add_version(connection, name, manifest, created_s) for name, manifest in arrivals]
+            records = add_versions(connection, arrivals, created_s)
             self._reach("version.inserted")
         self._reach("version.committed")
-        return tuple(records)
+        return records
 
     def set_alias(self, alias: str, target: Reference) -> AdapterRecord:
         """Point the alias, new or old, at a name or at one version of it. What it points at now.
@@ -167,53 +166,6 @@ class Catalogue:
             self._reach("delete.written")
         self._reach("delete.committed")
         return freed
-
-
-def _refuse_alias(connection: Connection, name: str) -> None:
-    alias = find_alias(connection, name)
-    if alias is not None:
-        raise NameConflict(
-            f"{name!r} is an alias of {alias.target!r}; upload to that name, or choose another"
-        )
-
-
-def _add_version(connection: Connection, name: str, manifest: Manifest, created_s: float) -> AdapterRecord:
-    _refuse_alias(connection, name)
-    latest = find_record(connection, Reference(name), missing_ok=True, follow=False)
-    digest = manifest.digest
-    if latest is not None and latest.digest == digest:
-        return latest
-    _add_manifest(connection, manifest, digest)
-    version = _next_version(connection, name)
-    row = {"name": name, "version": version, "digest": digest, "created_s": created_s}
-    connection.execute(insert(versions).values(row))
-    return AdapterRecord(name, version, digest, created_s, manifest)
-
-
-def _add_manifest(connection: Connection, manifest: Manifest, digest: str) -> None:
-    row = {
-        "digest": digest,
-        "content": manifest.to_bytes(),
-        "config_digest": manifest.config_digest,
-        "tensors_digest": manifest.tensors_digest,
-        "derived_digest": manifest.derived_digest,
-    }
-    connection.execute(sqlite_insert(manifests).values(row).on_conflict_do_nothing())
-    if manifest.recipe is not None and manifest.recipe.is_mix:
-        for parent in manifest.recipe.parents:
-            if connection.scalar(select(~exists().where(manifests.c.digest == parent.digest))):
-                raise NotFound(f"the adapter {parent.digest} of the mix was deleted")
-            pair = {"digest": digest, "parent": parent.digest}
-            connection.execute(sqlite_insert(mixes).values(pair).on_conflict_do_nothing())
-
-
-def _next_version(connection: Connection, name: str) -> int:
-    statement = sqlite_insert(counters).values(name=name, last_version=1)
-    counted = statement.on_conflict_do_update(
-        index_elements=["name"], set_={"last_version": counters.c.last_version + 1}
-    )
-    version: int = connection.execute(counted.returning(counters.c.last_version)).scalar_one()
-    return version
 
 
 def _delete_alias(connection: Connection, reference: Reference) -> tuple[Manifest, ...]:

@@ -27,7 +27,8 @@ def select_records() -> Select[Any]:
 
 
 def record_of(row: Row[Any]) -> AdapterRecord:
-    return AdapterRecord(row.name, row.version, row.digest, row.created_s, Manifest.from_bytes(row.content))
+    manifest = Manifest.of_digest(row.content, row.digest)
+    return AdapterRecord(row.name, row.version, row.digest, row.created_s, manifest)
 
 
 def parts_of(connection: Connection, record: AdapterRecord) -> tuple[MixPart, ...]:

@@ -98,19 +98,20 @@ class ContentFolder:
         try:
             yield
         finally:
-            for digest in digests:
-                self.release(digest)
+            self.release(*digests)
 
-    def release(self, digest: str) -> None:
-        """Give up one hold. The last one removes a provisional file that nothing has come to refer to."""
+    def release(self, *digests: str) -> None:
+        """Give up one hold of each. The last one removes a provisional file that nothing has come to refer
+        to."""
         with self._lock:
-            self._holds[digest] -= 1
-            if self._holds[digest] > 0:
-                return
-            del self._holds[digest]
-            if digest in self._provisional:
-                self._provisional.discard(digest)
-                self._remove_if_unreferenced(digest)
+            self._holds.subtract(digests)
+            let_go = {digest for digest in digests if self._holds[digest] <= 0}
+            for digest in let_go:
+                del self._holds[digest]
+            provisional = sorted(let_go & self._provisional)
+            self._provisional.difference_update(provisional)
+            for digest in self._unreferenced(provisional):
+                self._remove(digest)
 
     def touch(self, digest: str) -> None:
         """Let the file's age count from now: it has just lost its last reference."""
@@ -125,8 +126,8 @@ class ContentFolder:
                 path = self.path(digest)
                 if digest in self._holds or not path.exists():
                     continue
-                if now_s - path.stat().st_mtime >= min_age_s:
-                    removed += self._remove_if_unreferenced(digest)
+                if now_s - path.stat().st_mtime >= min_age_s and not self._referenced([digest]):
+                    removed += self._remove(digest)
         return removed
 
     def _unreferenced(self, digests: Sequence[str]) -> Iterator[str]:
@@ -159,9 +160,9 @@ class ContentFolder:
         sync_folder(target.parent)
         self._reach("published")
 
-    def _remove_if_unreferenced(self, digest: str) -> Removed:
+    def _remove(self, digest: str) -> Removed:
         path = self.path(digest)
-        if self._referenced([digest]) or not path.exists():
+        if not path.exists():
             return Removed()
         size = path.stat().st_size
         path.unlink()

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from timbre_store.digests import digest_of_bytes, is_digest
+from timbre_store.digests import digest_of_bytes, is_digest, verify_bytes
 from timbre_store.errors import UnsafeFile
 from timbre_store.recipe import Recipe
 from timbre_store.strict_json import read_object
@@ -88,18 +88,35 @@ class Manifest:
                 f"the manifest has format {raw.get('format')!r}; this version reads format {FORMAT}"
             )
         _check_fields(raw)
-        lists = {name: tuple(raw[name]) for name in raw.keys() & {"sites", "invocation_tokens"}}
-        recipe = Recipe.from_raw(raw["recipe"]) if "recipe" in raw else None
-        manifest = Manifest(**{**raw, **lists, "recipe": recipe})
+        manifest = _from_raw(raw)
         if manifest.to_bytes() != content:
             raise UnsafeFile("the manifest is not in canonical form: keys sorted, no spaces, ASCII")
         return manifest
 
+    @staticmethod
+    def of_digest(content: bytes, digest: str) -> Manifest:
+        """`from_bytes`, of bytes that this store wrote: their digest stands for all that was checked then.
+
+        Raises: DigestMismatch if they are not those any longer; UnsafeFile if a later version wrote them.
+        """
+        verify_bytes(content, digest)
+        raw = json.loads(content)
+        is_ours = raw["format"] == FORMAT and raw.keys() | OPTIONAL.keys() == _FIELDS
+        return _from_raw(raw) if is_ours else Manifest.from_bytes(content)
+
+
+_FIELDS = frozenset(field.name for field in fields(Manifest))
+
+
+def _from_raw(raw: Mapping[str, Any]) -> Manifest:
+    lists = {name: tuple(raw[name]) for name in raw.keys() & {"sites", "invocation_tokens"}}
+    recipe = Recipe.from_raw(raw["recipe"]) if "recipe" in raw else None
+    return Manifest(**{**raw, **lists, "recipe": recipe})
+
 
 def _check_fields(raw: dict[str, Any]) -> None:
-    expected = {field.name for field in fields(Manifest)}
-    if raw.keys() | OPTIONAL.keys() != expected:
-        odd = sorted((raw.keys() ^ expected) - OPTIONAL.keys())[0]
+    if raw.keys() | OPTIONAL.keys() != _FIELDS:
+        odd = sorted((raw.keys() ^ _FIELDS) - OPTIONAL.keys())[0]
         raise UnsafeFile(f"the manifest's field {odd!r} is {'unknown' if odd in raw else 'missing'}")
     for name in (
         "format",

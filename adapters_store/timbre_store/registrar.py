@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from uuid import uuid4
@@ -39,11 +39,9 @@ class Registrar:
     reach: Reach
 
     def register(self, arrivals: Sequence[Arrival], base_model: str | None) -> tuple[AdapterRecord, ...]:
-        for arrival in arrivals:
-            self.check_name(arrival.name)
-        with ExitStack() as stack, Upload(self.blobs, self.limits.max_blob_bytes) as upload:
-            for arrival in arrivals:
-                stack.enter_context(self.blobs.holding(arrival.config_digest, arrival.tensors_digest))
+        self.check_names([arrival.name for arrival in arrivals])
+        files = {digest for each in arrivals for digest in (each.config_digest, each.tensors_digest)}
+        with self.blobs.holding(*files), Upload(self.blobs, self.limits.max_blob_bytes) as upload:
             contents = {replace(arrival, name=""): arrival for arrival in arrivals}
             examined = {key: self._examined(each, base_model, upload) for key, each in contents.items()}
             manifests = [examined[replace(arrival, name="")] for arrival in arrivals]
@@ -52,7 +50,7 @@ class Registrar:
             return self._record(tuple(zip(names, manifests, strict=True)))
 
     def register_mix(self, name: str, recipe: Recipe, base_model: str | None) -> AdapterRecord:
-        self.check_name(name)
+        self.check_names((name,))
         with Upload(self.blobs, self.limits.max_blob_bytes) as upload:
             for content in (mix_config(recipe), NO_TENSORS):
                 with upload.begin_blob() as writer:
@@ -62,10 +60,11 @@ class Registrar:
             parents = [Manifest.from_bytes(path.read_bytes()) for path in paths]
             return self._record([(name, mix_manifest(recipe, parents, base_model))])[0]
 
-    def check_name(self, name: str) -> None:
+    def check_names(self, names: Collection[str]) -> None:
         """Raises: InvalidName; NameConflict for an alias."""
-        check_name(name)
-        self.catalogue.check_name_is_free_for_adapter(name)
+        for name in names:
+            check_name(name)
+        self.catalogue.check_names_are_free_for_adapters(names)
 
     def _examined(self, arrival: Arrival, base_model: str | None, upload: Upload) -> Manifest:
         """The manifest of two blobs that are held; what is derived for them is the upload's."""

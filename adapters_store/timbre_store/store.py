@@ -144,7 +144,7 @@ class Store:
 
     def check_name(self, name: str) -> None:
         """Whether an adapter may be called so. Raises: InvalidName; NameConflict if it is an alias."""
-        self._registrar.check_name(name)
+        self._registrar.check_names((name,))
 
     def register_mix(self, name: str, recipe: Recipe, base_model: str | None) -> AdapterRecord:
         """Give the name a version that stands for the weighted sum of stored adapters, none of them a mix.

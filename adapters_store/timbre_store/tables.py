@@ -19,10 +19,13 @@ from sqlalchemy import (
     Integer,
     LargeBinary,
     MetaData,
+    Select,
     Table,
     Text,
     create_engine,
     event,
+    func,
+    select,
 )
 from sqlalchemy.engine import URL
 
@@ -79,6 +82,11 @@ aliases = Table(
     Column("version", Integer),
 )
 """``version`` null: the alias follows the name's latest version."""
+
+
+def latest_versions() -> Select[tuple[str, int]]:
+    """Each name that has versions, and the last of them."""
+    return select(versions.c.name, func.max(versions.c.version).label("version")).group_by(versions.c.name)
 
 
 def open_engine(path: Path) -> Engine:

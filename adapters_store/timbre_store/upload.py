@@ -49,8 +49,7 @@ class Upload:
     ) -> None:
         with self._lock:
             self._left = True
-        for digest in self._held:
-            self._blobs.release(digest)
+        self._blobs.release(*self._held)
 
     def _keep(self, digest: str) -> None:
         with self._lock:

@@ -2,9 +2,10 @@
 
 One server for each number of registered adapters, all up at once. In every round each of them answers the
 same zipf stream, one request at a time, so that a busy neighbour troubles all alike; ratios are taken inside
-a round, to the smallest number. Beside that: a server's start, its memory for each registered name, cold
-adapters against warm ones, and what ten thousand FourierFT adapters in memory weigh. Prints tables, writes
-JSON. `many_store` says what is registered.
+a round, to the smallest number. Beside that: a server's start, its memory for each registered name, how long
+``/metrics`` and ``/v1/models`` are, cold adapters against warm ones on the server with the most names, and
+what ten thousand FourierFT adapters in memory weigh. Prints tables, writes JSON. `many_store` says what is
+registered; with ``--store`` it is kept, and not registered again the next time.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import os
 import platform
 import random
@@ -22,12 +24,13 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
+import httpx2
 from bank import weigh
-from load import Figures, Job, figures, run
+from load import Job, run
 from many_store import name_of, seed_store
 from measured_server import CACHE, MeasuredServer
 from random_adapters import write_adapters
@@ -63,7 +66,9 @@ def started(
     stack: ExitStack, folder: Path, args: argparse.Namespace, registered: int, model_folder: Path
 ) -> Crowd:
     """The server is the stack's to stop."""
-    seed_store(folder / "store", model_folder, registered, args.contents)
+    if not (folder / "store").exists():
+        seed_store(folder / "unfinished", model_folder, registered, args.contents)
+        (folder / "unfinished").rename(folder / "store")
     began = time.perf_counter()
     server = MeasuredServer.start(folder, "cpu", args.threads, [], model_folder)
     start_s = time.perf_counter() - began
@@ -72,64 +77,101 @@ def started(
     return Crowd(registered, server, start_s, server.facts()["rss_bytes"])
 
 
-def stream(server: MeasuredServer, models: Sequence[str], seed: int) -> Figures:
-    """One request after another, each for the next model. Raises: RuntimeError where one failed."""
+def stream(server: MeasuredServer, models: Sequence[str], seed: int) -> list[float]:
+    """Milliseconds to the first token of one request after another, each for the next model.
+
+    Raises: RuntimeError where one failed.
+    """
     chance, tokens = random.Random(seed), range(FIRST_TOKEN_ID, server.vocab_size)
     jobs = [Job(model, tuple(chance.choices(tokens, k=PROMPT_TOKENS)), NEW_TOKENS) for model in models]
-    found = figures("mixed", asyncio.run(run(server.url, [jobs])))
-    if found.first_error is not None:
-        raise RuntimeError(f"{found.errors} of {len(jobs)} requests failed; the first: {found.first_error}")
-    return found
+    timings = asyncio.run(run(server.url, [jobs]))
+    errors = [timing.error for timing in timings if timing.error is not None]
+    if errors:
+        raise RuntimeError(f"{len(errors)} of {len(jobs)} requests failed; the first: {errors[0]}")
+    return [1e3 * (timing.arrivals[0][0] - timing.started_s) for timing in timings]
 
 
 def streamed(crowds: list[Crowd], args: argparse.Namespace) -> list[dict[str, Any]]:
-    rounds: dict[int, list[Figures]] = {crowd.registered: [] for crowd in crowds}
+    """All requests of a round, and beside them those for adapters that were asked for before."""
+    every: dict[int, list[list[float]]] = {crowd.registered: [] for crowd in crowds}
+    again: dict[int, list[list[float]]] = {crowd.registered: [] for crowd in crowds}
+    asked = {crowd.registered: set(zipf_names(crowd.registered, WARM_UP, WARM_UP, 0)) for crowd in crowds}
     for number in range(args.rounds):
         for crowd in crowds:
             names = zipf_names(crowd.registered, args.asked, args.requests, number + 1)
-            found = stream(crowd.server, names, 1000 + number)
-            rounds[crowd.registered].append(found)
-            print(f"round {number}: {crowd.registered}: TTFT {found.ttft_ms[0]:.1f} ms", flush=True)
-    fewest, least = crowds[0], rounds[crowds[0].registered]
-    rows = []
+            known = asked[crowd.registered]
+            times = stream(crowd.server, names, 1000 + number)
+            was_asked = [name in known or name in names[:place] for place, name in enumerate(names)]
+            every[crowd.registered].append(times)
+            again[crowd.registered].append([t for t, was in zip(times, was_asked, strict=True) if was])
+            known.update(names)
+            print(f"round {number}: {crowd.registered}: TTFT {statistics.median(times):.1f} ms", flush=True)
+    fewest, rows = crowds[0], []
     for crowd in crowds:
-        own = rounds[crowd.registered]
-        ratios = [one.ttft_ms[0] / other.ttft_ms[0] for one, other in zip(own, least, strict=True)]
+        own, own_again = every[crowd.registered], again[crowd.registered]
         more = max(1, crowd.registered - fewest.registered)
         grown = {key: size - fewest.rss_bytes.get(key, size) for key, size in crowd.rss_bytes.items()}
         rows.append(
             {
                 "registered": crowd.registered,
-                "ttft_p50_ms": round(statistics.median(f.ttft_ms[0] for f in own), 1),
-                "ttft_p99_ms": round(statistics.median(f.ttft_ms[-1] for f in own), 1),
-                "ttft_p50_ratio": round(statistics.median(ratios), 3),
+                "ttft_p50_ms": round(statistics.median(chain.from_iterable(own)), 1),
+                "ttft_p50_ratio": _ratio(own, every[fewest.registered]),
+                "asked_again": round(sum(map(len, own_again)) / sum(map(len, own)), 2),
+                "again_p50_ratio": _ratio(own_again, again[fewest.registered]),
                 "start_s": round(crowd.start_s, 1),
                 "server_bytes_each": round(grown["server"] / more, 1),
                 "engine_bytes_each": round(grown.get("engine 0", 0) / more, 1),
+                **answered(crowd.server, "/metrics"),
+                **answered(crowd.server, "/v1/models"),
             }
         )
     return rows
 
 
+def _ratio(own: list[list[float]], other: list[list[float]]) -> float:
+    """The median of the rounds' ratios of medians; NaN where no round has both."""
+    pairs = [(a, b) for a, b in zip(own, other, strict=True) if a and b]
+    ratios = [statistics.median(a) / statistics.median(b) for a, b in pairs]
+    return round(statistics.median(ratios), 3) if ratios else math.nan
+
+
+def answered(server: MeasuredServer, path: str) -> dict[str, float]:
+    """How long an answer takes, and how long it is."""
+    times = []
+    with httpx2.Client(base_url=server.url) as client:
+        for _ in range(6):
+            began = time.perf_counter()
+            length = len(client.get(path).content)
+            times.append(time.perf_counter() - began)
+    return {f"{path} ms": round(1e3 * statistics.median(times[1:]), 1), f"{path} KiB": round(length / 1024)}
+
+
 def cold_and_warm(server: MeasuredServer, count: int, folder: Path) -> list[dict[str, Any]]:
-    """First requests of adapters that were never used, each beside a second one of the same adapter."""
+    """First requests of adapters that were never used, each beside a second one of the same adapter; the
+    processor's time is of whole requests and all of the server's processes."""
     names = write_adapters(server.model_folder, folder, FAMILIES, count + 1)
     server.upload(folder)
     for own in names.values():
         stream(server, (own[0],), 0)  # Its load brings what all of the family share.
-    times: dict[str, list[tuple[float, float]]] = {family: [] for family in names}
+    cold: dict[str, list[tuple[float, float]]] = {family: [] for family in names}
+    warm: dict[str, list[tuple[float, float]]] = {family: [] for family in names}
     for number in range(1, count + 1):
         for family, own in names.items():
-            cold, warm = (stream(server, (own[number],), seed).ttft_ms[0] for seed in (number, -number))
-            times[family].append((cold, warm))
+            for times, seed in ((cold, number), (warm, -number)):
+                before_s = server.processor_s()
+                ttft_ms = stream(server, (own[number],), seed)[0]
+                times[family].append((ttft_ms, server.processor_s() - before_s))
     return [
         {
             "family": family,
-            "cold_ttft_p50_ms": round(statistics.median(cold for cold, _ in pairs), 1),
-            "warm_ttft_p50_ms": round(statistics.median(warm for _, warm in pairs), 1),
-            "cold_to_warm": round(statistics.median(cold / warm for cold, warm in pairs), 3),
+            "cold_ttft_p50_ms": round(statistics.median(ms for ms, _ in cold[family]), 1),
+            "warm_ttft_p50_ms": round(statistics.median(ms for ms, _ in warm[family]), 1),
+            "cold_to_warm": _ratio(*([[ms] for ms, _ in times[family]] for times in (cold, warm))),
+            "cold_to_warm_cpu": round(
+                sum(s for _, s in cold[family]) / max(1e-9, sum(s for _, s in warm[family])), 3
+            ),
         }
-        for family, pairs in times.items()
+        for family in names
     ]
 
 
@@ -137,9 +179,10 @@ def measure(args: argparse.Namespace, folder: Path, model_folder: Path) -> dict[
     with ExitStack() as stack:
         crowds = []
         for registered in sorted(args.registered):
-            crowds.append(started(stack, folder / str(registered), args, registered, model_folder))
+            own_folder = (args.store or folder) / str(registered)
+            crowds.append(started(stack, own_folder, args, registered, model_folder))
         many = streamed(crowds, args)
-        cold = cold_and_warm(crowds[0].server, args.cold, folder / "cold")
+        cold = cold_and_warm(crowds[-1].server, args.cold, folder / "cold")
     return {"registered": many, "cold": cold, "bank": [dict(weigh(model_folder, args.bank))]}
 
 
@@ -163,6 +206,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cold", type=int, help="adapters of each family; default: 20")
     parser.add_argument("--bank", type=int, help="FourierFT adapters in memory at once; default: 10000")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--store", type=Path, help="folder that keeps what is registered for the next run")
     parser.add_argument("--out", type=Path, default=Path("bench-many.json"))
     args = parser.parse_args(given)
     usual = {

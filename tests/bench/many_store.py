@@ -2,13 +2,13 @@
 
 Each content is FourierFT with 100 coefficients on every query and value projection, all of them random. Names
 beyond the number of contents are given those contents again, in turn: a registered name costs the server the
-same, and a hundred thousand contents would take hours to make durable one by one.
+same, and a hundred thousand contents would take hours to make durable one by one. All names of a content are
+registered together: it is looked at once.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from timbre_store.limits import StoreLimits
 from timbre_store.store import Store
 from timbre_store.upload import Arrival, Upload
 
-AT_ONCE = 1000
+CONTENTS_AT_ONCE = 100
 COEFFICIENTS = 100
 CONFIG = {"peft_type": "FOURIERFT", "n_frequency": COEFFICIENTS, "scaling": 1.0, "random_loc_seed": 777}
 KEY = "base_model.model.{}.fourierft_spectrum"
@@ -46,23 +46,23 @@ def seed_store(root: Path, model_folder: Path, names: int, contents: int) -> Non
     known = Inspection(found.method, found.sites, found.parameters, found.prepared_bytes)
     base = model_digest(model_folder)
     with Store(root, inspect=lambda *_: known, limits=StoreLimits()) as store:
-        for start in range(0, names, AT_ONCE):
-            numbers = range(start, min(start + AT_ONCE, names))
+        contents = min(contents, names)
+        for start in range(0, contents, CONTENTS_AT_ONCE):
+            some = range(start, min(start + CONTENTS_AT_ONCE, contents))
             with store.begin_upload() as upload:
-                store.register_all(list(_arrivals(upload, list(shapes), numbers, contents)), base)
-            print(f"registered {numbers.stop} of {names}", flush=True)
+                config_digest = _put(upload, json.dumps(CONFIG).encode())
+                digests = {content: _put(upload, _tensors(content, list(shapes))) for content in some}
+                numbers = (number for content in some for number in range(content, names, contents))
+                arrivals = [
+                    Arrival(name_of(number), config_digest, digests[number % contents]) for number in numbers
+                ]
+                store.register_all(arrivals, base)
+            print(f"registered the names of {some.stop} of {contents} contents", flush=True)
 
 
-def _arrivals(upload: Upload, paths: list[str], numbers: range, contents: int) -> Iterator[Arrival]:
-    config_digest = _put(upload, json.dumps(CONFIG).encode())
-    digests: dict[int, str] = {}
-    for number in numbers:
-        content = number % contents
-        if content not in digests:
-            generator = torch.Generator().manual_seed(content)
-            tensors = {KEY.format(path): torch.randn(COEFFICIENTS, generator=generator) for path in paths}
-            digests[content] = _put(upload, save(tensors))
-        yield Arrival(name_of(number), config_digest, digests[content])
+def _tensors(seed: int, paths: list[str]) -> bytes:
+    generator = torch.Generator().manual_seed(seed)
+    return save({KEY.format(path): torch.randn(COEFFICIENTS, generator=generator) for path in paths})
 
 
 def _put(upload: Upload, content: bytes) -> str:

@@ -77,6 +77,12 @@ class MeasuredServer:
         }
         return {"dtype": self.dtype, "resident_bytes": resident, "rss_bytes": rss}
 
+    def processor_s(self) -> float:
+        """Seconds that all of its processes have computed so far."""
+        main = psutil.Process(self.process.pid)
+        times = [each.cpu_times() for each in (main, *main.children(recursive=True))]
+        return sum(each.user + each.system for each in times)
+
     def engine_steps(self) -> tuple[float, int]:
         """Seconds that the engine has spent in steps so far, and how many they were."""
         found = {

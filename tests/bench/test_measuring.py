@@ -62,8 +62,9 @@ def test_a_real_server_is_measured_on_every_kind_of_load(
 @pytest.mark.slow
 def test_servers_with_more_and_fewer_names_are_measured(tiny_model: Path, tmp_path: Path) -> None:
     few = ["--registered", "6", "3", "--contents", "3", "--asked", "5", "--requests", "4", "--rounds", "1"]
-    args = many.arguments([*few, "--cold", "1", "--bank", "2"])
+    args = many.arguments([*few, "--cold", "1", "--bank", "2", "--store", str(tmp_path / "kept")])
     measured = many.measure(args, tmp_path, tiny_model)
+    assert {folder.name for folder in tmp_path.glob("kept/*/*")} == {"store"}
     assert numbers(measured["registered"], "registered") == [3, 6]
     assert measured["registered"][0]["ttft_p50_ratio"] == 1
     assert [row["family"] for row in measured["cold"]] == ["fourierft", "lora"]

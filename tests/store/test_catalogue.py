@@ -7,10 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 
 import pytest
+from sqlalchemy import Engine, event
 
 from timbre_store.errors import InvalidName, NameConflict, NotFound
-from timbre_store.records import Alias
+from timbre_store.records import AdapterRecord, Alias
 from timbre_store.store import Store
+from timbre_store.upload import Arrival
 
 NO_DIGEST = "sha256:" + "0" * 64
 
@@ -63,6 +65,58 @@ def test_what_is_not_there_is_not_found_and_why(
     store.delete("gone")
     with pytest.raises(NotFound, match=reason):
         store.resolve(reference)
+
+
+def register(store: Store, samples: ModuleType, *contents: tuple[str, int]) -> tuple[AdapterRecord, ...]:
+    """Names together with seeds of what they shall be."""
+    with store.begin_upload() as upload:
+        files = {seed: [samples.put(upload, part) for part in samples.adapter(seed)] for _, seed in contents}
+        return store.register_all([Arrival(name, *files[seed]) for name, seed in contents], samples.BASE)
+
+
+def test_names_that_come_together_get_what_they_would_one_after_another(
+    store: Store, samples: ModuleType
+) -> None:
+    known = samples.upload(store, "known", 1)
+    samples.upload(store, "gone", 1)
+    store.delete("gone")
+    given = [("new", 1), ("known", 1), ("gone", 1), ("new", 2), ("known", 3), ("new", 2), ("known", 1)]
+    records = register(store, samples, *given)
+    numbers = [(record.name, record.version) for record in records]
+    assert numbers == [
+        ("new", 1), ("known", 1), ("gone", 2), ("new", 2), ("known", 2), ("new", 2), ("known", 3)
+    ]  # fmt: skip
+    assert records[1] == known
+    assert records[5] == records[3]
+    assert [store.resolve(f"{record.name}@{record.version}") for record in records] == list(records)
+    assert store.check_integrity() == ()
+
+
+def test_an_alias_among_names_that_come_together_refuses_them_all(store: Store, samples: ModuleType) -> None:
+    samples.upload(store, "a", 1)
+    store.set_alias("alias", "a")
+    with pytest.raises(NameConflict, match="'alias' is an alias of 'a'; upload to that name"):
+        register(store, samples, ("b", 2), ("alias", 2), ("c", 2))
+    assert [record.name for record in store.list(limit=9).items] == ["a"]
+    assert store.check_integrity() == ()
+
+
+def test_a_hundred_names_take_as_many_statements_as_two(store: Store, samples: ModuleType) -> None:
+    statements: list[str] = []
+
+    def note(connection: object, cursor: object, statement: str, *_: object) -> None:
+        statements.append(statement)
+
+    counts = []
+    event.listen(Engine, "before_cursor_execute", note)
+    try:
+        for names in (2, 100):
+            statements.clear()
+            register(store, samples, *((f"{names}-{number}", names) for number in range(names)))
+            counts.append(len(statements))
+    finally:
+        event.remove(Engine, "before_cursor_execute", note)
+    assert 0 < counts[0] == counts[1]
 
 
 def test_a_version_number_is_never_used_again(store: Store, samples: ModuleType) -> None:

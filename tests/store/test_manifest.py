@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from timbre_store.errors import UnsafeFile
+from timbre_store.digests import digest_of_bytes
+from timbre_store.errors import DigestMismatch, UnsafeFile
 from timbre_store.manifest import Manifest
 from timbre_store.recipe import Parent, Recipe
 
@@ -75,6 +76,7 @@ def test_a_manifest_is_read_back_as_it_was_written(manifest: Manifest) -> None:
     content = manifest.to_bytes()
     assert Manifest.from_bytes(content) == manifest
     assert Manifest.from_bytes(content).to_bytes() == content
+    assert Manifest.of_digest(content, manifest.digest) == manifest
 
 
 @given(st.integers(0, len(WRITTEN) - 1), st.integers(1, 255))
@@ -134,6 +136,15 @@ def test_a_missing_field_is_refused_by_name(field: str) -> None:
 def test_another_spelling_of_a_manifest_is_refused(content: bytes) -> None:
     with pytest.raises(UnsafeFile, match="canonical"):
         Manifest.from_bytes(content)
+
+
+def test_bytes_are_taken_by_their_digest_where_they_are_what_this_version_wrote() -> None:
+    digest = Manifest.from_bytes(WRITTEN).digest
+    with pytest.raises(DigestMismatch, match=f"expected {digest}"):
+        Manifest.of_digest(WRITTEN.replace(b"lora", b"LORA"), digest)
+    later = WRITTEN.replace(b'"method"', b'"later":1,"method"')
+    with pytest.raises(UnsafeFile, match="field 'later' is unknown"):
+        Manifest.of_digest(later, digest_of_bytes(later))
 
 
 RECIPE = {
