@@ -2,7 +2,8 @@
 
 LoRA of rank 8 and the base alone, since that is what all of them serve. Each peer is run where its folder is
 given and is said to be skipped where not. All are started first, then every round runs every scenario on each
-of them once. ``to base`` is to the peer's own base, ``to Timbre`` to ours under the same load in that round.
+of them once: those of ``make bench ARGS=--quick``, or of its usual size where ``--scenarios`` names kinds.
+``to base`` is to the peer's own base, ``to Timbre`` to ours under the same load in that round.
 """
 
 from __future__ import annotations
@@ -54,8 +55,9 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         given = os.environ.get(variable)
         default = Path(given) if given else None
         parser.add_argument(f"--{name}", type=Path, default=default, help=f"{what}; or {variable}")
-    parser.set_defaults(out=Path("bench-peers.json"), families="lora", quick=True, full=False)
+    parser.set_defaults(out=Path("bench-peers.json"), families="lora", full=False)
     args = parser.parse_args(argv)
+    args.quick = args.scenarios is None
     args.rounds = args.rounds or 2
     return args
 

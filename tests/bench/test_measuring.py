@@ -123,6 +123,13 @@ def test_without_a_gpu_the_gpu_bench_says_so() -> None:
         gpu.size_of(tiny=False, rows=64)
 
 
+@pytest.mark.parametrize(("flags", "kinds"), [([], {"decode"}), (["--scenarios", "mixed"], {"mixed"})])
+def test_peers_are_measured_on_the_kinds_that_are_named_or_else_on_decode(
+    flags: list[str], kinds: set[str]
+) -> None:
+    assert {each.kind for each in run.chosen(run_peers.arguments(flags))} == kinds
+
+
 def test_peers_that_are_not_here_are_skipped_aloud(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
