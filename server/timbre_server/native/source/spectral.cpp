@@ -12,16 +12,18 @@ struct SpectralRows {
 };
 
 struct SpectralCore {
-    const float *values;  // [N] of all rows, or [N, LANES]; null: nothing is added.
+    const float *values;  // [N] of all rows, or [N, LANES] in order of use; null: nothing is added.
     int64_t is_shared;
 };
 
 // Sorted by where it writes: coordinate o is the sum over e in [ends[o], ends[o + 1]) of
-// factor[e] values[source[e]] z[column[e]].
+// factor[e] values[source[e]] z[column[e]]. Values side by side lie in the order in which they are used first,
+// so that memory is read in order: there the source is `turn[e]`.
 struct SpectralPattern {
     const int32_t *ends;
     const int32_t *columns;
     const int32_t *sources;
+    const int32_t *turns;
     const float *factors;
     int64_t coordinates;
 };
@@ -44,10 +46,7 @@ extern "C" void timbre_spectra(
 #pragma omp for schedule(static)
         for (int64_t g = 0; g < count; g++) {
             const SpectralRows &own = groups[g];
-            float *to = reinterpret_cast<float *>(packed);
-            std::memset(to, 0, m * sizeof *packed);
-            for (int64_t n = 0; n < own.count; n++)
-                for (int64_t i = 0; i < in; i++) to[i * LANES + n] = x[own.rows[n] * in + i];
+            side_by_side(x, in, own.rows, own.count, reinterpret_cast<float *>(packed));
             spectra(*plan, packed, scratch, reinterpret_cast<Complex *>(z) + g * (m + 1));
         }
     }
@@ -59,12 +58,28 @@ static void apply_core(const SpectralPattern &pattern, const float *values, cons
     for (int64_t o = 0; o < pattern.coordinates; o++) {
         Lanes total = {};
         for (int64_t e = pattern.ends[o]; e < pattern.ends[o + 1]; e++) {
-            const int64_t source = pattern.sources[e];
-            const Lanes value = SHARED ? all(values[source]) : load(values + source * LANES);
+            const Lanes value =
+                SHARED ? all(values[pattern.sources[e]]) : load(values + int64_t(pattern.turns[e]) * LANES);
             total += value * pattern.factors[e] * load(z + int64_t(pattern.columns[e]) * LANES);
         }
         store(to + o * LANES, total);
     }
+}
+
+// y += lanes [out, LANES], by rows.
+static void add_to_rows(const float *lanes, int64_t out, const SpectralRows &own, float *y) {
+    int64_t o = 0;
+    for (; o + LANES <= out; o += LANES) {
+        Lanes block[LANES];
+        for (int j = 0; j < LANES; j++) block[j] = load(lanes + (o + j) * LANES);
+        transpose(block);
+        for (int64_t n = 0; n < own.count; n++) {
+            float *to = y + own.rows[n] * out + o;
+            store(to, load(to) + block[n]);
+        }
+    }
+    for (; o < out; o++)
+        for (int64_t n = 0; n < own.count; n++) y[own.rows[n] * out + o] += lanes[o * LANES + n];
 }
 
 // y [T, 2 m] is contiguous; `z` has `in_coordinates` for each group of rows.
@@ -88,8 +103,7 @@ extern "C" void timbre_spectral(
             else
                 apply_core<false>(*pattern, core.values, own_z, h);
             const float *from = reinterpret_cast<float *>(rows_of_spectra(*plan, h, packed, scratch));
-            for (int64_t n = 0; n < own.count; n++)
-                for (int64_t o = 0; o < out; o++) y[own.rows[n] * out + o] += from[o * LANES + n];
+            add_to_rows(from, out, own, y);
         }
     }
 }
