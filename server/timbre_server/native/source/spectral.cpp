@@ -16,16 +16,17 @@ struct SpectralCore {
     int64_t is_shared;
 };
 
-// Sorted by where it writes: coordinate o is the sum over e in [ends[o], ends[o + 1]) of
-// factor[e] values[source[e]] z[column[e]]. Values side by side lie in the order in which they are used first,
-// so that memory is read in order: there the source is `turn[e]`.
+// A coefficient in the order of those side by side: value times both parts of the frequency whose real part is
+// coordinate `column` is added, each with a factor of its own, to those of the frequency at `row`.
+struct SpectralEntry {
+    int32_t row, column;
+    int32_t source;  // Among the values of rows that share them.
+    float factors[2];
+};
+
 struct SpectralPattern {
-    const int32_t *ends;
-    const int32_t *columns;
-    const int32_t *sources;
-    const int32_t *turns;
-    const float *factors;
-    int64_t coordinates;
+    const SpectralEntry *entries;
+    int64_t count;
 };
 
 // The first place in a buffer that vectors may lie at.
@@ -52,17 +53,18 @@ extern "C" void timbre_spectra(
     }
 }
 
+// Not output by output: there is no branch on how many coefficients a frequency has.
 template <bool SHARED>
-static void apply_core(const SpectralPattern &pattern, const float *values, const float *z, Complex *h) {
+static void apply_core(const SpectralPattern &pattern, const float *values, const float *z, Complex *h, int64_t size) {
     float *to = reinterpret_cast<float *>(h);
-    for (int64_t o = 0; o < pattern.coordinates; o++) {
-        Lanes total = {};
-        for (int64_t e = pattern.ends[o]; e < pattern.ends[o + 1]; e++) {
-            const Lanes value =
-                SHARED ? all(values[pattern.sources[e]]) : load(values + int64_t(pattern.turns[e]) * LANES);
-            total += value * pattern.factors[e] * load(z + int64_t(pattern.columns[e]) * LANES);
-        }
-        store(to + o * LANES, total);
+    std::memset(to, 0, size * sizeof *h);
+    for (int64_t e = 0; e < pattern.count; e++) {
+        const SpectralEntry &entry = pattern.entries[e];
+        const Lanes value = SHARED ? all(values[entry.source]) : load(values + e * LANES);
+        const float *read = z + int64_t(entry.column) * LANES;
+        float *written = to + int64_t(entry.row) * LANES;
+        store(written, load(written) + value * entry.factors[0] * load(read));
+        store(written + LANES, load(written + LANES) + value * entry.factors[1] * load(read + LANES));
     }
 }
 
@@ -92,16 +94,17 @@ extern "C" void timbre_spectral(
     {
         const std::unique_ptr<float[]> buffers(new float[(3 * m + 1) * 2 * LANES + LANES]);
         Complex *h = aligned(buffers), *packed = h + m + 1, *scratch = packed + m;
+        const int64_t size = in_coordinates * LANES;
 #pragma omp for schedule(static)
         for (int64_t g = 0; g < count; g++) {
             const SpectralRows &own = groups[g];
             const SpectralCore &core = cores[g];
             if (core.values == nullptr) continue;
-            const float *own_z = z + g * in_coordinates * LANES;
+            const float *own_z = z + g * size;
             if (core.is_shared)
-                apply_core<true>(*pattern, core.values, own_z, h);
+                apply_core<true>(*pattern, core.values, own_z, h, m + 1);
             else
-                apply_core<false>(*pattern, core.values, own_z, h);
+                apply_core<false>(*pattern, core.values, own_z, h, m + 1);
             const float *from = reinterpret_cast<float *>(rows_of_spectra(*plan, h, packed, scratch));
             add_to_rows(from, out, own, y);
         }

@@ -25,7 +25,8 @@ from timbre_server.operators.native.fourier import LANES, Plan, Rows, factors_of
 from timbre_server.operators.native.uses import ADDRESS, NUMBER, KernelChange, kernel
 from timbre_server.operators.pooling import PoolRoom
 from timbre_server.operators.row_table import Pairs, RowTable
-from timbre_server.operators.spectral import Pattern, SpectralOperator
+from timbre_server.operators.spectral import SpectralOperator
+from timbre_server.operators.transforms import Transform
 
 
 class NativeSpectral(SpectralOperator):
@@ -34,7 +35,7 @@ class NativeSpectral(SpectralOperator):
     def __init__(self) -> None:
         super().__init__()
         self._plans: dict[int, Plan] = {}
-        self._views: WeakKeyDictionary[Places, _PatternView] = WeakKeyDictionary()
+        self._native_patterns: WeakKeyDictionary[Places, _Pattern] = WeakKeyDictionary()
 
     def bind(self, uses: Uses[Spectral], table: RowTable) -> Bound:
         places = [_only_places(parts_by_slot) for parts_by_slot in uses]
@@ -45,7 +46,9 @@ class NativeSpectral(SpectralOperator):
         bytes_per_row = sum(LANES * each.rows_N.numel() for each in known)
         batch = _Batch.of(table, {slot for parts_by_slot in uses for slot in parts_by_slot}, bytes_per_row)
         members = [
-            None if own is None else _Member(batch, parts, self._plan(own.out_features), self._view(own))
+            None
+            if own is None
+            else _Member(batch, parts, self._plan(own.out_features), self._native_pattern(own))
             for own, parts in zip(places, uses, strict=True)
         ]
         return _BoundSpectral(batch, self._plan(known[0].in_features), members)
@@ -55,10 +58,15 @@ class NativeSpectral(SpectralOperator):
             self._plans[length] = Plan(length)
         return self._plans[length]
 
-    def _view(self, places: Places) -> _PatternView:
-        if places not in self._views:
-            self._views[places] = _PatternView(self._pattern(places, torch.device("cpu")))
-        return self._views[places]
+    def _native_pattern(self, places: Places) -> _Pattern:
+        """Kept as long as the object of places."""
+        if places not in self._native_patterns:
+            cpu = torch.device("cpu")
+            inner, outer = (
+                self._transform(places, n, cpu) for n in (places.in_features, places.out_features)
+            )
+            self._native_patterns[places] = _Pattern(places, inner, outer)
+        return self._native_patterns[places]
 
 
 def _only_places(parts_by_slot: Mapping[int, Sequence[Spectral]]) -> Places | None:
@@ -117,30 +125,25 @@ class _Core(ctypes.Structure):
 class _PatternStructure(ctypes.Structure):
     """``SpectralPattern`` of ``spectral.cpp``."""
 
-    _fields_ = [
-        ("ends", ctypes.c_void_p),
-        ("columns", ctypes.c_void_p),
-        ("sources", ctypes.c_void_p),
-        ("turns", ctypes.c_void_p),
-        ("factors", ctypes.c_void_p),
-        ("coordinates", ctypes.c_int64),
-    ]
+    _fields_ = [("entries", ctypes.c_void_p), ("count", ctypes.c_int64)]
 
 
-class _PatternView:
-    """A pattern as the kernel reads it, and the order in which it first uses the coefficients."""
+class _Pattern:
+    """Where coefficients are among the coordinates of two half spectra, in order along the longer one: rows
+    of ``SpectralEntry`` of ``spectral.cpp``."""
 
-    def __init__(self, pattern: Pattern) -> None:
-        sources_E = pattern.source.long()
-        first_N = torch.full((int(sources_E.max()) + 1,), len(sources_E))
-        first_N.scatter_reduce_(0, sources_E, torch.arange(len(sources_E)), "amin")
-        self.order_N = first_N.argsort()
-        turns_E = self.order_N.argsort()[sources_E].int()
-        self.num_entries = len(sources_E)
-        self._held = (pattern.row_ends, pattern.columns, pattern.source, turns_E, pattern.factor)
-        self._structure = _PatternStructure(
-            *(tensor.data_ptr() for tensor in self._held), len(pattern.row_ends) - 1
+    def __init__(self, places: Places, inner: Transform, outer: Transform) -> None:
+        # Of each place the real part's coordinate, and the imaginary one's after it.
+        columns, rows = inner.reads(places.columns_N), outer.writes(places.rows_N)
+        along = rows if places.out_features > places.in_features else columns
+        self.order_N = along.index_NE[:, 0].argsort(stable=True)
+        indices_N3 = torch.stack(
+            [rows.index_NE[:, 0], columns.index_NE[:, 0], torch.arange(len(self.order_N))], 1
         )
+        factors_N2 = (rows.factor_NE * columns.factor_NE).float()
+        entries_N5 = torch.cat([indices_N3.int(), factors_N2.view(torch.int32)], 1)[self.order_N]
+        self._held = entries_N5
+        self._structure = _PatternStructure(entries_N5.data_ptr(), len(entries_N5))
         self.address = ctypes.addressof(self._structure)
 
 
@@ -148,15 +151,15 @@ class _Member:
     """The values of all adapters at one member of a group of layers."""
 
     def __init__(
-        self, batch: _Batch, parts_by_slot: Mapping[int, Sequence[Spectral]], plan: Plan, view: _PatternView
+        self, batch: _Batch, parts_by_slot: Mapping[int, Sequence[Spectral]], plan: Plan, pattern: _Pattern
     ) -> None:
-        own = [_values(mixes, parts_by_slot, view.order_N) for mixes in batch.mixes]
+        own = [_values(mixes, parts_by_slot, pattern.order_N) for mixes in batch.mixes]
         self._cores = (_Core * len(own))(
             *(_Core(None if v is None else v.data_ptr(), is_shared) for v, is_shared in own)
         )
-        self._held = (plan, view, batch, own)
-        self._begin = (plan.address, view.address, batch.address, ctypes.addressof(self._cores), len(own))
-        self._work = LANES * len(own) * (view.num_entries + 8 * plan.length)
+        self._held = (plan, pattern, batch, own)
+        self._begin = (plan.address, pattern.address, batch.address, ctypes.addressof(self._cores), len(own))
+        self._work = LANES * len(own) * (2 * len(pattern.order_N) + 8 * plan.length)
         self._run = kernel("timbre_spectral", *[ADDRESS] * 4, NUMBER, ADDRESS, NUMBER, ADDRESS)
         self.rows_N = batch.rows_U
         self.out_features = plan.length
