@@ -60,7 +60,10 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true")
     size.add_argument("--full", action="store_true")
-    parser.add_argument("--families", help=f"of {', '.join(FAMILIES)}, and {EVERY}: of all in one batch")
+    parser.add_argument(
+        "--families",
+        help=f"of {', '.join(FAMILIES)}, and {EVERY}: those that are named, else all, in one batch",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     add_load_flags(parser)
     parser.set_defaults(out=Path("bench.json"))
@@ -107,17 +110,24 @@ def _numbers(text: str | None) -> tuple[int, ...] | None:
     return None if text is None else tuple(map(int, text.split(",")))
 
 
+def families_in_one(named: str | None) -> tuple[str, ...]:
+    """Whose adapters make up a batch of `EVERY`: those that ``--families`` names beside it, or all."""
+    return tuple(f for f in FAMILIES if f in (named or "").split(",")) or tuple(FAMILIES)
+
+
 def names_of(
-    scenarios: Sequence[Scenario], base: str, server: MeasuredServer, folder: Path
+    scenarios: Sequence[Scenario], base: str, server: MeasuredServer, folder: Path, named: str | None = None
 ) -> dict[str, list[str]]:
-    """Writes and uploads the adapters that scenarios need; their names by family."""
+    """Writes and uploads the adapters that scenarios need; their names by family. ``named`` is what
+    ``--families`` says."""
     count = max((each.adapters for each in scenarios), default=0)
     asked = {each.family for each in scenarios} - {BASE}
-    own = [family for family in FAMILIES if family in asked or EVERY in asked]
+    in_one = families_in_one(named) if EVERY in asked else ()
+    own = [family for family in FAMILIES if family in asked or family in in_one]
     names = write_adapters(server.model_folder, folder, own, count) if count else {}
     if names:
         server.upload(folder)
-    mixed = [name for group in zip(*names.values(), strict=True) for name in group]
+    mixed = [name for group in zip(*(names[f] for f in in_one if f in names), strict=True) for name in group]
     return {BASE: [base], **names, EVERY: mixed}
 
 
@@ -160,7 +170,7 @@ def measure(args: argparse.Namespace, folder: Path) -> Found:
         print(f"other work takes {busy:.0%} of this machine: absolute figures will be too low")
     server = MeasuredServer.start(folder, args.device, args.threads, args.server_flags, args.model)
     try:
-        names = names_of(scenarios, server.base, server, folder / "adapters")
+        names = names_of(scenarios, server.base, server, folder / "adapters", args.families)
         floors = measured_floor(scenarios, server, args)
         warm_up(server, names)
         rounds: dict[str, list[Figures]] = defaultdict(list)

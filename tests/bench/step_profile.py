@@ -1,9 +1,9 @@
 """Where the time of one decode step goes: ``make bench-profile``.
 
 The engine core runs in this process, with timers around its parts, on the embedded model and as many
-different adapters of one family as rows; the mean of many steps. Then a server of its own answers as many
-streams: what its clients see of a step beyond the engine's own time for one is the share of HTTP, of the two
-processes and of the sockets between. Prints a table and writes JSON.
+different adapters of one family, or of all in turn, as rows; the mean of many steps. Then a server of its own
+answers as many streams: what its clients see of a step beyond the engine's own time for one is the share of
+HTTP, of the two processes and of the sockets between. Prints a table and writes JSON.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ from __future__ import annotations
 import argparse
 import asyncio
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from engine_in_process import Decoding, distinct
 from load import Job, figures, run
 from measured_server import CACHE, MeasuredServer
 from random_adapters import FAMILIES, write_adapters
+from scenarios import BASE, EVERY
 from stopwatch import SCHEDULING, Stopwatch
 from table import options, report
 from transformers import AutoModelForCausalLM
@@ -29,6 +30,7 @@ from timbre_server.engine.model_loader import chosen_device, chosen_dtype
 
 HTTP = "HTTP and sockets"
 KV_BYTES = 512 << 20
+Name = TypeVar("Name")
 
 
 def engine_parts(args: argparse.Namespace, model_folder: Path) -> dict[str, float]:
@@ -41,7 +43,7 @@ def engine_parts(args: argparse.Namespace, model_folder: Path) -> dict[str, floa
     watch = Stopwatch(torch.cuda.synchronize if device.type == "cuda" else lambda: None)
     with watch.on_engines():
         decoding = Decoding.of(model, FAMILIES, args.rows, KV_BYTES)
-        digests = distinct(None if args.family == "base" else args.family, args.rows)
+        digests = turns({name: distinct(name, args.rows) for name in families(args.family)}, None, args.rows)
         decoding.load([digest for digest in digests if digest])
         decoding.step_seconds(digests, args.prompt_tokens, args.steps, watch.counting())
     return {part: seconds / args.steps for part, seconds in watch.counted.items()}
@@ -54,10 +56,12 @@ def seen_and_spent(args: argparse.Namespace, model_folder: Path) -> tuple[float,
         server = MeasuredServer.start(Path(folder), args.device, args.threads, flags, model_folder)
         try:
             names = [server.base] * args.rows
-            if args.family != "base":
-                own = write_adapters(model_folder, Path(folder) / "adapters", [args.family], args.rows)
+            if args.family != BASE:
+                own = write_adapters(
+                    model_folder, Path(folder) / "adapters", families(args.family), args.rows
+                )
                 server.upload(Path(folder) / "adapters")
-                names = own[args.family]
+                names = turns(own, server.base, args.rows)
             # A prompt of one token: every step, the first too, has a row for each stream.
             for new_tokens in (3, args.steps):
                 streams = [[Job(name, (200 + i,), new_tokens)] for i, name in enumerate(names)]
@@ -69,6 +73,19 @@ def seen_and_spent(args: argparse.Namespace, model_folder: Path) -> tuple[float,
     if found.errors:
         raise SystemExit(f"{found.errors} requests failed: {found.first_error}")
     return args.rows / found.tokens_per_s, (after_s - before_s) / (after - before)
+
+
+def families(asked: str) -> tuple[str, ...]:
+    """None for base rows."""
+    return () if asked == BASE else tuple(FAMILIES) if asked == EVERY else (asked,)
+
+
+def turns(names: Mapping[str, Sequence[Name]], base: Name, rows: int) -> list[Name]:
+    """A name for each row: of the families in turn, another of each one's every time; the base's without."""
+    of_families = list(names.values())
+    return [
+        of_families[row % len(of_families)][row // len(of_families)] if names else base for row in range(rows)
+    ]
 
 
 def rows_of(parts: Mapping[str, float]) -> list[dict[str, Any]]:
@@ -83,7 +100,7 @@ def rows_of(parts: Mapping[str, float]) -> list[dict[str, Any]]:
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = options(__doc__)
-    parser.add_argument("--family", choices=("base", *FAMILIES), default="lora")
+    parser.add_argument("--family", choices=(BASE, *FAMILIES, EVERY), default="lora")
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--prompt-tokens", type=int, default=64, help="before the steps in this process")

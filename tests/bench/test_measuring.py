@@ -7,6 +7,7 @@ import subprocess
 import sys
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import floor
@@ -59,6 +60,16 @@ def test_a_real_server_is_measured_on_every_kind_of_load(
     assert "| decode, 2 x 8: mola, 2 uniform |" in capsys.readouterr().out
 
 
+def test_a_batch_of_all_has_adapters_of_the_named_families_in_turn(tiny_model: Path, tmp_path: Path) -> None:
+    uploaded: list[Path] = []
+    server = SimpleNamespace(model_folder=tiny_model, upload=uploaded.append)
+    asked = [Scenario("decode", 2, "ia3", 2), Scenario("decode", 2, "all", 2)]
+    found = run.names_of(asked, "m", server, tmp_path, "lora,ia3,all")  # type: ignore[arg-type]
+    own = {"lora": ["lora-0", "lora-1"], "ia3": ["ia3-0", "ia3-1"]}
+    assert found == {"base": ["m"], **own, "all": ["lora-0", "ia3-0", "lora-1", "ia3-1"]}
+    assert uploaded == [tmp_path]
+
+
 @pytest.mark.slow
 def test_servers_with_more_and_fewer_names_are_measured(tiny_model: Path, tmp_path: Path) -> None:
     few = ["--registered", "6", "3", "--contents", "3", "--asked", "5", "--requests", "4", "--rounds", "1"]
@@ -100,6 +111,14 @@ def test_a_decode_step_is_profiled_by_part(tiny_model: Path) -> None:
     *each, whole = step_profile.rows_of(parts)
     assert numbers(each, "ms") == sorted(numbers(each, "ms"), reverse=True)
     assert whole["ms"] == pytest.approx(1e3 * sum(parts.values()), abs=0.01)
+
+
+def test_rows_of_all_families_take_turns_in_a_profile(tiny_model: Path) -> None:
+    args = step_profile.arguments(["--family", "all", "--rows", "7", "--steps", "2", "--prompt-tokens", "4"])
+    parts = step_profile.engine_parts(args, tiny_model)
+    operators = ("LowRank", "Spectral", "Sparse", "Diagonal", "Projected", "Routed")
+    assert parts.keys() >= {f"adapters: {name}" for name in operators}
+    assert step_profile.turns({"a": [1, 2], "b": [3, 4]}, 0, 3) == [1, 3, 2]
 
 
 def test_the_base_alone_has_no_adapters_in_its_profile(tiny_model: Path) -> None:

@@ -7,7 +7,8 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from run import arguments, chosen
+from random_adapters import FAMILIES
+from run import arguments, chosen, families_in_one
 from scenarios import Matrix, Scenario, jobs, picked, useful_counts, zipf_weights
 
 POOL = [f"lora-{i}" for i in range(32)]
@@ -81,3 +82,8 @@ def test_flags_replace_parts_of_the_chosen_size() -> None:
     assert {each.kind for each in chosen(arguments(["--full"]))} == {"decode", "prefill", "mixed"}
     with pytest.raises(SystemExit, match="found adalora, expected some of lora"):
         chosen(arguments(["--families", "adalora"]))
+
+
+def test_all_are_the_families_that_are_named_or_else_every_one() -> None:
+    assert families_in_one("shira,lora,all") == ("lora", "shira")
+    assert families_in_one("all") == families_in_one(None) == tuple(FAMILIES)

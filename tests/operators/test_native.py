@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from timbre_methods.program import LowRank, Part, Places, Spectral
+from timbre_methods.program import LowRank, Part, Places, Sparse, Spectral
 from timbre_server.native import library as shared
 from timbre_server.operators.agreement import wrong_operator
 from timbre_server.operators.catalogue import all_operators, why_not
@@ -36,14 +36,24 @@ def operator_of(part: type[Part], kernels: str) -> Operator[Part]:
     return next(operator for operator in found if operator.part is part)
 
 
+def in_features(part: Part) -> int:
+    match part:
+        case Spectral():
+            return part.places.in_features
+        case Sparse():
+            return part.in_features
+        case LowRank():
+            return part.a_RI.shape[1]
+    raise AssertionError(part)
+
+
 def added(
     operator: Operator[Part], uses: list[dict[int, list[Part]]], crowd: str, y: list[Tensor]
 ) -> list[Tensor]:
     """Each member's output with its changes, from the same random input."""
     table = RowTable(CROWDS[crowd])
     first = next(part for own in uses for parts in own.values() for part in parts)
-    size = first.places.in_features if isinstance(first, Spectral) else first.a_RI.shape[1]  # type: ignore[attr-defined]
-    x_TI = torch.randn(table.num_rows, size, generator=torch.Generator().manual_seed(1))
+    x_TI = torch.randn(table.num_rows, in_features(first), generator=torch.Generator().manual_seed(1))
     sums = operator.bind(uses, table).sums(x_TI)
     found = [y_TO.clone() for y_TO in y]
     for changes, y_TO in zip(sums, found, strict=True):
@@ -121,6 +131,24 @@ def test_every_rank_gives_what_pytorch_gives_and_base_rows_keep_their_bits(rank:
             assert torch.equal(native[row].signbit(), y[0][row].signbit())
             assert torch.equal(native[row], y[0][row])
         row += span.num_rows
+
+
+@pytest.mark.parametrize("crowd", CROWDS)
+@pytest.mark.parametrize("longest", [1, 20, 700, 3000])
+def test_outputs_of_few_and_of_many_entries_are_summed(crowd: str, longest: int) -> None:
+    """21 outputs: neither whole eights nor, of the long ones, eights whose products fit in one piece."""
+    generator = torch.Generator().manual_seed(longest)
+    uses: list[dict[int, list[Part]]] = [{}]
+    for slot in range(11):
+        ends = torch.randint(longest + 1, (21,), generator=generator).cumsum(0)
+        row_ends = torch.cat([torch.zeros(1, dtype=torch.int64), ends])
+        columns = torch.randint(43, (int(ends[-1]),), generator=generator, dtype=torch.int32)
+        uses[0][slot] = [Sparse(row_ends, columns, torch.randn(len(columns), generator=generator), 43)]
+    y = outputs(crowd, 21)
+    native, plain = (
+        added(operator_of(Sparse, kernels), uses, crowd, y)[0] for kernels in ("native", "torch")
+    )
+    torch.testing.assert_close(native, plain, atol=2e-4, rtol=1e-4)
 
 
 @pytest.fixture

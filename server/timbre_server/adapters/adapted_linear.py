@@ -144,16 +144,18 @@ class AdaptedLinear(nn.Module):
         if self.merged is not None and self._group.rows_are_merged:
             return self.merged(x)
         bounds, copies = self._group.bound(), self._group.copies
-        if copies is not None and copies.last == self._path and all(b.reads_input_alone for b in bounds):
-            return self._where_copies_meet(copies, x)
-        if not bounds:
-            return self._base_product(x)
-        inputs = [c for b in bounds if (c := b.input_change(self._member, rows_of(x))) is not None]
+        if all(bound.reads_input_alone for bound in bounds):
+            if copies is not None and copies.last == self._path:
+                return self._where_copies_meet(copies, x)
+            y = self._base_product(x)
+            return added(y, self._group.changes(self._member, x), is_own=True) if bounds else y
+        x_TI = rows_of(x)
+        inputs = [c for b in bounds if (c := b.input_change(self._member, x_TI)) is not None]
         y = self._product(added(x, inputs)) if inputs else self._base_product(x)
-        sums = list(self._group.changes(self._member, x))
         outputs = self._output_changes(bounds, x, y, changed_input=bool(inputs))
-        outputs += [self._produced(o, x) for b in bounds if (o := b.own_product(self._member, rows_of(x)))]
-        return added(y, sums + outputs, is_own=True) if sums or outputs else y
+        produced = [self._produced(o, x) for b in bounds if (o := b.own_product(self._member, x_TI))]
+        changes = [*outputs, *self._group.changes(self._member, x), *produced]
+        return added(y, changes, is_own=True) if changes else y
 
     def _base_product(self, x: Tensor) -> Tensor:
         copies = self._group.copies
@@ -173,6 +175,7 @@ class AdaptedLinear(nn.Module):
     def _output_changes(
         self, bounds: Sequence[Bound], x: Tensor, y: Tensor, *, changed_input: bool
     ) -> list[Change]:
+        """To be added before all others: one alone may read y where it is added to it."""
         y0 = y
         found: list[Change] = []
         for bound in bounds:
@@ -183,7 +186,7 @@ class AdaptedLinear(nn.Module):
                 change = bound.output_change(self._member, rows_of(y0))
             if change is not None:
                 found.append(change)
-        return found
+        return found if len(found) < 2 else [Change(each.values_NO, each.rows_N) for each in found]
 
     def _produced(self, own: OwnProduct, x: Tensor) -> Change:
         """One more base product, for the rows that need one."""
@@ -205,6 +208,8 @@ def added(v: Tensor, changes: Sequence[Change], *, is_own: bool = False) -> Tens
     """
     if is_own and len(changes) == 1 and v.is_contiguous() and _is_plain(changes[0]):
         changes[0].add_to(rows_of(v))  # PyTorch sums in the wider type and rounds once: no copy is needed.
+        return v
+    if not changes:
         return v
     sum_TD = rows_of(v).to(torch.float32, copy=not is_own).contiguous()
     for change in changes:

@@ -32,13 +32,13 @@ class DiagonalOperator(Operator[Diagonal]):
 
     def bind(self, uses: Uses[Diagonal], table: RowTable) -> Bound:
         return BoundDiagonal(
-            [_gains(parts, "input", table) for parts in uses],
-            [_gains(parts, "output", table) for parts in uses],
+            [gains_of(parts, "input", table) for parts in uses],
+            [gains_of(parts, "output", table) for parts in uses],
         )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Gains:
+class Gains:
     """``change[rows_N] = extra_gain_MD[mix_N] ∘ v + shift_MD[mix_N]``; rows None: all, in order."""
 
     rows_N: Tensor | None
@@ -54,7 +54,7 @@ class _Gains:
         return Change(values, self.rows_N)
 
 
-def _gains(parts_by_slot: Mapping[int, Sequence[Diagonal]], side: str, table: RowTable) -> _Gains | None:
+def gains_of(parts_by_slot: Mapping[int, Sequence[Diagonal]], side: str, table: RowTable) -> Gains | None:
     """The summed gains of every span that has one on this side, or None."""
     on_side = {
         slot: own
@@ -88,7 +88,7 @@ def _gains(parts_by_slot: Mapping[int, Sequence[Diagonal]], side: str, table: Ro
     if any(part.shift is not None for part in parts):
         none_D = torch.zeros_like(parts[0].gain)
         shift_MD = summed([none_D if part.shift is None else part.shift for part in parts], 0.0)
-    return _Gains(
+    return Gains(
         table.rows_using(on_side),
         torch.tensor(mix_of_row, device=table.device),
         summed([part.gain for part in parts], 1.0),

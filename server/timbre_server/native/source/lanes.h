@@ -23,28 +23,63 @@ static inline Lanes all(float value) {
 
 static inline float sum(Lanes v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
 
+#ifdef __clang__
+template <typename Order>
+static inline Lanes picked(Lanes x, Lanes y, Order order) {
+    Lanes found;
+    for (int i = 0; i < LANES; i++) found[i] = order[i] < LANES ? x[order[i]] : y[order[i] - LANES];
+    return found;
+}
+#else
+// A macro, because its order must be a constant to the compiler.
+#define picked(x, y, order) __builtin_shuffle(x, y, order)
+#endif
+
 // The sums of eight vectors as one.
 static inline Lanes sums_of(const Lanes p[LANES]) {
     const Integers even = {0, 8, 2, 10, 4, 12, 6, 14}, odd = {1, 9, 3, 11, 5, 13, 7, 15};
     const Integers low = {0, 1, 8, 9, 4, 5, 12, 13}, high = {2, 3, 10, 11, 6, 7, 14, 15};
     const Integers left = {0, 1, 2, 3, 8, 9, 10, 11}, right = {4, 5, 6, 7, 12, 13, 14, 15};
-#ifdef __clang__
-#define PICK(x, y, order) pick(x, y, order)
-    auto pick = [](Lanes x, Lanes y, Integers order) {
-        Lanes picked;
-        for (int i = 0; i < LANES; i++) picked[i] = order[i] < LANES ? x[order[i]] : y[order[i] - LANES];
-        return picked;
-    };
-#else
-#define PICK(x, y, order) __builtin_shuffle(x, y, order)
-#endif
     Lanes pairs[4], fours[2];
     for (int i = 0; i < 4; i++)
-        pairs[i] = PICK(p[2 * i], p[2 * i + 1], even) + PICK(p[2 * i], p[2 * i + 1], odd);
+        pairs[i] = picked(p[2 * i], p[2 * i + 1], even) + picked(p[2 * i], p[2 * i + 1], odd);
     for (int i = 0; i < 2; i++)
-        fours[i] = PICK(pairs[2 * i], pairs[2 * i + 1], low) + PICK(pairs[2 * i], pairs[2 * i + 1], high);
-    return PICK(fours[0], fours[1], left) + PICK(fours[0], fours[1], right);
-#undef PICK
+        fours[i] = picked(pairs[2 * i], pairs[2 * i + 1], low) + picked(pairs[2 * i], pairs[2 * i + 1], high);
+    return picked(fours[0], fours[1], left) + picked(fours[0], fours[1], right);
+}
+
+// Eight vectors as the rows of a matrix become its columns.
+static inline void transpose(Lanes p[LANES]) {
+    const Integers low = {0, 8, 1, 9, 4, 12, 5, 13}, high = {2, 10, 3, 11, 6, 14, 7, 15};
+    const Integers first = {0, 1, 8, 9, 4, 5, 12, 13}, second = {2, 3, 10, 11, 6, 7, 14, 15};
+    const Integers left = {0, 1, 2, 3, 8, 9, 10, 11}, right = {4, 5, 6, 7, 12, 13, 14, 15};
+    Lanes pairs[LANES], fours[LANES];
+    for (int i = 0; i < LANES; i += 2) {
+        pairs[i] = picked(p[i], p[i + 1], low);
+        pairs[i + 1] = picked(p[i], p[i + 1], high);
+    }
+    for (int i = 0; i < LANES; i += 4)
+        for (int j = 0; j < 2; j++) {
+            fours[i + 2 * j] = picked(pairs[i + j], pairs[i + j + 2], first);
+            fours[i + 2 * j + 1] = picked(pairs[i + j], pairs[i + j + 2], second);
+        }
+    for (int i = 0; i < 4; i++) {
+        p[i] = picked(fours[i], fours[i + 4], left);
+        p[i + 4] = picked(fours[i], fours[i + 4], right);
+    }
+}
+
+// lanes [in, LANES]: up to eight rows of x side by side, zeros where there is none.
+static void side_by_side(const float *x, int64_t in, const int64_t *rows, int64_t count, float *lanes) {
+    int64_t i = 0;
+    for (; i + LANES <= in; i += LANES) {
+        Lanes block[LANES] = {};
+        for (int64_t n = 0; n < count; n++) block[n] = load(x + rows[n] * in + i);
+        transpose(block);
+        for (int j = 0; j < LANES; j++) store(lanes + (i + j) * LANES, block[j]);
+    }
+    for (; i < in; i++)
+        for (int n = 0; n < LANES; n++) lanes[i * LANES + n] = n < count ? x[rows[n] * in + i] : 0;
 }
 
 // All rows of a batch that use one adapter, each once, with their weights.

@@ -8,21 +8,66 @@ struct SparseUse {
     Rows rows;
 };
 
+constexpr int64_t PIECE = 2048;  // Entries whose products stay in the nearest cache.
+
+static inline float dot(const SparseUse &use, int64_t o, const float *v) {
+    float total = 0;
+    for (int64_t k = use.row_ends[o]; k < use.row_ends[o + 1]; k++) total += use.values[k] * v[use.columns[k]];
+    return total;
+}
+
+// products[k] = values[k] v[columns[k]] for k < count, without a branch on where rows end.
+static void multiply(const float *values, const int32_t *columns, int64_t count, const float *v, float *products) {
+    int64_t k = 0;
+    for (; k + LANES <= count; k += LANES) {
+        const int32_t *c = columns + k;
+        const Lanes read = {v[c[0]], v[c[1]], v[c[2]], v[c[3]], v[c[4]], v[c[5]], v[c[6]], v[c[7]]};
+        store(products + k, read * load(values + k));
+    }
+    for (; k < count; k++) products[k] = values[k] * v[columns[k]];
+}
+
+// The first `count` of eight floats, zeros for the others whatever they are.
+static inline Lanes first_of(const float *from, int64_t count) {
+    static const int32_t masks[2 * LANES] = {-1, -1, -1, -1, -1, -1, -1, -1};
+    Integers mask, found;
+    std::memcpy(&mask, masks + LANES - (count < LANES ? count : LANES), sizeof mask);
+    std::memcpy(&found, from, sizeof found);
+    found &= mask;
+    Lanes lanes;
+    std::memcpy(&lanes, &found, sizeof lanes);
+    return lanes;
+}
+
+// Products of eight outputs lie one after another in `products`. Returns their sums, and where they end.
+static inline Lanes sums_of_outputs(const int64_t *row_ends, const float *&products) {
+    Lanes sums[LANES];
+    for (int j = 0; j < LANES; j++) {
+        const float *end = products + (row_ends[j + 1] - row_ends[j]);
+        sums[j] = first_of(products, end - products);
+        for (products += LANES; products < end; products += LANES) sums[j] += first_of(products, end - products);
+        products = end;
+    }
+    return sums_of(sums);
+}
+
 static void one_row(const SparseUse &use, int64_t n, const float *x, int64_t in, float *y, int64_t out, Share own) {
     const float *v = x + use.rows.rows[n] * in;
     const float weight = use.rows.weights[n];
     float *to = y + use.rows.rows[n] * out;
-    for (int64_t o = own.begin; o < own.end; o++) {
-        const int64_t begin = use.row_ends[o], end = use.row_ends[o + 1];
-        if (begin == end) continue;
-        float total = 0, other = 0;
-        int64_t k = begin;
-        for (; k + 2 <= end; k += 2) {
-            total += use.values[k] * v[use.columns[k]];
-            other += use.values[k + 1] * v[use.columns[k + 1]];
+    float products[PIECE + LANES];
+    for (int64_t o = own.begin; o < own.end;) {
+        const int64_t begin = use.row_ends[o];
+        int64_t last = o;
+        while (last + LANES <= own.end && use.row_ends[last + LANES] - begin <= PIECE) last += LANES;
+        if (last == o) {  // Fewer than eight outputs are left, or they have many entries.
+            if (use.row_ends[o + 1] > begin) to[o] += weight * dot(use, o, v);
+            o++;
+            continue;
         }
-        if (k < end) total += use.values[k] * v[use.columns[k]];
-        to[o] += weight * (total + other);
+        multiply(use.values + begin, use.columns + begin, use.row_ends[last] - begin, v, products);
+        const float *from = products;
+        for (; o < last; o += LANES) store(to + o, load(to + o) + sums_of_outputs(use.row_ends + o, from) * weight);
     }
 }
 
@@ -52,10 +97,7 @@ extern "C" void timbre_sparse(
             int64_t row = 0;
             for (; row + LANES <= use.rows.count; row += LANES) {
                 lanes.resize(in * LANES);
-                for (int n = 0; n < LANES; n++) {
-                    const float *from = x + use.rows.rows[row + n] * in;
-                    for (int64_t i = 0; i < in; i++) lanes[i * LANES + n] = from[i];
-                }
+                side_by_side(x, in, use.rows.rows + row, LANES, lanes.data());
                 eight_rows(use, row, lanes.data(), y, out, own);
             }
             for (; row < use.rows.count; row++) one_row(use, row, x, in, y, out, own);

@@ -12,18 +12,21 @@ struct SpectralRows {
 };
 
 struct SpectralCore {
-    const float *values;  // [N] of all rows, or [N, LANES]; null: nothing is added.
+    const float *values;  // [N] of all rows, or [N, LANES] in order of use; null: nothing is added.
     int64_t is_shared;
 };
 
-// Sorted by where it writes: coordinate o is the sum over e in [ends[o], ends[o + 1]) of
-// factor[e] values[source[e]] z[column[e]].
+// A coefficient in the order of those side by side: value times both parts of the frequency whose real part is
+// coordinate `column` is added, each with a factor of its own, to those of the frequency at `row`.
+struct SpectralEntry {
+    int32_t row, column;
+    int32_t source;  // Among the values of rows that share them.
+    float factors[2];
+};
+
 struct SpectralPattern {
-    const int32_t *ends;
-    const int32_t *columns;
-    const int32_t *sources;
-    const float *factors;
-    int64_t coordinates;
+    const SpectralEntry *entries;
+    int64_t count;
 };
 
 // The first place in a buffer that vectors may lie at.
@@ -44,27 +47,41 @@ extern "C" void timbre_spectra(
 #pragma omp for schedule(static)
         for (int64_t g = 0; g < count; g++) {
             const SpectralRows &own = groups[g];
-            float *to = reinterpret_cast<float *>(packed);
-            std::memset(to, 0, m * sizeof *packed);
-            for (int64_t n = 0; n < own.count; n++)
-                for (int64_t i = 0; i < in; i++) to[i * LANES + n] = x[own.rows[n] * in + i];
+            side_by_side(x, in, own.rows, own.count, reinterpret_cast<float *>(packed));
             spectra(*plan, packed, scratch, reinterpret_cast<Complex *>(z) + g * (m + 1));
         }
     }
 }
 
+// Not output by output: there is no branch on how many coefficients a frequency has.
 template <bool SHARED>
-static void apply_core(const SpectralPattern &pattern, const float *values, const float *z, Complex *h) {
+static void apply_core(const SpectralPattern &pattern, const float *values, const float *z, Complex *h, int64_t size) {
     float *to = reinterpret_cast<float *>(h);
-    for (int64_t o = 0; o < pattern.coordinates; o++) {
-        Lanes total = {};
-        for (int64_t e = pattern.ends[o]; e < pattern.ends[o + 1]; e++) {
-            const int64_t source = pattern.sources[e];
-            const Lanes value = SHARED ? all(values[source]) : load(values + source * LANES);
-            total += value * pattern.factors[e] * load(z + int64_t(pattern.columns[e]) * LANES);
-        }
-        store(to + o * LANES, total);
+    std::memset(to, 0, size * sizeof *h);
+    for (int64_t e = 0; e < pattern.count; e++) {
+        const SpectralEntry &entry = pattern.entries[e];
+        const Lanes value = SHARED ? all(values[entry.source]) : load(values + e * LANES);
+        const float *read = z + int64_t(entry.column) * LANES;
+        float *written = to + int64_t(entry.row) * LANES;
+        store(written, load(written) + value * entry.factors[0] * load(read));
+        store(written + LANES, load(written + LANES) + value * entry.factors[1] * load(read + LANES));
     }
+}
+
+// y += lanes [out, LANES], by rows.
+static void add_to_rows(const float *lanes, int64_t out, const SpectralRows &own, float *y) {
+    int64_t o = 0;
+    for (; o + LANES <= out; o += LANES) {
+        Lanes block[LANES];
+        for (int j = 0; j < LANES; j++) block[j] = load(lanes + (o + j) * LANES);
+        transpose(block);
+        for (int64_t n = 0; n < own.count; n++) {
+            float *to = y + own.rows[n] * out + o;
+            store(to, load(to) + block[n]);
+        }
+    }
+    for (; o < out; o++)
+        for (int64_t n = 0; n < own.count; n++) y[own.rows[n] * out + o] += lanes[o * LANES + n];
 }
 
 // y [T, 2 m] is contiguous; `z` has `in_coordinates` for each group of rows.
@@ -77,19 +94,19 @@ extern "C" void timbre_spectral(
     {
         const std::unique_ptr<float[]> buffers(new float[(3 * m + 1) * 2 * LANES + LANES]);
         Complex *h = aligned(buffers), *packed = h + m + 1, *scratch = packed + m;
+        const int64_t size = in_coordinates * LANES;
 #pragma omp for schedule(static)
         for (int64_t g = 0; g < count; g++) {
             const SpectralRows &own = groups[g];
             const SpectralCore &core = cores[g];
             if (core.values == nullptr) continue;
-            const float *own_z = z + g * in_coordinates * LANES;
+            const float *own_z = z + g * size;
             if (core.is_shared)
-                apply_core<true>(*pattern, core.values, own_z, h);
+                apply_core<true>(*pattern, core.values, own_z, h, m + 1);
             else
-                apply_core<false>(*pattern, core.values, own_z, h);
+                apply_core<false>(*pattern, core.values, own_z, h, m + 1);
             const float *from = reinterpret_cast<float *>(rows_of_spectra(*plan, h, packed, scratch));
-            for (int64_t n = 0; n < own.count; n++)
-                for (int64_t o = 0; o < out; o++) y[own.rows[n] * out + o] += from[o * LANES + n];
+            add_to_rows(from, out, own, y);
         }
     }
 }

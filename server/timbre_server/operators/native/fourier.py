@@ -56,7 +56,8 @@ class Plan:
         self.length = length
         self.coordinates = 2 * (m + 1)
         self._held = torch.tensor(factors), _roots(m, m), _roots(length, m + 1)
-        self.view = _View(m, len(factors), *(tensor.data_ptr() for tensor in self._held))
+        self._view = _View(m, len(factors), *(tensor.data_ptr() for tensor in self._held))
+        self.address = ctypes.addressof(self._view)
 
 
 def _roots(turn: int, count: int) -> Tensor:

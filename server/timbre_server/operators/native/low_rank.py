@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from timbre_methods.program import LowRank
-from timbre_server.native.library import library
 from timbre_server.operators.contract import Bound, Uses
 from timbre_server.operators.low_rank import BoundGated, Gating, LowRankOperator
 from timbre_server.operators.native.low_rank_experts import BoundExperts
@@ -39,4 +38,4 @@ def _kernel(parts_by_slot: Mapping[int, Sequence[LowRank]], table: RowTable) -> 
     shape = len(b_OR), a_RI.shape[1]
     uses = [LowRankUse.of(a, b, segment) for segment, (a, b) in held]
     work = sum(len(segment.rows_N) * len(a) for segment, (a, _) in held) * sum(shape)
-    return InputKernel(library().timbre_low_rank, uses, held, shape, work)
+    return InputKernel("timbre_low_rank", uses, held, shape, work)

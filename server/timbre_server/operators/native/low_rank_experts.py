@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from timbre_methods.program import LowRank
-from timbre_server.native.library import library, num_threads
+from timbre_server.native.library import num_threads
 from timbre_server.operators.contract import Change, Uses
 from timbre_server.operators.low_rank import BoundGated, Gating
-from timbre_server.operators.native.uses import KernelChange, LowRankUse, rows_of
+from timbre_server.operators.native.uses import ADDRESS, NUMBER, KernelChange, LowRankUse, kernel, rows_of
 from timbre_server.operators.row_table import RowTable, Segment
 
 
@@ -91,18 +91,20 @@ class _Member:
         kept = {slot: gating.num_kept[slot] / gating.num_columns[slot] for slot in gating.columns}
         pairs = sum(len(e.segment.rows_N) * len(e.a_RI) * kept[e.segment.slot] for e in experts)
         self._work = int(pairs) * (self._in_features + self.out_features)
-        self._run = library().timbre_low_rank_experts
+        self._begin = (ctypes.addressof(self._experts), len(experts))
+        self._run = kernel(
+            "timbre_low_rank_experts", ADDRESS, NUMBER, ADDRESS, ADDRESS, NUMBER, ADDRESS, NUMBER
+        )
         self.rows_N = rows_of([e.segment for e in experts])
 
     def add(self, gates: _Gates, x_TI: Tensor, y_TO: Tensor) -> None:
         self._run(
-            self._experts,
-            ctypes.c_int64(len(self._experts)),
-            gates.views,
-            ctypes.c_void_p(x_TI.data_ptr()),
-            ctypes.c_int64(self._in_features),
-            ctypes.c_void_p(y_TO.data_ptr()),
-            ctypes.c_int64(self.out_features),
+            *self._begin,
+            ctypes.addressof(gates.views),
+            x_TI.data_ptr(),
+            self._in_features,
+            y_TO.data_ptr(),
+            self.out_features,
             num_threads(self._work),
         )
 

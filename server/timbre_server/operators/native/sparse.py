@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from timbre_methods.program import Sparse
-from timbre_server.native.library import library
 from timbre_server.operators.contract import Bound, Uses
 from timbre_server.operators.native.uses import BoundInputKernels, InputKernel, Rows
 from timbre_server.operators.row_table import RowTable
@@ -48,9 +47,7 @@ def _kernel(parts_by_slot: Mapping[int, Sequence[Sparse]], table: RowTable) -> I
         for segment, part in held
     ]
     work = sum(len(segment.rows_N) * len(part.values_N) for segment, part in held)
-    return InputKernel(
-        library().timbre_sparse, uses, held, (len(first.row_ends) - 1, first.in_features), work
-    )
+    return InputKernel("timbre_sparse", uses, held, (len(first.row_ends) - 1, first.in_features), work)
 
 
 def _laid_out(part: Sparse) -> Sparse:

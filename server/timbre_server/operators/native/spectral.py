@@ -13,18 +13,20 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from timbre_methods.program import Places, Spectral
-from timbre_server.native.library import library, num_threads
+from timbre_server.native.library import num_threads
 from timbre_server.operators.contract import Bound, Change, Uses
 from timbre_server.operators.native.fourier import LANES, Plan, Rows, factors_of
-from timbre_server.operators.native.uses import KernelChange
+from timbre_server.operators.native.uses import ADDRESS, NUMBER, KernelChange, kernel
 from timbre_server.operators.pooling import PoolRoom
 from timbre_server.operators.row_table import Pairs, RowTable
-from timbre_server.operators.spectral import Pattern, SpectralOperator
+from timbre_server.operators.spectral import SpectralOperator
+from timbre_server.operators.transforms import Transform
 
 
 class NativeSpectral(SpectralOperator):
@@ -33,6 +35,7 @@ class NativeSpectral(SpectralOperator):
     def __init__(self) -> None:
         super().__init__()
         self._plans: dict[int, Plan] = {}
+        self._native_patterns: WeakKeyDictionary[Places, _Pattern] = WeakKeyDictionary()
 
     def bind(self, uses: Uses[Spectral], table: RowTable) -> Bound:
         places = [_only_places(parts_by_slot) for parts_by_slot in uses]
@@ -45,7 +48,7 @@ class NativeSpectral(SpectralOperator):
         members = [
             None
             if own is None
-            else _Member(batch, parts, self._plan(own.out_features), self._pattern(own, table.device))
+            else _Member(batch, parts, self._plan(own.out_features), self._native_pattern(own))
             for own, parts in zip(places, uses, strict=True)
         ]
         return _BoundSpectral(batch, self._plan(known[0].in_features), members)
@@ -54,6 +57,16 @@ class NativeSpectral(SpectralOperator):
         if length not in self._plans:
             self._plans[length] = Plan(length)
         return self._plans[length]
+
+    def _native_pattern(self, places: Places) -> _Pattern:
+        """Kept as long as the object of places."""
+        if places not in self._native_patterns:
+            cpu = torch.device("cpu")
+            inner, outer = (
+                self._transform(places, n, cpu) for n in (places.in_features, places.out_features)
+            )
+            self._native_patterns[places] = _Pattern(places, inner, outer)
+        return self._native_patterns[places]
 
 
 def _only_places(parts_by_slot: Mapping[int, Sequence[Spectral]]) -> Places | None:
@@ -76,6 +89,10 @@ class _Batch:
     """Of each group: the one of all its rows, or one a row."""
     rows_U: Tensor
     num_rows: int
+
+    @property
+    def address(self) -> int:
+        return ctypes.addressof(self.groups)
 
     @staticmethod
     def of(table: RowTable, slots: set[int], bytes_per_row: int) -> _Batch:
@@ -105,73 +122,66 @@ class _Core(ctypes.Structure):
     _fields_ = [("values", ctypes.c_void_p), ("is_shared", ctypes.c_int64)]
 
 
-class _PatternView(ctypes.Structure):
-    _fields_ = [
-        ("ends", ctypes.c_void_p),
-        ("columns", ctypes.c_void_p),
-        ("sources", ctypes.c_void_p),
-        ("factors", ctypes.c_void_p),
-        ("coordinates", ctypes.c_int64),
-    ]
+class _PatternStructure(ctypes.Structure):
+    """``SpectralPattern`` of ``spectral.cpp``."""
 
-    @staticmethod
-    def of(pattern: Pattern) -> _PatternView:
-        tensors = (pattern.row_ends, pattern.columns, pattern.source, pattern.factor)
-        return _PatternView(*(tensor.data_ptr() for tensor in tensors), pattern.shape[0])
+    _fields_ = [("entries", ctypes.c_void_p), ("count", ctypes.c_int64)]
+
+
+class _Pattern:
+    """Where coefficients are among the coordinates of two half spectra, in order along the longer one: rows
+    of ``SpectralEntry`` of ``spectral.cpp``."""
+
+    def __init__(self, places: Places, inner: Transform, outer: Transform) -> None:
+        # Of each place the real part's coordinate, and the imaginary one's after it.
+        columns, rows = inner.reads(places.columns_N), outer.writes(places.rows_N)
+        along = rows if places.out_features > places.in_features else columns
+        self.order_N = along.index_NE[:, 0].argsort(stable=True)
+        indices_N3 = torch.stack(
+            [rows.index_NE[:, 0], columns.index_NE[:, 0], torch.arange(len(self.order_N))], 1
+        )
+        factors_N2 = (rows.factor_NE * columns.factor_NE).float()
+        entries_N5 = torch.cat([indices_N3.int(), factors_N2.view(torch.int32)], 1)[self.order_N]
+        self._held = entries_N5
+        self._structure = _PatternStructure(entries_N5.data_ptr(), len(entries_N5))
+        self.address = ctypes.addressof(self._structure)
 
 
 class _Member:
     """The values of all adapters at one member of a group of layers."""
 
     def __init__(
-        self, batch: _Batch, parts_by_slot: Mapping[int, Sequence[Spectral]], plan: Plan, pattern: Pattern
+        self, batch: _Batch, parts_by_slot: Mapping[int, Sequence[Spectral]], plan: Plan, pattern: _Pattern
     ) -> None:
-        self._batch, self._plan, self._pattern = batch, plan, pattern
-        self._view = _PatternView.of(pattern)
-        own = [_values(mixes, parts_by_slot) for mixes in batch.mixes]
-        self._held = tuple(values for values, _ in own)
+        own = [_values(mixes, parts_by_slot, pattern.order_N) for mixes in batch.mixes]
         self._cores = (_Core * len(own))(
             *(_Core(None if v is None else v.data_ptr(), is_shared) for v, is_shared in own)
         )
-        self._work = LANES * len(own) * (len(pattern.columns) + 8 * plan.length)
-        self._run = library().timbre_spectral
-
-    @property
-    def out_features(self) -> int:
-        return self._plan.length
-
-    @property
-    def rows_N(self) -> Tensor:  # noqa: N802
-        return self._batch.rows_U
+        self._held = (plan, pattern, batch, own)
+        self._begin = (plan.address, pattern.address, batch.address, ctypes.addressof(self._cores), len(own))
+        self._work = LANES * len(own) * (2 * len(pattern.order_N) + 8 * plan.length)
+        self._run = kernel("timbre_spectral", *[ADDRESS] * 4, NUMBER, ADDRESS, NUMBER, ADDRESS)
+        self.rows_N = batch.rows_U
+        self.out_features = plan.length
 
     def add(self, z_GCL: Tensor, y_TO: Tensor) -> None:
         """What was made of x is all that it reads: the spectra of the batch's groups of rows."""
-        self._run(
-            ctypes.byref(self._plan.view),
-            ctypes.byref(self._view),
-            self._batch.groups,
-            self._cores,
-            ctypes.c_int64(len(self._cores)),
-            ctypes.c_void_p(z_GCL.data_ptr()),
-            ctypes.c_int64(z_GCL.shape[1]),
-            ctypes.c_void_p(y_TO.data_ptr()),
-            num_threads(self._work),
-        )
+        work = num_threads(self._work)
+        self._run(*self._begin, z_GCL.data_ptr(), z_GCL.shape[1], y_TO.data_ptr(), work)
 
 
 def _values(
-    mixes: Sequence[Pairs], parts_by_slot: Mapping[int, Sequence[Spectral]]
+    mixes: Sequence[Pairs], parts_by_slot: Mapping[int, Sequence[Spectral]], order_N: Tensor
 ) -> tuple[Tensor | None, bool]:
     """The values of one group of rows, and whether they share them; None where they have none here."""
     each = [_summed(mix, parts_by_slot) for mix in mixes]
     known = [values for values in each if values is not None]
     if len(each) == 1 or not known:
         return each[0], True
-    lanes_NL = torch.zeros(len(known[0]), LANES)
-    for lane, values in enumerate(each):
-        if values is not None:
-            lanes_NL[:, lane] = values
-    return lanes_NL, False
+    zeros_N = torch.zeros(len(known[0]))
+    lanes = [zeros_N if values is None else values for values in each]
+    lanes += [zeros_N] * (LANES - len(lanes))
+    return torch.stack(lanes, dim=1)[order_N], False
 
 
 def _summed(mix: Pairs, parts_by_slot: Mapping[int, Sequence[Spectral]]) -> Tensor | None:
@@ -185,19 +195,20 @@ def _summed(mix: Pairs, parts_by_slot: Mapping[int, Sequence[Spectral]]) -> Tens
 class _BoundSpectral(Bound):
     def __init__(self, batch: _Batch, plan: Plan, members: Sequence[_Member | None]) -> None:
         self._batch, self._plan, self._members = batch, plan, members
+        self._shape = (len(batch.groups), plan.coordinates, LANES)
         self._work = LANES * len(batch.groups) * 8 * plan.length
-        self._run = library().timbre_spectra
+        self._run = kernel("timbre_spectra", ADDRESS, ADDRESS, NUMBER, ADDRESS, ADDRESS)
 
     def sums(self, x_TI: Tensor) -> Sequence[Sequence[Change]]:
         x_TI = x_TI.contiguous()
-        z_GCL = torch.empty(len(self._batch.groups), self._plan.coordinates, LANES)
+        z_GCL = torch.empty(self._shape)
+        batch = self._batch
         self._run(
-            ctypes.byref(self._plan.view),
-            self._batch.groups,
-            ctypes.c_int64(len(self._batch.groups)),
-            ctypes.c_void_p(x_TI.data_ptr()),
-            ctypes.c_void_p(z_GCL.data_ptr()),
+            self._plan.address,
+            batch.address,
+            len(batch.groups),
+            x_TI.data_ptr(),
+            z_GCL.data_ptr(),
             num_threads(self._work),
         )
-        num_rows = self._batch.num_rows
-        return [() if m is None else (KernelChange(m, z_GCL, num_rows),) for m in self._members]
+        return [() if m is None else (KernelChange(m, z_GCL, batch.num_rows),) for m in self._members]

@@ -9,15 +9,26 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from functools import cached_property
-from typing import Protocol
+from functools import cache, cached_property
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from timbre_server.native.library import num_threads
+from timbre_server.native.library import library, num_threads
 from timbre_server.operators.contract import Bound, Change
 from timbre_server.operators.row_table import Segment
+
+ADDRESS, NUMBER = ctypes.c_void_p, ctypes.c_int64
+
+
+@cache
+def kernel(name: str, *types: type[Any]) -> Callable[..., None]:
+    """A function of the library, of arguments of these types and the number of threads: plain integers may be
+    given for all, which takes less time than to make objects of ctypes for each call."""
+    found = getattr(library(), name)
+    found.argtypes, found.restype = (*types, ctypes.c_int), None
+    return found  # type: ignore[no-any-return]
 
 
 class Rows(ctypes.Structure):
@@ -100,15 +111,17 @@ class InputKernel:
 
     def __init__(
         self,
-        run: Callable[..., object],
+        name: str,
         uses: Sequence[ctypes.Structure],
         held: Sequence[tuple[Segment, object]],
         shape: tuple[int, int],
         work: int,
     ) -> None:
         """``held``: whose rows and whose numbers ``uses`` has the addresses of. ``shape`` is [O, I]."""
-        self._run, self._held, self._work = run, tuple(held), work
+        self._run = kernel(name, ADDRESS, NUMBER, ADDRESS, NUMBER, ADDRESS, NUMBER)
+        self._held, self._work = tuple(held), work
         self._uses = (type(uses[0]) * len(uses))(*uses)
+        self._first, self._count = ctypes.addressof(self._uses), len(uses)
         self.out_features, self._in_features = shape
 
     @cached_property
@@ -117,12 +130,12 @@ class InputKernel:
 
     def add(self, source: Tensor, y_TO: Tensor) -> None:
         self._run(
-            self._uses,
-            ctypes.c_int64(len(self._uses)),
-            ctypes.c_void_p(source.data_ptr()),
-            ctypes.c_int64(self._in_features),
-            ctypes.c_void_p(y_TO.data_ptr()),
-            ctypes.c_int64(self.out_features),
+            self._first,
+            self._count,
+            source.data_ptr(),
+            self._in_features,
+            y_TO.data_ptr(),
+            self.out_features,
             num_threads(self._work),
         )
 

@@ -1,0 +1,65 @@
+"""What operators in C++ add where they add it: changes that are not computed before others are added."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from timbre_methods.program import AdapterProgram, Diagonal, LowRank, Part, Rotation
+from timbre_server.adapters.adapted_model import AdaptedModel, Arithmetic
+from timbre_server.adapters.groups import LinearGroup
+from timbre_server.operators.catalogue import Kernels, why_not
+from timbre_server.operators.row_table import RowTable, Span
+
+IN, OUT = 10, 12
+MISSING = why_not("native")
+
+
+def programs() -> list[AdapterProgram]:
+    """Gains on both sides, with a shift and without; low rank; a second change of the base's output."""
+    torch.manual_seed(0)
+    gain = Diagonal("output", torch.randn(OUT), None)
+    parts: list[tuple[Part, ...]] = [
+        (Diagonal("output", torch.randn(OUT), torch.randn(OUT)),),
+        (gain, LowRank(torch.randn(3, IN), torch.randn(OUT, 3))),
+        (Diagonal("input", torch.randn(IN), None), gain),
+        (Rotation("output", torch.randn(2, 3, 4, 4), (OUT, 4)), gain),
+    ]
+    return [AdapterProgram({"linear": own}) for own in parts]
+
+
+def output(kernels: Kernels, spans: list[Span], x_1TI: Tensor) -> Tensor:
+    torch.manual_seed(1)
+    model = nn.ModuleDict({"linear": nn.Linear(IN, OUT).to(x_1TI.dtype)})
+    adapted = AdaptedModel(model, [LinearGroup(("linear",))], Arithmetic(kernels=kernels))
+    for slot, program in enumerate(programs()):
+        adapted.put(slot, program)
+    table = RowTable(spans)
+    with torch.inference_mode():
+        adapted.set_rows(table, table)
+        y: Tensor = model["linear"](x_1TI)
+        adapted.clear_rows()
+    return y
+
+
+SPANS = {
+    "all rows of one": [Span(5, ((0, 1.0),))],
+    "gains and low rank": [Span(1, ((1, 1.0),)), Span(2), Span(2, ((0, 0.5), (1, 2.0)))],
+    "both sides": [Span(3, ((2, 1.0),)), Span(2, ((0, 1.0), (2, -0.5)))],
+    "two changes of the output": [Span(2, ((3, 1.0),)), Span(1), Span(2, ((1, 0.3), (3, 0.7)))],
+}
+
+
+@pytest.mark.skipif(MISSING is not None, reason=f"no native kernels here: {MISSING}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("crowd", SPANS)
+def test_gains_in_cpp_read_the_output_before_anything_is_added(crowd: str, dtype: torch.dtype) -> None:
+    x_1TI = torch.randn(1, 5, IN, generator=torch.Generator().manual_seed(2)).to(dtype)
+    native, plain = (output(kernels, SPANS[crowd], x_1TI) for kernels in ("native", "torch"))  # type: ignore[arg-type]
+    torch.testing.assert_close(native, plain)
+    base = output("torch", [Span(5)], x_1TI)
+    row = 0
+    for span in SPANS[crowd]:
+        rows = slice(row, row := row + span.num_rows)
+        assert torch.equal(native[0, rows], base[0, rows]) == (not span.pairs)
