@@ -10,13 +10,14 @@ from timbre_server.native.library import LibraryUnavailable, library
 from timbre_server.operators.agreement import wrong_operator
 from timbre_server.operators.contract import Operator
 from timbre_server.operators.native.low_rank import NativeLowRank
+from timbre_server.operators.native.projected import NativeProjected
 from timbre_server.operators.native.sparse import NativeSparse
 from timbre_server.operators.native.spectral import NativeSpectral
 
 
 def operators() -> tuple[Operator[Any], ...]:
     """One new instance of each; parts that are not among theirs keep the plain operator."""
-    return (NativeLowRank(), NativeSpectral(), NativeSparse())
+    return (NativeLowRank(), NativeSpectral(), NativeSparse(), NativeProjected())
 
 
 def why_not() -> str | None:
