@@ -9,6 +9,7 @@ import torch
 from timbre_server.native.library import LibraryUnavailable, library
 from timbre_server.operators.agreement import wrong_operator
 from timbre_server.operators.contract import Operator
+from timbre_server.operators.native import routers
 from timbre_server.operators.native.low_rank import NativeLowRank
 from timbre_server.operators.native.projected import NativeProjected
 from timbre_server.operators.native.sparse import NativeSparse
@@ -29,4 +30,6 @@ def why_not() -> str | None:
     wrong = wrong_operator(operators(), torch.device("cpu"), counts=(1, 11, 600))
     if wrong is not None:
         return f"{type(wrong).__name__}, as it was compiled, computes something else than PyTorch"
+    if not routers.agree():
+        return "the routers, as they were compiled, give other gates than PyTorch's"
     return None
