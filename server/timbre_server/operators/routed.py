@@ -118,7 +118,7 @@ class _LowRankExperts:
             for expert in own:
                 for part in (part for part in expert.parts if isinstance(part, LowRank)):
                     parts_by_slot.setdefault(expert.slot, []).append(part)
-                    columns.setdefault(expert.slot, []).extend([expert.column] * len(part.a_RI))
+                    columns.setdefault(expert.slot, []).extend([expert.column] * part.a_RI.shape[0])
         self._bound = operator.bind_gated(uses, table, gates.gating(columns)) if columns else None
 
     def sums(self, x_TI: Tensor) -> Sequence[Sequence[Change]]:

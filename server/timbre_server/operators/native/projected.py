@@ -43,19 +43,21 @@ class NativeProjected(ProjectedOperator):
 def _is_served(part: Projected) -> bool:
     if part.form != "diagonal":
         return False
-    num_blocks, (p_NPI, q_NOQ) = len(part.core), (part.basis.p_NPI, part.basis.q_NOQ)
+    num_blocks, p_NPI, q_NOQ = part.core.shape[0], part.basis.p_NPI, part.basis.q_NOQ
     blocks = 1 if part.inner_NI is not None else num_blocks, 1 if part.outer_NO is not None else num_blocks
-    return blocks == (len(p_NPI), len(q_NOQ)) and _p_lies(p_NPI) and _q_lies(q_NOQ)
+    return blocks == (p_NPI.shape[0], q_NOQ.shape[0]) and _p_lies(p_NPI) and _q_lies(q_NOQ)
 
 
 def _p_lies(p_NPI: Tensor) -> bool:
     """Whether all rows of all blocks follow one another, each of consecutive numbers."""
-    return p_NPI.stride(2) == 1 and (len(p_NPI) == 1 or p_NPI.stride(0) == p_NPI.shape[1] * p_NPI.stride(1))
+    return p_NPI.stride(2) == 1 and (
+        p_NPI.shape[0] == 1 or p_NPI.stride(0) == p_NPI.shape[1] * p_NPI.stride(1)
+    )
 
 
 def _q_lies(q_NOQ: Tensor) -> bool:
     """Whether each row of all blocks is of consecutive numbers, block after block."""
-    return q_NOQ.stride(2) == 1 and (len(q_NOQ) == 1 or q_NOQ.stride(0) == q_NOQ.shape[2])
+    return q_NOQ.stride(2) == 1 and (q_NOQ.shape[0] == 1 or q_NOQ.stride(0) == q_NOQ.shape[2])
 
 
 class _Matrix(ctypes.Structure):
@@ -219,12 +221,12 @@ class _BoundProjected(Bound):
 
 def _addresses(vectors_ND: Tensor) -> list[int]:
     """Of contiguous rows."""
-    first, step = vectors_ND.data_ptr(), vectors_ND.shape[1] * vectors_ND.itemsize
-    return [first + number * step for number in range(len(vectors_ND))]
+    first, (count, size) = vectors_ND.data_ptr(), vectors_ND.shape
+    return [first + number * size * vectors_ND.itemsize for number in range(count)]
 
 
 def _unweighted(rows_N: Tensor) -> Rows:
-    return Rows(rows_N.data_ptr(), None, len(rows_N))
+    return Rows(rows_N.data_ptr(), None, rows_N.shape[0])
 
 
 class _Member:

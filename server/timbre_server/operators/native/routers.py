@@ -65,26 +65,30 @@ class NativeRouters(Routers):
 
     def __init__(self, routers: Sequence[tuple[Segment, Sequence[Router]]]) -> None:
         self._held: list[object] = []
-        self._shapes = [(len(s.rows_N), sum(r.num_experts for r in own)) for s, own in routers]
+        self._rules: dict[Rule, _Rule] = {}
+        self._shapes = [(s.rows_N.shape[0], sum(r.num_experts for r in own)) for s, own in routers]
         self._sizes = [count * num_gates for count, num_gates in self._shapes]
         uses: list[_Use] = []
         first, work = 0, 0
         for (segment, own), (count, num_gates) in zip(routers, self._shapes, strict=True):
-            column = first
+            self._held.append(segment)
+            column, rows = first, Rows.of(segment)
             for router in own:
-                uses.append(self._use(segment, router, column, num_gates))
+                uses.append(self._use(rows, router, column, num_gates))
                 column += router.num_experts
                 work += count * router.weight_EI.numel()
             first += count * num_gates
         self._uses, self._work = (_Use * len(uses))(*uses), work
         self._run = library().timbre_gates
 
-    def _use(self, segment: Segment, router: Router, first: int, stride: int) -> _Use:
+    def _use(self, rows: Rows, router: Router, first: int, stride: int) -> _Use:
         tensors = router.weight_EI, router.bias_E, router.preference_E
         laid_out = [None if tensor is None else tensor.contiguous() for tensor in tensors]
-        self._held += [segment, *laid_out]
+        self._held += laid_out
+        if router.rule not in self._rules:
+            self._rules[router.rule] = _Rule.of(router.rule)
         addresses = (None if tensor is None else tensor.data_ptr() for tensor in laid_out)
-        return _Use(_Rule.of(router.rule), *addresses, router.num_experts, Rows.of(segment), first, stride)
+        return _Use(self._rules[router.rule], *addresses, router.num_experts, rows, first, stride)
 
     def gates(self, x_TI: Tensor) -> Sequence[Tensor]:
         x_TI, gates = x_TI.contiguous(), torch.empty(sum(self._sizes))
