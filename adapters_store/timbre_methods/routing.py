@@ -83,7 +83,7 @@ class Router:
 
     @property
     def num_experts(self) -> int:
-        return len(self.weight_EI)
+        return self.weight_EI.shape[0]
 
     @property
     def num_kept(self) -> int:

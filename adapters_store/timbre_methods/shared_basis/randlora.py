@@ -188,7 +188,7 @@ def _part(config: RandloraConfig, shapes: Shapes, found: SiteTensors, a: Whole, 
         basis = interned_basis(p, q, gamma_NL.device)
         return Projected("diagonal", core_NR, basis, inner_NI=gamma_NL)
     p = b.part(("in", of_b), site, lambda values: big(values).permute(1, 2, 0).contiguous())
-    q = a.part(("out", of_a), site, lambda values: small(values).T[None])
+    q = a.part(("out", of_a), site, lambda values: small(values).T.contiguous()[None])
     return Projected("diagonal", core_NR, interned_basis(p, q, gamma_NL.device), outer_NO=gamma_NL)
 
 

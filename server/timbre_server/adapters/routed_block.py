@@ -29,7 +29,7 @@ from timbre_server.adapters.active_rows import ActiveRows, RowCopies
 from timbre_server.adapters.groups import Block
 from timbre_server.operators.router import BoundRouters
 from timbre_server.operators.row_table import RowTable, Span
-from timbre_server.operators.step_routing import RouterCall, StepRouting
+from timbre_server.operators.step_routing import SegmentRouters, StepRouting
 
 
 class RoutedBlockLayer:
@@ -111,7 +111,7 @@ class _Choices:
     def __init__(self, parts: Mapping[int, RoutedBlock], table: RowTable) -> None:
         self._base_table = table
         self._routing = [segment for segment in table.segments if segment.slot in parts]
-        self._routers = BoundRouters([(segment, parts[segment.slot].router) for segment in self._routing])
+        self._routers = BoundRouters([(segment, [parts[segment.slot].router]) for segment in self._routing])
         self.are_copied = any(part.copies > 1 for part in parts.values())
         copies = [_copies_by_slot(span, parts) for span in table.spans]
         spans = [
@@ -141,7 +141,8 @@ class _Choices:
         gate_P = torch.ones(len(self.row_P), device=x_TD.device)
         found = zip(self._routing, self._choosers, self._routers.gates(x_TD), strict=True)
         for segment, chooser, gates_NE in found:
-            step.note(RouterCall(chooser.part.router, self._base_table, segment, gates_NE))
+            asked = SegmentRouters.of([chooser.part.router], self._base_table, segment)
+            step.note([(asked, gates_NE)])
             gates_ME = gates_NE.index_select(0, chooser.row_M) if self.are_copied else gates_NE
             if chooser.part.copies > 1:
                 best_NE = torch.sort(gates_NE, dim=1, descending=True, stable=True).indices

@@ -1,6 +1,6 @@
 """Which experts acted in a step: for each row that is asked after, and counted for each mixture.
 
-Legend: N rows of one adapter, E experts.
+Legend: N rows of one adapter, E experts, K gates of several routers.
 """
 
 from __future__ import annotations
@@ -46,15 +46,16 @@ def router_places(program: AdapterProgram) -> dict[Router | Scouted, str]:
 
 def expert_tokens(calls: Iterable[RouterCall]) -> dict[int, list[int]]:
     """By slot: how often each expert acted on a row, over all places."""
-    gates: dict[tuple[int, int], list[Tensor]] = {}
-    for call in calls:
-        gates.setdefault((call.segment.slot, call.router.num_experts), []).append(call.gates_NE)
+    gates: dict[tuple[int, tuple[int, ...]], list[Tensor]] = {}
+    for asked, gates_NK in calls:
+        gates.setdefault((asked.segment.slot, asked.sizes), []).append(gates_NK)
     counts: dict[int, list[int]] = {}
-    for (slot, num_experts), found in gates.items():
+    for (slot, sizes), found in gates.items():
         own = counts.setdefault(slot, [])
-        own += [0] * (num_experts - len(own))
-        for expert, count in enumerate(torch.cat(found).ne(0).sum(0).tolist()):
-            own[expert] += count
+        own += [0] * (max(sizes) - len(own))
+        acted = iter(torch.cat(found).ne(0).sum(0).tolist())
+        for expert in (expert for size in sizes for expert in range(size)):
+            own[expert] += next(acted)
     return counts
 
 
@@ -67,15 +68,18 @@ def choices_of(
     """By row of the step, in the order in which the routers were called. ``rows_of_tables``: for the tables
     that count the step's rows (None) or copies of them, the row of each; calls for others do not matter."""
     wanted: dict[int, list[Choice]] = {row: [] for row in rows}
-    for call in calls:
-        if call.table not in rows_of_tables:
+    for asked, gates_NK in calls:
+        if asked.table not in rows_of_tables:
             continue
-        row_P = rows_of_tables[call.table]
-        rows_N = call.segment.rows_N if row_P is None else row_P[call.segment.rows_N]
+        row_P = rows_of_tables[asked.table]
+        rows_N = asked.segment.rows_N if row_P is None else row_P[asked.segment.rows_N]
         nth = {row: index for index, row in enumerate(rows_N.tolist()) if row in wanted}
         for row, index in nth.items():
-            experts, gates = _largest(call.gates_NE[index])
-            wanted[row].append(Choice(call.segment.slot, places[call.router], experts, gates))
+            for router, gates_E in zip(
+                asked.routers, gates_NK[index].split_with_sizes(asked.sizes), strict=True
+            ):
+                experts, gates = _largest(gates_E)
+                wanted[row].append(Choice(asked.segment.slot, places[router], experts, gates))
     return wanted
 
 

@@ -14,7 +14,7 @@ from timbre_methods.program import AdapterProgram
 from timbre_methods.routing import Routed, Scout, Scouted
 from timbre_server.operators.router import scout_gates
 from timbre_server.operators.row_table import RowTable
-from timbre_server.operators.step_routing import RouterCall, StepRouting
+from timbre_server.operators.step_routing import SegmentRouters, StepRouting
 
 
 def read_scouts(
@@ -35,7 +35,7 @@ def read_scouts(
         for scouted in places:
             gates_NE = gates_NLE[:, scouted.place]
             step.scout(scouted, segment.rows_N, gates_NE)
-            step.note(RouterCall(scouted, table, segment, gates_NE))
+            step.note([(SegmentRouters.of([scouted], table, segment), gates_NE)])
 
 
 def scouted_of(program: AdapterProgram) -> list[Scouted]:

@@ -22,6 +22,7 @@ from timbre_server.operators.low_rank import LowRankOperator
 from timbre_server.operators.projected import ProjectedOperator
 from timbre_server.operators.rotation import RotationOperator
 from timbre_server.operators.routed import RoutedOperator
+from timbre_server.operators.router import BoundRouters, Routers
 from timbre_server.operators.sparse import SparseOperator
 from timbre_server.operators.spectral import SpectralOperator
 from timbre_server.operators.step_routing import StepRouting
@@ -50,7 +51,7 @@ def all_operators(step: StepRouting | None = None, kernels: Kernels = "torch") -
     )
     faster = {operator.part: operator for operator in _operators_of(kernels)}
     chosen = tuple(faster.get(operator.part, operator) for operator in plain)
-    return (*chosen, RoutedOperator(chosen, step or StepRouting()))
+    return (*chosen, RoutedOperator(chosen, step or StepRouting(), _routers_of(kernels)))
 
 
 def why_not(kernels: Kernels) -> str | None:
@@ -82,6 +83,14 @@ def _operators_of(kernels: Kernels) -> tuple[Operator[Any], ...]:
             from timbre_server.operators.triton import catalogue as triton
 
             return triton.operators()
+
+
+def _routers_of(kernels: Kernels) -> type[Routers]:
+    if kernels == "native":
+        from timbre_server.operators.native.routers import NativeRouters
+
+        return NativeRouters
+    return BoundRouters
 
 
 def embedding_operators() -> tuple[Operator[Any], ...]:

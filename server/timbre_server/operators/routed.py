@@ -20,19 +20,23 @@ import torch
 from torch import Tensor
 
 from timbre_methods.program import Diagonal, FromInput, LowRank, Part, Spectral
-from timbre_methods.routing import Routed, Router, Scouted
+from timbre_methods.routing import Routed
 from timbre_server.operators.contract import Bound, Change, Meaning, Operator, Uses
-from timbre_server.operators.low_rank import Gating, LowRankOperator
-from timbre_server.operators.router import BoundRouters, router_gates
+from timbre_server.operators.gates import Gates
+from timbre_server.operators.low_rank import LowRankOperator
+from timbre_server.operators.router import BoundRouters, Routers, router_gates
 from timbre_server.operators.row_table import RowTable, Segment, Span
-from timbre_server.operators.step_routing import RouterCall, StepRouting
+from timbre_server.operators.step_routing import StepRouting
 
 
 class RoutedOperator(Operator[Routed]):
     part = Routed
 
-    def __init__(self, inner: Sequence[Operator[Any]], step: StepRouting) -> None:
+    def __init__(
+        self, inner: Sequence[Operator[Any]], step: StepRouting, routers: type[Routers] = BoundRouters
+    ) -> None:
         """``inner`` run the experts; ``step`` has what blocks choose for the sites below them."""
+        self._routers = routers
         self._inner: Mapping[type[Part], Operator[Any]] = {operator.part: operator for operator in inner}
         self._low_rank = next(operator for operator in inner if isinstance(operator, LowRankOperator))
         self._step = step
@@ -52,7 +56,7 @@ class RoutedOperator(Operator[Routed]):
         return Meaning(change_TO=total_TO)
 
     def bind(self, uses: Uses[Routed], table: RowTable) -> Bound:
-        gates = _Gates(uses, table, self._step)
+        gates = Gates(uses, table, self._step, self._routers)
         experts = [_experts(parts_by_slot, gates) for parts_by_slot in uses]
         spectral = _SpectralExperts(self._inner[Spectral], experts, gates, table)
         low_rank = _LowRankExperts(self._low_rank, experts, gates, table)
@@ -91,60 +95,7 @@ class _Expert:
     parts: tuple[FromInput | Diagonal, ...]
 
 
-class _Gates:
-    """The gates of all adapters at a group, ``[N, K]`` by slot: their routers side by side."""
-
-    def __init__(self, uses: Uses[Routed], table: RowTable, step: StepRouting) -> None:
-        self._step = step
-        self._table = table
-        self._routers: dict[int, list[tuple[Router | Scouted, Router | None]]] = {}
-        """By slot; again where it reads the group's own input."""
-        self._first_columns: dict[tuple[int, Router | Scouted], int] = {}
-        self.segments = [s for s in table.segments if any(s.slot in parts_by_slot for parts_by_slot in uses)]
-        for segment in self.segments:
-            column = 0
-            for part in (part for own in uses for part in own.get(segment.slot, ())):
-                key = segment.slot, part.router
-                if key not in self._first_columns:
-                    self._first_columns[key] = column
-                    column += part.router.num_experts
-                    self._routers.setdefault(segment.slot, []).append((part.router, part.own_router))
-        self._bound = BoundRouters([(s, r) for s in self.segments for r in self._own_routers(s)])
-        self._by_slot: dict[int, Tensor] = {}
-
-    def _own_routers(self, segment: Segment) -> list[Router]:
-        """Those that read the group's input."""
-        return [own for _, own in self._routers[segment.slot] if own is not None]
-
-    def first_column(self, slot: int, router: Router | Scouted) -> int:
-        return self._first_columns[slot, router]
-
-    def gating(self, columns: Mapping[int, Sequence[int]]) -> Gating:
-        """For experts of low rank whose ranks have these columns."""
-        routers = {slot: [router for router, _ in self._routers[slot]] for slot in columns}
-        return Gating(
-            columns,
-            {slot: sum(r.num_experts for r in own) for slot, own in routers.items()},
-            {slot: sum(r.num_kept for r in own) for slot, own in routers.items()},
-        )
-
-    def compute(self, x_TI: Tensor) -> None:
-        computed = iter(self._bound.gates(x_TI))
-        for segment in self.segments:
-            found: list[Tensor] = []
-            for router, own in self._routers[segment.slot]:
-                if own is None:
-                    found.append(self._step.chosen(router, self._table, segment))
-                else:
-                    found.append(next(computed))
-                    self._step.note(RouterCall(own, self._table, segment, found[-1]))
-            self._by_slot[segment.slot] = found[0] if len(found) == 1 else torch.cat(found, dim=1)
-
-    def of(self, slot: int) -> Tensor:
-        return self._by_slot[slot]
-
-
-def _experts(parts_by_slot: Mapping[int, Sequence[Routed]], gates: _Gates) -> list[_Expert]:
+def _experts(parts_by_slot: Mapping[int, Sequence[Routed]], gates: Gates) -> list[_Expert]:
     """Of one member, in the order of segments, parts and experts."""
     return [
         _Expert(segment.slot, gates.first_column(segment.slot, part.router) + number, parts)
@@ -158,7 +109,7 @@ class _LowRankExperts:
     """All experts of low rank at a group."""
 
     def __init__(
-        self, operator: LowRankOperator, members: Sequence[Sequence[_Expert]], gates: _Gates, table: RowTable
+        self, operator: LowRankOperator, members: Sequence[Sequence[_Expert]], gates: Gates, table: RowTable
     ) -> None:
         self._gates = gates
         columns: dict[int, list[int]] = {}
@@ -167,7 +118,7 @@ class _LowRankExperts:
             for expert in own:
                 for part in (part for part in expert.parts if isinstance(part, LowRank)):
                     parts_by_slot.setdefault(expert.slot, []).append(part)
-                    columns.setdefault(expert.slot, []).extend([expert.column] * len(part.a_RI))
+                    columns.setdefault(expert.slot, []).extend([expert.column] * part.a_RI.shape[0])
         self._bound = operator.bind_gated(uses, table, gates.gating(columns)) if columns else None
 
     def sums(self, x_TI: Tensor) -> Sequence[Sequence[Change]]:
@@ -181,7 +132,7 @@ class _SpectralExperts:
         self,
         operator: Operator[Spectral],
         members: Sequence[Sequence[_Expert]],
-        gates: _Gates,
+        gates: Gates,
         table: RowTable,
     ) -> None:
         self._gates = gates
@@ -220,12 +171,12 @@ class _SpectralExperts:
 class _Gains:
     """Experts of one member that scale and shift its output."""
 
-    gates: _Gates
+    gates: Gates
     by_segment: Sequence[tuple[Segment, Tensor, Tensor, Tensor]]
     """Columns of the gates, then gain - 1 and shift, [E, O]."""
 
     @staticmethod
-    def of(experts: Sequence[_Expert], gates: _Gates) -> _Gains | None:
+    def of(experts: Sequence[_Expert], gates: Gates) -> _Gains | None:
         found: list[tuple[Segment, Tensor, Tensor, Tensor]] = []
         for segment in gates.segments:
             own = [
@@ -260,7 +211,7 @@ class _OtherExperts:
     experts: tuple[tuple[Segment, int], ...]
     """With the column of their gates."""
 
-    def changes(self, x_TI: Tensor, gates: _Gates) -> list[Change]:
+    def changes(self, x_TI: Tensor, gates: Gates) -> list[Change]:
         gate_P = torch.cat([gates.of(s.slot)[:, column] * s.weights_N for s, column in self.experts])
         x_PI = x_TI[self.rows_P] * gate_P.unsqueeze(1)
         return [
@@ -271,7 +222,7 @@ class _OtherExperts:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _BoundRouted(Bound):
-    gates: _Gates
+    gates: Gates
     low_rank: _LowRankExperts
     spectral: _SpectralExperts
     gains: Sequence[_Gains | None]

@@ -9,6 +9,7 @@ Legend: T rows of the batch, N rows of one adapter, P pairs, I in, E experts, L 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,14 +25,27 @@ MIN_ROWS_ALONE = 4
 NORMALISED_EPSILON = 1e-5
 
 
-class BoundRouters:
-    """Some routers, each with the rows of its adapter, ready for one table."""
+class Routers(ABC):
+    """Some routers, those of one adapter together with its rows, ready for one table."""
 
-    def __init__(self, routers: Sequence[tuple[Segment, Router]]) -> None:
-        self._num_routers, room = len(routers), PoolRoom()
+    @abstractmethod
+    def __init__(self, routers: Sequence[tuple[Segment, Sequence[Router]]]) -> None:
+        """Each segment has a router at least."""
+
+    @abstractmethod
+    def gates(self, x_TI: Tensor) -> Sequence[Tensor]:
+        """``[N, K]`` of each segment: all its routers' side by side."""
+
+
+class BoundRouters(Routers):
+    """`Routers` in PyTorch."""
+
+    def __init__(self, routers: Sequence[tuple[Segment, Sequence[Router]]]) -> None:
+        self._counts, room = [len(own) for _, own in routers], PoolRoom()
         self._batches: list[_Alone | _Pairs] = []
         pooled: dict[object, list[tuple[int, Segment, Router]]] = {}
-        for place, (segment, router) in enumerate(routers):
+        each = ((segment, router) for segment, own in routers for router in own)
+        for place, (segment, router) in enumerate(each):
             count = len(segment.rows_N)
             if count >= MIN_ROWS_ALONE or not room.take(count * router.weight_EI.nbytes):
                 self._batches.append(_Alone(place, segment, router))
@@ -41,12 +55,12 @@ class BoundRouters:
                 pooled.setdefault(key, []).append((place, segment, router))
         self._batches += [_Pairs.of(own) for own in pooled.values()]
 
-    def gates(self, x_TI: Tensor) -> list[Tensor]:
-        """``[N, E]`` of each router, in the order in which they were given."""
+    def gates(self, x_TI: Tensor) -> Sequence[Tensor]:
         found: dict[int, Tensor] = {}
         for batch in self._batches:
             found.update(batch.gates(x_TI))
-        return [found[place] for place in range(self._num_routers)]
+        places = iter(range(len(found)))
+        return [side_by_side([found[next(places)] for _ in range(count)]) for count in self._counts]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -93,6 +107,10 @@ class _Pairs:
             logits_PE = logits_PE + self.bias_PE
         gates_PE = ruled(self.rule, logits_PE, self.preference_PE)
         return dict(zip(self.places, gates_PE.split_with_sizes(self.counts), strict=True))
+
+
+def side_by_side(gates: Sequence[Tensor]) -> Tensor:
+    return gates[0] if len(gates) == 1 else torch.cat(list(gates), dim=1)
 
 
 def _stacked(terms: Sequence[Tensor | None]) -> Tensor | None:

@@ -1,11 +1,12 @@
 """What the routers of the running step have given: for sites that have none of their own (below a block, of
 an adapter with a scout), and for whoever asks after.
 
-Legend: N rows of one adapter, E experts, P copies of rows.
+Legend: N rows of one adapter, E experts, K gates of several routers, P copies of rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -16,13 +17,23 @@ from timbre_server.operators.row_table import RowTable, Segment
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class RouterCall:
-    """One router's gates ``gates_NE`` for the rows of a segment, which ``table`` counts."""
+class SegmentRouters:
+    """What gives gates to the rows of a segment, which ``table`` counts, at one place."""
 
-    router: Router | Scouted
+    routers: tuple[Router | Scouted, ...]
+    sizes: tuple[int, ...]
+    """How many experts each has."""
     table: RowTable
     segment: Segment
-    gates_NE: Tensor
+
+    @staticmethod
+    def of(routers: Iterable[Router | Scouted], table: RowTable, segment: Segment) -> SegmentRouters:
+        found = tuple(routers)
+        return SegmentRouters(found, tuple(router.num_experts for router in found), table, segment)
+
+
+RouterCall = tuple[SegmentRouters, Tensor]
+"""With the gates ``[N, K]`` that they gave, those of all side by side."""
 
 
 class StepRouting:
@@ -74,9 +85,9 @@ class StepRouting:
     def block_ends(self) -> None:
         self._chosen.clear()
 
-    def note(self, call: RouterCall) -> None:
-        """Keeps what a router gave until the step ends; nothing is computed."""
-        self.calls.append(call)
+    def note(self, calls: Iterable[RouterCall]) -> None:
+        """Keeps what routers gave until the step ends; nothing is computed."""
+        self.calls.extend(calls)
 
     def end_step(self) -> None:
         self._chosen.clear()

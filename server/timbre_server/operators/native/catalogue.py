@@ -9,15 +9,17 @@ import torch
 from timbre_server.native.library import LibraryUnavailable, library
 from timbre_server.operators.agreement import wrong_operator
 from timbre_server.operators.contract import Operator
+from timbre_server.operators.native import routers
 from timbre_server.operators.native.diagonal import NativeDiagonal
 from timbre_server.operators.native.low_rank import NativeLowRank
+from timbre_server.operators.native.projected import NativeProjected
 from timbre_server.operators.native.sparse import NativeSparse
 from timbre_server.operators.native.spectral import NativeSpectral
 
 
 def operators() -> tuple[Operator[Any], ...]:
     """One new instance of each; parts that are not among theirs keep the plain operator."""
-    return (NativeLowRank(), NativeSpectral(), NativeSparse(), NativeDiagonal())
+    return (NativeLowRank(), NativeSpectral(), NativeSparse(), NativeProjected(), NativeDiagonal())
 
 
 def why_not() -> str | None:
@@ -29,4 +31,6 @@ def why_not() -> str | None:
     wrong = wrong_operator(operators(), torch.device("cpu"), counts=(1, 11, 600))
     if wrong is not None:
         return f"{type(wrong).__name__}, as it was compiled, computes something else than PyTorch"
+    if not routers.agree():
+        return "the routers, as they were compiled, give other gates than PyTorch's"
     return None

@@ -51,8 +51,8 @@ class BoundExperts(BoundGated):
             rank, columns = 0, gating.columns[segment.slot]
             for own, parts_by_slot in zip(experts, uses, strict=True):
                 for part in parts_by_slot.get(segment.slot, ()):
-                    of_part = set(columns[rank : rank + len(part.a_RI)])
-                    rank += len(part.a_RI)
+                    end = rank + part.a_RI.shape[0]
+                    of_part, rank = set(columns[rank:end]), end
                     if of_part:
                         (column,) = of_part
                         factors = part.a_RI.contiguous(), part.b_OR.contiguous()

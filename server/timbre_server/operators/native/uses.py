@@ -43,7 +43,7 @@ class Rows(ctypes.Structure):
     @staticmethod
     def of(segment: Segment) -> Rows:
         """Weights are read at each run: a router may have written them anew."""
-        return Rows(segment.rows_N.data_ptr(), segment.weights_N.data_ptr(), len(segment.rows_N))
+        return Rows(segment.rows_N.data_ptr(), segment.weights_N.data_ptr(), segment.rows_N.shape[0])
 
 
 class LowRankUse(ctypes.Structure):
@@ -58,7 +58,7 @@ class LowRankUse(ctypes.Structure):
 
     @staticmethod
     def of(a_RI: Tensor, b_OR: Tensor, segment: Segment) -> LowRankUse:
-        return LowRankUse(a_RI.data_ptr(), b_OR.data_ptr(), len(a_RI), Rows.of(segment))
+        return LowRankUse(a_RI.data_ptr(), b_OR.data_ptr(), a_RI.shape[0], Rows.of(segment))
 
 
 class Kernel(Protocol):

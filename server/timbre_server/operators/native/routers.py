@@ -1,0 +1,121 @@
+"""Routers in C++: the gates of all rows of a group by one call, whatever their adapters' rules.
+
+Legend: T rows of the batch, N rows of one adapter, I in, E experts, K gates of one adapter.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import get_args, get_type_hints
+
+import torch
+from torch import Tensor
+
+from timbre_methods.routing import Router, Rule
+from timbre_server.native.library import library, num_threads
+from timbre_server.operators.native.uses import Rows
+from timbre_server.operators.router import Routers, router_gates
+from timbre_server.operators.row_table import RowTable, Segment, Span
+
+_CHOICES = {name: get_args(hint) for name, hint in get_type_hints(Rule).items()}
+"""Of the fields that are named choices, in the order of the enumerations of ``router.cpp``."""
+
+
+class _Rule(ctypes.Structure):
+    """``RouterRule`` of ``router.cpp``."""
+
+    _fields_ = [
+        *(
+            (name, ctypes.c_int32)
+            for name in ("reads", "logits", "keep", "top_k", "gate", "has_floor", "again")
+        ),
+        *((name, ctypes.c_float) for name in ("scale", "top_p", "floor")),
+    ]
+
+    @staticmethod
+    def of(rule: Rule) -> _Rule:
+        reads, logits, keep, gate = (
+            _CHOICES[name].index(getattr(rule, name)) for name in ("reads", "logits", "keep", "gate")
+        )
+        floor = 0.0 if rule.floor is None else rule.floor
+        has_floor = rule.floor is not None
+        return _Rule(
+            reads, logits, keep, rule.top_k, gate, has_floor, rule.again, rule.scale, rule.top_p, floor
+        )
+
+
+class _Use(ctypes.Structure):
+    """``RouterUse`` of ``router.cpp``."""
+
+    _fields_ = [
+        ("rule", _Rule),
+        ("weight", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("preference", ctypes.c_void_p),
+        ("experts", ctypes.c_int64),
+        ("rows", Rows),
+        ("gates", ctypes.c_int64),
+        ("stride", ctypes.c_int64),
+    ]
+
+
+class NativeRouters(Routers):
+    """`Routers` by ``router.cpp``."""
+
+    def __init__(self, routers: Sequence[tuple[Segment, Sequence[Router]]]) -> None:
+        self._held: list[object] = []
+        self._rules: dict[Rule, _Rule] = {}
+        self._shapes = [(s.rows_N.shape[0], sum(r.num_experts for r in own)) for s, own in routers]
+        self._sizes = [count * num_gates for count, num_gates in self._shapes]
+        uses: list[_Use] = []
+        first, work = 0, 0
+        for (segment, own), (count, num_gates) in zip(routers, self._shapes, strict=True):
+            self._held.append(segment)
+            column, rows = first, Rows.of(segment)
+            for router in own:
+                uses.append(self._use(rows, router, column, num_gates))
+                column += router.num_experts
+                work += count * router.weight_EI.numel()
+            first += count * num_gates
+        self._uses, self._work = (_Use * len(uses))(*uses), work
+        self._run = library().timbre_gates
+
+    def _use(self, rows: Rows, router: Router, first: int, stride: int) -> _Use:
+        tensors = router.weight_EI, router.bias_E, router.preference_E
+        laid_out = [None if tensor is None else tensor.contiguous() for tensor in tensors]
+        self._held += laid_out
+        if router.rule not in self._rules:
+            self._rules[router.rule] = _Rule.of(router.rule)
+        addresses = (None if tensor is None else tensor.data_ptr() for tensor in laid_out)
+        return _Use(self._rules[router.rule], *addresses, router.num_experts, rows, first, stride)
+
+    def gates(self, x_TI: Tensor) -> Sequence[Tensor]:
+        x_TI, gates = x_TI.contiguous(), torch.empty(sum(self._sizes))
+        self._run(
+            self._uses,
+            ctypes.c_int64(len(self._uses)),
+            ctypes.c_void_p(x_TI.data_ptr()),
+            ctypes.c_int64(x_TI.shape[1]),
+            ctypes.c_void_p(gates.data_ptr()),
+            num_threads(self._work),
+        )
+        pieces = gates.split_with_sizes(self._sizes)
+        return [piece.view(shape) for piece, shape in zip(pieces, self._shapes, strict=True)]
+
+
+def agree() -> bool:
+    """Whether routers of several rules, as they were compiled, give what PyTorch gives."""
+    generator = torch.Generator().manual_seed(0)
+    weight_EI, x_TI = (torch.randn(n, 24, generator=generator) for n in (5, 7))
+    (segment,) = RowTable([Span(len(x_TI), ((0, 1.0),))]).segments
+    routers = [
+        Router(weight_EI, rule, weight_EI[:, 0], weight_EI[:, 1])
+        for rule in (
+            Rule(reads="normalised", logits="unit", scale=3.0, keep="top_p", top_p=0.6, gate="renormalised"),
+            Rule(logits="absolute", keep="top_k", top_k=3, gate="logit", floor=1.0, again=True),
+            Rule(keep="top_k", top_k=2),
+        )
+    ]
+    expected = torch.cat([router_gates(router, x_TI) for router in routers], dim=1)
+    return torch.allclose(NativeRouters([(segment, routers)]).gates(x_TI)[0], expected, atol=1e-5, rtol=1e-4)

@@ -1,0 +1,139 @@
+"""Shared bases in C++ against PyTorch: how many rows and directions, who shares, who mixes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from timbre_methods.program import Basis, Projected
+from timbre_server.native import library as shared
+from timbre_server.operators.catalogue import why_not
+from timbre_server.operators.native.projected import NativeProjected, _is_served
+from timbre_server.operators.projected import ProjectedOperator
+from timbre_server.operators.row_table import RowTable, Span
+
+MISSING = why_not("native")
+pytestmark = pytest.mark.skipif(MISSING is not None, reason=f"no native kernels here: {MISSING}")
+
+IN, OUTS, BLOCKS = 45, (67, 12), 3
+Uses = list[dict[int, list[Projected]]]
+
+CROWDS = {
+    "one row": [Span(1, ((2, 1.0),))],
+    "distinct": [Span(1, ((slot, 1.0),)) for slot in range(12)],
+    "some of many": [Span(3), *(Span(1, ((slot, 1.0),)) for slot in (5, 0, 9)), Span(4)],
+    "mixes": [Span(2, ((0, 0.7), (1, 0.3))), Span(1), Span(9, ((2, 0.25), (0, 2.0), (3, -0.5)))],
+    "prefill": [Span(1, ((1, 1.0),)), Span(38, ((2, 1.0),)), Span(1), Span(21, ((0, 0.5),))],
+}
+
+# Blocks of P and of Q, and whether there are inner and outer vectors.
+KINDS = {
+    "plain": (1, 1, False, False),
+    "vera": (1, 1, False, True),
+    "both vectors": (1, 1, True, True),
+    "blocks": (BLOCKS, BLOCKS, False, False),
+    "randlora wide": (1, BLOCKS, True, False),
+    "randlora tall": (BLOCKS, 1, False, True),
+}
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """So many, for however little work."""
+    before = torch.get_num_threads()
+    monkeypatch.setattr(shared, "MIN_WORK_FOR_THREADS", 0)
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+def drawn(kind: str, rank: int, generator: torch.Generator) -> Uses:
+    """Twelve adapters in one basis at two members, whose P is the same; slices of larger tensors."""
+    p_blocks, q_blocks, has_inner, has_outer = KINDS[kind]
+    blocks = max(p_blocks, q_blocks)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator) / 2
+
+    wide_PI = normal(p_blocks * rank, IN + 5)
+    p_NPI = wide_PI.view(p_blocks, rank, IN + 5)[:, :, :IN]
+    uses: Uses = []
+    for member, out_features in enumerate(OUTS):
+        wide_ONQ = normal(out_features + 3, q_blocks, rank)
+        basis = Basis(p_NPI, wide_ONQ[:out_features].transpose(0, 1))
+        uses.append(
+            {
+                slot: [
+                    Projected(
+                        "diagonal",
+                        normal(rank, blocks).T,
+                        basis,
+                        inner_NI=normal(IN, blocks).T if has_inner else None,
+                        outer_NO=normal(out_features, blocks).T if has_outer else None,
+                    )
+                ]
+                for slot in (range(12) if member == 0 else (0, 2, 5))
+            }
+        )
+    return uses
+
+
+def agree(uses: Uses, crowd: str, generator: torch.Generator) -> None:
+    table = RowTable(CROWDS[crowd])
+    x_TI = torch.randn(IN, table.num_rows, generator=generator).T
+    before = [torch.randn(table.num_rows, out, generator=generator) for out in OUTS]
+    native, plain = ([y.clone() for y in before] for _ in range(2))
+    for operator, found in ((NativeProjected(), native), (ProjectedOperator(), plain)):
+        for changes, y_TO in zip(operator.bind(uses, table).sums(x_TI), found, strict=True):
+            for change in changes:
+                change.add_to(y_TO)
+    for got, expected, y_TO in zip(native, plain, before, strict=True):
+        torch.testing.assert_close(got, expected, atol=2e-4, rtol=2e-4)
+        row = 0
+        for span in CROWDS[crowd]:
+            assert span.pairs or torch.equal(got[row : row + span.num_rows], y_TO[row : row + span.num_rows])
+            row += span.num_rows
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("rank", [1, 7, 40])
+@pytest.mark.parametrize("crowd", CROWDS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_crowd_gets_what_pytorch_gives(kind: str, crowd: str, rank: int) -> None:
+    generator = torch.Generator().manual_seed(rank)
+    uses = drawn(kind, rank, generator)
+    assert all(_is_served(part) for own in uses for parts in own.values() for part in parts)
+    agree(uses, crowd, generator)
+
+
+@pytest.mark.parametrize("num_rows", range(1, 35))
+def test_every_number_of_rows_is_served_whole(num_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(num_rows)
+    monkeypatch.setitem(CROWDS, "rows", [Span(1, ((row % 12, 1.0),)) for row in range(num_rows)])
+    agree(drawn("vera", 16, generator), "rows", generator)
+
+
+def test_what_the_kernel_does_not_know_runs_beside_it() -> None:
+    generator = torch.Generator().manual_seed(3)
+    uses = drawn("vera", 7, generator)
+    dense = Projected("dense", torch.randn(7, 7, generator=generator), uses[0][2][0].basis)
+    p_NIP = uses[0][2][0].basis.p_NPI.transpose(1, 2).contiguous()
+    turned = Basis(p_NIP.transpose(1, 2), uses[0][2][0].basis.q_NOQ)
+    uses[0][2] += [dense, Projected("diagonal", torch.randn(1, 7, generator=generator), turned)]
+    assert [_is_served(part) for part in uses[0][2]] == [True, False, False]
+    agree(uses, "mixes", generator)
+
+
+def test_a_core_that_is_not_finite_spoils_its_own_rows_alone() -> None:
+    generator, table = torch.Generator().manual_seed(4), RowTable(CROWDS["distinct"])
+    uses = drawn("vera", 7, generator)
+    x_TI = torch.randn(table.num_rows, IN, generator=generator)
+    sound = NativeProjected().bind(uses, table).sums(x_TI)[0][0].values_NO
+    uses[0][3][0].core.fill_(torch.inf)
+    spoilt = NativeProjected().bind(uses, table).sums(x_TI)[0][0].values_NO
+    others = torch.arange(12) != 3
+    assert not spoilt[3].isfinite().any()
+    assert torch.equal(spoilt[others], sound[others])
