@@ -33,7 +33,7 @@ SHARED = {"shared": True}
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LowRank:
-    """``y += B (A x)``; every scale is already in B. ``a_RI`` [R, I], ``b_OR`` [O, R], float32."""
+    """``y += B (A x)``; all scales in B. ``a_RI`` [R, I], ``b_OR`` [O, R]: float32, or 16 bits if exact."""
 
     a_RI: Tensor
     b_OR: Tensor

@@ -49,7 +49,7 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What can be said of an adapter without its values. ``prepared_bytes`` is exact."""
+    """What can be said of an adapter without its values. ``prepared_bytes`` is of float32."""
 
     method: str
     sites: tuple[str, ...]

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from timbre_methods.contract import Site
 from timbre_methods.program import AdapterProgram, Projected, owned_tensors, pattern_bytes
-from timbre_methods.registry import methods, sites_of
+from timbre_methods.registry import compile_adapter, methods, sites_of
 from timbre_server.adapters.active_rows import ActiveRows
 from timbre_server.adapters.adapted_linear import AdaptedGroup
 from timbre_server.adapters.adapted_model import AdaptedModel
@@ -27,7 +28,8 @@ from timbre_server.adapters.groups import LinearGroup
 from timbre_server.adapters.loader import AdapterLoader
 from timbre_server.errors import AdapterLoadFailed
 from timbre_server.inspection import inspector
-from timbre_server.operators.catalogue import all_operators
+from timbre_server.operators.catalogue import Kernels, all_operators, why_not
+from timbre_server.operators.formats import FORMATS
 from timbre_server.operators.low_rank import _BoundGated, _BoundLowRank
 from timbre_server.operators.routed import _BoundRouted
 from timbre_server.operators.row_table import RowTable, Span
@@ -44,6 +46,7 @@ SHAPES = {
     "layers.0.mlp.down_proj": (12, 17),
 }
 
+KERNELS: tuple[Kernels, ...] = ("torch", "native")
 Upload = Callable[[str], AdapterRecord]
 
 
@@ -76,20 +79,29 @@ def upload(store: Store) -> Upload:
     def put(method: str) -> AdapterRecord:
         own_sites = sites_of(methods()[method], sites())
         config, tensors = methods()[method].example(own_sites, torch.Generator().manual_seed(2))
-        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        with store.begin_upload() as together:
-            digests = []
-            for content in (json.dumps(config).encode(), save(contiguous)):
-                with together.begin_blob() as writer:
-                    writer.write(content)
-                    digests.append(writer.commit())
-            return store.register(method, *digests, BASE)
+        return stored(store, method, config, tensors)
 
     return put
 
 
+def stored(store: Store, name: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> AdapterRecord:
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    with store.begin_upload() as together:
+        digests = []
+        for content in (json.dumps(config).encode(), save(contiguous)):
+            with together.begin_blob() as writer:
+                writer.write(content)
+                digests.append(writer.commit())
+        return store.register(name, *digests, BASE)
+
+
 def loader_of(store: Store, base: str = BASE) -> AdapterLoader:
     return AdapterLoader(store.root, base, sites())
+
+
+def saved_bytes(program: AdapterProgram) -> int:
+    """By factors that lie in 16 bits: the manifest counts float32."""
+    return sum(tensor.nbytes for tensor in all_tensors(program) if tensor.dtype in FORMATS[1:])
 
 
 def all_tensors(program: AdapterProgram) -> list[Tensor]:
@@ -102,7 +114,7 @@ def test_an_adapter_is_loaded_as_its_manifest_says(method: str, store: Store, up
     loaded = loader_of(store).load(record.digest)
     assert (loaded.digest, loaded.method) == (record.digest, method)
     assert tuple(loaded.program.sites) == record.manifest.sites
-    assert loaded.program.prepared_bytes == record.manifest.prepared_bytes
+    assert loaded.program.prepared_bytes + saved_bytes(loaded.program) == record.manifest.prepared_bytes
     assert set(loaded.seconds_by_phase) == {"verify", "compile", "place"}
 
 
@@ -123,7 +135,49 @@ def test_a_loaded_adapter_holds_exactly_its_own_bytes_and_needs_its_file_no_more
     assert all(torch.equal(tensor, kept) for tensor, kept in zip(tensors, before, strict=True))
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     patterns = sum(pattern_bytes(part) for _, part in program.placed_parts())
-    assert sum(storages.values()) + patterns == record.manifest.prepared_bytes
+    held = sum(storages.values()) + patterns
+    assert held == program.prepared_bytes == record.manifest.prepared_bytes - saved_bytes(program)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_a_lora_uploaded_in_16_bits_is_held_in_half_and_changes_the_same_bits(
+    dtype: torch.dtype, store: Store
+) -> None:
+    """Its scale is a power of two; trained in float32, it stays as it is."""
+    own_sites = {path: sites()[path] for path in SHAPES}
+    generator = torch.Generator().manual_seed(3)
+    tensors = {}
+    for path, (out_features, in_features) in SHAPES.items():
+        for key, shape in (("A", (4, in_features)), ("B", (out_features, 4))):
+            name = f"base_model.model.{path}.lora_{key}.weight"
+            tensors[name] = torch.randn(shape, generator=generator).to(dtype)
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": sorted(SHAPES)}
+    record = stored(store, "own", config, tensors)
+
+    loaded = AdapterLoader(store.root, BASE, sites(), groups=GROUPS).load(record.digest)
+
+    assert {tensor.dtype for tensor in all_tensors(loaded.program)} == {dtype}
+    halves = 1 if dtype == torch.float32 else 2
+    assert loaded.prepared_bytes * halves == record.manifest.prepared_bytes
+    compiled = compile_adapter(config, tensors, own_sites)
+    for kernels in [name for name in KERNELS if why_not(name) is None]:
+        found, expected = (changes_of(program, kernels) for program in (loaded.program, compiled))
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def changes_of(program: AdapterProgram, kernels: Kernels) -> list[Tensor]:
+    """What it adds for a decode row and for a prompt, at each group."""
+    operators = {operator.part: operator for operator in all_operators(StepRouting(), kernels)}
+    found = []
+    for num_rows, paths in product((1, 5), [*GROUPS, ("layers.0.mlp.down_proj",)]):
+        rows = ActiveRows()
+        rows.begin(RowTable([Span(num_rows, ((0, 1.0),))]))
+        generator = torch.Generator().manual_seed(num_rows)
+        x_TI = torch.randn(num_rows, SHAPES[paths[0]][1], generator=generator)
+        sums = [b.sums(x_TI) for b in AdaptedGroup(paths, rows, {0: program}, operators).bound()]
+        for of_members in sums:
+            found += [change.values_NO for changes in of_members for change in changes]
+    return found
 
 
 GROUPS = [("layers.0.self_attn.q_proj", "layers.0.self_attn.k_proj"), ("layers.0.mlp.up_proj",)]

@@ -28,6 +28,7 @@ from timbre_methods.program import (
 from timbre_methods.routing import Routed, Router, Rule
 from timbre_methods.spectral.wavelets import LOW_PASS
 from timbre_server.operators.contract import Operator
+from timbre_server.operators.formats import FORMATS
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,10 @@ class Draw:
 
 
 def low_rank(draw: Draw) -> Part:
+    """Each factor in one of the formats of these."""
     rank = draw.count()
-    return LowRank(draw.normal(rank, draw.in_features), draw.normal(draw.out_features, rank))
+    a_RI, b_OR = draw.normal(rank, draw.in_features), draw.normal(draw.out_features, rank)
+    return LowRank(*(factor.to(FORMATS[draw.count() % len(FORMATS)]) for factor in (a_RI, b_OR)))
 
 
 TRANSFORMS: tuple[Literal["dft", "dct", "hartley", "dwt"], ...] = ("dft", "dct", "hartley", "dwt")

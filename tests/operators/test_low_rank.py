@@ -63,6 +63,35 @@ def test_factors_side_by_side_are_bound_as_they_lie(num_rows: int) -> None:
             assert torch.equal(one.values_NO, other.values_NO)
 
 
+@pytest.mark.parametrize("num_rows", [1, 5], ids=["stacked", "alone"])
+def test_factors_of_16_bits_take_half_and_compute_the_same_bits(num_rows: int) -> None:
+    """The A of a group together, and the B of each member."""
+    rounded = [
+        [LowRank(part.a_RI.bfloat16().float(), part.b_OR.half().float()) for part in random_parts(*ranks)]
+        for ranks in ((3, 1), (2,))
+    ]
+    whole = [rounded[0], [LowRank(rounded[1][0].a_RI, rounded[1][0].b_OR / 3)]]
+    placed = side_by_side(whole, torch.device("cpu"))
+    found = [[(part.a_RI.dtype, part.b_OR.dtype) for part in parts] for parts in placed]
+    assert found == [[(torch.bfloat16, torch.float16)] * 2, [(torch.bfloat16, torch.float32)]]
+    own = storages([t for parts in placed for part in parts for t in (part.a_RI, part.b_OR)])
+    assert sum(own.values()) == 2 * 6 * 6 + 2 * 5 * 4 + 4 * 5 * 2
+
+    table = RowTable([Span(num_rows, ((slot, 0.5),)) for slot in (0, 1)])
+    # Slot 1 is of float32: what runs together need not lie alike.
+    other = [random_parts(3, 1), random_parts(2)]
+    x_TI = torch.randn(2 * num_rows, 6, generator=torch.Generator().manual_seed(2))
+    results = [
+        LowRankOperator()
+        .bind([{0: parts, 1: more} for parts, more in zip(of_members, other, strict=True)], table)
+        .sums(x_TI)
+        for of_members in (placed, whole)
+    ]
+    for changes, expected in zip(*results, strict=True):
+        for one, wanted in zip(changes, expected, strict=True):
+            assert torch.equal(one.values_NO, wanted.values_NO)
+
+
 def test_factors_that_lie_otherwise_are_joined_in_their_own_order() -> None:
     (own,) = side_by_side([random_parts(2, 3, 1)], torch.device("cpu"))
     for parts in ([own[1], own[0], own[2]], [own[0], own[2]], [own[0], own[0]], [own[2], *random_parts(2)]):

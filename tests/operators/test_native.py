@@ -13,6 +13,7 @@ from timbre_server.native import library as shared
 from timbre_server.operators.agreement import wrong_operator
 from timbre_server.operators.catalogue import all_operators, why_not
 from timbre_server.operators.contract import Operator
+from timbre_server.operators.formats import FORMATS
 from timbre_server.operators.native.catalogue import operators
 from timbre_server.operators.row_table import RowTable, Span
 
@@ -149,6 +150,29 @@ def test_outputs_of_few_and_of_many_entries_are_summed(crowd: str, longest: int)
         added(operator_of(Sparse, kernels), uses, crowd, y)[0] for kernels in ("native", "torch")
     )
     torch.testing.assert_close(native, plain, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rank", [1, 8, 13])
+@pytest.mark.parametrize("crowd", CROWDS)
+def test_factors_of_16_bits_give_the_bits_of_the_same_in_float32(rank: int, crowd: str) -> None:
+    """Whatever the formats of A and B; some of float16 are below the normal numbers, or minus zero."""
+    generator = torch.Generator().manual_seed(rank)
+    formats = [(a, b) for a in FORMATS for b in FORMATS]
+
+    def factor(dtype: torch.dtype, *shape: int) -> Tensor:
+        values = torch.randn(*shape, generator=generator)
+        values[:, ::3] *= 2.0**-16
+        values[:, ::4] *= -0.0
+        return values.to(dtype)
+
+    parts = {
+        slot: [LowRank(factor(formats[slot % 9][0], rank, 43), factor(formats[slot % 9][1], 21, rank))]
+        for slot in range(11)
+    }
+    whole = {slot: [LowRank(part.a_RI.float(), part.b_OR.float())] for slot, (part,) in parts.items()}
+    y = outputs(crowd, 21)
+    found, expected = (added(operator_of(LowRank, "native"), [uses], crowd, y)[0] for uses in (parts, whole))
+    assert torch.equal(found, expected)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Whether operators that were compiled for this machine compute what their parts mean: tried at the start.
 
-One small part of each kind, on one row and on several, against `Operator.meaning`.
+Small parts of each kind, factors in each of their formats, on one row and on several, against
+`Operator.meaning`.
 
 Legend: T rows, I in features, O out features, N entries.
 """
@@ -8,6 +9,8 @@ Legend: T rows, I in features, O out features, N entries.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from itertools import product
 from types import MappingProxyType
 from typing import Any
 
@@ -27,6 +30,7 @@ from timbre_methods.program import (
     Spectral,
 )
 from timbre_server.operators.contract import Bound, Change, Operator
+from timbre_server.operators.formats import FORMATS
 from timbre_server.operators.row_table import RowTable, Span
 
 IN, OUT = 24, 20
@@ -47,8 +51,8 @@ def _agrees(operator: Operator[Any], device: torch.device, counts: Sequence[int]
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device)
 
-    part = _EXAMPLES[operator.part](normal, device)
-    for num_rows in counts:
+    for example, num_rows in product(_EXAMPLES[operator.part], counts):
+        part = example(normal, device)
         x_TI, y_TO = normal(num_rows, IN), normal(num_rows, OUT)
         change_TO = operator.meaning(part, x_TI, y_TO).change_TO
         assert change_TO is not None, "the examples are changes of the output"
@@ -70,8 +74,8 @@ def _changes(bound: Bound, x_TI: Tensor, y_TO: Tensor) -> list[Change]:
 Normal = Callable[..., Tensor]
 
 
-def _low_rank(normal: Normal, device: torch.device) -> Part:
-    return LowRank(normal(9, IN), normal(OUT, 9))
+def _low_rank(normal: Normal, device: torch.device, dtype: torch.dtype) -> Part:
+    return LowRank(normal(9, IN).to(dtype), normal(OUT, 9).to(dtype))
 
 
 def _spectral(normal: Normal, device: torch.device) -> Part:
@@ -106,14 +110,14 @@ def _diagonal(normal: Normal, device: torch.device) -> Part:
     return Diagonal("output", normal(OUT), normal(OUT))
 
 
-_EXAMPLES: Mapping[type[Part], Callable[[Normal, torch.device], Part]] = MappingProxyType(
+_EXAMPLES: Mapping[type[Part], Sequence[Callable[[Normal, torch.device], Part]]] = MappingProxyType(
     {
-        LowRank: _low_rank,
-        Spectral: _spectral,
-        Sparse: _sparse,
-        Block: _block,
-        Projected: _projected,
-        Diagonal: _diagonal,
-        Rotation: _rotation,
+        LowRank: [partial(_low_rank, dtype=dtype) for dtype in FORMATS],
+        Spectral: [_spectral],
+        Sparse: [_sparse],
+        Block: [_block],
+        Projected: [_projected],
+        Diagonal: [_diagonal],
+        Rotation: [_rotation],
     }
 )

@@ -24,11 +24,13 @@ class LookupLowRank(Operator[LowRank]):
     part = LowRank
 
     def meaning(self, part: LowRank, x_TI: Tensor, y_TO: Tensor) -> Meaning:
-        return Meaning(change_TO=part.a_RI[:, x_TI].T @ part.b_OR.T)
+        return Meaning(change_TO=part.a_RI[:, x_TI].T.float() @ part.b_OR.T.float())
 
     def bind(self, uses: Uses[LowRank], table: RowTable) -> Bound:
         return SumsBySegment(
-            lambda part, ids_N: linear(part.a_RI.index_select(1, ids_N).T, part.b_OR), uses, table
+            lambda part, ids_N: linear(part.a_RI.index_select(1, ids_N).T.float(), part.b_OR.float()),
+            uses,
+            table,
         )
 
 

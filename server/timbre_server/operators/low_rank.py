@@ -22,6 +22,7 @@ from torch.nn.functional import linear
 
 from timbre_methods.program import LowRank
 from timbre_server.operators.contract import Bound, Change, Meaning, Operator, Uses
+from timbre_server.operators.formats import narrowed
 from timbre_server.operators.pooling import PoolRoom
 from timbre_server.operators.row_table import RowTable, Segment
 
@@ -52,7 +53,7 @@ class LowRankOperator(Operator[LowRank]):
     part = LowRank
 
     def meaning(self, part: LowRank, x_TI: Tensor, y_TO: Tensor) -> Meaning:
-        return Meaning(change_TO=(x_TI @ part.a_RI.T) @ part.b_OR.T)
+        return Meaning(change_TO=(x_TI @ part.a_RI.to(x_TI.dtype).T) @ part.b_OR.to(x_TI.dtype).T)
 
     def bind(self, uses: Uses[LowRank], table: RowTable) -> Bound:
         return _BoundLowRank(len(uses), _blocks(uses, table))
@@ -74,7 +75,7 @@ def _blocks(
         if factors is None:
             continue
         count = len(segment.rows_N)
-        if count < MIN_ROWS_ALONE and room.take(factors.nbytes):
+        if count < MIN_ROWS_ALONE and room.take(factors.stacked_bytes):
             kind = count, factors.ranks, kind_of(segment.slot)
             stacked.setdefault(kind, []).append((segment, factors))
         else:
@@ -91,13 +92,14 @@ class _Factors:
     ranks: tuple[int, ...]
 
     @property
-    def nbytes(self) -> int:
-        return self.a_RI.nbytes + sum(b.nbytes for b in self.b_RO if b is not None)
+    def stacked_bytes(self) -> int:
+        """Of a copy in float32."""
+        return 4 * (self.a_RI.numel() + sum(b.numel() for b in self.b_RO if b is not None))
 
     def expand(self, z_NR: Tensor) -> list[Tensor | None]:
         """Each member's own ranks through its own B; works on a batch of adapters as well."""
         pieces = z_NR.split_with_sizes(self.ranks, -1)
-        return [None if b is None else z @ b for z, b in zip(pieces, self.b_RO, strict=True)]
+        return [None if b is None else z @ b.float() for z, b in zip(pieces, self.b_RO, strict=True)]
 
 
 def _factors(uses: Uses[LowRank], slot: int) -> _Factors | None:
@@ -133,22 +135,25 @@ def _joined(blocks: Sequence[Tensor]) -> Tensor:
 
 def side_by_side(members: Sequence[Sequence[LowRank]], device: torch.device) -> list[list[LowRank]]:
     """Copies on a device of the parts of one adapter at a group's members, in storage of exactly their size,
-    that a bind takes as they lie."""
+    that a bind takes as they lie: each storage in 16 bits where these hold all of its values exactly."""
     parts = [part for own in members for part in own]
-    a_RI = torch.cat([part.a_RI for part in parts]).to(device)
+    a_RI = narrowed(torch.cat([part.a_RI for part in parts])).to(device)
     shrinks = iter(a_RI.split_with_sizes([len(part.a_RI) for part in parts]))
     return [[LowRank(next(shrinks), b_OR) for b_OR in _expands_side_by_side(own, device)] for own in members]
 
 
 def _expands_side_by_side(own: Sequence[LowRank], device: torch.device) -> list[Tensor]:
     if len(own) < 2:
-        return [part.b_OR.to(device, copy=True, memory_format=torch.contiguous_format) for part in own]
-    b_RO = torch.cat([part.b_OR.T for part in own]).to(device)
+        return [
+            narrowed(part.b_OR).to(device, copy=True, memory_format=torch.contiguous_format) for part in own
+        ]
+    b_RO = narrowed(torch.cat([part.b_OR.T for part in own])).to(device)
     return [piece_RO.T for piece_RO in b_RO.split_with_sizes([part.b_OR.shape[1] for part in own])]
 
 
 def _stacked(blocks: Sequence[Tensor]) -> Tensor:
-    return blocks[0].unsqueeze(0) if len(blocks) == 1 else torch.stack(list(blocks))
+    """float32: it is read again in every step of the bind."""
+    return (blocks[0].unsqueeze(0) if len(blocks) == 1 else torch.stack(list(blocks))).float()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -165,7 +170,7 @@ class _Alone:
     def changes(self, x_TI: Tensor, gates_NR: Tensor | None = None) -> list[Change | None]:
         """Of each member. ``gates_NR`` multiply what the rows have after the shrink, in stacked order."""
         index = self.segment.index
-        z_NR = linear(x_TI[index], self.factors.a_RI) * self.segment.weights_N.unsqueeze(1)
+        z_NR = linear(x_TI[index], self.factors.a_RI.float()) * self.segment.weights_N.unsqueeze(1)
         if gates_NR is not None:
             z_NR = z_NR * gates_NR
         return [None if y is None else Change(y, index) for y in self.factors.expand(z_NR)]

@@ -69,7 +69,7 @@ def _add(delta_OI: Tensor, part: Part, by_kind: dict[type[Part], Operator[Any]])
     if isinstance(part, Dense):
         delta_OI += part.delta_OI
     elif isinstance(part, LowRank):
-        delta_OI.addmm_(part.b_OR, part.a_RI)
+        delta_OI.addmm_(part.b_OR.float(), part.a_RI.float())
     elif isinstance(part, TokenRows):
         delta_OI.index_add_(1, part.tokens_K, part.rows_KO.T)
     else:

@@ -24,6 +24,7 @@ from parts import random_part
 
 from timbre_methods.program import LowRank, Spectral
 from timbre_server.operators.catalogue import all_operators
+from timbre_server.operators.formats import FORMATS
 from timbre_server.operators.materialise import materialise
 from timbre_server.operators.row_table import RowTable, Span
 from timbre_server.operators.triton import catalogue, half_spectra
@@ -90,6 +91,10 @@ def launches() -> Iterator[None]:
             half_spectra.PROGRAMS = 0  # All rows are more than a step's.
             bound.sums(x_TI)
         if operator.part is LowRank:
+            for dtype in FORMATS:
+                alike = [LowRank(part.a_RI.to(dtype), part.b_OR.to(dtype)) for part in parts]
+                operator.bind([{slot: [part] for slot, part in enumerate(alike)}], TABLE).sums(x_TI)
+                materialise([alike], (OUT, IN), [operator])
             materialise([parts], (OUT, IN), [operator])
         yield
 

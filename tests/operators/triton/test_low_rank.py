@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from timbre_methods.program import LowRank
+from timbre_server.operators.formats import FORMATS
 from timbre_server.operators.low_rank import LowRankOperator
 from timbre_server.operators.row_table import RowTable, Span
 from timbre_server.operators.triton import low_rank_groups
@@ -126,6 +127,35 @@ def test_tensors_that_lie_anywhere(twins: ModuleType) -> None:
 
     uses = [{slot: [moved(part) for part in own] for slot, own in by.items()} for by in uses_of(32, twins)]
     compare(twins, table, uses, rows(table, 64)[:, ::2])
+
+
+@pytest.mark.parametrize("crowd", ["distinct", "mixes", "prefill"])
+@pytest.mark.parametrize("formats", [FORMATS[1:2], FORMATS[2:], FORMATS], ids=["bfloat16", "float16", "all"])
+def test_factors_of_16_bits_give_the_bits_of_the_same_in_float32(
+    formats: Sequence[torch.dtype], crowd: str, twins: ModuleType
+) -> None:
+    """Of adapters in formats of their own, and of one whose A and B differ."""
+    table = RowTable(CROWDS[crowd], twins.DEVICE)
+    count = len(formats)
+    uses = [
+        {
+            slot: [
+                LowRank(part.a_RI.to(formats[slot % count]), part.b_OR.to(formats[(slot + n) % count]))
+                for n, part in enumerate(parts)
+            ]
+            for slot, parts in by_slot.items()
+        }
+        for by_slot in uses_of(45, twins)
+    ]
+    whole = [
+        {s: [LowRank(part.a_RI.float(), part.b_OR.float()) for part in parts] for s, parts in by_slot.items()}
+        for by_slot in uses
+    ]
+    x_TI = rows(table, 45)
+    outputs = [torch.zeros(table.num_rows, out, device=x_TI.device) for out in OUTPUTS]
+    found, expected = (twins.totals(TritonLowRank().bind(u, table), x_TI, outputs) for u in (uses, whole))
+    for (_, change), (_, wanted) in zip(found, expected, strict=True):
+        assert torch.equal(change, wanted)
 
 
 def test_a_step_that_is_run_again_gives_equal_bits(twins: ModuleType) -> None:

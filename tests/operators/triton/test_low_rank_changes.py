@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from timbre_methods.program import LowRank
+from timbre_server.operators.formats import FORMATS
 from timbre_server.operators.low_rank import LowRankOperator
 from timbre_server.operators.materialise import materialise
 from timbre_server.operators.triton.low_rank import TritonLowRank
@@ -18,13 +19,14 @@ def test_ranks_and_numbers_of_parts_differ(shape: tuple[int, int], twins: Module
     generator = torch.Generator().manual_seed(shape[0])
     out_features, in_features = shape
 
-    def part(rank: int) -> LowRank:
+    def part(rank: int, a_format: torch.dtype, b_format: torch.dtype) -> LowRank:
         a_RI = torch.randn(rank, in_features, generator=generator)
-        return LowRank(
-            a_RI.to(twins.DEVICE), torch.randn(out_features, rank, generator=generator).to(twins.DEVICE)
-        )
+        b_OR = torch.randn(out_features, rank, generator=generator)
+        return LowRank(a_RI.to(twins.DEVICE, a_format), b_OR.to(twins.DEVICE, b_format))
 
-    parts_S = [[part(1)], [], [part(20), part(3)], [part(16)]]
+    whole, brain, half = FORMATS
+    parts_S = [[part(1, whole, whole)], [], [part(20, brain, whole), part(3, half, brain)]]
+    parts_S.append([part(16, brain, brain)])
 
     delta_SOI = materialise(parts_S, shape, [TritonLowRank()])
 

@@ -4,8 +4,6 @@
 // all of them. A row's result follows from nothing but its own slots.
 #include "lanes.h"
 
-typedef uint16_t BFloat16;  // The upper half of a float.
-
 struct AttentionRow {
     int64_t row;
     const int64_t *slots;
@@ -21,23 +19,13 @@ struct AttentionShape {
 constexpr int KEYS = LANES;  // Keys that are read together.
 constexpr int AHEAD = 4 * KEYS;  // Keys that are asked of memory before they are read.
 
-static inline const float *floats(const float *from, int64_t, float *) { return from; }
-
-static inline const float *floats(const BFloat16 *from, int64_t size, float *to) {
-    for (int64_t i = 0; i < size; i++) {
-        const uint32_t bits = uint32_t(from[i]) << 16;
-        std::memcpy(to + i, &bits, sizeof bits);
-    }
-    return to;
-}
-
 static inline void put(float value, float *to) { *to = value; }
 
 // To the nearest, ties to even.
 static inline void put(float value, BFloat16 *to) {
     uint32_t bits;
     std::memcpy(&bits, &value, sizeof bits);
-    *to = value != value ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    to->bits = value != value ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
 // e^x for x <= 0 as 2^n e^r with |r| <= ln(2) / 2, by Taylor's series of e^r; below -87 as at -87. NaN stays.

@@ -7,6 +7,8 @@
 
 typedef float Lanes __attribute__((vector_size(32)));
 typedef int32_t Integers __attribute__((vector_size(32)));
+typedef uint32_t Bits __attribute__((vector_size(32)));
+typedef uint16_t Halves __attribute__((vector_size(16)));
 constexpr int LANES = 8;
 
 static inline Lanes load(const float *from) {
@@ -19,6 +21,86 @@ static inline void store(float *to, Lanes lanes) { std::memcpy(to, &lanes, sizeo
 
 static inline Lanes all(float value) {
     return Lanes{value, value, value, value, value, value, value, value};
+}
+
+// Formats of 16 bits: every number is one of float32's, too.
+struct BFloat16 {
+    uint16_t bits;  // The upper half of a float's.
+};
+struct Float16 {
+    uint16_t bits;
+};
+
+static inline Bits load_bits(const void *from) {
+    Halves halves;
+    std::memcpy(&halves, from, sizeof halves);
+    return __builtin_convertvector(halves, Bits);
+}
+
+static inline Lanes load(const BFloat16 *from) { return (Lanes)(load_bits(from) << 16); }
+
+// Of finite numbers: exponents count from 15, and those of float32 from 127; below the normal ones, too.
+static inline Lanes load(const Float16 *from) {
+    const Bits bits = load_bits(from);
+    const Lanes size = (Lanes)((bits & 0x7fff) << 13) * all(0x1p112f);
+    return (Lanes)((Bits)size | (bits & 0x8000) << 16);
+}
+
+static inline float value(float number) { return number; }
+
+static inline float value(BFloat16 number) {
+    const uint32_t bits = uint32_t(number.bits) << 16;
+    float found;
+    std::memcpy(&found, &bits, sizeof found);
+    return found;
+}
+
+static inline float value(Float16 number) {
+    const uint32_t bits = uint32_t(number.bits & 0x7fff) << 13;
+    float size;
+    std::memcpy(&size, &bits, sizeof size);
+    return number.bits & 0x8000 ? size * -0x1p112f : size * 0x1p112f;
+}
+
+// Memory for floats, from which lanes are loaded without crossing from one line of the cache into the next.
+class Scratch {
+  public:
+    float *of(int64_t count) {
+        if (int64_t(lanes.size()) * LANES < count) lanes.resize((count + LANES - 1) / LANES);
+        return reinterpret_cast<float *>(lanes.data());
+    }
+
+  private:
+    struct alignas(sizeof(Lanes)) Aligned {
+        float numbers[LANES];
+    };
+    std::vector<Aligned> lanes;
+};
+
+// As floats: where they lie, else in `to`.
+static inline const float *floats(const float *from, int64_t, float *) { return from; }
+
+template <typename Number> static inline const float *floats(const Number *from, int64_t count, float *to) {
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) store(to + i, load(from + i));
+    for (; i < count; i++) to[i] = value(from[i]);
+    return to;
+}
+
+constexpr int64_t FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2;
+
+struct Numbers {
+    const void *first;
+    int64_t format;
+};
+
+template <typename Visit> static inline void as_they_lie(const Numbers &numbers, Visit visit) {
+    if (numbers.format == BFLOAT16)
+        visit(static_cast<const BFloat16 *>(numbers.first));
+    else if (numbers.format == FLOAT16)
+        visit(static_cast<const Float16 *>(numbers.first));
+    else
+        visit(static_cast<const float *>(numbers.first));
 }
 
 static inline float sum(Lanes v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }

@@ -4,8 +4,8 @@
 #include "lanes.h"
 
 struct LowRankUse {
-    const float *a;  // [rank, in]
-    const float *b;  // [out, rank]
+    Numbers a;  // [rank, in]
+    Numbers b;  // [out, rank]
     int64_t rank;
     Rows rows;
 };
@@ -13,71 +13,95 @@ struct LowRankUse {
 constexpr int ROWS = 4;  // Rows of one adapter that read its factors together.
 
 // z[n, r] = weight_n a_r x_n for R ranks and N rows.
-template <int R, int N>
-static void shrink(const LowRankUse &use, int64_t first, int64_t rank, const float *x, int64_t in, float *z) {
+template <int R, int N, typename Number>
+static void shrink(
+    const LowRankUse &use, const Number *factor, int64_t first, int64_t rank, const float *x, int64_t in,
+    float *z
+) {
     Lanes sums[R][N] = {};
-    const float *a[R], *v[N];
-    for (int r = 0; r < R; r++) a[r] = use.a + (rank + r) * in;
+    const Number *a[R];
+    const float *v[N];
+    for (int r = 0; r < R; r++) a[r] = factor + (rank + r) * in;
     for (int n = 0; n < N; n++) v[n] = x + use.rows.rows[first + n] * in;
     int64_t i = 0;
     for (; i + LANES <= in; i += LANES)
         for (int r = 0; r < R; r++) {
-            const Lanes factor = load(a[r] + i);
-            for (int n = 0; n < N; n++) sums[r][n] += factor * load(v[n] + i);
+            const Lanes lanes = load(a[r] + i);
+            for (int n = 0; n < N; n++) sums[r][n] += lanes * load(v[n] + i);
         }
     for (int r = 0; r < R; r++)
         for (int n = 0; n < N; n++) {
             float total = sum(sums[r][n]);
-            for (int64_t j = i; j < in; j++) total += a[r][j] * v[n][j];
+            for (int64_t j = i; j < in; j++) total += value(a[r][j]) * v[n][j];
             z[(first + n) * use.rank + rank + r] = total * use.rows.weights[first + n];
         }
 }
 
-template <int N>
-static void shrink_rows(const LowRankUse &use, int64_t first, const float *x, int64_t in, float *z) {
+template <int N, typename Number>
+static void shrink_rows(
+    const LowRankUse &use, const Number *a, int64_t first, const float *x, int64_t in, float *z
+) {
     constexpr int R = N == 1 ? 8 : N == 2 ? 4 : 2;
     int64_t rank = 0;
-    for (; rank + R <= use.rank; rank += R) shrink<R, N>(use, first, rank, x, in, z);
-    for (; rank < use.rank; rank++) shrink<1, N>(use, first, rank, x, in, z);
+    for (; rank + R <= use.rank; rank += R) shrink<R, N>(use, a, first, rank, x, in, z);
+    for (; rank < use.rank; rank++) shrink<1, N>(use, a, first, rank, x, in, z);
 }
 
-static void shrink_all(const LowRankUse &use, const float *x, int64_t in, float *z) {
+template <typename Number>
+static void shrink_all(const LowRankUse &use, const Number *a, const float *x, int64_t in, float *z) {
     int64_t row = 0;
-    for (; row + ROWS <= use.rows.count; row += ROWS) shrink_rows<ROWS>(use, row, x, in, z);
-    if (row + 2 <= use.rows.count) shrink_rows<2>(use, row, x, in, z), row += 2;
-    if (row < use.rows.count) shrink_rows<1>(use, row, x, in, z);
+    for (; row + ROWS <= use.rows.count; row += ROWS) shrink_rows<ROWS>(use, a, row, x, in, z);
+    if (row + 2 <= use.rows.count) shrink_rows<2>(use, a, row, x, in, z), row += 2;
+    if (row < use.rows.count) shrink_rows<1>(use, a, row, x, in, z);
 }
 
-// y[n, o] += b_o z_n for the outputs from `begin` to `end`.
-static void expand(const LowRankUse &use, const float *z, float *y, int64_t out, Share own) {
+// y[n, o] += b_o z_n for the outputs of a share, whose factor `b` is.
+template <typename Number>
+static void expand(const LowRankUse &use, const Number *b, const float *z, float *y, int64_t out, Share own) {
     const int64_t rank = use.rank, whole = rank / LANES * LANES;
     for (int64_t first = 0; first < use.rows.count; first += ROWS) {
         const int64_t last = first + ROWS < use.rows.count ? first + ROWS : use.rows.count;
+        const Number *from = b;
         int64_t o = own.begin;
-        for (; o + LANES <= own.end; o += LANES)
+        for (; o + LANES <= own.end; o += LANES, from += LANES * rank)
             for (int64_t n = first; n < last; n++) {
-                const float *b = use.b + o * rank, *v = z + n * rank;
+                const float *v = z + n * rank;
                 float *to = y + use.rows.rows[n] * out + o;
                 Lanes total = load(to);
                 if (whole) {
                     Lanes products[LANES] = {};
                     for (int64_t r = 0; r < whole; r += LANES) {
-                        const Lanes factor = load(v + r);
-                        for (int j = 0; j < LANES; j++) products[j] += load(b + j * rank + r) * factor;
+                        const Lanes lanes = load(v + r);
+                        for (int j = 0; j < LANES; j++) products[j] += load(from + j * rank + r) * lanes;
                     }
                     total += sums_of(products);
                 }
                 for (int64_t r = whole; r < rank; r++)
-                    for (int j = 0; j < LANES; j++) total[j] += b[j * rank + r] * v[r];
+                    for (int j = 0; j < LANES; j++) total[j] += value(from[j * rank + r]) * v[r];
                 store(to, total);
             }
-        for (; o < own.end; o++)
+        for (; o < own.end; o++, from += rank)
             for (int64_t n = first; n < last; n++) {
                 float total = 0;
-                for (int64_t r = 0; r < rank; r++) total += use.b[o * rank + r] * z[n * rank + r];
+                for (int64_t r = 0; r < rank; r++) total += value(from[r]) * z[n * rank + r];
                 y[use.rows.rows[n] * out + o] += total;
             }
     }
+}
+
+// `count` rows of a factor from `begin` on: where they are read again, or not in whole lanes, as floats in
+// `scratch`.
+static Numbers part_of(
+    const Numbers &factor, int64_t begin, int64_t count, int64_t width, const Rows &rows, Scratch &scratch
+) {
+    Numbers part = factor;
+    as_they_lie(factor, [&](auto first) {
+        if (factor.format != FLOAT32 && (rows.count > 1 || width % LANES))
+            part = {floats(first + begin * width, count * width, scratch.of(count * width)), FLOAT32};
+        else
+            part.first = first + begin * width;
+    });
+    return part;
 }
 
 // x [T, in] and y [T, out] are contiguous.
@@ -89,10 +113,18 @@ extern "C" void timbre_low_rank(
     std::vector<float> z(starts[count]);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
+        Scratch scratch;
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t u = 0; u < count; u++) shrink_all(uses[u], x, in, z.data() + starts[u]);
+        for (int64_t u = 0; u < count; u++) {
+            const Numbers factor = part_of(uses[u].a, 0, uses[u].rank, in, uses[u].rows, scratch);
+            as_they_lie(factor, [&](auto a) { shrink_all(uses[u], a, x, in, z.data() + starts[u]); });
+        }
         const Share own = share(out, thread_number(), thread_count(), LANES);
-        for (int64_t u = 0; u < count; u++) expand(uses[u], z.data() + starts[u], y, out, own);
+        for (int64_t u = 0; u < count; u++) {
+            const int64_t size = own.end - own.begin;
+            const Numbers factor = part_of(uses[u].b, own.begin, size, uses[u].rank, uses[u].rows, scratch);
+            as_they_lie(factor, [&](auto b) { expand(uses[u], b, z.data() + starts[u], y, out, own); });
+        }
     }
 }
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from timbre_server.native.library import library, num_threads
 from timbre_server.operators.contract import Bound, Change
+from timbre_server.operators.formats import format_of
 from timbre_server.operators.row_table import Segment
 
 ADDRESS, NUMBER = ctypes.c_void_p, ctypes.c_int64
@@ -46,19 +47,29 @@ class Rows(ctypes.Structure):
         return Rows(segment.rows_N.data_ptr(), segment.weights_N.data_ptr(), segment.rows_N.shape[0])
 
 
+class Numbers(ctypes.Structure):
+    """``Numbers`` of ``lanes.h``."""
+
+    _fields_ = [("first", ctypes.c_void_p), ("format", ctypes.c_int64)]
+
+    @staticmethod
+    def of(tensor: Tensor) -> Numbers:
+        return Numbers(tensor.data_ptr(), format_of(tensor))
+
+
 class LowRankUse(ctypes.Structure):
     """``LowRankUse`` of ``low_rank.cpp``."""
 
     _fields_ = [
-        ("a", ctypes.c_void_p),
-        ("b", ctypes.c_void_p),
+        ("a", Numbers),
+        ("b", Numbers),
         ("rank", ctypes.c_int64),
         ("rows", Rows),
     ]
 
     @staticmethod
     def of(a_RI: Tensor, b_OR: Tensor, segment: Segment) -> LowRankUse:
-        return LowRankUse(a_RI.data_ptr(), b_OR.data_ptr(), a_RI.shape[0], Rows.of(segment))
+        return LowRankUse(Numbers.of(a_RI), Numbers.of(b_OR), a_RI.shape[0], Rows.of(segment))
 
 
 class Kernel(Protocol):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from timbre_methods.program import LowRank
 from timbre_server.operators.contract import Change
+from timbre_server.operators.formats import format_of, formats_in
 from timbre_server.operators.row_table import RowTable
 from timbre_server.operators.triton import low_rank_kernels as kernels
 from timbre_server.operators.triton.crowds import Crowd, CrowdRows, Outputs, counts, crowds_of
@@ -128,10 +129,12 @@ class _Tables:
     shrink_tiles: Tensor
     a_ranks: Tensor
     is_aligned: bool
-    rank_gates: Tensor
+    ranks: Tensor
+    a_formats: int
     expand_tiles: Tensor
     factors: Tensor
     b_factors: Tensor
+    b_formats: int
     z_size: int
 
     @staticmethod
@@ -146,7 +149,7 @@ class _Tables:
             first_row += crowd.num_rows
             first_rank += num_ranks
             z_size += crowd.num_rows * num_ranks
-        starts, strides, ranks, pairs, gates = (
+        starts, strides, ranks, pairs, gates, formats = (
             torch.tensor(column) for column in zip(*lists.shrinks, strict=True)
         )
         a_ranks = (starts.repeat_interleave(ranks) + strides.repeat_interleave(ranks) * counts(ranks)).to(
@@ -156,10 +159,12 @@ class _Tables:
             numbers(lists.shrink_tiles, device),
             a_ranks,
             not bool(((starts | strides) % 16).any()),
-            torch.stack([pairs, gates], 1).repeat_interleave(ranks, 0).to(device, torch.int32),
+            torch.stack([pairs, gates, formats], 1).repeat_interleave(ranks, 0).to(device, torch.int32),
+            formats_in(own[5] for own in lists.shrinks),
             numbers(lists.expand_tiles, device),
-            numbers([own[:4] for own in lists.expands], device),
-            torch.tensor([own[4] for own in lists.expands], device=device),
+            numbers([own[:5] for own in lists.expands], device),
+            torch.tensor([own[5] for own in lists.expands], device=device),
+            formats_in(own[4] for own in lists.expands),
             z_size,
         )
 
@@ -176,24 +181,24 @@ class _Places(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Lists:
-    """The tables, crowd after crowd. ``shrinks``: where a factor's A begins, bytes of a rank, ranks, and for
-    which of a row's adapters, with which gate. ``expands``: a factor, and where its B begins."""
+    """The tables, crowd after crowd. ``shrinks``: where a factor's A begins, bytes of a rank, ranks, for
+    which of a row's adapters, with which gate, and its format. ``expands``: a factor, and where B begins."""
 
     shrink_tiles: list[tuple[int, ...]]
-    shrinks: list[tuple[int, int, int, int, int]]
+    shrinks: list[tuple[int, int, int, int, int, int]]
     expand_tiles: list[tuple[int, ...]]
-    expands: list[tuple[int, int, int, int, int]]
+    expands: list[tuple[int, int, int, int, int, int]]
 
     def add(self, own: Sequence[tuple[int, Factor]], places: _Places, tiling: Tiling) -> None:
         """Appends one crowd with its factors, each of one of a row's adapters."""
         first_row, first_rank, num_ranks, first_z, tiles = places
-        by_member: dict[int, list[tuple[int, int, int, int, int]]] = {}
+        by_member: dict[int, list[tuple[int, int, int, int, int, int]]] = {}
         column = 0
         for pair, factor in own:
             a_RI, b_OR = factor.part.a_RI, factor.part.b_OR
             rank, row_bytes = len(a_RI), a_RI.shape[1] * a_RI.element_size()
-            self.shrinks.append((a_RI.data_ptr(), row_bytes, rank, pair, factor.gate))
-            expand = rank, column, pair, factor.gate, b_OR.data_ptr()
+            self.shrinks.append((a_RI.data_ptr(), row_bytes, rank, pair, factor.gate, format_of(a_RI)))
+            expand = rank, column, pair, factor.gate, format_of(b_OR), b_OR.data_ptr()
             by_member.setdefault(factor.member, []).append(expand)
             column += rank
         for row, count in tiles:
@@ -253,13 +258,14 @@ class _Launch:
         gated = gates is not None
         kernels.shrink[len(tables.shrink_tiles), num_pieces](
             x_TI, in_features, self.rows.rows_Q, num_rows, tables.shrink_tiles, tables.a_ranks,
-            tables.rank_gates, gates, self.gate_starts_KQ, z, tables.z_size, piece,
+            tables.ranks, gates, self.gate_starts_KQ, z, tables.z_size, piece,
             ROWS=tiling.rows, RANKS=tiling.ranks, WIDTH=tiling.width,
-            GATED=gated, ALIGNED=tables.is_aligned, PRECISION=self.precision,
+            GATED=gated, FORMATS=tables.a_formats, ALIGNED=tables.is_aligned, PRECISION=self.precision,
         )  # fmt: skip
         kernels.expand[len(tables.expand_tiles), triton.cdiv(self.outputs.widest, tiling.out)](
             z, tables.z_size, num_pieces, self.rows.weights_KQ, num_rows, tables.expand_tiles,
             tables.factors, tables.b_factors, gates, self.gate_starts_KQ, self.outputs.members_G2,
             self.places_GQ, y,
-            ROWS=tiling.rows, RANKS=tiling.ranks, OUT=tiling.out, GATED=gated, PRECISION=self.precision,
+            ROWS=tiling.rows, RANKS=tiling.ranks, OUT=tiling.out,
+            GATED=gated, FORMATS=tables.b_formats, PRECISION=self.precision,
         )  # fmt: skip

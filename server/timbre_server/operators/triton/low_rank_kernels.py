@@ -20,17 +20,43 @@ SHRINK_TILE = tl.constexpr(6)
 """Numbers of a tile: first row, rows, first rank, ranks, where z begins, z of a row."""
 EXPAND_TILE = tl.constexpr(7)
 """First row, rows, where z begins, z of a row, first factor, factors, member."""
-FACTOR = tl.constexpr(4)
-"""Numbers of a factor: rank, column of z, which of a row's adapters, column of the gate."""
+RANK = tl.constexpr(3)
+"""Numbers of a rank: which of a row's adapters, column of the gate, format of A."""
+FACTOR = tl.constexpr(5)
+"""Numbers of a factor: rank, column of z, which of a row's adapters, column of the gate, format of B."""
+
+
+@triton.jit
+def load_factor(
+    address: tl.tensor, place: tl.tensor, is_read: tl.tensor, format: tl.tensor, FORMATS: tl.constexpr
+) -> tl.tensor:
+    """float32 numbers of factors at int64 addresses, each in its own format; 0 where none is read.
+
+    FORMATS: those that occur, as `formats.formats_in` counts them; the common case is one.
+    """
+    if FORMATS == 1:
+        found = tl.load(address.to(tl.pointer_type(tl.float32)) + place, mask=is_read, other=0.0)
+    elif FORMATS == 2:
+        found = tl.load(address.to(tl.pointer_type(tl.bfloat16)) + place, mask=is_read, other=0.0)
+    elif FORMATS == 4:
+        found = tl.load(address.to(tl.pointer_type(tl.float16)) + place, mask=is_read, other=0.0)
+    else:
+        whole = address.to(tl.pointer_type(tl.float32)) + place
+        brain = address.to(tl.pointer_type(tl.bfloat16)) + place
+        half = address.to(tl.pointer_type(tl.float16)) + place
+        found = tl.load(whole, mask=is_read & (format == 0), other=0.0)
+        found += tl.load(brain, mask=is_read & (format == 1), other=0.0).to(tl.float32)
+        found += tl.load(half, mask=is_read & (format == 2), other=0.0).to(tl.float32)
+    return found.to(tl.float32)
 
 
 # Compiled anew for a width of a layer, never for what a step counts.
 @triton.jit(do_not_specialize=["num_rows_Q", "z_size"])
 def shrink(
     x: tl.tensor, in_features: tl.tensor, rows: tl.tensor, num_rows_Q: tl.tensor, tiles: tl.tensor,
-    a_ranks: tl.tensor, rank_gates: tl.tensor, gates: tl.tensor, gate_starts: tl.tensor, z: tl.tensor,
+    a_ranks: tl.tensor, ranks: tl.tensor, gates: tl.tensor, gate_starts: tl.tensor, z: tl.tensor,
     z_size: tl.tensor, piece: tl.tensor, ROWS: tl.constexpr, RANKS: tl.constexpr, WIDTH: tl.constexpr,
-    GATED: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+    GATED: tl.constexpr, FORMATS: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ) -> None:  # fmt: skip
     tile = tiles + tl.program_id(0) * SHRINK_TILE
     n, r = tl.arange(0, ROWS), tl.arange(0, RANKS)
@@ -39,8 +65,8 @@ def shrink(
     start = tl.program_id(1) * piece
     end = tl.minimum(start + piece, in_features)
     if GATED:
-        pair_R = tl.load(rank_gates + (first_rank + r) * 2, mask=is_rank, other=0)
-        column_R = tl.load(rank_gates + (first_rank + r) * 2 + 1, mask=is_rank, other=0)
+        pair_R = tl.load(ranks + (first_rank + r) * RANK, mask=is_rank, other=0)
+        column_R = tl.load(ranks + (first_rank + r) * RANK + 1, mask=is_rank, other=0)
         is_read = is_row[:, None] & is_rank[None, :]
         gate_start_NR = tl.load(
             gate_starts + pair_R[None, :] * num_rows_Q + q_N[:, None], mask=is_read, other=0
@@ -50,7 +76,8 @@ def shrink(
         end = tl.where(tl.max(is_rank.to(tl.int32), axis=0) > 0, end, start)
 
     x_N = x + tl.load(rows + q_N, mask=is_row, other=0).to(tl.int64) * in_features
-    a_R = tl.load(a_ranks + first_rank + r, mask=is_rank, other=0).to(tl.pointer_type(tl.float32))
+    a_R = tl.load(a_ranks + first_rank + r, mask=is_rank, other=0)
+    format_R = tl.load(ranks + (first_rank + r) * RANK + 2, mask=is_rank, other=0)
     if ALIGNED:
         a_R = tl.multiple_of(a_R, 16)
     if ROWS == 1:
@@ -60,7 +87,8 @@ def shrink(
         i = first + tl.arange(0, WIDTH)
         is_in = i < end
         x_NI = tl.load(x_N[:, None] + i[None, :], mask=is_row[:, None] & is_in[None, :], other=0.0)
-        a_RI = tl.load(a_R[:, None] + i[None, :], mask=is_rank[:, None] & is_in[None, :], other=0.0)
+        is_in_a = is_rank[:, None] & is_in[None, :]
+        a_RI = load_factor(a_R[:, None], i[None, :], is_in_a, format_R[:, None], FORMATS)
         if ROWS == 1:
             products_RI += a_RI * x_NI.to(tl.float32)
         else:
@@ -76,7 +104,7 @@ def expand(
     z: tl.tensor, z_size: tl.tensor, num_pieces: tl.tensor, weights: tl.tensor, num_rows_Q: tl.tensor,
     tiles: tl.tensor, factors: tl.tensor, b_factors: tl.tensor, gates: tl.tensor, gate_starts: tl.tensor,
     members: tl.tensor, places: tl.tensor, y: tl.tensor, ROWS: tl.constexpr, RANKS: tl.constexpr,
-    OUT: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr,
+    OUT: tl.constexpr, GATED: tl.constexpr, FORMATS: tl.constexpr, PRECISION: tl.constexpr,
 ) -> None:  # fmt: skip
     tile = tiles + tl.program_id(0) * EXPAND_TILE
     n, o = tl.arange(0, ROWS), tl.program_id(1) * OUT + tl.arange(0, OUT)
@@ -92,7 +120,7 @@ def expand(
     for f in range(first_factor, first_factor + num_factors):
         factor = factors + f * FACTOR
         rank, column, pair = tl.load(factor), tl.load(factor + 1), tl.load(factor + 2)
-        b = tl.load(b_factors + f).to(tl.pointer_type(tl.float32))
+        b, b_format = tl.load(b_factors + f), tl.load(factor + 4)
         weight_N = tl.load(weights + pair * num_rows_Q + q_N, mask=is_row, other=0.0)
         is_used, ranks_used = is_row, rank
         if GATED:
@@ -110,9 +138,8 @@ def expand(
                 z_piece_N = z_N + tl.cast(number, tl.int64) * z_size + column
                 z_NR += tl.load(z_piece_N[:, None] + r[None, :], mask=is_read, other=0.0)
             z_NR *= weight_N[:, None]
-            b_OR = tl.load(
-                b + o[:, None] * rank + r[None, :], mask=is_out[:, None] & is_rank[None, :], other=0.0
-            )
+            is_in_b = is_out[:, None] & is_rank[None, :]
+            b_OR = load_factor(b, o[:, None] * rank + r[None, :], is_in_b, b_format, FORMATS)
             if ROWS == 1:
                 y_NO += tl.sum(b_OR * z_NR, axis=1)[None, :]
             else:

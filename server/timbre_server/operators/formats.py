@@ -1,0 +1,32 @@
+"""In which formats factors of low rank lie in memory: in 16 bits where these say exactly what float32 does.
+
+Adapters are most often uploaded in 16 bits. Half of their memory, and of what a step reads, is then zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+FORMATS = (torch.float32, torch.bfloat16, torch.float16)
+"""A kernel is told of one by its place here."""
+
+
+def format_of(tensor: Tensor) -> int:
+    return FORMATS.index(tensor.dtype)
+
+
+def formats_in(formats: Iterable[int]) -> int:
+    """Which formats there are among these, as one number: bit n for format n."""
+    return sum(1 << each for each in set(formats))
+
+
+def narrowed(values: Tensor) -> Tensor:
+    """In a format of 16 bits from which every value comes back as it is; else the very same tensor."""
+    for dtype in FORMATS[1:]:
+        narrow = values.to(dtype)
+        if torch.equal(narrow.to(values.dtype), values):
+            return narrow
+    return values
