@@ -69,17 +69,17 @@ static void sort(const float *values, int64_t count, int32_t *order) {
 }
 
 // What one thread writes to on the way.
-struct Scratch {
+struct RowGates {
     std::vector<float> x, logits, scaled, preferred;
     std::vector<int32_t> order;
     std::vector<uint8_t> is_kept, every;
 
-    Scratch(int64_t in, int64_t experts)
+    RowGates(int64_t in, int64_t experts)
         : x(in), logits(experts), scaled(experts), preferred(experts), order(experts), is_kept(experts),
           every(experts, 1) {}
 };
 
-static void keep(const RouterUse &use, Scratch &own, float *mass) {
+static void keep(const RouterUse &use, RowGates &own, float *mass) {
     const int64_t experts = use.experts;
     if (use.rule.keep == ALL) {
         own.is_kept = own.every;
@@ -97,7 +97,7 @@ static void keep(const RouterUse &use, Scratch &own, float *mass) {
     }
 }
 
-static void gate_row(const RouterUse &use, const float *x, int64_t in, Scratch &own, float *gates) {
+static void gate_row(const RouterUse &use, const float *x, int64_t in, RowGates &own, float *gates) {
     const RouterRule &rule = use.rule;
     const int64_t experts = use.experts;
     if (rule.is_normalised) normalise(x, in, own.x.data()), x = own.x.data();
@@ -138,7 +138,7 @@ extern "C" void timbre_gates(
     for (int64_t u = 0; u < count; u++) experts = uses[u].experts > experts ? uses[u].experts : experts;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        Scratch own(in, experts);
+        RowGates own(in, experts);
         for (int64_t u = 0; u < count; u++) {
             const RouterUse &use = uses[u];
 #pragma omp for schedule(static) nowait
