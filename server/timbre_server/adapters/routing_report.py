@@ -49,13 +49,16 @@ def expert_tokens(calls: Iterable[RouterCall]) -> dict[int, list[int]]:
     gates: dict[tuple[int, tuple[int, ...]], list[Tensor]] = {}
     for asked, gates_NK in calls:
         gates.setdefault((asked.segment.slot, asked.sizes), []).append(gates_NK)
+    if not gates:
+        return {}
+    acted = torch.cat([torch.cat(found).ne(0).sum(0) for found in gates.values()])
+    numbers = iter(acted.tolist())  # All at once: a GPU is waited for a single time.
     counts: dict[int, list[int]] = {}
-    for (slot, sizes), found in gates.items():
+    for slot, sizes in gates:
         own = counts.setdefault(slot, [])
         own += [0] * (max(sizes) - len(own))
-        acted = iter(torch.cat(found).ne(0).sum(0).tolist())
         for expert in (expert for size in sizes for expert in range(size)):
-            own[expert] += next(acted)
+            own[expert] += next(numbers)
     return counts
 
 

@@ -41,26 +41,28 @@ class BoundRouters(Routers):
     """`Routers` in PyTorch."""
 
     def __init__(self, routers: Sequence[tuple[Segment, Sequence[Router]]]) -> None:
-        self._counts, room = [len(own) for _, own in routers], PoolRoom()
+        self._num_segments, room = len(routers), PoolRoom()
         self._batches: list[_Alone | _Pairs] = []
-        pooled: dict[object, list[tuple[int, Segment, Router]]] = {}
-        each = ((segment, router) for segment, own in routers for router in own)
-        for place, (segment, router) in enumerate(each):
-            count = len(segment.rows_N)
-            if count >= MIN_ROWS_ALONE or not room.take(count * router.weight_EI.nbytes):
-                self._batches.append(_Alone(place, segment, router))
+        pooled: dict[object, list[tuple[int, Segment, Sequence[Router]]]] = {}
+        for place, (segment, own) in enumerate(routers):
+            count, kinds = len(segment.rows_N), {_kind(router) for router in own}
+            num_bytes = count * sum(router.weight_EI.nbytes for router in own)
+            if count >= MIN_ROWS_ALONE or len(kinds) > 1 or not room.take(num_bytes):
+                self._batches.append(_Alone(place, segment, own))
             else:
-                with_terms = (router.bias_E is None, router.preference_E is None)
-                key = (router.rule, router.weight_EI.shape, with_terms)
-                pooled.setdefault(key, []).append((place, segment, router))
-        self._batches += [_Pairs.of(own) for own in pooled.values()]
+                pooled.setdefault(kinds.pop(), []).append((place, segment, own))
+        self._batches += [_Pairs.of(each) for each in pooled.values()]
 
     def gates(self, x_TI: Tensor) -> Sequence[Tensor]:
         found: dict[int, Tensor] = {}
         for batch in self._batches:
             found.update(batch.gates(x_TI))
-        places = iter(range(len(found)))
-        return [side_by_side([found[next(places)] for _ in range(count)]) for count in self._counts]
+        return [found[place] for place in range(self._num_segments)]
+
+
+def _kind(router: Router) -> object:
+    """Equal for routers that run in one product."""
+    return router.rule, router.weight_EI.shape, router.bias_E is None, router.preference_E is None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,18 +71,23 @@ class _Alone:
 
     place: int
     segment: Segment
-    router: Router
+    routers: Sequence[Router]
 
     def gates(self, x_TI: Tensor) -> dict[int, Tensor]:
-        return {self.place: router_gates(self.router, x_TI[self.segment.index])}
+        x_NI = x_TI[self.segment.index]
+        return {self.place: side_by_side([router_gates(router, x_NI) for router in self.routers])}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Pairs:
-    """Routers of one shape and rule with few rows: stacked, once for each row."""
+    """Routers of one kind with few rows: stacked, row after row, a row's own one after the other. So what
+    they give lies as it is asked for, and no adapter takes a launch of its own."""
 
     places: tuple[int, ...]
     counts: tuple[int, ...]
+    """Pairs of each place."""
+    rows: tuple[int, ...]
+    """Of each place."""
     rows_P: Tensor
     weight_PEI: Tensor
     bias_PE: Tensor | None
@@ -88,12 +95,13 @@ class _Pairs:
     rule: Rule
 
     @staticmethod
-    def of(routers: Sequence[tuple[int, Segment, Router]]) -> _Pairs:
-        each = [router for _, segment, router in routers for _ in range(len(segment.rows_N))]
+    def of(routers: Sequence[tuple[int, Segment, Sequence[Router]]]) -> _Pairs:
+        each = [router for _, segment, own in routers for _ in range(len(segment.rows_N)) for router in own]
         return _Pairs(
             tuple(place for place, _, _ in routers),
+            tuple(len(segment.rows_N) * len(own) for _, segment, own in routers),
             tuple(len(segment.rows_N) for _, segment, _ in routers),
-            torch.cat([segment.rows_N for _, segment, _ in routers]),
+            torch.cat([segment.rows_N.repeat_interleave(len(own)) for _, segment, own in routers]),
             torch.stack([router.weight_EI for router in each]),
             _stacked([router.bias_E for router in each]),
             _stacked([router.preference_E for router in each]),
@@ -106,7 +114,11 @@ class _Pairs:
         if self.bias_PE is not None:
             logits_PE = logits_PE + self.bias_PE
         gates_PE = ruled(self.rule, logits_PE, self.preference_PE)
-        return dict(zip(self.places, gates_PE.split_with_sizes(self.counts), strict=True))
+        found = gates_PE.split_with_sizes(self.counts)
+        return {
+            place: gates.reshape(rows, -1)
+            for place, rows, gates in zip(self.places, self.rows, found, strict=True)
+        }
 
 
 def side_by_side(gates: Sequence[Tensor]) -> Tensor:

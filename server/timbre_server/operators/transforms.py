@@ -75,10 +75,10 @@ def transform(name: str, length: int, low_pass: tuple[float, ...], device: torch
 
 
 class HalfSpectrum(Transform):
-    """By ``rfft`` of real rows, turned by ``phase_K`` where there is one; of rows in ``order_D`` where that
-    is not their own."""
+    """By ``rfft`` of real rows, turned by ``phase_K`` where there is one."""
 
-    order_D: Tensor | None = None
+    _place_D: Tensor | None = None
+    """Where each number of a row is, of rows that are transformed in another order."""
 
     def __init__(self, length: int, phase_K: Tensor | None, device: torch.device) -> None:
         self.length = length
@@ -95,13 +95,15 @@ class HalfSpectrum(Transform):
         h_UK = torch.view_as_complex(h_UC.view(-1, self.coordinates // 2, 2))
         if self.phase_K is not None:
             h_UK = h_UK * self.phase_K.conj()
-        if (
-            h_UK.is_cuda
-        ):  # cuFFT reads imaginary parts of frequencies that have none in a real row's spectrum.
+        if h_UK.is_cuda:  # cuFFT reads imaginary parts where a real row's spectrum has none.
             h_UK = h_UK.clone()
             h_UK.imag[:, :: self.length // 2 if self.length % 2 == 0 else self.length] = 0
-        y_UD: Tensor = torch.fft.irfft(h_UK, n=self.length)
-        return y_UD
+        return self.inverse(h_UK)
+
+    def inverse(self, h_UK: Tensor, norm: str = "backward") -> Tensor:
+        """[U, D]: real rows from their spectra, in phase; n times them with the ``norm`` "forward"."""
+        y_UD: Tensor = torch.fft.irfft(h_UK, n=self.length, norm=norm)
+        return y_UD if self._place_D is None else y_UD.index_select(1, self._place_D)
 
     def _folded(self, frequency_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """k, whether it is the mirror image's, and what the inverse transform counts it: half, if twice."""
@@ -154,14 +156,12 @@ class _Hartley(HalfSpectrum):
 
 
 class _Dct(HalfSpectrum):
-    order_D: Tensor
-
     def __init__(self, length: int, low_pass: tuple[float, ...], device: torch.device) -> None:
         angle_K = -torch.arange(length // 2 + 1, dtype=torch.float64) * (math.pi / (2 * length))
         super().__init__(length, torch.polar(torch.ones_like(angle_K), angle_K), device)
         even, odd = torch.arange(0, length, 2), torch.arange(1, length, 2)
         order_D = torch.cat([even, odd.flip(0)])
-        self.order_D = order_D.to(device)
+        self._order_D = order_D.to(device)
         self._place_D = order_D.argsort().to(device)
 
     def matrix(self) -> Tensor:
@@ -173,10 +173,7 @@ class _Dct(HalfSpectrum):
         return matrix_FD
 
     def forward(self, x_UD: Tensor) -> Tensor:
-        return super().forward(x_UD.index_select(1, self.order_D))
-
-    def back(self, h_UC: Tensor) -> Tensor:
-        return super().back(h_UC).index_select(1, self._place_D)
+        return super().forward(x_UD.index_select(1, self._order_D))
 
     def reads(self, v_N: Tensor) -> Entries:
         k_N, is_mirrored_N, _ = self._folded(v_N)

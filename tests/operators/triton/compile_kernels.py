@@ -22,12 +22,12 @@ from triton.runtime.jit import JITFunction, mangle_type
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from parts import random_part
 
-from timbre_methods.program import LowRank, Spectral
+from timbre_methods.program import LowRank
 from timbre_server.operators.catalogue import all_operators
 from timbre_server.operators.formats import FORMATS
 from timbre_server.operators.materialise import materialise
 from timbre_server.operators.row_table import RowTable, Span
-from timbre_server.operators.triton import catalogue, half_spectra
+from timbre_server.operators.triton import catalogue
 
 IN, OUT = 64, 48
 TABLE = RowTable([Span(1, ((0, 0.5), (1, 0.5))), Span(1), Span(40, ((2, 1.0),))])
@@ -87,9 +87,6 @@ def launches() -> Iterator[None]:
         bound.input_change(0, x_TI)
         bound.output_change(0, y_TO)
         bound.own_product(0, x_TI)
-        if operator.part is Spectral:
-            half_spectra.PROGRAMS = 0  # All rows are more than a step's.
-            bound.sums(x_TI)
         if operator.part is LowRank:
             for dtype in FORMATS:
                 alike = [LowRank(part.a_RI.to(dtype), part.b_OR.to(dtype)) for part in parts]

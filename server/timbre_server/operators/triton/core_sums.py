@@ -1,10 +1,11 @@
 """The cores between two half spectra on a GPU: what every adapter of a row's mix makes of it, added up.
 
-A step in `half_spectra`'s way back, and a launch by itself (`core_sums`) where a library transforms the
-rows. Every sum has one order. `summed` is checked under Triton's interpreter and on an H200; `core_sums` has
-not run on a GPU yet.
+A program has some frequencies of one row, whatever the number of rows and whosever places they are. What it
+writes is in phase again and a real row's spectrum, so that an inverse transform is all that is left to do.
+Every sum has one order. The sums are checked under Triton's interpreter and on an H200.
 
-Legend: U rows that use a transform, P (row, use) pairs, A uses, C coordinates.
+Legend: U rows that use a transform, P (row, use) pairs, A uses, C coordinates, K = C/2 frequencies, n the
+length of a row.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from timbre_server.operators.transforms import HalfSpectrum
 from timbre_server.operators.triton.row_uses import RowUses
 
 FREQUENCIES = tl.constexpr(256)
-"""Of one row, that a program of `_core_sums` has."""
+"""Of one row, that a program has."""
 
 
 class Cores(NamedTuple):
@@ -37,14 +39,18 @@ class Cores(NamedTuple):
 
 
 @triton.jit
-def summed(k, is_k, u, z, cores, COORDINATES: tl.constexpr):
-    """What the cores of a row's pairs make at frequencies k. A frequency's real part has the entries before
-    ``middle``, and its imaginary part those from there on."""
-    re = tl.zeros(k.shape, tl.float32)
-    im = tl.zeros(k.shape, tl.float32)
+def _core_sums(z, z_stride, cores, phase, scale, h, C: tl.constexpr, IS_EVEN: tl.constexpr):
+    """``h[u] = scale · phase ·`` the cores of row u applied to z[u]. A frequency's real part has the entries
+    before ``middle``, and its imaginary part those from there on."""
+    u = tl.program_id(0).to(tl.int64)
+    k = tl.program_id(1) * FREQUENCIES + tl.arange(0, FREQUENCIES)
+    is_k = 2 * k < C
+    z += u * z_stride
+    re = tl.zeros((FREQUENCIES,), tl.float32)
+    im = tl.zeros((FREQUENCIES,), tl.float32)
     for pair in range(tl.load(cores.uses.starts + u), tl.load(cores.uses.starts + u + 1)):
         use = tl.load(cores.uses.use_P + pair)
-        ends = cores.row_ends + tl.load(cores.pattern_A + use) * (COORDINATES + 1) + 2 * k
+        ends = cores.row_ends + tl.load(cores.pattern_A + use) * (C + 1) + 2 * k
         start = tl.load(ends, is_k, 0)
         middle = tl.load(ends + 1, is_k, 0)
         end = tl.load(ends + 2, is_k, 0)
@@ -58,24 +64,34 @@ def summed(k, is_k, u, z, cores, COORDINATES: tl.constexpr):
             value *= weight * tl.load(cores.factor + at, is_one, 0.0)
             re += tl.where(at < middle, value, 0.0)
             im += tl.where(at < middle, 0.0, value)
-    return re, im
+    if phase is not None:
+        w_re = tl.load(phase + 2 * k, is_k, 0.0)
+        w_im = tl.load(phase + 2 * k + 1, is_k, 0.0)
+        re, im = re * w_re - im * w_im, re * w_im + im * w_re
+    is_real = k == 0
+    if IS_EVEN:
+        is_real = is_real | (2 * k + 2 == C)
+    h += u * C
+    tl.store(h + 2 * k, re * scale, is_k)
+    tl.store(h + 2 * k + 1, tl.where(is_real, 0.0, im * scale), is_k)
 
 
-@triton.jit
-def _core_sums(z, z_stride, cores, h, COORDINATES: tl.constexpr):
-    """``h[u] =`` the cores of row u applied to z[u]."""
-    u = tl.program_id(0).to(tl.int64)
-    k = tl.program_id(1) * FREQUENCIES + tl.arange(0, FREQUENCIES)
-    is_k = 2 * k < COORDINATES
-    re, im = summed(k, is_k, u, z + u * z_stride, cores, COORDINATES)
-    h += u * COORDINATES
-    tl.store(h + 2 * k, re, is_k)
-    tl.store(h + 2 * k + 1, im, is_k)
+class CoreSums:
+    """The launch for one transform of one length."""
 
+    def __init__(self, transform: HalfSpectrum) -> None:
+        self._transform = transform
+        phase_K = transform.phase_K
+        self._phase = None if phase_K is None else torch.view_as_real(phase_K.conj().resolve_conj())
+        if self._phase is not None:
+            self._phase = self._phase.expand(transform.coordinates // 2, 2).contiguous()
 
-def core_sums(z_UC: Tensor, cores: Cores, coordinates: int) -> Tensor:
-    """[U, coordinates]: what the cores make of spectra, of this or another length."""
-    h_UC = torch.empty(len(z_UC), coordinates, device=z_UC.device)
-    grid = (len(z_UC), triton.cdiv(coordinates // 2, FREQUENCIES.value))
-    _core_sums[grid](z_UC, z_UC.stride(0), cores, h_UC, coordinates)
-    return h_UC
+    def changes(self, z_UC: Tensor, cores: Cores) -> Tensor:
+        """[U, n]: as `Transform.back` of what the cores make of spectra, of this or another length."""
+        n, coordinates = self._transform.length, self._transform.coordinates
+        h_UC = torch.empty(len(z_UC), coordinates, device=z_UC.device)
+        grid = (len(z_UC), triton.cdiv(coordinates // 2, FREQUENCIES.value))
+        _core_sums[grid](
+            z_UC, z_UC.stride(0), cores, self._phase, 1 / n, h_UC, coordinates, IS_EVEN=n % 2 == 0
+        )
+        return self._transform.inverse(torch.view_as_complex(h_UC.view(len(z_UC), -1, 2)), norm="forward")

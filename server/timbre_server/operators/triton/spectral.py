@@ -1,4 +1,5 @@
-"""`Spectral` by `half_spectra`: for a step's rows one launch for the group, and one for each of its members.
+"""`Spectral` in Triton: cuFFT takes the rows of a group to their spectra and each member's back, and what is
+between is one launch of `core_sums` for all adapters.
 
 Rows of a decode step and of a prompt, and adapters with places of their own, all run alike. Wavelets, places
 that crowd in one frequency, and patterns for which a bind has no room are the twin's.
@@ -21,9 +22,8 @@ from timbre_server.operators.contract import Bound, Change, Uses
 from timbre_server.operators.pooling import PoolRoom
 from timbre_server.operators.row_table import RowTable, Segment
 from timbre_server.operators.spectral import SpectralOperator
-from timbre_server.operators.transforms import HalfSpectrum, Transform
-from timbre_server.operators.triton.core_sums import Cores
-from timbre_server.operators.triton.half_spectra import HalfSpectraKernels
+from timbre_server.operators.transforms import HalfSpectrum
+from timbre_server.operators.triton.core_sums import Cores, CoreSums
 from timbre_server.operators.triton.launch import addresses, numbers
 from timbre_server.operators.triton.row_uses import Pairs
 
@@ -37,7 +37,7 @@ Use = tuple[Segment, Spectral]
 class TritonSpectral(SpectralOperator):
     def __init__(self) -> None:
         super().__init__()
-        self._kernels: dict[Transform, HalfSpectraKernels | None] = {}
+        self._sums: dict[HalfSpectrum, CoreSums] = {}
         self._even: WeakKeyDictionary[Places, bool] = WeakKeyDictionary()
 
     def _bind_transform(self, uses: Uses[Spectral], table: RowTable, room: PoolRoom) -> Bound:
@@ -52,8 +52,8 @@ class TritonSpectral(SpectralOperator):
             for parts_by_slot in uses
         ]
         places = next(part.places for own in each for _, part in own)
-        inner = self._kernels_of(self._transform(places, places.in_features, table.device), table.device)
-        if inner is None:
+        inner = self._transform(places, places.in_features, table.device)
+        if not isinstance(inner, HalfSpectrum):
             return None
         members: list[_Member | None] = []
         for own in each:
@@ -63,11 +63,12 @@ class TritonSpectral(SpectralOperator):
             members.append(member)
         return BoundSpectra(rows_U, inner, members)
 
-    def _kernels_of(self, transform: Transform, device: torch.device) -> HalfSpectraKernels | None:
-        if transform not in self._kernels:
-            made = HalfSpectraKernels(transform, device) if isinstance(transform, HalfSpectrum) else None
-            self._kernels[transform] = made
-        return self._kernels[transform]
+    def _sums_of(self, places: Places, device: torch.device) -> CoreSums:
+        outer = self._transform(places, places.out_features, device)
+        assert isinstance(outer, HalfSpectrum), "one name is one kind of transform, whatever the length"
+        if outer not in self._sums:
+            self._sums[outer] = CoreSums(outer)
+        return self._sums[outer]
 
     def _is_even(self, places: Places, device: torch.device) -> bool:
         """Whether no coordinate has far more entries than others: a program walks along the most of them."""
@@ -79,12 +80,11 @@ class TritonSpectral(SpectralOperator):
 
     def _member(self, own: Sequence[Use], num_rows: int, table: RowTable, room: PoolRoom) -> _Member | None:
         places, device = own[0][1].places, table.device
-        outer = self._kernels_of(self._transform(places, places.out_features, device), device)
         distinct = {part.places: self._pattern(part.places, device) for _, part in own}
         patterns = list(distinct.values())
         num_bytes = sum(4 * (len(p.row_ends) + 3 * len(p.columns)) for p in patterns)
         is_even = all(self._is_even(places, device) for places in distinct)
-        if outer is None or not is_even or not room.take(num_bytes):
+        if not is_even or not room.take(num_bytes):
             return None
         number_of = {places: number for number, places in enumerate(distinct)}
         c_A = [part.c_N.contiguous() for _, part in own]
@@ -99,12 +99,12 @@ class TritonSpectral(SpectralOperator):
             source=torch.cat([pattern.source for pattern in patterns]),
             factor=torch.cat([pattern.factor for pattern in patterns]),
         )
-        return _Member(outer, cores, c_A, pairs if table.is_gated else None)
+        return _Member(self._sums_of(places, device), cores, c_A, pairs if table.is_gated else None)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Member:
-    outer: HalfSpectraKernels
+    sums: CoreSums
     cores: Cores
     kept: Sequence[Tensor]
     """What the cores have addresses of."""
@@ -113,21 +113,19 @@ class _Member:
 
     def change(self, z_UC: Tensor) -> Tensor:
         cores = self.cores if self.gated is None else self.cores._replace(uses=self.gated.row_uses())
-        return self.outer.changes(z_UC, cores)
+        return self.sums.changes(z_UC, cores)
 
 
 class BoundSpectra(Bound):
     """All cores of one transform at a group."""
 
-    def __init__(
-        self, rows_U: Tensor | None, inner: HalfSpectraKernels, members: Sequence[_Member | None]
-    ) -> None:
+    def __init__(self, rows_U: Tensor | None, inner: HalfSpectrum, members: Sequence[_Member | None]) -> None:
         self._rows_U = rows_U
         self._inner = inner
         self._members = members
 
     def sums(self, x_TI: Tensor) -> Sequence[Sequence[Change]]:
-        z_UC = self._inner.spectra(x_TI, self._rows_U)
+        z_UC = self._inner.forward(x_TI if self._rows_U is None else x_TI[self._rows_U])
         return [
             () if member is None else (Change(member.change(z_UC), self._rows_U),) for member in self._members
         ]
