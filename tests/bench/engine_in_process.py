@@ -24,9 +24,9 @@ from timbre_server.adapters.placement import placed_program
 from timbre_server.engine.assembly import engine_around
 from timbre_server.engine.attention import install_attention
 from timbre_server.engine.core import EngineCore
-from timbre_server.engine.messages import AdapterUse, SamplingParams, StepOutput, Submit
+from timbre_server.engine.messages import AdapterUse, SamplingParams, StepOutput, Submit, TokenEvent
 from timbre_server.engine.model_loader import LoadedModel, PreparedModel
-from timbre_server.engine.options import EngineOptions
+from timbre_server.engine.options import EngineOptions, KernelChoice
 from timbre_server.engine.probe import probe
 
 ADAPTER_BYTES = 64 << 30
@@ -67,7 +67,14 @@ class Decoding:
         self._numbers = count()
 
     @classmethod
-    def of(cls, model: PreTrainedModel, makes: Mapping[str, Make], rows: int, kv_bytes: int) -> Decoding:
+    def of(
+        cls,
+        model: PreTrainedModel,
+        makes: Mapping[str, Make],
+        rows: int,
+        kv_bytes: int,
+        kernels: KernelChoice = "auto",
+    ) -> Decoding:
         """The engine around a model that nothing else uses; adapters of each of ``makes``."""
         install_attention(model)
         prepared = PreparedModel(LoadedModel(model, "random", ""), probe(model))
@@ -78,6 +85,7 @@ class Decoding:
             kv_cache_bytes=kv_bytes,
             enable_prefix_caching=False,
             adapter_memory_bytes=ADAPTER_BYTES,
+            kernels=kernels,
         )
         core, ready = engine_around(prepared, options, print, lambda: None, partial(MadeAdapters, makes))
         return cls(core, ready.vocab_size, model.device)
@@ -123,6 +131,20 @@ class Decoding:
             self._core.step()
         return times
 
+    def greedy_tokens(self, digests: list[str | None], prompt_tokens: int, steps: int) -> list[list[int]]:
+        """What each of so many requests is answered at temperature 0; prompts follow from torch's seed."""
+        lengths = range(prompt_tokens, prompt_tokens + len(digests))
+        requests = [
+            self._submit(digest, length, steps) for digest, length in zip(digests, lengths, strict=True)
+        ]
+        found: dict[str, list[int]] = {request_id: [] for request_id in requests}
+        while any(len(tokens) < steps for tokens in found.values()):
+            for event in self._checked(self._core.step()):
+                found[event.request_id] += event.token_ids
+        for request_id in found:
+            self._core.abort(request_id)
+        return [tokens[:steps] for tokens in found.values()]
+
     def one_step(self) -> float:
         """Seconds of the whole turn, scheduling and sampling included."""
         started = time.perf_counter()
@@ -142,7 +164,7 @@ class Decoding:
         return request_id
 
     @staticmethod
-    def _checked(output: StepOutput) -> tuple[object, ...]:
+    def _checked(output: StepOutput) -> tuple[TokenEvent, ...]:
         for event in output.events:
             if event.error_message:
                 raise RuntimeError(event.error_message)
