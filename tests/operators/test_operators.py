@@ -188,7 +188,7 @@ def test_without_room_a_bind_copies_nothing_for_each_row(
 
     # A few numbers for each row and part: which row it is, with what weight, where its input lies.
     uses_more = (3 - 1) * sum(len(own) for own in parts.values())
-    assert held_bytes(3) - held_bytes(1) <= 64 * uses_more
+    assert held_bytes(3) - held_bytes(1) <= 96 * uses_more
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])

@@ -152,9 +152,10 @@ class AdaptedLinear(nn.Module):
         x_TI = rows_of(x)
         inputs = [c for b in bounds if (c := b.input_change(self._member, x_TI)) is not None]
         y = self._product(added(x, inputs)) if inputs else self._base_product(x)
+        sums = self._group.changes(self._member, x)  # Routers choose there for what acts on outputs, too.
         outputs = self._output_changes(bounds, x, y, changed_input=bool(inputs))
         produced = [self._produced(o, x) for b in bounds if (o := b.own_product(self._member, x_TI))]
-        changes = [*outputs, *self._group.changes(self._member, x), *produced]
+        changes = [*outputs, *sums, *produced]
         return added(y, changes, is_own=True) if changes else y
 
     def _base_product(self, x: Tensor) -> Tensor:
