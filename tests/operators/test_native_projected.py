@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
 
 from timbre_methods.program import Basis, Projected
-from timbre_server.native import library as shared
 from timbre_server.operators.catalogue import why_not
 from timbre_server.operators.native.projected import NativeProjected, _is_served
 from timbre_server.operators.projected import ProjectedOperator
@@ -38,16 +35,6 @@ KINDS = {
     "randlora wide": (1, BLOCKS, True, False),
     "randlora tall": (BLOCKS, 1, False, True),
 }
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """So many, for however little work."""
-    before = torch.get_num_threads()
-    monkeypatch.setattr(shared, "MIN_WORK_FOR_THREADS", 0)
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
 
 
 def drawn(kind: str, rank: int, generator: torch.Generator) -> Uses:

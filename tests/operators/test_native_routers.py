@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 
@@ -11,7 +10,6 @@ import torch
 from torch import Tensor
 
 from timbre_methods.routing import Router, Rule
-from timbre_server.native import library as shared
 from timbre_server.operators.catalogue import why_not
 from timbre_server.operators.native.routers import NativeRouters
 from timbre_server.operators.router import BoundRouters
@@ -33,16 +31,6 @@ CROWDS = {
     "mixes": [Span(2, ((0, 0.7), (1, 0.3))), Span(1), Span(8, ((2, 0.25), (0, 2.0)))],
     "prefill": [Span(1, ((1, 1.0),)), Span(30, ((2, 1.0),)), Span(1)],
 }
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """So many, for however little work."""
-    before = torch.get_num_threads()
-    monkeypatch.setattr(shared, "MIN_WORK_FOR_THREADS", 0)
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
 
 
 def agree(rules: list[Rule], crowd: str, generator: torch.Generator) -> None:

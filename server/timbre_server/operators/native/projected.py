@@ -10,7 +10,7 @@ Legend: T rows of the batch, N blocks, I in, O out, P and Q sizes of the basis.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from timbre_methods.program import Projected
-from timbre_server.native.library import library, num_threads
+from timbre_server.native.library import num_threads
 from timbre_server.operators.contract import Bound, Change, Uses
 from timbre_server.operators.joined_sums import JoinedSums
-from timbre_server.operators.native.uses import KernelChange, Rows, rows_of
+from timbre_server.operators.native.uses import ADDRESS, NUMBER, KernelChange, Rows, kernel, rows_of
 from timbre_server.operators.projected import ProjectedOperator
 from timbre_server.operators.row_table import RowTable, Segment
 
@@ -111,9 +111,10 @@ class _Place:
 class _Product:
     """Some uses of one matrix."""
 
-    def __init__(self, run: Callable[..., object], shared: Tensor, matrix: _Matrix) -> None:
-        """``shared`` is what ``matrix`` has the address of."""
-        self._run, self._matrix = run, matrix
+    def __init__(self, name: str, shared: Tensor, matrix: _Matrix) -> None:
+        """By the function of that name; ``shared`` is what ``matrix`` has the address of."""
+        self._run = kernel(name, ADDRESS, ADDRESS, NUMBER, ADDRESS, ADDRESS)
+        self._matrix = matrix
         self._held: list[object] = [shared]
         self._uses: list[_Use] = []
 
@@ -133,11 +134,11 @@ class _Product:
 
     def __call__(self, source: Tensor, target: Tensor) -> None:
         self._run(
-            ctypes.byref(self._matrix),
-            self._array,
-            ctypes.c_int64(len(self._array)),
-            ctypes.c_void_p(source.data_ptr()),
-            ctypes.c_void_p(target.data_ptr()),
+            ctypes.addressof(self._matrix),
+            ctypes.addressof(self._array),
+            len(self._uses),
+            source.data_ptr(),
+            target.data_ptr(),
             num_threads(self._work),
         )
 
@@ -174,8 +175,7 @@ class _BoundProjected(Bound):
 
     def _shrink(self, p_NPI: Tensor) -> _Product:
         if id(p_NPI) not in self._shrinks:
-            run = library().timbre_projected_in
-            self._shrinks[id(p_NPI)] = _Product(run, p_NPI, _Matrix.of_p(p_NPI))
+            self._shrinks[id(p_NPI)] = _Product("timbre_projected_in", p_NPI, _Matrix.of_p(p_NPI))
         return self._shrinks[id(p_NPI)]
 
     def _place_of(self, part: Projected, segment: Segment) -> _Place:
@@ -198,8 +198,7 @@ class _BoundProjected(Bound):
                 place, core_NP = self._place_of(part, segment), part.core.contiguous()
                 q_NOQ = part.basis.q_NOQ
                 if id(q_NOQ) not in expands:
-                    run = library().timbre_projected_out
-                    expands[id(q_NOQ)] = _Product(run, q_NOQ, _Matrix.of_q(q_NOQ))
+                    expands[id(q_NOQ)] = _Product("timbre_projected_out", q_NOQ, _Matrix.of_q(q_NOQ))
                 expand = expands[id(q_NOQ)]
                 if part.outer_NO is None:
                     expand.add(place.use(rows, core_NP.data_ptr(), None), segment, core_NP)

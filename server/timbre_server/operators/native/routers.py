@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from timbre_methods.routing import Router, Rule
-from timbre_server.native.library import library, num_threads
-from timbre_server.operators.native.uses import Rows
+from timbre_server.native.library import num_threads
+from timbre_server.operators.native.uses import ADDRESS, NUMBER, Rows, kernel
 from timbre_server.operators.router import Routers, router_gates
 from timbre_server.operators.row_table import RowTable, Segment, Span
 
@@ -79,7 +79,8 @@ class NativeRouters(Routers):
                 work += count * router.weight_EI.numel()
             first += count * num_gates
         self._uses, self._work = (_Use * len(uses))(*uses), work
-        self._run = library().timbre_gates
+        self._first, self._count = ctypes.addressof(self._uses), len(uses)
+        self._run = kernel("timbre_gates", ADDRESS, NUMBER, ADDRESS, NUMBER, ADDRESS)
 
     def _use(self, rows: Rows, router: Router, first: int, stride: int) -> _Use:
         tensors = router.weight_EI, router.bias_E, router.preference_E
@@ -93,11 +94,11 @@ class NativeRouters(Routers):
     def gates(self, x_TI: Tensor) -> Sequence[Tensor]:
         x_TI, gates = x_TI.contiguous(), torch.empty(sum(self._sizes))
         self._run(
-            self._uses,
-            ctypes.c_int64(len(self._uses)),
-            ctypes.c_void_p(x_TI.data_ptr()),
-            ctypes.c_int64(x_TI.shape[1]),
-            ctypes.c_void_p(gates.data_ptr()),
+            self._first,
+            self._count,
+            x_TI.data_ptr(),
+            x_TI.shape[1],
+            gates.data_ptr(),
             num_threads(self._work),
         )
         pieces = gates.split_with_sizes(self._sizes)

@@ -166,8 +166,8 @@ class _Member:
 
     def add(self, z_GCL: Tensor, y_TO: Tensor) -> None:
         """What was made of x is all that it reads: the spectra of the batch's groups of rows."""
-        work = num_threads(self._work)
-        self._run(*self._begin, z_GCL.data_ptr(), z_GCL.shape[1], y_TO.data_ptr(), work)
+        threads = num_threads(self._work)
+        self._run(*self._begin, z_GCL.data_ptr(), z_GCL.shape[1], y_TO.data_ptr(), threads)
 
 
 def _values(
