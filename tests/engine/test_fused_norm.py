@@ -46,6 +46,14 @@ def test_another_epsilon_is_seen() -> None:
     assert fused_norm._fused(norm, norm.weight) is None
 
 
+def test_rows_of_another_type_get_what_the_module_gives() -> None:
+    norm = random_norm(LlamaRMSNorm, torch.float32)
+    fused = fused_norm._fused(norm, norm.weight)
+    assert fused is not None
+    x_TD = torch.randn(5, 48, generator=torch.Generator().manual_seed(2)).bfloat16()
+    assert torch.equal(fused(x_TD), norm(x_TD))
+
+
 def test_on_a_cpu_the_module_itself_is_taken() -> None:
     norm = random_norm(LlamaRMSNorm, torch.float32)
     assert fused_norm.norm_of(norm) is norm
