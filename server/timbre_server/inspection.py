@@ -101,7 +101,7 @@ def _refuse_too_large(found: MethodInspection, budget_bytes: int, max_derived_by
     if needed > budget_bytes:
         shared = f", {found.shared_bytes} of them for its basis" if found.shared_bytes else ""
         raise InvalidAdapter(
-            f"the adapter takes {needed} bytes of memory{shared}, but {budget_bytes} are there for all "
+            f"the adapter takes up to {needed} bytes of memory{shared}, but {budget_bytes} are there for all "
             "adapters together; the server's setting is adapter_memory_mib"
         )
     if max_derived_bytes is not None and found.derived_bytes > max_derived_bytes:

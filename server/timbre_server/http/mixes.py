@@ -142,9 +142,9 @@ def summable(mix: Sequence[WeightedAdapter], budget_bytes: int, param: str) -> t
     needed = sum(each.adapter.manifest.prepared_bytes for each in acting)
     if len(acting) > 1 and needed > budget_bytes:
         raise MixNotServed(
-            f"the {len(acting)} adapters need {needed} bytes in memory together, and the budget for all "
-            f"adapters is {budget_bytes}; mix fewer or smaller ones, or raise the server's adapter memory "
-            "setting",
+            f"the {len(acting)} adapters need up to {needed} bytes in memory together, and the budget for "
+            f"all adapters is {budget_bytes}; mix fewer or smaller ones, or raise the server's adapter "
+            "memory setting",
             param=param,
         )
     return acting
