@@ -3,7 +3,7 @@
 `paged_attention` copies the keys and values of a length group before its product; here they are read where
 they lie, row by row, without padding, in float32 whatever the cache's type. Chunks of several rows, soft
 caps, sinks, and heads whose sizes are no multiple of eight are left to `paged_attention`, whose meaning
-this is. It is used only where `varlen_attention.step_for` found at start that the two agree.
+this is. It is used only where `step_kinds.step_for` found at start that the two agree.
 
 Legend: T rows, H query heads, D key dim, E value dim.
 """

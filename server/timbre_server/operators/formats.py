@@ -1,6 +1,6 @@
 """In which formats factors of low rank lie in memory: in 16 bits where these say exactly what float32 does.
 
-Adapters are most often uploaded in 16 bits. Half of their memory, and of what a step reads, is then zeros.
+Many adapters are uploaded in 16 bits. In float32 half of their memory, and of what a step reads, is zeros.
 """
 
 from __future__ import annotations
