@@ -15,8 +15,10 @@ import shutil
 import stat
 import subprocess
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,6 +28,10 @@ _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-Wall", "-Wextra")
 _COMPILER_TIMEOUT_S = 300
 MIN_WORK_FOR_THREADS = 100_000
 """Multiplications below which waking other threads costs more than they do."""
+
+
+ADDRESS, NUMBER = ctypes.c_void_p, ctypes.c_int64
+"""Of arguments of a `kernel`."""
 
 
 class LibraryUnavailable(Exception):
@@ -55,6 +61,18 @@ def library() -> ctypes.CDLL:
             return ctypes.CDLL(str(built))
     except (OSError, subprocess.SubprocessError) as error:
         raise LibraryUnavailable(f"the C++ kernels could not be built with {compiler}: {error}") from error
+
+
+@cache
+def kernel(name: str, *types: type[Any]) -> Callable[..., None]:
+    """A function of the library, of arguments of these types and the number of threads: plain integers may be
+    given for all, which takes less time than to make objects of ctypes for each call.
+
+    Raises: LibraryUnavailable.
+    """
+    found = getattr(library(), name)
+    found.argtypes, found.restype = (*types, ctypes.c_int), None
+    return found  # type: ignore[no-any-return]
 
 
 def num_threads(work: int) -> int:

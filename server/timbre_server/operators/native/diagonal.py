@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from timbre_methods.program import Diagonal
-from timbre_server.native.library import num_threads
+from timbre_server.native.library import ADDRESS, NUMBER, kernel, num_threads
 from timbre_server.operators.contract import Bound, Change, Uses
 from timbre_server.operators.diagonal import BoundDiagonal, DiagonalOperator, Gains, gains_of
-from timbre_server.operators.native.uses import ADDRESS, NUMBER, KernelChange, kernel
+from timbre_server.operators.native.uses import KernelChange
 from timbre_server.operators.row_table import RowTable
 
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from timbre_methods.program import LowRank
-from timbre_server.native.library import num_threads
+from timbre_server.native.library import ADDRESS, NUMBER, kernel, num_threads
 from timbre_server.operators.contract import Change, Uses
 from timbre_server.operators.low_rank import BoundGated, Gating
-from timbre_server.operators.native.uses import ADDRESS, NUMBER, KernelChange, LowRankUse, kernel, rows_of
+from timbre_server.operators.native.uses import KernelChange, LowRankUse, rows_of
 from timbre_server.operators.row_table import RowTable, Segment
 
 

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from timbre_methods.program import Projected
-from timbre_server.native.library import num_threads
+from timbre_server.native.library import ADDRESS, NUMBER, kernel, num_threads
 from timbre_server.operators.contract import Bound, Change, Uses
 from timbre_server.operators.joined_sums import JoinedSums
-from timbre_server.operators.native.uses import ADDRESS, NUMBER, KernelChange, Rows, kernel, rows_of
+from timbre_server.operators.native.uses import KernelChange, Rows, rows_of
 from timbre_server.operators.projected import ProjectedOperator
 from timbre_server.operators.row_table import RowTable, Segment
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from timbre_methods.routing import Router, Rule
-from timbre_server.native.library import num_threads
-from timbre_server.operators.native.uses import ADDRESS, NUMBER, Rows, kernel
+from timbre_server.native.library import ADDRESS, NUMBER, kernel, num_threads
+from timbre_server.operators.native.uses import Rows
 from timbre_server.operators.router import Routers, router_gates
 from timbre_server.operators.row_table import RowTable, Segment, Span
 

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from timbre_methods.program import Places, Spectral
-from timbre_server.native.library import num_threads
+from timbre_server.native.library import ADDRESS, NUMBER, kernel, num_threads
 from timbre_server.operators.contract import Bound, Change, Uses
 from timbre_server.operators.native.fourier import LANES, Plan, Rows, factors_of
-from timbre_server.operators.native.uses import ADDRESS, NUMBER, KernelChange, kernel
+from timbre_server.operators.native.uses import KernelChange
 from timbre_server.operators.pooling import PoolRoom
 from timbre_server.operators.row_table import Pairs, RowTable
 from timbre_server.operators.spectral import SpectralOperator

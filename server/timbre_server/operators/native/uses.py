@@ -8,28 +8,17 @@ Legend: T rows of the batch, N rows of one adapter, I in, O out, R ranks.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
-from functools import cache, cached_property
-from typing import Any, Protocol
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from timbre_server.native.library import library, num_threads
+from timbre_server.native.library import ADDRESS, NUMBER, kernel, num_threads
 from timbre_server.operators.contract import Bound, Change
 from timbre_server.operators.formats import format_of
 from timbre_server.operators.row_table import Segment
-
-ADDRESS, NUMBER = ctypes.c_void_p, ctypes.c_int64
-
-
-@cache
-def kernel(name: str, *types: type[Any]) -> Callable[..., None]:
-    """A function of the library, of arguments of these types and the number of threads: plain integers may be
-    given for all, which takes less time than to make objects of ctypes for each call."""
-    found = getattr(library(), name)
-    found.argtypes, found.restype = (*types, ctypes.c_int), None
-    return found  # type: ignore[no-any-return]
 
 
 class Rows(ctypes.Structure):
