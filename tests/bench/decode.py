@@ -144,7 +144,7 @@ def measure(
     by_family = programs(model)
     slots = [program for own in by_family.values() for program in own]
     install_attention(model)
-    packer = LinearPacker(model.dtype, model.device)
+    packer = LinearPacker(model.dtype, model.device, native="native" in kernels)
     models = {name: Measured(model, packer, name, slots) for name in kernels}
     times: dict[tuple[str, str, str], list[float]] = {}
     for number in range(rounds + 1):

@@ -22,6 +22,7 @@ import torch
 from scenarios import STEP_TOKENS, Scenario
 from torch import nn
 
+from timbre_server.adapters.kernels import choose_kernels
 from timbre_server.engine.packed_linear import LinearPacker
 
 COPY_BYTES = 256 << 20
@@ -103,7 +104,7 @@ def bytes_per_s(device: torch.device) -> float:
 def _rates(
     weights: Weights, rows: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> dict[int, float]:
-    packer = LinearPacker(dtype, device)
+    packer = LinearPacker(dtype, device, native=choose_kernels("auto", device)[0] == "native")
     products = [
         packer.product_of(nn.Linear(i, o, bias=False, device=device, dtype=dtype).requires_grad_(False))
         for o, i in (*weights.body, weights.head)

@@ -25,10 +25,12 @@ from timbre_methods.contract import Site
 from timbre_methods.program import AdapterProgram, Dense
 from timbre_server.adapters.adapted_model import AdaptedModel, Arithmetic
 from timbre_server.adapters.groups import LinearGroup
+from timbre_server.adapters.kernels import choose_kernels
 from timbre_server.adapters.merged_weights import merged_weights
 from timbre_server.engine.packed_linear import LinearPacker
 from timbre_server.operators.row_table import RowTable, Span
 
+CPU = torch.device("cpu")
 OWN = ((0, 1.0),)
 GROUPS = [("q", "k", "v"), ("o",), ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)]
 Step = Callable[[], float]
@@ -51,7 +53,7 @@ def step(
     """One forward of a copy of the layer with one adapter in memory; its milliseconds. A copy repeats its
     table, as decoding does."""
     own = copy.deepcopy(layer)
-    packer = LinearPacker(torch.float32, torch.device("cpu"))
+    packer = LinearPacker(torch.float32, CPU, native=choose_kernels("auto", CPU)[0] == "native")
     sites = {path: Site(path, own.get_submodule(path).weight.detach(), None) for path in SITES}
     adapted = AdaptedModel(own, [LinearGroup(group) for group in GROUPS], Arithmetic(packer.product_of))
     adapted.put(0, program)

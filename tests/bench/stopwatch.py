@@ -114,8 +114,8 @@ def _timed_group(
 
 
 class _TimedPacker(LinearPacker):
-    def __init__(self, watch: Stopwatch, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, watch: Stopwatch, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
         self._watch = watch
 
     def product_of(self, module: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -82,7 +82,7 @@ def test_the_weights_are_shared_and_packed_once(tiny_model: TinyModel, tmp_path:
     if not packer.works:
         pytest.skip("this processor packs no float32")
     products = [packer.pack(layer) for layer in (first, again)]
-    assert products[0]._packed is products[1]._packed  # type: ignore[union-attr]
+    assert products[0]._product is products[1]._product  # type: ignore[union-attr]
 
 
 def test_a_place_can_be_changed_alone(tiny_model: TinyModel) -> None:

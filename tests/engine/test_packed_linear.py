@@ -9,43 +9,57 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from timbre_server.engine import native_linear, packed_linear
 from timbre_server.engine.packed_linear import LinearPacker
+from timbre_server.native.library import LibraryUnavailable
+from timbre_server.operators.catalogue import why_not
 
 CPU = torch.device("cpu")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+IN_CPP = pytest.mark.skipif(
+    not native_linear.serves(torch.float32) or why_not("native") is not None,
+    reason="no C++ products on this machine",
+)
+KINDS = [(torch.float32, False), (torch.bfloat16, False), pytest.param(torch.float32, True, marks=IN_CPP)]
+"""Types, and whether C++ may be used."""
 
 
-def packer_for(dtype: torch.dtype) -> LinearPacker:
-    packer = LinearPacker(dtype, CPU)
+def packer_for(dtype: torch.dtype, *, native: bool = False) -> LinearPacker:
+    packer = LinearPacker(dtype, CPU, native=native)
     if not packer.works:
         pytest.skip(f"this processor packs no {dtype}")
     return packer
 
 
-@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize(("dtype", "native"), KINDS)
 @pytest.mark.parametrize("rows", [(1,), (1, 0), (1, 1), (1, 3), (17,), (1, 1, 64)])
+@pytest.mark.parametrize("features", [(48, 80), (37, 45)])
 @pytest.mark.parametrize(
     "make", [nn.Linear, lambda i, o: nn.Linear(i, o, bias=False), lambda i, o: Conv1D(o, i)]
 )
-def test_a_packed_product_equals_the_layer(dtype: torch.dtype, rows: tuple[int, ...], make: object) -> None:
+def test_a_packed_product_equals_the_layer(
+    dtype: torch.dtype, native: bool, rows: tuple[int, ...], features: tuple[int, int], make: object
+) -> None:
     torch.manual_seed(1)
-    layer = make(48, 80).to(dtype)  # type: ignore[operator]
+    layer = make(*features).to(dtype)  # type: ignore[operator]
     if layer.bias is not None:
         nn.init.normal_(layer.bias)
-    product = packer_for(dtype).pack(layer)
+    product = packer_for(dtype, native=native).pack(layer)
     assert product is not None
-    x = torch.randn(*rows, 48).to(dtype)
+    x = torch.randn(*rows, features[0]).to(dtype)
     with torch.inference_mode():
         got, want = product(x), layer(x)
     assert (got.shape, got.dtype) == (want.shape, want.dtype)
     torch.testing.assert_close(got, want, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize(("dtype", "native"), KINDS)
 @pytest.mark.parametrize("has_bias", [True, False])
-def test_a_weight_of_no_module_is_multiplied_and_not_kept(dtype: torch.dtype, has_bias: bool) -> None:
+def test_a_weight_of_no_module_is_multiplied_and_not_kept(
+    dtype: torch.dtype, native: bool, has_bias: bool
+) -> None:
     torch.manual_seed(1)
-    packer = packer_for(dtype)
+    packer = packer_for(dtype, native=native)
     weight_OI = torch.randn(80, 48).to(dtype)
     bias_O = torch.randn(80).to(dtype) if has_bias else None
     product, kept = packer.product_with(weight_OI, bias_O), weakref.ref(weight_OI)
@@ -67,6 +81,48 @@ def test_one_and_two_float32_rows_are_the_layer_s_own_bits() -> None:
     x_TI = torch.randn(2, 576)
     with torch.inference_mode():
         assert torch.equal(product(x_TI), layer(x_TI))
+
+
+@IN_CPP
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_row_has_the_same_bits_whatever_rows_are_beside_it(threads: int) -> None:
+    torch.manual_seed(1)
+    product = packer_for(torch.float32, native=True).pack(nn.Linear(577, 200))
+    assert product is not None
+    x_TI = torch.randn(2 * 61, 577)[::2]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.inference_mode():
+            whole_TO = product(x_TI)
+            for first, last in ((0, 1), (3, 5), (7, 12), (20, 36), (40, 61)):
+                assert torch.equal(product(x_TI[first:last]), whole_TO[first:last])
+    finally:
+        torch.set_num_threads(before)
+
+
+@IN_CPP
+def test_c_plus_plus_is_taken_only_where_it_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed: list[torch.Tensor] = []
+
+    def in_panels(weight_OI: torch.Tensor) -> packed_linear.BiasedProduct:
+        packed.append(weight_OI)
+        return native_linear.in_panels(weight_OI)
+
+    monkeypatch.setattr(packed_linear, "in_panels", in_panels)
+    LinearPacker(torch.float32, CPU)
+    LinearPacker(torch.bfloat16, CPU, native=True)
+    assert not packed
+    LinearPacker(torch.float32, CPU, native=True)
+    assert packed
+
+
+def test_without_a_compiler_the_next_layout_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    def in_panels(weight_OI: torch.Tensor) -> packed_linear.BiasedProduct:
+        raise LibraryUnavailable("no C++ compiler was found")
+
+    monkeypatch.setattr(packed_linear, "in_panels", in_panels)
+    assert LinearPacker(torch.float32, CPU, native=True).works == LinearPacker(torch.float32, CPU).works
 
 
 def test_packing_leaves_a_tied_weight_where_and_as_it_is() -> None:

@@ -65,7 +65,7 @@ def engine_around(
     kernels, why = choose_kernels(options.kernels, model.device)
     on_progress(f"Preparing the layers for adapters, with kernels: {kernels}" + (f" ({why})" if why else ""))
     sites = base_sites(layers_of(model, probed.sites))
-    packer = LinearPacker(model.dtype, model.device)
+    packer = LinearPacker(model.dtype, model.device, native=kernels == "native")
     arithmetic = Arithmetic(packer.product_of, kernels, norm_of)
     embedding = model.get_input_embeddings()
     adapted = AdaptedModel(
