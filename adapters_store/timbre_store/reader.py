@@ -2,7 +2,7 @@
 
 For the engine process, which holds digests only. It may run beside the process that writes: a file under
 `blobs` or `manifests` is whole as soon as it has its name, and never changes. What it hands out was hashed
-just now, save the tensors, which are large: hash them with `verify_blob`, off the step loop.
+just now, save the tensors, which are large: hash them with `verify_blob` or `read_blob`, off the step loop.
 """
 
 from __future__ import annotations
@@ -59,6 +59,13 @@ def require_blob(root: Path, digest: str) -> Path:
 def verify_blob(path: Path, digest: str) -> None:
     """Hash the whole file. Raises: DigestMismatch if it is not what the digest says."""
     verify_file(path, digest)
+
+
+def read_blob(path: Path, digest: str) -> bytes:
+    """The whole file, in memory: what is used is what was verified. Raises: DigestMismatch."""
+    content = path.read_bytes()
+    verify_bytes(content, digest)
+    return content
 
 
 def _read_verified(folder: Path, digest: str) -> bytes:

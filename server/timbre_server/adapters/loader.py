@@ -6,6 +6,7 @@ two steps, or in an `AdapterLoadFailed`.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from threading import Thread
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
 
 from timbre_methods.contract import Sites
@@ -28,7 +29,7 @@ from timbre_server.adapters.placement import placed_program
 from timbre_server.errors import AdapterLoadFailed
 from timbre_store.errors import StoreError
 from timbre_store.manifest import Manifest
-from timbre_store.reader import open_adapter, verify_blob
+from timbre_store.reader import open_adapter, read_blob
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +90,10 @@ class AdapterLoader:
                         f"adapter {digest} was made for the base {files.manifest.base_model_digest}, "
                         f"this server runs {self._base_model_digest}: upload it to this server"
                     )
-                verify_blob(files.tensors_path, files.manifest.tensors_digest)
-                tensors = load_file(files.tensors_path)
+                # safetensors takes a third of the time for bytes that it takes for a file.
+                tensors = load(read_blob(files.tensors_path, files.manifest.tensors_digest))
                 if files.derived_path is not None:
-                    verify_blob(files.derived_path, files.manifest.derived_digest or "")
-                    tensors |= load_file(files.derived_path)
+                    tensors |= load(read_blob(files.derived_path, files.manifest.derived_digest or ""))
             with _timed(seconds, "compile"), torch.inference_mode():
                 program = compile_adapter(files.config, tensors, self._sites, self._frame)
                 _check_promises(files.manifest, program)
@@ -143,5 +143,6 @@ def _check_finite(digest: str, program: AdapterProgram) -> None:
 
 
 def _are_finite(tensors: Sequence[Tensor]) -> bool:
-    """Looked at together: hundreds of small tensors take long one by one."""
-    return bool(torch.isfinite(torch.cat([tensor.reshape(-1) for tensor in tensors])).all())
+    """Looked at together: hundreds of small tensors take long one by one. A NaN is the least and the most."""
+    least, most = torch.aminmax(torch.cat([tensor.reshape(-1) for tensor in tensors]))
+    return math.isfinite(least) and math.isfinite(most)
