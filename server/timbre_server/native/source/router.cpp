@@ -14,7 +14,7 @@ struct RouterRule {
 };
 
 struct RouterUse {
-    RouterRule rule;
+    const RouterRule *rule;
     const float *weight;      // [experts, in]
     const float *bias;        // [experts], or null
     const float *preference;  // [experts], or null
@@ -81,24 +81,24 @@ struct RowGates {
 
 static void keep(const RouterUse &use, RowGates &own, float *mass) {
     const int64_t experts = use.experts;
-    if (use.rule.keep == ALL) {
+    if (use.rule->keep == ALL) {
         own.is_kept = own.every;
         return;
     }
     for (int64_t e = 0; e < experts; e++)
         own.preferred[e] = own.scaled[e] + (use.preference ? use.preference[e] : 0);
     sort(own.preferred.data(), experts, own.order.data());
-    if (use.rule.keep == TOP_P) softmax(own.scaled.data(), own.every.data(), experts, mass);
+    if (use.rule->keep == TOP_P) softmax(own.scaled.data(), own.every.data(), experts, mass);
     float before = 0;
     for (int64_t place = 0; place < experts; place++) {
         const int32_t e = own.order[place];
-        own.is_kept[e] = use.rule.keep == TOP_K ? place < use.rule.top_k : before <= use.rule.top_p;
+        own.is_kept[e] = use.rule->keep == TOP_K ? place < use.rule->top_k : before <= use.rule->top_p;
         before += mass[e];
     }
 }
 
 static void gate_row(const RouterUse &use, const float *x, int64_t in, RowGates &own, float *gates) {
-    const RouterRule &rule = use.rule;
+    const RouterRule &rule = *use.rule;
     const int64_t experts = use.experts;
     if (rule.is_normalised) normalise(x, in, own.x.data()), x = own.x.data();
     float squares = 0;

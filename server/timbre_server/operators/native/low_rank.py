@@ -7,12 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from torch import Tensor
+
 from timbre_methods.program import LowRank
 from timbre_server.operators.contract import Bound, Uses
 from timbre_server.operators.low_rank import BoundGated, Gating, LowRankOperator
 from timbre_server.operators.native.low_rank_experts import BoundExperts
-from timbre_server.operators.native.uses import BoundInputKernels, InputKernel, LowRankUse
-from timbre_server.operators.row_table import RowTable
+from timbre_server.operators.native.uses import (
+    BoundInputKernels,
+    Fields,
+    InputKernel,
+    low_rank_fields,
+    rows_fields,
+)
+from timbre_server.operators.row_table import RowTable, Segment
 
 
 class NativeLowRank(LowRankOperator):
@@ -26,16 +34,18 @@ class NativeLowRank(LowRankOperator):
 
 
 def _kernel(parts_by_slot: Mapping[int, Sequence[LowRank]], table: RowTable) -> InputKernel | None:
-    held = [
-        (segment, (part.a_RI.contiguous(), part.b_OR.contiguous()))
-        for segment in table.segments
-        for part in parts_by_slot.get(segment.slot, ())
-        if len(part.a_RI)
-    ]
+    held: list[tuple[Segment, tuple[Tensor, Tensor]]] = []
+    uses: list[Fields] = []
+    work = 0
+    for segment in table.segments:
+        parts, rows = parts_by_slot.get(segment.slot, ()), rows_fields(segment)
+        for a_RI, b_OR in ((part.a_RI.contiguous(), part.b_OR.contiguous()) for part in parts):
+            if len(a_RI):
+                held.append((segment, (a_RI, b_OR)))
+                uses.append(low_rank_fields(a_RI, b_OR, rows))
+                work += len(segment.rows_N) * len(a_RI)
     if not held:
         return None
     _, (a_RI, b_OR) = held[0]
     shape = len(b_OR), a_RI.shape[1]
-    uses = [LowRankUse.of(a, b, segment) for segment, (a, b) in held]
-    work = sum(len(segment.rows_N) * len(a) for segment, (a, _) in held) * sum(shape)
-    return InputKernel("timbre_low_rank", uses, held, shape, work)
+    return InputKernel("timbre_low_rank", uses, held, shape, work * sum(shape))

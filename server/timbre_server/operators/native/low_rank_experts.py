@@ -5,7 +5,7 @@ Legend: T rows of the batch, N rows of one adapter, I in, O out, R ranks, K gate
 
 from __future__ import annotations
 
-import ctypes
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,20 +15,15 @@ from timbre_methods.program import LowRank
 from timbre_server.native.library import ADDRESS, NUMBER, kernel, num_threads
 from timbre_server.operators.contract import Change, Uses
 from timbre_server.operators.low_rank import BoundGated, Gating
-from timbre_server.operators.native.uses import KernelChange, LowRankUse, rows_of
+from timbre_server.operators.native.uses import (
+    KernelChange,
+    address_of,
+    low_rank_fields,
+    rows_fields,
+    rows_of,
+    structures,
+)
 from timbre_server.operators.row_table import RowTable, Segment
-
-
-class _ExpertUse(ctypes.Structure):
-    """``Expert`` of ``low_rank.cpp``."""
-
-    _fields_ = [("use", LowRankUse), ("adapter", ctypes.c_int64), ("column", ctypes.c_int64)]
-
-
-class _GatesView(ctypes.Structure):
-    """``Gates`` of ``low_rank.cpp``."""
-
-    _fields_ = [("values", ctypes.c_void_p), ("columns", ctypes.c_int64)]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,9 +57,8 @@ class BoundExperts(BoundGated):
     def sums(self, x_TI: Tensor, gates: Callable[[int], Tensor]) -> Sequence[Sequence[Change]]:
         x_TI = x_TI.contiguous()
         each_NK = [gates(segment.slot).contiguous() for segment in self._segments]
-        of_step = _Gates(
-            each_NK, (_GatesView * len(each_NK))(*(_GatesView(g.data_ptr(), g.shape[1]) for g in each_NK))
-        )
+        views = structures([(gates_NK.data_ptr(), gates_NK.shape[1]) for gates_NK in each_NK])
+        of_step = _Gates(each_NK, views)
         return [
             () if member is None else (KernelChange(_Gated(member, of_step), x_TI, len(x_TI)),)
             for member in self._members
@@ -76,7 +70,8 @@ class _Gates:
     """Of one step, by adapter."""
 
     held: Sequence[Tensor]
-    views: ctypes.Array[_GatesView]
+    views: array[int]
+    """``Gates`` of ``low_rank.cpp``."""
 
 
 class _Member:
@@ -85,13 +80,14 @@ class _Member:
     def __init__(self, experts: Sequence[_Expert], gating: Gating) -> None:
         self._held = tuple(experts)
         self.out_features, self._in_features = len(experts[0].b_OR), experts[0].a_RI.shape[1]
-        self._experts = (_ExpertUse * len(experts))(
-            *(_ExpertUse(LowRankUse.of(e.a_RI, e.b_OR, e.segment), e.adapter, e.column) for e in experts)
+        rows = {e.segment.slot: rows_fields(e.segment) for e in experts}
+        self._experts = structures(  # ``Expert`` of ``low_rank.cpp``.
+            [(*low_rank_fields(e.a_RI, e.b_OR, rows[e.segment.slot]), e.adapter, e.column) for e in experts]
         )
         kept = {slot: gating.num_kept[slot] / gating.num_columns[slot] for slot in gating.columns}
         pairs = sum(len(e.segment.rows_N) * len(e.a_RI) * kept[e.segment.slot] for e in experts)
         self._work = int(pairs) * (self._in_features + self.out_features)
-        self._begin = (ctypes.addressof(self._experts), len(experts))
+        self._begin = (address_of(self._experts), len(experts))
         self._run = kernel(
             "timbre_low_rank_experts", ADDRESS, NUMBER, ADDRESS, ADDRESS, NUMBER, ADDRESS, NUMBER
         )
@@ -100,7 +96,7 @@ class _Member:
     def add(self, gates: _Gates, x_TI: Tensor, y_TO: Tensor) -> None:
         self._run(
             *self._begin,
-            ctypes.addressof(gates.views),
+            address_of(gates.views),
             x_TI.data_ptr(),
             self._in_features,
             y_TO.data_ptr(),

@@ -10,6 +10,7 @@ Legend: T rows of the batch, N blocks, I in, O out, P and Q sizes of the basis.
 from __future__ import annotations
 
 import ctypes
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +22,14 @@ from timbre_methods.program import Projected
 from timbre_server.native.library import ADDRESS, NUMBER, kernel, num_threads
 from timbre_server.operators.contract import Bound, Change, Uses
 from timbre_server.operators.joined_sums import JoinedSums
-from timbre_server.operators.native.uses import KernelChange, Rows, rows_of
+from timbre_server.operators.native.uses import (
+    Fields,
+    KernelChange,
+    address_of,
+    rows_fields,
+    rows_of,
+    structures,
+)
 from timbre_server.operators.projected import ProjectedOperator
 from timbre_server.operators.row_table import RowTable, Segment
 
@@ -81,19 +89,6 @@ class _Matrix(ctypes.Structure):
         return _Matrix(q_NOQ.data_ptr(), out_features, num_blocks * size, q_NOQ.stride(1))
 
 
-class _Use(ctypes.Structure):
-    """``ProjectedUse`` of ``projected.cpp``."""
-
-    _fields_ = [
-        ("rows", Rows),
-        ("before", ctypes.c_void_p),
-        ("after", ctypes.c_void_p),
-        ("between", ctypes.c_int64),
-        ("width", ctypes.c_int64),
-        ("has_own", ctypes.c_int64),
-    ]
-
-
 @dataclass(frozen=True, slots=True)
 class _Place:
     """Where z has what one part reads after P: from ``start`` on, rows of ``width`` numbers, of the batch
@@ -103,9 +98,10 @@ class _Place:
     width: int
     has_own: bool
 
-    def use(self, rows: Rows, before: int | None, after: int | None, first: int = 0) -> _Use:
-        """Of what lies there from a number of each row on; vectors by their addresses."""
-        return _Use(rows, before, after, self.start + first, self.width, self.has_own)
+    def use(self, rows: Fields, before: int, after: int, first: int = 0) -> Fields:
+        """``ProjectedUse`` of ``projected.cpp``, of what lies there from a number of each row on; vectors by
+        their addresses, 0 for none."""
+        return *rows, before, after, self.start + first, self.width, self.has_own
 
 
 class _Product:
@@ -116,26 +112,26 @@ class _Product:
         self._run = kernel(name, ADDRESS, ADDRESS, NUMBER, ADDRESS, ADDRESS)
         self._matrix = matrix
         self._held: list[object] = [shared]
-        self._uses: list[_Use] = []
+        self._uses: list[Fields] = []
 
-    def add(self, use: _Use, *held: object) -> None:
+    def add(self, use: Fields, *held: object) -> None:
         """``held``: what ``use`` has the addresses of."""
         self._uses.append(use)
         self._held += held
 
     @cached_property
-    def _array(self) -> ctypes.Array[_Use]:
-        return (_Use * len(self._uses))(*self._uses)
+    def _array(self) -> array[int]:
+        return structures(self._uses)
 
     @cached_property
     def _work(self) -> int:
-        num_products = sum(int(use.rows.count) for use in self._uses)
+        num_products = sum(count for _, _, count, *_ in self._uses)
         return num_products * int(self._matrix.rows) * int(self._matrix.columns)
 
     def __call__(self, source: Tensor, target: Tensor) -> None:
         self._run(
             ctypes.addressof(self._matrix),
-            ctypes.addressof(self._array),
+            address_of(self._array),
             len(self._uses),
             source.data_ptr(),
             target.data_ptr(),
@@ -165,7 +161,7 @@ class _BoundProjected(Bound):
             found = self._table.rows_using(slots[key])
             rows_N = torch.arange(self._table.num_rows) if found is None else found
             places[key] = self._place(self._table.num_rows, len(p_NPI) * p_NPI.shape[1], has_own=False)
-            self._shrink(p_NPI).add(places[key].use(_unweighted(rows_N), None, None), rows_N)
+            self._shrink(p_NPI).add(places[key].use(_unweighted(rows_N), 0, 0), rows_N)
         return places
 
     def _place(self, num_rows: int, width: int, *, has_own: bool) -> _Place:
@@ -186,14 +182,14 @@ class _BoundProjected(Bound):
         place = self._place(len(segment.rows_N), num_blocks * size, has_own=True)
         rows, inner_NI = _unweighted(segment.rows_N), part.inner_NI.contiguous()
         for number, inner in enumerate(_addresses(inner_NI)):
-            self._shrink(part.basis.p_NPI).add(place.use(rows, inner, None, number * size), segment, inner_NI)
+            self._shrink(part.basis.p_NPI).add(place.use(rows, inner, 0, number * size), segment, inner_NI)
         return place
 
     def _member(self, parts_by_slot: Mapping[int, Sequence[Projected]]) -> _Member:
         expands: dict[int, _Product] = {}
         segments = [segment for segment in self._table.segments if segment.slot in parts_by_slot]
         for segment in segments:
-            rows = Rows.of(segment)
+            rows = rows_fields(segment)
             for part in parts_by_slot[segment.slot]:
                 place, core_NP = self._place_of(part, segment), part.core.contiguous()
                 q_NOQ = part.basis.q_NOQ
@@ -201,7 +197,7 @@ class _BoundProjected(Bound):
                     expands[id(q_NOQ)] = _Product("timbre_projected_out", q_NOQ, _Matrix.of_q(q_NOQ))
                 expand = expands[id(q_NOQ)]
                 if part.outer_NO is None:
-                    expand.add(place.use(rows, core_NP.data_ptr(), None), segment, core_NP)
+                    expand.add(place.use(rows, core_NP.data_ptr(), 0), segment, core_NP)
                     continue
                 outer_NO, size = part.outer_NO.contiguous(), core_NP.shape[1]
                 vectors = zip(_addresses(core_NP), _addresses(outer_NO), strict=True)
@@ -224,8 +220,8 @@ def _addresses(vectors_ND: Tensor) -> list[int]:
     return [first + number * size * vectors_ND.itemsize for number in range(count)]
 
 
-def _unweighted(rows_N: Tensor) -> Rows:
-    return Rows(rows_N.data_ptr(), None, rows_N.shape[0])
+def _unweighted(rows_N: Tensor) -> Fields:
+    return rows_N.data_ptr(), 0, rows_N.shape[0]
 
 
 class _Member:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from timbre_methods.routing import Router, Rule
 from timbre_server.native.library import ADDRESS, NUMBER, kernel, num_threads
-from timbre_server.operators.native.uses import Rows
+from timbre_server.operators.native.uses import Fields, address_of, rows_fields, structures
 from timbre_server.operators.router import Routers, router_gates
 from timbre_server.operators.row_table import RowTable, Segment, Span
 
@@ -45,21 +45,6 @@ class _Rule(ctypes.Structure):
         )
 
 
-class _Use(ctypes.Structure):
-    """``RouterUse`` of ``router.cpp``."""
-
-    _fields_ = [
-        ("rule", _Rule),
-        ("weight", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("preference", ctypes.c_void_p),
-        ("experts", ctypes.c_int64),
-        ("rows", Rows),
-        ("gates", ctypes.c_int64),
-        ("stride", ctypes.c_int64),
-    ]
-
-
 class NativeRouters(Routers):
     """`Routers` by ``router.cpp``."""
 
@@ -68,28 +53,30 @@ class NativeRouters(Routers):
         self._rules: dict[Rule, _Rule] = {}
         self._shapes = [(s.rows_N.shape[0], sum(r.num_experts for r in own)) for s, own in routers]
         self._sizes = [count * num_gates for count, num_gates in self._shapes]
-        uses: list[_Use] = []
+        uses: list[Fields] = []
         first, work = 0, 0
         for (segment, own), (count, num_gates) in zip(routers, self._shapes, strict=True):
             self._held.append(segment)
-            column, rows = first, Rows.of(segment)
+            column, rows = first, rows_fields(segment)
             for router in own:
                 uses.append(self._use(rows, router, column, num_gates))
                 column += router.num_experts
                 work += count * router.weight_EI.numel()
             first += count * num_gates
-        self._uses, self._work = (_Use * len(uses))(*uses), work
-        self._first, self._count = ctypes.addressof(self._uses), len(uses)
+        self._uses, self._work = structures(uses), work
+        self._first, self._count = address_of(self._uses), len(uses)
         self._run = kernel("timbre_gates", ADDRESS, NUMBER, ADDRESS, NUMBER, ADDRESS)
 
-    def _use(self, rows: Rows, router: Router, first: int, stride: int) -> _Use:
+    def _use(self, rows: Fields, router: Router, first: int, stride: int) -> Fields:
+        """``RouterUse`` of ``router.cpp``."""
         tensors = router.weight_EI, router.bias_E, router.preference_E
         laid_out = [None if tensor is None else tensor.contiguous() for tensor in tensors]
         self._held += laid_out
         if router.rule not in self._rules:
             self._rules[router.rule] = _Rule.of(router.rule)
-        addresses = (None if tensor is None else tensor.data_ptr() for tensor in laid_out)
-        return _Use(self._rules[router.rule], *addresses, router.num_experts, rows, first, stride)
+        rule = ctypes.addressof(self._rules[router.rule])
+        addresses = (0 if tensor is None else tensor.data_ptr() for tensor in laid_out)
+        return rule, *addresses, router.num_experts, *rows, first, stride
 
     def gates(self, x_TI: Tensor) -> Sequence[Tensor]:
         x_TI, gates = x_TI.contiguous(), torch.empty(sum(self._sizes))

@@ -5,15 +5,14 @@ Legend: T rows of the batch, I in, O out.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Mapping, Sequence
 
 import torch
 
 from timbre_methods.program import Sparse
 from timbre_server.operators.contract import Bound, Uses
-from timbre_server.operators.native.uses import BoundInputKernels, InputKernel, Rows
-from timbre_server.operators.row_table import RowTable
+from timbre_server.operators.native.uses import BoundInputKernels, Fields, InputKernel, rows_fields
+from timbre_server.operators.row_table import RowTable, Segment
 from timbre_server.operators.sparse import SparseOperator
 
 
@@ -22,15 +21,6 @@ class NativeSparse(SparseOperator):
 
     def bind(self, uses: Uses[Sparse], table: RowTable) -> Bound:
         return BoundInputKernels([_kernel(parts_by_slot, table) for parts_by_slot in uses])
-
-
-class _Use(ctypes.Structure):
-    _fields_ = [
-        ("row_ends", ctypes.c_void_p),
-        ("columns", ctypes.c_void_p),
-        ("values", ctypes.c_void_p),
-        ("rows", Rows),
-    ]
 
 
 def _kernel(parts_by_slot: Mapping[int, Sequence[Sparse]], table: RowTable) -> InputKernel | None:
@@ -42,12 +32,15 @@ def _kernel(parts_by_slot: Mapping[int, Sequence[Sparse]], table: RowTable) -> I
     if not held:
         return None
     _, first = held[0]
-    uses = [
-        _Use(part.row_ends.data_ptr(), part.columns_N.data_ptr(), part.values_N.data_ptr(), Rows.of(segment))
-        for segment, part in held
-    ]
+    uses = [_fields(part, segment) for segment, part in held]
     work = sum(len(segment.rows_N) * len(part.values_N) for segment, part in held)
     return InputKernel("timbre_sparse", uses, held, (len(first.row_ends) - 1, first.in_features), work)
+
+
+def _fields(part: Sparse, segment: Segment) -> Fields:
+    """``SparseUse`` of ``sparse.cpp``."""
+    tensors = part.row_ends, part.columns_N, part.values_N
+    return *(tensor.data_ptr() for tensor in tensors), *rows_fields(segment)
 
 
 def _laid_out(part: Sparse) -> Sparse:
