@@ -30,7 +30,7 @@ from timbre_server.errors import AdapterLoadFailed
 from timbre_server.inspection import inspector
 from timbre_server.operators.catalogue import Kernels, all_operators, why_not
 from timbre_server.operators.formats import FORMATS
-from timbre_server.operators.low_rank import _BoundGated, _BoundLowRank
+from timbre_server.operators.native.uses import BoundInputKernels
 from timbre_server.operators.routed import _BoundRouted
 from timbre_server.operators.row_table import RowTable, Span
 from timbre_server.operators.step_routing import StepRouting
@@ -184,20 +184,23 @@ GROUPS = [("layers.0.self_attn.q_proj", "layers.0.self_attn.k_proj"), ("layers.0
 
 
 def bound_factors(program: AdapterProgram, paths: Sequence[str], num_rows: int) -> list[Tensor]:
-    """What the operators of low rank multiply by, bound for rows of this adapter alone."""
+    """What the operators of low rank in C++ multiply by, bound for rows of this adapter alone."""
     rows = ActiveRows()
-    operators = {operator.part: operator for operator in all_operators(StepRouting())}
+    operators = {operator.part: operator for operator in all_operators(StepRouting(), "native")}
     rows.begin(RowTable([Span(num_rows, ((0, 1.0),))]))
-    blocks: list[Any] = []
+    found: list[Tensor] = []
     for bound in AdaptedGroup(paths, rows, {0: program}, operators).bound():
-        if isinstance(bound, _BoundRouted):
-            assert isinstance(bound.low_rank._bound, _BoundGated)
-            blocks += [block for block, _ in bound.low_rank._bound._blocks]
-        elif isinstance(bound, _BoundLowRank):
-            blocks += bound._blocks
-    return [t for block in blocks for t in (block.factors.a_RI, *block.factors.b_RO) if t is not None]
+        experts: list[Any] = list(bound.of_group) if isinstance(bound, _BoundRouted) else []
+        for of_group in experts:
+            kernels = [member for member in of_group._bound._members if member is not None]
+            found += [t for member in kernels for e in member._held for t in (e.a_RI, e.b_OR)]
+        if isinstance(bound, BoundInputKernels):
+            kernels = [member for member in bound._members if member is not None]
+            found += [t for member in kernels for _, factors in member._held for t in factors]
+    return found
 
 
+@pytest.mark.skipif(why_not("native") is not None, reason="needs a C++ compiler")
 @pytest.mark.parametrize("num_rows", [1, 5])
 @pytest.mark.parametrize("method", ["lora", "arrow", "lora_mixer", "smora", "loramoe", "mixlora"])
 def test_a_bind_copies_no_factor_of_a_loaded_adapter(

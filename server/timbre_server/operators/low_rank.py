@@ -4,7 +4,7 @@ An adapter with several rows, or without room for a copy, gets two matrix produc
 (decode: a row or two each) run in batched products, one batch for each rank and number of rows that occurs:
 ranks are never padded, and a mix is more than one adapter of a row. Members of a group share the shrink,
 their A stacked. `routed` runs the same with a gate for each row and rank. What is stacked at each bind is a
-view where `side_by_side` has put it in memory, else a copy.
+view where it lies so in memory (A where `side_by_side` has put it), else a copy.
 
 Legend: T rows of the batch, N rows of one adapter, P rows of all adapters of a batch, S adapters of a batch
 with M rows each, I in, O out, R ranks of one adapter at all members of the group together, K gates.
@@ -134,21 +134,17 @@ def _joined(blocks: Sequence[Tensor]) -> Tensor:
 
 
 def side_by_side(members: Sequence[Sequence[LowRank]], device: torch.device) -> list[list[LowRank]]:
-    """Copies on a device of the parts of one adapter at a group's members, in storage of exactly their size,
-    that a bind takes as they lie: each storage in 16 bits where these hold all of its values exactly."""
+    """Copies on a device of the parts of one adapter at a group's members, in storage of exactly their size:
+    all A in one, each B in its own, as kernels read them; in 16 bits where these hold all of its values
+    exactly."""
     parts = [part for own in members for part in own]
     a_RI = narrowed(torch.cat([part.a_RI for part in parts])).to(device)
     shrinks = iter(a_RI.split_with_sizes([len(part.a_RI) for part in parts]))
-    return [[LowRank(next(shrinks), b_OR) for b_OR in _expands_side_by_side(own, device)] for own in members]
+    return [[LowRank(next(shrinks), _copied(part.b_OR, device)) for part in own] for own in members]
 
 
-def _expands_side_by_side(own: Sequence[LowRank], device: torch.device) -> list[Tensor]:
-    if len(own) < 2:
-        return [
-            narrowed(part.b_OR).to(device, copy=True, memory_format=torch.contiguous_format) for part in own
-        ]
-    b_RO = narrowed(torch.cat([part.b_OR.T for part in own])).to(device)
-    return [piece_RO.T for piece_RO in b_RO.split_with_sizes([part.b_OR.shape[1] for part in own])]
+def _copied(b_OR: Tensor, device: torch.device) -> Tensor:
+    return narrowed(b_OR).to(device, copy=True, memory_format=torch.contiguous_format)
 
 
 def _stacked(blocks: Sequence[Tensor]) -> Tensor:

@@ -58,11 +58,16 @@ class RoutedOperator(Operator[Routed]):
     def bind(self, uses: Uses[Routed], table: RowTable) -> Bound:
         gates = Gates(uses, table, self._step, self._routers)
         experts = [_experts(parts_by_slot, gates) for parts_by_slot in uses]
-        spectral = _SpectralExperts(self._inner[Spectral], experts, gates, table)
-        low_rank = _LowRankExperts(self._low_rank, experts, gates, table)
-        gains = [_Gains.of(own, gates) for own in experts]
-        others = [list(self._others(own, table)) for own in experts]
-        return _BoundRouted(gates, low_rank, spectral, gains, others)
+        kinds = {type(part) for own in experts for expert in own for part in expert.parts}
+        sums: list[_LowRankExperts | _SpectralExperts] = []
+        if Spectral in kinds:
+            sums.append(_SpectralExperts(self._inner[Spectral], experts, gates, table))
+        if LowRank in kinds:
+            sums.append(_LowRankExperts(self._low_rank, experts, gates, table))
+        gains = [_Gains.of(own, gates) if Diagonal in kinds else None for own in experts]
+        rest = kinds - {LowRank, Spectral, Diagonal}
+        others = [list(self._others(own, table)) if rest else [] for own in experts]
+        return _BoundRouted(gates, sums, gains, others)
 
     def _others(self, experts: Sequence[_Expert], table: RowTable) -> Iterator[_OtherExperts]:
         """One for each further kind of part that one member's experts have."""
@@ -116,13 +121,14 @@ class _LowRankExperts:
         uses: list[dict[int, list[LowRank]]] = [{} for _ in members]
         for own, parts_by_slot in zip(members, uses, strict=True):
             for expert in own:
-                for part in (part for part in expert.parts if isinstance(part, LowRank)):
-                    parts_by_slot.setdefault(expert.slot, []).append(part)
-                    columns.setdefault(expert.slot, []).extend([expert.column] * part.a_RI.shape[0])
-        self._bound = operator.bind_gated(uses, table, gates.gating(columns)) if columns else None
+                for part in expert.parts:
+                    if isinstance(part, LowRank):
+                        parts_by_slot.setdefault(expert.slot, []).append(part)
+                        columns.setdefault(expert.slot, []).extend([expert.column] * part.a_RI.shape[0])
+        self._bound = operator.bind_gated(uses, table, gates.gating(columns))
 
     def sums(self, x_TI: Tensor) -> Sequence[Sequence[Change]]:
-        return () if self._bound is None else self._bound.sums(x_TI, self._gates.of)
+        return self._bound.sums(x_TI, self._gates.of)
 
 
 class _SpectralExperts:
@@ -152,7 +158,7 @@ class _SpectralExperts:
             for span in table.spans
         ]
         gated = RowTable(spans, table.device, is_gated=True)
-        self._bound = operator.bind(uses, gated) if numbers else None
+        self._bound = operator.bind(uses, gated)
         before = {segment.slot: segment for segment in table.segments}
         after = {segment.slot: segment for segment in gated.segments}
         self._experts = [
@@ -160,8 +166,6 @@ class _SpectralExperts:
         ]
 
     def sums(self, x_TI: Tensor) -> Sequence[Sequence[Change]]:
-        if self._bound is None:
-            return ()
         for weights_N, segment, column in self._experts:
             torch.mul(self._gates.of(segment.slot)[:, column], segment.weights_N, out=weights_N)
         return self._bound.sums(x_TI)
@@ -223,8 +227,7 @@ class _OtherExperts:
 @dataclass(frozen=True, slots=True, eq=False)
 class _BoundRouted(Bound):
     gates: Gates
-    low_rank: _LowRankExperts
-    spectral: _SpectralExperts
+    of_group: Sequence[_LowRankExperts | _SpectralExperts]
     gains: Sequence[_Gains | None]
     others: Sequence[Sequence[_OtherExperts]]
 
@@ -235,8 +238,8 @@ class _BoundRouted(Bound):
     def sums(self, x_TI: Tensor) -> Sequence[Sequence[Change]]:
         self.gates.compute(x_TI)
         changes = [[c for other in own for c in other.changes(x_TI, self.gates)] for own in self.others]
-        for found in (self.spectral.sums(x_TI), self.low_rank.sums(x_TI)):
-            for own, more in zip(changes, found, strict=False):
+        for experts in self.of_group:
+            for own, more in zip(changes, experts.sums(x_TI), strict=True):
                 own.extend(more)
         return changes
 

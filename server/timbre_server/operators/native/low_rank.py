@@ -40,10 +40,10 @@ def _kernel(parts_by_slot: Mapping[int, Sequence[LowRank]], table: RowTable) -> 
     for segment in table.segments:
         parts, rows = parts_by_slot.get(segment.slot, ()), rows_fields(segment)
         for a_RI, b_OR in ((part.a_RI.contiguous(), part.b_OR.contiguous()) for part in parts):
-            if len(a_RI):
+            if a_RI.shape[0]:
                 held.append((segment, (a_RI, b_OR)))
                 uses.append(low_rank_fields(a_RI, b_OR, rows))
-                work += len(segment.rows_N) * len(a_RI)
+                work += rows[-1] * a_RI.shape[0]
     if not held:
         return None
     _, (a_RI, b_OR) = held[0]

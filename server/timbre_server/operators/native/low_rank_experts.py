@@ -16,6 +16,7 @@ from timbre_server.native.library import ADDRESS, NUMBER, kernel, num_threads
 from timbre_server.operators.contract import Change, Uses
 from timbre_server.operators.low_rank import BoundGated, Gating
 from timbre_server.operators.native.uses import (
+    Fields,
     KernelChange,
     address_of,
     low_rank_fields,
@@ -46,13 +47,12 @@ class BoundExperts(BoundGated):
             rank, columns = 0, gating.columns[segment.slot]
             for own, parts_by_slot in zip(experts, uses, strict=True):
                 for part in parts_by_slot.get(segment.slot, ()):
-                    end = rank + part.a_RI.shape[0]
-                    of_part, rank = set(columns[rank:end]), end
-                    if of_part:
-                        (column,) = of_part
+                    if part.a_RI.shape[0]:
                         factors = part.a_RI.contiguous(), part.b_OR.contiguous()
-                        own.append(_Expert(adapter, segment, column, *factors))
-        self._members = [_Member(own, gating) if own else None for own in experts]
+                        own.append(_Expert(adapter, segment, columns[rank], *factors))
+                        rank += part.a_RI.shape[0]
+        rows = [rows_fields(segment) for segment in self._segments]
+        self._members = [_Member(own, rows, gating) if own else None for own in experts]
 
     def sums(self, x_TI: Tensor, gates: Callable[[int], Tensor]) -> Sequence[Sequence[Change]]:
         x_TI = x_TI.contiguous()
@@ -77,21 +77,22 @@ class _Gates:
 class _Member:
     """The experts of one member of a group."""
 
-    def __init__(self, experts: Sequence[_Expert], gating: Gating) -> None:
+    def __init__(self, experts: Sequence[_Expert], rows: Sequence[Fields], gating: Gating) -> None:
+        """``rows``: by adapter."""
         self._held = tuple(experts)
-        self.out_features, self._in_features = len(experts[0].b_OR), experts[0].a_RI.shape[1]
-        rows = {e.segment.slot: rows_fields(e.segment) for e in experts}
+        self.out_features, self._in_features = experts[0].b_OR.shape[0], experts[0].a_RI.shape[1]
         self._experts = structures(  # ``Expert`` of ``low_rank.cpp``.
-            [(*low_rank_fields(e.a_RI, e.b_OR, rows[e.segment.slot]), e.adapter, e.column) for e in experts]
+            [(*low_rank_fields(e.a_RI, e.b_OR, rows[e.adapter]), e.adapter, e.column) for e in experts]
         )
-        kept = {slot: gating.num_kept[slot] / gating.num_columns[slot] for slot in gating.columns}
-        pairs = sum(len(e.segment.rows_N) * len(e.a_RI) * kept[e.segment.slot] for e in experts)
+        segments = {e.segment.slot: e.segment for e in experts}
+        kept = {slot: gating.num_kept[slot] / gating.num_columns[slot] for slot in segments}
+        pairs = sum(rows[e.adapter][-1] * e.a_RI.shape[0] * kept[e.segment.slot] for e in experts)
         self._work = int(pairs) * (self._in_features + self.out_features)
         self._begin = (address_of(self._experts), len(experts))
         self._run = kernel(
             "timbre_low_rank_experts", ADDRESS, NUMBER, ADDRESS, ADDRESS, NUMBER, ADDRESS, NUMBER
         )
-        self.rows_N = rows_of([e.segment for e in experts])
+        self.rows_N = rows_of(segments.values())
 
     def add(self, gates: _Gates, x_TI: Tensor, y_TO: Tensor) -> None:
         self._run(

@@ -8,7 +8,7 @@ Legend: T rows of the batch, N rows of one adapter, I in, O out, R ranks.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import chain
 from typing import Protocol
@@ -141,6 +141,6 @@ class BoundInputKernels(Bound):
         ]
 
 
-def rows_of(segments: Sequence[Segment]) -> Tensor:
+def rows_of(segments: Iterable[Segment]) -> Tensor:
     """Those of any of them, each once."""
     return torch.tensor(sorted({row for segment in segments for row in segment.rows_N.tolist()}))
