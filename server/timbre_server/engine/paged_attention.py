@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -68,18 +69,20 @@ class PagedStep:
         self._cache = cache
         self._singles = sorted((s for s in sequences if s.num_rows == 1), key=lambda s: s.end)
         self._chunks = [s for s in sequences if s.num_rows > 1]
-        self._slots = {s.first_row: self._slots_of(s) for s in sequences}
+        self._slots = self._slots_of(sequences)
         ordered = sorted(sequences, key=lambda s: s.first_row)
         self._slots_T = torch.cat([self._slots[s.first_row][s.start :] for s in ordered]).to(cache.device)
         self._groups_by_window: dict[int | None, list[_Group]] = {}
         self._chunks_by_mask: dict[tuple[int | None, bool], list[_Chunk]] = {}
 
-    def _slots_of(self, rows: SequenceRows) -> Tensor:
-        """The slot of every position up to the last row's (on the CPU)."""
+    def _slots_of(self, sequences: Sequence[SequenceRows]) -> dict[int, Tensor]:
+        """By first row: the slot of every position up to the last row's (on the CPU)."""
         size = self._cache.block_size
-        num_blocks = -(-rows.end // size)
-        blocks_B = torch.tensor(rows.block_table[:num_blocks], dtype=torch.int64)
-        return (blocks_B[:, None] * size + torch.arange(size)).flatten()[: rows.end]
+        tables = [s.block_table[: -(-s.end // size)] for s in sequences]
+        blocks_B = torch.tensor([block for table in tables for block in table], dtype=torch.int64)
+        slots = (blocks_B[:, None] * size + torch.arange(size)).flatten()
+        firsts = accumulate((len(table) * size for table in tables[:-1]), initial=0)
+        return {s.first_row: slots[first : first + s.end] for s, first in zip(sequences, firsts, strict=True)}
 
     def attend(self, call: AttentionCall) -> Tensor:
         """Store the step's keys and values, then attend: [T, H, E]."""
