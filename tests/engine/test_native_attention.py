@@ -1,10 +1,11 @@
-"""Single rows in C++ against the padded groups of PyTorch, and against dense attention in float64."""
+"""Attention in C++ against PyTorch's, and against itself where a sequence is cut in other steps."""
 
 from __future__ import annotations
 
 import math
 import shutil
 from collections.abc import Iterator, Sequence
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from timbre_server.native import library as native
 
 CPU = torch.device("cpu")
 LENGTHS = (1, 7, 8, 9, 40, 77, 300)
+CHUNKS = ((2, 2), (1, 40), (9, 77), (70, 200), (130, 130), (1, 7))
+"""Rows and keys of sequences of one step."""
 needs_compiler = pytest.mark.skipif(
     not any(shutil.which(name) for name in native.COMPILERS), reason="no C++ compiler is installed"
 )
@@ -48,6 +51,23 @@ def decodes(lengths: Sequence[int], tables: Sequence[tuple[int, ...]]) -> list[S
         SequenceRows(row, 1, length - 1, table)
         for row, (length, table) in enumerate(zip(lengths, tables, strict=True))
     ]
+
+
+def chunked(lengths: Sequence[tuple[int, int]], tables: Sequence[tuple[int, ...]]) -> list[SequenceRows]:
+    starts = accumulate((rows for rows, _ in lengths), initial=0)
+    return [
+        SequenceRows(first, rows, keys - rows, table)
+        for first, (rows, keys), table in zip(starts, lengths, tables, strict=False)
+    ]
+
+
+def forget(cache: KVCache, layer: int, sequences: Sequence[SequenceRows], window: int) -> None:
+    """NaN for what lies before the windows of all rows."""
+    for sequence in sequences:
+        for position in range(sequence.start - window + 1):
+            block, place = divmod(position, cache.block_size)
+            for pool in cache.pools(layer):
+                pool[sequence.block_table[block] * cache.block_size + place] = math.nan
 
 
 def random_call(
@@ -84,6 +104,47 @@ def test_single_rows_equal_padded_groups(
     rows, call = decodes(LENGTHS[:-1], tables), random_call(shape, len(LENGTHS) - 1, group, window)
     want_THE, got_THE = PagedStep(cache, rows).attend(call), NativeStep(cache, rows).attend(call)
     torch.testing.assert_close(got_THE, want_THE, rtol=1e-5, atol=1e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize("block_size", [4, 16])
+@pytest.mark.parametrize("window", [None, 1, 13, 100])
+@pytest.mark.parametrize(
+    ("kv_heads", "group", "key_dim", "value_dim"),
+    [(3, 3, 64, 64), (1, 1, 32, 32), (2, 7, 8, 16), (1, 30, 16, 24)],
+)
+def test_chunks_equal_pytorchs_and_their_keys_and_values_are_stored(
+    kv_heads: int, group: int, key_dim: int, value_dim: int, window: int | None, block_size: int
+) -> None:
+    shape = LayerShape(2, kv_heads, key_dim, value_dim)
+    (cache, tables), (other, _) = (filled_cache(shape, [n for _, n in CHUNKS], block_size) for _ in range(2))
+    rows, call = chunked(CHUNKS, tables), random_call(shape, sum(n for n, _ in CHUNKS), group, window)
+    if window is not None:
+        forget(cache, 2, rows, window)
+        forget(other, 2, rows, window)
+    got_THE, want_THE = NativeStep(cache, rows).attend(call), PagedStep(other, rows).attend(call)
+    torch.testing.assert_close(got_THE, want_THE, rtol=1e-5, atol=1e-5)
+    for pool, wanted in zip(cache.pools(2), other.pools(2), strict=True):
+        torch.testing.assert_close(pool, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 50])
+def test_a_row_of_a_chunk_is_bit_for_bit_the_same_however_its_sequence_is_cut(
+    dtype: torch.dtype, window: int | None
+) -> None:
+    shape, length = LayerShape(0, 3, 64, 64), 150
+    cache, (table, _) = filled_cache(shape, (length, length), dtype=dtype)
+    call = in_dtype(random_call(shape, length, window=window), dtype)
+    whole_THE = NativeStep(cache, [SequenceRows(0, length, 0, table)]).attend(call)
+    for cuts in ((0, 2, 66, 149, 150), (0, 97, 150)):
+        for start, end in pairwise(cuts):
+            tensors = (tensor[:, start:end] for tensor in (call.q_HTD, call.k_GTD, call.v_GTE))
+            step = NativeStep(cache, [SequenceRows(0, end - start, start, table)])
+            part_THE = step.attend(AttentionCall(0, *tensors, call.scale, window))
+            if end - start > 1:
+                assert torch.equal(part_THE, whole_THE[start:end])
 
 
 @needs_compiler
@@ -126,10 +187,15 @@ def test_scores_far_apart_and_scores_that_are_no_numbers_are_as_in_pytorch() -> 
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_is_bit_for_bit_the_same_alone_in_a_crowd_and_on_any_threads(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("lengths", [[(1, n) for n in LENGTHS], CHUNKS, ((1, 300), (3, 80))])
+def test_a_row_is_bit_for_bit_the_same_alone_in_a_crowd_and_on_any_threads(
+    dtype: torch.dtype, window: int | None, lengths: Sequence[tuple[int, int]]
+) -> None:
     shape = LayerShape(0, 3, 64, 64)
-    cache, tables = filled_cache(shape, LENGTHS, dtype=dtype)
-    rows, call = decodes(LENGTHS, tables), in_dtype(random_call(shape, len(LENGTHS)), dtype)
+    cache, tables = filled_cache(shape, [keys for _, keys in lengths], dtype=dtype)
+    rows = chunked(lengths, tables)
+    call = in_dtype(random_call(shape, sum(n for n, _ in lengths), window=window), dtype)
     before = torch.get_num_threads()
     try:
         crowds = []
@@ -140,26 +206,30 @@ def test_a_row_is_bit_for_bit_the_same_alone_in_a_crowd_and_on_any_threads(dtype
         torch.set_num_threads(before)
     assert torch.equal(crowds[0], crowds[1])
     assert torch.equal(crowds[0], crowds[2])
-    for row, (length, table) in enumerate(zip(LENGTHS, tables, strict=True)):
-        own = (tensor[:, row : row + 1] for tensor in (call.q_HTD, call.k_GTD, call.v_GTE))
-        alone = NativeStep(cache, [SequenceRows(0, 1, length - 1, table)])
-        assert torch.equal(alone.attend(AttentionCall(0, *own, call.scale))[0], crowds[0][row])
+    for own in rows:
+        last = own.first_row + own.num_rows
+        tensors = (tensor[:, own.first_row : last] for tensor in (call.q_HTD, call.k_GTD, call.v_GTE))
+        alone = NativeStep(cache, [SequenceRows(0, own.num_rows, own.start, own.block_table)])
+        alone_THE = alone.attend(AttentionCall(0, *tensors, call.scale, window))
+        assert torch.equal(alone_THE, crowds[0][own.first_row : last])
 
 
 @needs_compiler
 def test_soft_caps_are_left_to_pytorch() -> None:
-    shape, lengths = LayerShape(0, 2, 16, 16), (9, 20)
-    cache, tables = filled_cache(shape, lengths)
-    rows, call = decodes(lengths, tables), random_call(shape, 2, softcap=0.5)
+    shape, lengths = LayerShape(0, 2, 16, 16), ((1, 9), (4, 20))
+    cache, tables = filled_cache(shape, [keys for _, keys in lengths])
+    rows, call = chunked(lengths, tables), random_call(shape, 5, softcap=0.5)
     assert torch.equal(NativeStep(cache, rows).attend(call), PagedStep(cache, rows).attend(call))
 
 
 @pytest.fixture
 def without_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(native, "COMPILERS", ("no-such-compiler",))
-    native.library.cache_clear()
+    for cached in (native.library, native.kernel):
+        cached.cache_clear()
     yield
-    native.library.cache_clear()
+    for cached in (native.library, native.kernel):
+        cached.cache_clear()
 
 
 @pytest.mark.usefixtures("without_compiler")
@@ -178,12 +248,7 @@ def test_a_kernel_that_computes_something_else_is_not_used(
 ) -> None:
     shape = LayerShape(0, 2, 16, 16)
     cache, _ = filled_cache(shape, (3,))
-    attend = NativeStep._attend_singles
-
-    def wrong(step: NativeStep, call: AttentionCall, q_THD: Tensor, out_THE: Tensor) -> None:
-        attend(step, call, q_THD, out_THE)
-        out_THE *= 1.001
-
-    monkeypatch.setattr(NativeStep, "_attend_singles", wrong)
+    attend = NativeStep.attend
+    monkeypatch.setattr(NativeStep, "attend", lambda step, call: attend(step, call) * 1.001)
     assert step_for(cache, [shape], native=True) is PagedStep
     assert "something else than PyTorch" in caplog.text

@@ -1,9 +1,10 @@
-"""A step whose single rows are attended in C++ (``attention.cpp``), on a CPU.
+"""A step that is attended in C++ (``attention.cpp``), on a CPU.
 
-`paged_attention` copies the keys and values of a length group before its product; here they are read where
-they lie, row by row, without padding, in float32 whatever the cache's type. Chunks of several rows, soft
-caps, sinks, and heads whose sizes are no multiple of eight are left to `paged_attention`, whose meaning
-this is. It is used only where `step_kinds.step_for` found at start that the two agree.
+`paged_attention` copies the keys and values of single rows, and takes chunks one by one with what is masked;
+here all are read where they lie, without padding, as far as a row sees, in float32 whatever the cache's
+type. The step's keys and values are stored by the same call. Soft caps, sinks, and heads whose sizes are no
+multiple of eight are left to `paged_attention`, whose meaning this is. It is used only where
+`step_kinds.step_for` found at start that the two agree.
 
 Legend: T rows, H query heads, D key dim, E value dim.
 """
@@ -12,86 +13,115 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from timbre_server.engine.context import AttentionCall
 from timbre_server.engine.kv_cache import KVCache
-from timbre_server.engine.paged_attention import PagedStep, SequenceRows, needs_exact, visible_keys
-from timbre_server.native.library import library, num_threads
+from timbre_server.engine.paged_attention import PagedStep, SequenceRows, needs_exact
+from timbre_server.native.library import ADDRESS, NUMBER, kernel, num_threads
 
 NUMBERS = {torch.float32: "timbre_attention_float32", torch.bfloat16: "timbre_attention_bfloat16"}
 """The kernel for each type of cache."""
 _LANES = 8
+_NO_WINDOW = 2**31 - 1
 
 
-class _Row(ctypes.Structure):
-    """``AttentionRow`` of ``attention.cpp``."""
+class _Sequence(ctypes.Structure):
+    """``Sequence`` of ``attention.h``."""
 
-    _fields_ = [("row", ctypes.c_int64), ("slots", ctypes.c_void_p), ("count", ctypes.c_int64)]
+    _fields_ = [("first_row", NUMBER), ("num_rows", NUMBER), ("start", NUMBER), ("slots", ADDRESS)]
 
 
-class _Shape(ctypes.Structure):
-    """``AttentionShape`` of ``attention.cpp``."""
+class _Heads(ctypes.Structure):
+    """``Heads`` of ``attention.h``."""
+
+    _fields_ = [("first", ADDRESS), ("row_stride", NUMBER), ("head_stride", NUMBER)]
+
+    @staticmethod
+    def of(x_HTD: Tensor) -> _Heads:
+        head_stride, row_stride, _ = x_HTD.stride()
+        return _Heads(x_HTD.data_ptr(), row_stride, head_stride)
+
+
+class _Attention(ctypes.Structure):
+    """``Attention`` of ``attention.h``."""
 
     _fields_ = [
-        ("kv_heads", ctypes.c_int64),
-        ("group", ctypes.c_int64),
-        ("key_dim", ctypes.c_int64),
-        ("value_dim", ctypes.c_int64),
-        ("q_row_stride", ctypes.c_int64),
-        ("q_head_stride", ctypes.c_int64),
+        ("singles", ADDRESS),
+        ("chunks", ADDRESS),
+        ("num_singles", NUMBER),
+        ("num_chunks", NUMBER),
+        ("slots", ADDRESS),
+        ("num_rows", NUMBER),
+        ("q", _Heads),
+        ("k", _Heads),
+        ("v", _Heads),
+        ("keys", ADDRESS),
+        ("values", ADDRESS),
+        ("out", ADDRESS),
+        ("kv_heads", NUMBER),
+        ("group", NUMBER),
+        ("key_dim", NUMBER),
+        ("value_dim", NUMBER),
+        ("window", NUMBER),
         ("scale", ctypes.c_float),
     ]
 
 
-@dataclass(frozen=True, slots=True)
-class _Visible:
-    """What single rows see under one window."""
-
-    rows: ctypes.Array[_Row]
-    num_keys: int
-
-
 class NativeStep(PagedStep):
-    """A `PagedStep` whose single rows are the kernel's; it holds the slots that the kernel is pointed to."""
+    """A `PagedStep` whose products are the kernel's; it holds the slots that the kernel is pointed to."""
 
     def __init__(self, cache: KVCache, sequences: Sequence[SequenceRows]) -> None:
         super().__init__(cache, sequences)
-        self._run = getattr(library(), NUMBERS[cache.dtype])
-        self._visible_by_window: dict[int | None, _Visible] = {}
+        self._run = kernel(NUMBERS[cache.dtype], ADDRESS)
+        self._single_rows = self._sequences(self._singles)
+        self._chunk_rows = self._sequences(self._chunks)
+        self._num_pairs = sum(s.num_rows * s.end for s in sequences)
 
-    def _attend_singles(self, call: AttentionCall, q_THD: Tensor, out_THE: Tensor) -> None:
-        key_dim, value_dim = call.k_GTD.shape[2], call.v_GTE.shape[2]
-        if needs_exact(call) or key_dim % _LANES or value_dim % _LANES:
-            super()._attend_singles(call, q_THD, out_THE)
-            return
-        q_THD = q_THD if q_THD.stride(2) == 1 else q_THD.contiguous()
-        kv_heads, heads = call.k_GTD.shape[0], q_THD.shape[1]
-        row_stride, head_stride, _ = q_THD.stride()
-        visible = self._visible(call.window)
+    def _sequences(self, sequences: Sequence[SequenceRows]) -> ctypes.Array[_Sequence]:
+        longest_first = sorted(sequences, key=lambda s: s.end, reverse=True)  # Threads end together.
+        slots = [self._slots[s.first_row].data_ptr() for s in longest_first]
+        found = [
+            _Sequence(s.first_row, s.num_rows, s.start, first)
+            for s, first in zip(longest_first, slots, strict=True)
+        ]
+        return (_Sequence * len(found))(*found)
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        if not self._is_known(call):
+            return super().attend(call)
+        heads, num_rows, key_dim = call.q_HTD.shape
+        kv_heads, value_dim = call.k_GTD.shape[0], call.v_GTE.shape[2]
+        q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (call.q_HTD, call.k_GTD, call.v_GTE))
+        out_THE = q.new_empty(num_rows, heads, value_dim)
         keys, values = self._cache.pools(call.layer)
-        self._run(
-            ctypes.byref(
-                _Shape(kv_heads, heads // kv_heads, key_dim, value_dim, row_stride, head_stride, call.scale)
-            ),
-            visible.rows,
-            ctypes.c_int64(len(visible.rows)),
-            *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (q_THD, keys, values, out_THE)),
-            num_threads(visible.num_keys * heads * (key_dim + value_dim)),
+        attention = _Attention(
+            ctypes.addressof(self._single_rows),
+            ctypes.addressof(self._chunk_rows),
+            len(self._single_rows),
+            len(self._chunk_rows),
+            self._slots_T.data_ptr(),
+            num_rows,
+            _Heads.of(q),
+            _Heads.of(k),
+            _Heads.of(v),
+            keys.data_ptr(),
+            values.data_ptr(),
+            out_THE.data_ptr(),
+            kv_heads,
+            heads // kv_heads,
+            key_dim,
+            value_dim,
+            _NO_WINDOW if call.window is None else call.window,
+            call.scale,
         )
+        self._run(ctypes.addressof(attention), num_threads(self._num_pairs * heads * (key_dim + value_dim)))
+        return out_THE
 
-    def _visible(self, window: int | None) -> _Visible:
-        found = self._visible_by_window.get(window)
-        if found is None:
-            rows = []
-            for single in reversed(self._singles):  # The longest first: threads end together.
-                count = visible_keys(single, window)
-                slots = self._slots[single.first_row]
-                hidden = (single.end - count) * slots.itemsize
-                rows.append(_Row(single.first_row, slots.data_ptr() + hidden, count))
-            found = _Visible((_Row * len(rows))(*rows), sum(row.count for row in rows))
-            self._visible_by_window[window] = found
-        return found
+    def _is_known(self, call: AttentionCall) -> bool:
+        """Whether the kernel computes this; all else is `PagedStep`'s to compute or to refuse."""
+        if needs_exact(call) or call.k_GTD.shape[2] % _LANES or call.v_GTE.shape[2] % _LANES:
+            return False
+        return all(x.dtype == self._cache.dtype for x in (call.q_HTD, call.k_GTD, call.v_GTE))

@@ -103,6 +103,31 @@ template <typename Visit> static inline void as_they_lie(const Numbers &numbers,
         visit(static_cast<const float *>(numbers.first));
 }
 
+static inline void put(float value, float *to) { *to = value; }
+
+// To the nearest, ties to even.
+static inline void put(float value, BFloat16 *to) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    to->bits = value != value ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+// e^x for x <= 0 as 2^n e^r with |r| <= ln(2) / 2, by Taylor's series of e^r; below -87 as at -87. NaN stays.
+static inline Lanes exponential(Lanes x) {
+    const Lanes lowest = all(-87.0f), shift = all(12582912.0f);  // 1.5 * 2^23: leaves n in the last bits.
+    x = x < lowest ? lowest : x;
+    const Lanes shifted = x * 1.44269504f + shift, n = shifted - shift;
+    const Lanes r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    Lanes series = all(1.0f / 5040);
+    for (const float term : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) series = series * r + term;
+    Integers bits;
+    std::memcpy(&bits, &shifted, sizeof bits);
+    bits = (bits << 23) + (127 << 23);
+    Lanes power;
+    std::memcpy(&power, &bits, sizeof power);
+    return series * power;
+}
+
 static inline float sum(Lanes v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
 
 #ifdef __clang__

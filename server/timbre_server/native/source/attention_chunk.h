@@ -1,0 +1,196 @@
+// Sequences with several rows. Queries of one KV head lie side by side in lanes, and every number of a key or
+// a value is multiplied by all of them.
+//
+// Keys are taken in pieces, whose scores are all that is kept: sums over the pieces before are scaled to the
+// highest score since. A query's sums are made in the order of positions, and keys that it does not see add
+// zeros, so that its result does not depend on how its sequence was cut into steps and tiles.
+#pragma once
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+
+#include "attention.h"
+
+constexpr int VECTORS = 3;
+constexpr int QUERIES = VECTORS * LANES;
+constexpr int AT_ONCE = 4;  // Numbers that are multiplied by all queries; the sums fit registers.
+constexpr int64_t PIECE = 64;  // Keys.
+
+// `count` queries of a sequence and a KV head: the i-th of all is of row i / group and of head i % group.
+struct Tile {
+    const Sequence *sequence;
+    int64_t kv_head, first, count;
+};
+
+static std::vector<Tile> tiles_of(const Attention &call) {
+    std::vector<Tile> tiles;
+    for (int64_t i = 0; i < call.num_chunks; i++) {
+        const int64_t queries = call.chunks[i].num_rows * call.group;
+        for (int64_t g = 0; g < call.kv_heads; g++)
+            for (int64_t first = 0; first < queries; first += QUERIES)
+                tiles.push_back({call.chunks + i, g, first, std::min<int64_t>(queries - first, QUERIES)});
+    }
+    return tiles;
+}
+
+typedef Lanes Sums[AT_ONCE][VECTORS];
+
+// In a register: GCC would load it again for each product.
+static inline Lanes kept(Lanes lanes) {
+#ifdef __AVX__
+    asm("" : "+x"(lanes));
+#endif
+    return lanes;
+}
+
+// sums[j] += the sum over i < count of number(i, j) * lanes[i], where lanes is [count, QUERIES].
+template <class Find>
+static inline void add_products(Sums &sums, const float *lanes, int64_t count, Find number) {
+    for (int64_t i = 0; i < count; i++) {
+        Lanes own[VECTORS];
+        for (int v = 0; v < VECTORS; v++) own[v] = kept(load(lanes + i * QUERIES + v * LANES));
+        for (int j = 0; j < AT_ONCE; j++) {
+            const Lanes one = all(number(i, j));
+            for (int v = 0; v < VECTORS; v++) sums[j][v] += own[v] * one;
+        }
+    }
+}
+
+static inline void store(float *to, const Sums &sums) {
+    for (int j = 0; j < AT_ONCE; j++)
+        for (int v = 0; v < VECTORS; v++) store(to + j * QUERIES + v * LANES, sums[j][v]);
+}
+
+template <class Number> class AttendedTile {
+  public:
+    AttendedTile(const Attention &call, const Tile &tile) : call(call), tile(tile) {
+        const int64_t D = call.key_dim, E = call.value_dim;
+        thread_local Scratch memory;  // Kept: fresh pages cost more than what is written to them.
+        queries = memory.of(QUERIES * (D + E + PIECE) + PIECE * std::max(D, E));
+        sums = queries + QUERIES * D;
+        scores = sums + QUERIES * E;
+        scratch = scores + QUERIES * PIECE;
+        for (int64_t i = 0; i < QUERIES * E; i++) sums[i] = 0;
+        for (int i = 0; i < QUERIES; i++) positions[i / LANES][i % LANES] = tile.sequence->start + row_of(i);
+        for (int v = 0; v < VECTORS; v++) {
+            highest[v] = all(-FLT_MAX);
+            totals[v] = all(0);
+            for (int64_t d = 0; d < D; d += LANES) put_queries(v, d);
+        }
+    }
+
+    // Keys begin .. end - 1, which are at most PIECE, and their values.
+    void add(int64_t begin, int64_t end) {
+        score(begin, end);
+        Lanes factors[VECTORS];
+        for (int v = 0; v < VECTORS; v++) factors[v] = weigh(begin, end, v);
+        add_values(begin, end, factors);
+    }
+
+    void put_out() const {
+        const int64_t E = call.value_dim;
+        for (int v = 0; v < VECTORS; v++)
+            for (int64_t e = 0; e < E; e += LANES) {
+                Lanes block[LANES];
+                for (int i = 0; i < LANES; i++)
+                    block[i] = load(sums + (e + i) * QUERIES + v * LANES) / totals[v];
+                transpose(block);
+                for (int i = 0; i < LANES && v * LANES + i < tile.count; i++) {
+                    const int64_t row = tile.sequence->first_row + row_of(v * LANES + i);
+                    const int64_t head = row * call.kv_heads * call.group + head_of(v * LANES + i);
+                    Number *to = static_cast<Number *>(call.out) + head * E + e;
+                    for (int j = 0; j < LANES; j++) put(block[i][j], to + j);
+                }
+            }
+    }
+
+  private:
+    const Attention &call;
+    const Tile &tile;
+    float *queries, *sums, *scores;  // [key_dim, QUERIES], [value_dim, QUERIES], [PIECE, QUERIES].
+    float *scratch;
+    Lanes highest[VECTORS], totals[VECTORS];
+    Integers positions[VECTORS];
+
+    // Of the tile's query i; after the last one the last again.
+    int64_t row_of(int64_t i) const { return (tile.first + std::min(i, tile.count - 1)) / call.group; }
+    int64_t head_of(int64_t i) const { return tile.kv_head * call.group + (tile.first + i) % call.group; }
+
+    void put_queries(int v, int64_t d) {
+        Lanes block[LANES] = {};
+        for (int i = 0; i < LANES && v * LANES + i < tile.count; i++) {
+            const int64_t row = tile.sequence->first_row + row_of(v * LANES + i);
+            block[i] = load(call.q.at<Number>(row, head_of(v * LANES + i)) + d) * call.scale;
+        }
+        transpose(block);
+        for (int i = 0; i < LANES; i++) store(queries + (d + i) * QUERIES + v * LANES, block[i]);
+    }
+
+    const Number *at(const void *pool, int64_t dim, int64_t position) const {
+        return static_cast<const Number *>(pool) +
+               (tile.sequence->slots[position] * call.kv_heads + tile.kv_head) * dim;
+    }
+
+    void score(int64_t begin, int64_t end) {
+        const int64_t D = call.key_dim;
+        for (int64_t first = begin; first < end; first += AT_ONCE) {
+            const float *keys[AT_ONCE];
+            for (int64_t j = 0; j < AT_ONCE; j++)  // After the last key the last again.
+                keys[j] = floats(at(call.keys, D, std::min(first + j, end - 1)), D, scratch + j * D);
+            Sums products = {};
+            add_products(products, queries, D, [&](int64_t d, int j) { return keys[j][d]; });
+            store(scores + (first - begin) * QUERIES, products);
+        }
+    }
+
+    // Scores of a vector of queries become weights. Returns what takes the sums of the pieces before to the
+    // highest score since.
+    Lanes weigh(int64_t begin, int64_t end, int v) {
+        float *own = scores + v * LANES;
+        const Lanes unseen = all(-INFINITY);
+        Lanes most = highest[v];
+        for (int64_t key = begin; key < end; key++, own += QUERIES) {
+            const Integers ago = positions[v] - int32_t(key);
+            const Lanes score = (ago < 0) | (ago >= int32_t(call.window)) ? unseen : load(own);
+            store(own, score);
+            most = score > most ? score : most;
+        }
+        const Lanes factor = exponential(highest[v] - most);
+        highest[v] = most;
+        totals[v] *= factor;
+        own = scores + v * LANES;
+        for (int64_t key = begin; key < end; key++, own += QUERIES) {
+            const Lanes weight = load(own) == unseen ? all(0) : exponential(load(own) - most);
+            store(own, weight);
+            totals[v] += weight;
+        }
+        return factor;
+    }
+
+    void add_values(int64_t begin, int64_t end, const Lanes (&factors)[VECTORS]) {
+        const int64_t E = call.value_dim;
+        const float *values[PIECE];
+        for (int64_t n = 0; n < end - begin; n++)
+            values[n] = floats(at(call.values, E, begin + n), E, scratch + n * E);
+        for (int64_t e = 0; e < E; e += AT_ONCE) {
+            Sums products;
+            for (int j = 0; j < AT_ONCE; j++)
+                for (int v = 0; v < VECTORS; v++)
+                    products[j][v] = load(sums + (e + j) * QUERIES + v * LANES) * factors[v];
+            add_products(products, scores, end - begin, [&](int64_t n, int j) { return values[n][e + j]; });
+            store(sums + e * QUERIES, products);
+        }
+    }
+};
+
+template <class Number> static void attend_tile(const Attention &call, const Tile &tile) {
+    const int64_t first = tile.sequence->start + tile.first / call.group;
+    const int64_t last = tile.sequence->start + (tile.first + tile.count - 1) / call.group;
+    AttendedTile<Number> attended(call, tile);
+    for (int64_t begin = call.lowest_seen(first), end; begin <= last; begin = end) {
+        end = std::min((begin / PIECE + 1) * PIECE, last + 1);
+        attended.add(begin, end);
+    }
+    attended.put_out();
+}
