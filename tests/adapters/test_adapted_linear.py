@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from timbre_methods.program import AdapterProgram, Diagonal, LowRank, Part, Rotation
+from timbre_methods.program import AdapterProgram, Diagonal, LowRank, Part, Places, Rotation, Spectral
 from timbre_server.adapters.adapted_model import AdaptedModel, Arithmetic
 from timbre_server.adapters.groups import LinearGroup
 from timbre_server.operators.catalogue import Kernels, why_not
@@ -63,3 +63,34 @@ def test_gains_in_cpp_read_the_output_before_anything_is_added(crowd: str, dtype
     for span in SPANS[crowd]:
         rows = slice(row, row := row + span.num_rows)
         assert torch.equal(native[0, rows], base[0, rows]) == (not span.pairs)
+
+
+def outputs_of_group(kernels: Kernels, xs: list[Tensor]) -> list[Tensor]:
+    """Of three layers that read one tensor, which holds each of ``xs`` in turn."""
+    torch.manual_seed(3)
+    paths = ("q", "k", "v")
+    model = nn.ModuleDict({path: nn.Linear(IN, OUT) for path in paths})
+    adapted = AdaptedModel(model, [LinearGroup(paths)], Arithmetic(kernels=kernels))
+    places = Places("dft", OUT, IN, torch.arange(6), torch.arange(6))
+    gain = Diagonal("output", torch.randn(OUT), None)
+    low_rank = LowRank(torch.randn(3, IN), torch.randn(OUT, 3))
+    adapted.put(0, AdapterProgram({"q": (low_rank,), "v": (gain, low_rank)}))
+    adapted.put(1, AdapterProgram({path: (Spectral(torch.randn(6), places),) for path in paths}))
+    table = RowTable([Span(1, ((0, 1.0),)), Span(2, ((1, 0.5),)), Span(1), Span(1, ((0, 0.3), (1, 0.7)))])
+    x_1TI, found = torch.empty_like(xs[0]), []
+    with torch.inference_mode():
+        for each in xs:
+            x_1TI.copy_(each)
+            adapted.set_rows(table, table)
+            found += [model[path](x_1TI) for path in paths]
+            adapted.clear_rows()
+    return found
+
+
+@pytest.mark.skipif(MISSING is not None, reason=f"no native kernels here: {MISSING}")
+def test_members_of_a_group_share_what_is_made_of_their_input_and_of_no_other() -> None:
+    generator = torch.Generator().manual_seed(4)
+    xs = [torch.randn(1, 5, IN, generator=generator) for _ in range(2)]
+    native, plain = (outputs_of_group(kernels, xs) for kernels in ("native", "torch"))  # type: ignore[arg-type]
+    for got, expected in zip(native, plain, strict=True):
+        torch.testing.assert_close(got, expected, atol=2e-5, rtol=2e-5)

@@ -15,6 +15,7 @@ Legend: T rows of the batch, I in features, O out features.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from timbre_methods.program import AdapterProgram, Part
 from timbre_server.adapters.active_rows import ActiveRows, RowCopies
-from timbre_server.operators.contract import Bound, Change, Operator, OwnProduct
+from timbre_server.operators.contract import Add, Bound, Change, Operator, OwnProduct
 from timbre_server.operators.row_table import RowTable
 
 Product = Callable[[Tensor], Tensor]
@@ -33,6 +34,28 @@ Programs = Mapping[int, AdapterProgram]
 
 Operators = Mapping[type[Part], Operator[Any]]
 """Which operator runs each kind of part."""
+
+
+@dataclass(frozen=True, slots=True)
+class InPlace:
+    """All that operators do to one layer, where each adds it by itself: the changes lie nowhere else."""
+
+    inputs: tuple[Add, ...]
+    outputs: tuple[Add, ...]
+    """One at most, to the base's own output."""
+    sums: tuple[tuple[int, Add], ...]
+    """With the number of the operator."""
+
+    @staticmethod
+    def of(bounds: Sequence[Bound], member: int) -> InPlace | None:
+        """None: one does not, or the output that it reads would not be the base's own."""
+        each = [bound.kernels(member) for bound in bounds]
+        known = [kernels for kernels in each if kernels is not None]
+        inputs = tuple(own.input_change for own in known if own.input_change is not None)
+        outputs = tuple(own.output_change for own in known if own.output_change is not None)
+        sums = tuple((n, own.sums) for n, own in enumerate(known) if own.sums is not None)
+        is_all = len(known) == len(each) and len(outputs) < (1 if inputs else 2)
+        return InPlace(inputs, outputs, sums) if is_all else None
 
 
 class AdaptedGroup:
@@ -47,8 +70,10 @@ class AdaptedGroup:
         self._operators = operators
         self._bound_table: RowTable | None = None
         self._bound: tuple[Bound, ...] = ()
+        self._in_place: tuple[InPlace | None, ...] = ()
         self._input: Tensor | None = None
         self._changes: list[list[Change]] = []
+        self._sources: list[Tensor] = []
         self._unread: set[int] = set()
 
     @property
@@ -66,8 +91,14 @@ class AdaptedGroup:
             return ()
         if self._bound_table is not table:
             self._bound = tuple(self._bind(table))
+            own = [InPlace.of(self._bound, member) for member in range(len(self.paths))]
+            self._in_place = tuple(own) if None not in own else (None,) * len(own)
             self._bound_table = table
         return self._bound
+
+    def in_place(self, member: int) -> InPlace | None:
+        """What `bound` does to a member; None unless it does so to all."""
+        return self._in_place[member]
 
     @property
     def last_bound(self) -> tuple[Bound, ...]:
@@ -87,13 +118,13 @@ class AdaptedGroup:
     def forget(self) -> None:
         """Drop what was prepared and what is kept of a running step; called when a slot changes hands."""
         self._bound_table = None
-        self._bound = ()
+        self._bound, self._in_place = (), ()
         self.end_step()
 
     def end_step(self) -> None:
         """Drop the input and the shares of it that no member fetched (a forward that failed half-way)."""
         self._input = None
-        self._changes = []
+        self._changes, self._sources = [], []
         self._unread = set()
 
     def changes(self, member: int, x: Tensor) -> Sequence[Change]:
@@ -102,19 +133,36 @@ class AdaptedGroup:
         Computed for all members when the first asks; kept for the others, who prove by identity that
         theirs is the same tensor. Holding on to x makes that proof safe.
         """
-        if self._input is not x or member not in self._unread:
+        if self._is_new(member, x):
             self._changes = [[] for _ in self.paths]
             x_TI = rows_of(x).float()
             for bound in self.bound():
                 for changes, more in zip(self._changes, bound.sums(x_TI), strict=False):
                     changes.extend(more)
-            self._input = x
-            self._unread = set(range(len(self.paths)))
-        self._unread.discard(member)
         found = self._changes[member]
+        self._has_read(member)
+        return found
+
+    def sources(self, member: int, x: Tensor) -> Sequence[Tensor]:
+        """What each operator's kernels read, of a contiguous x; made and kept as `changes` are."""
+        if self._is_new(member, x):
+            self._sources = [bound.source(x) for bound in self._bound]
+        found = self._sources
+        self._has_read(member)
+        return found
+
+    def _is_new(self, member: int, x: Tensor) -> bool:
+        """Whether nothing is kept of x for this member; from now on something is."""
+        if self._input is x and member in self._unread:
+            return False
+        self._input = x
+        self._unread = set(range(len(self.paths)))
+        return True
+
+    def _has_read(self, member: int) -> None:
+        self._unread.discard(member)
         if not self._unread:
             self.end_step()
-        return found
 
 
 class AdaptedLinear(nn.Module):
@@ -141,14 +189,19 @@ class AdaptedLinear(nn.Module):
         return self.base.bias  # type: ignore[return-value]
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.merged is not None and self._group.rows_are_merged:
+        group, member = self._group, self._member
+        if self.merged is not None and group.rows_are_merged:
             return self.merged(x)
-        bounds, copies = self._group.bound(), self._group.copies
+        bounds, copies = group.bound(), group.copies
+        if bounds and copies is None and x.dtype is torch.float32 and x.is_contiguous():
+            in_place = group.in_place(member)
+            if in_place is not None:
+                return self._changed_in_place(in_place, x)
         if all(bound.reads_input_alone for bound in bounds):
             if copies is not None and copies.last == self._path:
                 return self._where_copies_meet(copies, x)
             y = self._base_product(x)
-            return added(y, self._group.changes(self._member, x), is_own=True) if bounds else y
+            return added(y, group.changes(member, x), is_own=True) if bounds else y
         x_TI = rows_of(x)
         inputs = [c for b in bounds if (c := b.input_change(self._member, x_TI)) is not None]
         y = self._product(added(x, inputs)) if inputs else self._base_product(x)
@@ -157,6 +210,22 @@ class AdaptedLinear(nn.Module):
         produced = [self._produced(o, x) for b in bounds if (o := b.own_product(self._member, x_TI))]
         changes = [*outputs, *sums, *produced]
         return added(y, changes, is_own=True) if changes else y
+
+    def _changed_in_place(self, own: InPlace, x: Tensor) -> Tensor:
+        """As `forward`, for float32 and a contiguous x."""
+        changed = x
+        if own.inputs:
+            changed = x.clone()
+            for add in own.inputs:
+                add(x, changed)
+        y = self._product(changed).contiguous()
+        for add in own.outputs:
+            add(y, y)
+        if own.sums:
+            sources = self._group.sources(self._member, x)
+            for number, add in own.sums:
+                add(sources[number], y)
+        return y
 
     def _base_product(self, x: Tensor) -> Tensor:
         copies = self._group.copies

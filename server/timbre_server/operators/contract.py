@@ -15,7 +15,7 @@ Legend: T rows of the batch, N some of them, I in features, O out features, G me
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Generic, TypeVar
 
@@ -60,6 +60,23 @@ class OwnProduct:
     rows_N: Tensor | slice | None = None
 
 
+Add = Callable[[Tensor, Tensor], None]
+"""``(source, y_TO)``: add, in place, to y what is made of a source. Both are float32 and contiguous, and may
+have dimensions before the last that together count rows."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Kernels:
+    """All that a bound operator does to one member, each as what adds it where it belongs."""
+
+    input_change: Add | None = None
+    """From x, to a copy of it."""
+    output_change: Add | None = None
+    """From y0, to itself or to a copy."""
+    sums: Add | None = None
+    """From what `Bound.source` makes of x."""
+
+
 class Bound:
     """One operator, ready for one row table at one group. An operator overrides what it acts on."""
 
@@ -84,6 +101,14 @@ class Bound:
     def own_product(self, member: int, x_TI: Tensor) -> OwnProduct | None:
         """What to add to one member's output that takes W and an input of the row's own."""
         return None
+
+    def kernels(self, member: int) -> Kernels | None:
+        """The same as all methods above, for whoever has float32 to add to; None: only they do it."""
+        return None
+
+    def source(self, x_TI: Tensor) -> Tensor:
+        """What the kernels of `sums` read, made of a contiguous x for all members."""
+        return x_TI
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -6,13 +6,14 @@ Legend: T rows of the batch, N rows that have a gain, D features (in or out).
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from timbre_methods.program import Diagonal
 from timbre_server.native.library import ADDRESS, NUMBER, kernel, num_threads
-from timbre_server.operators.contract import Bound, Change, Uses
+from timbre_server.operators.contract import Bound, Change, Kernels, Uses
 from timbre_server.operators.diagonal import BoundDiagonal, DiagonalOperator, Gains, gains_of
 from timbre_server.operators.native.uses import KernelChange
 from timbre_server.operators.row_table import RowTable
@@ -22,8 +23,11 @@ class NativeDiagonal(DiagonalOperator):
     """`DiagonalOperator` by ``diagonal.cpp``."""
 
     def bind(self, uses: Uses[Diagonal], table: RowTable) -> Bound:
-        sides = [[gains_of(parts, side, table) for parts in uses] for side in ("input", "output")]
-        return BoundDiagonal(*([gains and _GainsKernel(gains, table) for gains in side] for side in sides))
+        def kernels_of(side: str) -> list[_GainsKernel | None]:
+            each = [gains_of(parts, side, table) for parts in uses]
+            return [None if gains is None else _GainsKernel(gains, table) for gains in each]
+
+        return _BoundGains(kernels_of("input"), kernels_of("output"))
 
 
 class _RowGains(ctypes.Structure):
@@ -55,6 +59,18 @@ class _GainsKernel:
         """``y_TO`` may be the source itself."""
         threads = num_threads(self._work)
         self._run(*self._begin, source.data_ptr(), y_TO.data_ptr(), self.out_features, threads)
+
+
+class _BoundGains(BoundDiagonal):
+    def __init__(self, inputs: Sequence[_GainsKernel | None], outputs: Sequence[_GainsKernel | None]) -> None:
+        super().__init__(inputs, outputs)
+        self._kernels = [
+            Kernels(None if before is None else before.add, None if after is None else after.add)
+            for before, after in zip(inputs, outputs, strict=True)
+        ]
+
+    def kernels(self, member: int) -> Kernels:
+        return self._kernels[member]
 
 
 def _row_of(values_MD: Tensor | None, row: int) -> int | None:

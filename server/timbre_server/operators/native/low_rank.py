@@ -14,7 +14,7 @@ from timbre_server.operators.contract import Bound, Uses
 from timbre_server.operators.low_rank import BoundGated, Gating, LowRankOperator
 from timbre_server.operators.native.low_rank_experts import BoundExperts
 from timbre_server.operators.native.uses import (
-    BoundInputKernels,
+    BoundKernels,
     Fields,
     InputKernel,
     low_rank_fields,
@@ -27,7 +27,7 @@ class NativeLowRank(LowRankOperator):
     """`LowRankOperator` by ``low_rank.cpp``."""
 
     def bind(self, uses: Uses[LowRank], table: RowTable) -> Bound:
-        return BoundInputKernels([_kernel(parts_by_slot, table) for parts_by_slot in uses])
+        return BoundKernels([_kernel(parts_by_slot, table) for parts_by_slot in uses])
 
     def bind_gated(self, uses: Uses[LowRank], table: RowTable, gating: Gating) -> BoundGated:
         return BoundExperts(uses, table, gating)

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from timbre_methods.program import Projected
 from timbre_server.native.library import ADDRESS, NUMBER, kernel, num_threads
-from timbre_server.operators.contract import Bound, Change, Uses
+from timbre_server.operators.contract import Bound, Uses
 from timbre_server.operators.joined_sums import JoinedSums
 from timbre_server.operators.native.uses import (
+    BoundKernels,
     Fields,
-    KernelChange,
     address_of,
     rows_fields,
     rows_of,
@@ -139,13 +139,13 @@ class _Product:
         )
 
 
-class _BoundProjected(Bound):
+class _BoundProjected(BoundKernels):
     def __init__(self, uses: Uses[Projected], table: RowTable) -> None:
         self._table, self._size = table, 0
         self._shrinks: dict[int, _Product] = {}
         """By the identity of their P."""
         self._shared = self._shared_places(uses)
-        self._members = [self._member(parts_by_slot) if parts_by_slot else None for parts_by_slot in uses]
+        super().__init__([self._member(own) if own else None for own in uses])
 
     def _shared_places(self, uses: Uses[Projected]) -> Mapping[int, _Place]:
         """Of each P that is multiplied by x itself, for all of its rows at once."""
@@ -207,11 +207,11 @@ class _BoundProjected(Bound):
         first = next(part for parts in parts_by_slot.values() for part in parts)
         return _Member(segments, tuple(expands.values()), first.basis.q_NOQ.shape[1])
 
-    def sums(self, x_TI: Tensor) -> Sequence[Sequence[Change]]:
-        x_TI, z = x_TI.contiguous(), torch.zeros(self._size)
+    def source(self, x_TI: Tensor) -> Tensor:
+        z = torch.zeros(self._size)
         for shrink in self._shrinks.values():
             shrink(x_TI, z)
-        return [() if member is None else (KernelChange(member, z, len(x_TI)),) for member in self._members]
+        return z
 
 
 def _addresses(vectors_ND: Tensor) -> list[int]:

@@ -11,7 +11,7 @@ import torch
 
 from timbre_methods.program import Sparse
 from timbre_server.operators.contract import Bound, Uses
-from timbre_server.operators.native.uses import BoundInputKernels, Fields, InputKernel, rows_fields
+from timbre_server.operators.native.uses import BoundKernels, Fields, InputKernel, rows_fields
 from timbre_server.operators.row_table import RowTable, Segment
 from timbre_server.operators.sparse import SparseOperator
 
@@ -20,7 +20,7 @@ class NativeSparse(SparseOperator):
     """`SparseOperator` by ``sparse.cpp``."""
 
     def bind(self, uses: Uses[Sparse], table: RowTable) -> Bound:
-        return BoundInputKernels([_kernel(parts_by_slot, table) for parts_by_slot in uses])
+        return BoundKernels([_kernel(parts_by_slot, table) for parts_by_slot in uses])
 
 
 def _kernel(parts_by_slot: Mapping[int, Sequence[Sparse]], table: RowTable) -> InputKernel | None:

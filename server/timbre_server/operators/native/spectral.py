@@ -20,9 +20,9 @@ from torch import Tensor
 
 from timbre_methods.program import Places, Spectral
 from timbre_server.native.library import ADDRESS, NUMBER, kernel, num_threads
-from timbre_server.operators.contract import Bound, Change, Uses
+from timbre_server.operators.contract import Bound, Uses
 from timbre_server.operators.native.fourier import LANES, Plan, Rows, factors_of
-from timbre_server.operators.native.uses import KernelChange
+from timbre_server.operators.native.uses import BoundKernels
 from timbre_server.operators.pooling import PoolRoom
 from timbre_server.operators.row_table import Pairs, RowTable
 from timbre_server.operators.spectral import SpectralOperator
@@ -192,23 +192,16 @@ def _summed(mix: Pairs, parts_by_slot: Mapping[int, Sequence[Spectral]]) -> Tens
     return torch.stack([weight * c_N for weight, c_N in weighted]).sum(0) if weighted else None
 
 
-class _BoundSpectral(Bound):
+class _BoundSpectral(BoundKernels):
     def __init__(self, batch: _Batch, plan: Plan, members: Sequence[_Member | None]) -> None:
-        self._batch, self._plan, self._members = batch, plan, members
+        super().__init__(members)
+        self._held = batch, plan
+        self._begin = (plan.address, batch.address, len(batch.groups))
         self._shape = (len(batch.groups), plan.coordinates, LANES)
         self._work = LANES * len(batch.groups) * 8 * plan.length
         self._run = kernel("timbre_spectra", ADDRESS, ADDRESS, NUMBER, ADDRESS, ADDRESS)
 
-    def sums(self, x_TI: Tensor) -> Sequence[Sequence[Change]]:
-        x_TI = x_TI.contiguous()
+    def source(self, x_TI: Tensor) -> Tensor:
         z_GCL = torch.empty(self._shape)
-        batch = self._batch
-        self._run(
-            self._plan.address,
-            batch.address,
-            len(batch.groups),
-            x_TI.data_ptr(),
-            z_GCL.data_ptr(),
-            num_threads(self._work),
-        )
-        return [() if m is None else (KernelChange(m, z_GCL, batch.num_rows),) for m in self._members]
+        self._run(*self._begin, x_TI.data_ptr(), z_GCL.data_ptr(), num_threads(self._work))
+        return z_GCL

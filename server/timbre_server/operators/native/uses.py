@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from timbre_server.native.library import ADDRESS, NUMBER, kernel, num_threads
-from timbre_server.operators.contract import Bound, Change
+from timbre_server.operators.contract import Bound, Change, Kernels
 from timbre_server.operators.formats import format_of
 from timbre_server.operators.row_table import Segment
 
@@ -128,17 +128,21 @@ class InputKernel:
         )
 
 
-class BoundInputKernels(Bound):
+class BoundKernels(Bound):
     """Of the members of a group; None: nobody has parts there."""
 
-    def __init__(self, members: Sequence[InputKernel | None]) -> None:
+    def __init__(self, members: Sequence[Kernel | None]) -> None:
         self._members = members
 
     def sums(self, x_TI: Tensor) -> Sequence[Sequence[Change]]:
-        x_TI = x_TI.contiguous()
+        source = self.source(x_TI.contiguous())
         return [
-            () if member is None else (KernelChange(member, x_TI, len(x_TI)),) for member in self._members
+            () if member is None else (KernelChange(member, source, len(x_TI)),) for member in self._members
         ]
+
+    def kernels(self, member: int) -> Kernels:
+        own = self._members[member]
+        return Kernels(sums=None if own is None else own.add)
 
 
 def rows_of(segments: Iterable[Segment]) -> Tensor:
