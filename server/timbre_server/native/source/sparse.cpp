@@ -16,10 +16,18 @@ static inline float dot(const SparseUse &use, int64_t o, const float *v) {
     return total;
 }
 
-// products[k] = values[k] v[columns[k]] for k < count, without a branch on where rows end.
-static void multiply(const float *values, const int32_t *columns, int64_t count, const float *v, float *products) {
+// products[k] = values[k] v[columns[k]] for begin <= k < end, without a branch on where rows end. As many entries
+// of the next adapter are brought near meanwhile; where it has fewer, that does nothing.
+static void multiply(
+    const SparseUse &use, const SparseUse &next, int64_t begin, int64_t end, const float *v, float *products
+) {
+    const float *values = use.values + begin;
+    const int32_t *columns = use.columns + begin;
+    const int64_t count = end - begin;
     int64_t k = 0;
     for (; k + LANES <= count; k += LANES) {
+        __builtin_prefetch(next.values + begin + k, 0, 2);
+        __builtin_prefetch(next.columns + begin + k, 0, 2);
         const int32_t *c = columns + k;
         const Lanes read = {v[c[0]], v[c[1]], v[c[2]], v[c[3]], v[c[4]], v[c[5]], v[c[6]], v[c[7]]};
         store(products + k, read * load(values + k));
@@ -31,7 +39,8 @@ static void multiply(const float *values, const int32_t *columns, int64_t count,
 static inline Lanes first_of(const float *from, int64_t count) {
     static const int32_t masks[2 * LANES] = {-1, -1, -1, -1, -1, -1, -1, -1};
     Integers mask, found;
-    std::memcpy(&mask, masks + LANES - (count < LANES ? count : LANES), sizeof mask);
+    const int64_t kept = count < 0 ? 0 : count < LANES ? count : LANES;
+    std::memcpy(&mask, masks + LANES - kept, sizeof mask);
     std::memcpy(&found, from, sizeof found);
     found &= mask;
     Lanes lanes;
@@ -39,23 +48,28 @@ static inline Lanes first_of(const float *from, int64_t count) {
     return lanes;
 }
 
-// Products of eight outputs lie one after another in `products`. Returns their sums, and where they end.
-static inline Lanes sums_of_outputs(const int64_t *row_ends, const float *&products) {
-    Lanes sums[LANES];
+// Products of eight outputs lie one after another. There is a branch on the most that one of them has, not on how
+// many each has: nothing foretells that.
+static inline Lanes sums_of_outputs(const int64_t *row_ends, const float *products) {
+    Lanes sums[LANES] = {};
+    int64_t most = 0;
     for (int j = 0; j < LANES; j++) {
-        const float *end = products + (row_ends[j + 1] - row_ends[j]);
-        sums[j] = first_of(products, end - products);
-        for (products += LANES; products < end; products += LANES) sums[j] += first_of(products, end - products);
-        products = end;
+        const int64_t count = row_ends[j + 1] - row_ends[j];
+        most = count > most ? count : most;
     }
+    for (int64_t done = 0; done < most; done += LANES)
+        for (int j = 0; j < LANES; j++) {
+            const int64_t begin = row_ends[j] + done;
+            sums[j] += first_of(products + (begin - row_ends[0]), row_ends[j + 1] - begin);
+        }
     return sums_of(sums);
 }
 
-static void one_row(const SparseUse &use, int64_t n, const float *x, int64_t in, float *y, int64_t out, Share own) {
-    const float *v = x + use.rows.rows[n] * in;
-    const float weight = use.rows.weights[n];
-    float *to = y + use.rows.rows[n] * out;
-    float products[PIECE + LANES];
+// to += weight S v for the outputs of a share.
+static void one_row(
+    const SparseUse &use, const SparseUse &next, const float *v, float weight, float *to, Share own
+) {
+    float products[2 * PIECE + LANES];  // Of all that may be read, if only to be left out.
     for (int64_t o = own.begin; o < own.end;) {
         const int64_t begin = use.row_ends[o];
         int64_t last = o;
@@ -65,9 +79,12 @@ static void one_row(const SparseUse &use, int64_t n, const float *x, int64_t in,
             o++;
             continue;
         }
-        multiply(use.values + begin, use.columns + begin, use.row_ends[last] - begin, v, products);
-        const float *from = products;
-        for (; o < last; o += LANES) store(to + o, load(to + o) + sums_of_outputs(use.row_ends + o, from) * weight);
+        multiply(use, next, begin, use.row_ends[last], v, products);
+        for (; o < last; o += LANES) {
+            __builtin_prefetch(next.row_ends + o, 0, 2);
+            const float *from = products + (use.row_ends[o] - begin);
+            store(to + o, load(to + o) + sums_of_outputs(use.row_ends + o, from) * weight);
+        }
     }
 }
 
@@ -100,7 +117,11 @@ extern "C" void timbre_sparse(
                 side_by_side(x, in, use.rows.rows + row, LANES, lanes.data());
                 eight_rows(use, row, lanes.data(), y, out, own);
             }
-            for (; row < use.rows.count; row++) one_row(use, row, x, in, y, out, own);
+            const SparseUse &next = uses[u + 1 < count ? u + 1 : u];
+            for (; row < use.rows.count; row++) {
+                const int64_t n = use.rows.rows[row];
+                one_row(use, next, x + n * in, use.rows.weights[row], y + n * out, own);
+            }
         }
     }
 }
