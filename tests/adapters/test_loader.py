@@ -30,7 +30,7 @@ from timbre_server.errors import AdapterLoadFailed
 from timbre_server.inspection import inspector
 from timbre_server.operators.catalogue import Kernels, all_operators, why_not
 from timbre_server.operators.formats import FORMATS
-from timbre_server.operators.native.uses import BoundInputKernels
+from timbre_server.operators.native.uses import BoundKernels
 from timbre_server.operators.routed import _BoundRouted
 from timbre_server.operators.row_table import RowTable, Span
 from timbre_server.operators.step_routing import StepRouting
@@ -194,7 +194,7 @@ def bound_factors(program: AdapterProgram, paths: Sequence[str], num_rows: int) 
         for of_group in experts:
             kernels = [member for member in of_group._bound._members if member is not None]
             found += [t for member in kernels for e in member._held for t in (e.a_RI, e.b_OR)]
-        if isinstance(bound, BoundInputKernels):
+        if isinstance(bound, BoundKernels):
             kernels = [member for member in bound._members if member is not None]
             found += [t for member in kernels for _, factors in member._held for t in factors]
     return found
