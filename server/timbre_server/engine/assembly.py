@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -65,8 +66,9 @@ def engine_around(
     kernels, why = choose_kernels(options.kernels, model.device)
     on_progress(f"Preparing the layers for adapters, with kernels: {kernels}" + (f" ({why})" if why else ""))
     sites = base_sites(layers_of(model, probed.sites))
-    packer = LinearPacker(model.dtype, model.device, native=kernels == "native")
-    arithmetic = Arithmetic(packer.product_of, kernels, norm_of)
+    native = kernels == "native"
+    packer = LinearPacker(model.dtype, model.device, native=native)
+    arithmetic = Arithmetic(packer.product_of, kernels, partial(norm_of, native=native))
     embedding = model.get_input_embeddings()
     adapted = AdaptedModel(
         model, probed.groups, arithmetic, probed.lone, probed.blocks, embedding, probed.parameters
