@@ -15,6 +15,7 @@ from timbre_server.adapters.adapted_model import AdaptedModel, Arithmetic
 from timbre_server.engine.attention import install_attention
 from timbre_server.engine.fused_activation import fuse_activations
 from timbre_server.engine.fused_norm import norm_of
+from timbre_server.engine.fused_rotary import fuse_rotary
 from timbre_server.engine.kv_blocks import BlockPool
 from timbre_server.engine.kv_cache import bytes_per_block
 from timbre_server.engine.messages import SamplingParams, Submit
@@ -90,6 +91,7 @@ def served(
     arithmetic = Arithmetic(product_of, norm_of=partial(norm_of, native=native))
     if native:
         fuse_activations(model)
+        fuse_rotary(model, probed.layers)
     adapted = AdaptedModel(model, probed.groups, arithmetic, probed.lone, parameters=probed.parameters)
     options = RunnerOptions(
         block_size=BLOCK_SIZE,

@@ -21,6 +21,7 @@ from timbre_server.adapters.runtime import AdapterRuntime, Loader, MakeLoader
 from timbre_server.engine.core import EngineCore
 from timbre_server.engine.fused_activation import fuse_activations
 from timbre_server.engine.fused_norm import norm_of
+from timbre_server.engine.fused_rotary import fuse_rotary
 from timbre_server.engine.kv_blocks import BlockPool
 from timbre_server.engine.linears import bias_of, weight_of
 from timbre_server.engine.lone_layers import lone_weight_of
@@ -72,6 +73,7 @@ def engine_around(
     arithmetic = Arithmetic(packer.product_of, kernels, partial(norm_of, native=native))
     if native and model.dtype is torch.float32:
         fuse_activations(model)
+        fuse_rotary(model, probed.layers)
     embedding = model.get_input_embeddings()
     adapted = AdaptedModel(
         model, probed.groups, arithmetic, probed.lone, probed.blocks, embedding, probed.parameters
