@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,9 @@ from transformers import PreTrainedModel
 
 from timbre_server.adapters.adapted_model import AdaptedModel, Arithmetic
 from timbre_server.engine.attention import install_attention
+from timbre_server.engine.fused_activation import fuse_activations
+from timbre_server.engine.fused_norm import norm_of
+from timbre_server.engine.fused_rotary import fuse_rotary
 from timbre_server.engine.kv_blocks import BlockPool
 from timbre_server.engine.kv_cache import bytes_per_block
 from timbre_server.engine.messages import SamplingParams, Submit
@@ -79,16 +83,20 @@ def generated(model: PreTrainedModel, token_ids: Sequence[int]) -> list[int]:
 
 
 def served(
-    model: PreTrainedModel, num_blocks: int, limits: SchedulerLimits, *, native_attention: bool = False
+    model: PreTrainedModel, num_blocks: int, limits: SchedulerLimits, *, native: bool = False
 ) -> Outcome:
     install_attention(model)
     probed = probe(model)
-    arithmetic = Arithmetic(LinearPacker(model.dtype, model.device).product_of)
+    product_of = LinearPacker(model.dtype, model.device).product_of
+    arithmetic = Arithmetic(product_of, norm_of=partial(norm_of, native=native))
+    if native:
+        fuse_activations(model)
+        fuse_rotary(model, probed.layers)
     adapted = AdaptedModel(model, probed.groups, arithmetic, probed.lone, parameters=probed.parameters)
     options = RunnerOptions(
         block_size=BLOCK_SIZE,
         kv_cache_bytes=num_blocks * bytes_per_block(probed.kv_shapes, BLOCK_SIZE, model.dtype),
-        native_attention=native_attention,
+        native_attention=native,
     )
     runner = Runner(PreparedModel(LoadedModel(model, "tiny", "sha256:0"), probed), adapted, options)
     for layer in range(len(probed.layers)):
@@ -133,7 +141,7 @@ def test_text_equals_generate_under_chunks_prefix_hits_and_preemption(
     assert outcome.preemptions > 0
     assert outcome.unfinished_chunks > 0
     assert outcome.mixed_steps > 0
-    assert served(tiny_model(family), 24, tight, native_attention=True).outputs == expected
+    assert served(tiny_model(family), 24, tight, native=True).outputs == expected
     wide = SchedulerLimits(
         max_num_seqs=64, max_num_batched_tokens=2048, max_model_len=64, enable_prefix_caching=False
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -17,10 +18,13 @@ from torch import Tensor, nn
 from timbre_methods.contract import Sites
 from timbre_methods.program import AdapterProgram
 from timbre_methods.registry import check_adapter, compile_adapter, derive
-from timbre_server.adapters.adapted_model import AdaptedModel
+from timbre_server.adapters.adapted_model import AdaptedModel, Arithmetic
 from timbre_server.adapters.base_sites import base_frame, base_sites
 from timbre_server.engine.assembly import layers_of
 from timbre_server.engine.attention import install_attention
+from timbre_server.engine.fused_activation import fuse_activations
+from timbre_server.engine.fused_norm import norm_of
+from timbre_server.engine.fused_rotary import fuse_rotary
 from timbre_server.engine.kv_blocks import BlockPool
 from timbre_server.engine.kv_cache import bytes_per_block
 from timbre_server.engine.layer_stack import Ranges, stack_layers
@@ -29,6 +33,7 @@ from timbre_server.engine.model_loader import LoadedModel, PreparedModel
 from timbre_server.engine.probe import probe
 from timbre_server.engine.runner import Runner, RunnerOptions
 from timbre_server.engine.scheduler import Scheduler, SchedulerLimits
+from timbre_server.operators.catalogue import Kernels
 
 BLOCK_SIZE = 4
 Asked = str | AdapterUse | tuple[AdapterUse, ...] | None
@@ -77,6 +82,7 @@ class EngineBench:
         budget: int = 64,
         max_len: int = 64,
         layers: Ranges = (),
+        kernels: Kernels = "torch",
     ) -> None:
         self.model: Any = copy.deepcopy(model)
         stack = stack_layers(self.model, layers)
@@ -85,11 +91,15 @@ class EngineBench:
         self.sites: Sites = base_sites(layers_of(self.model, probed.sites))
         attention = (layer.attention for layer in probed.layers)
         self.frame = base_frame(probed.hidden_size, map(msgspec.structs.astuple, attention), stack)
+        if kernels == "native":
+            fuse_activations(self.model)
+            fuse_rotary(self.model, probed.layers)
         self.shelf = Shelf()
         self.uses: dict[str, AdapterUse] = {}
         self.adapted = AdaptedModel(
             self.model,
             probed.groups,
+            Arithmetic(kernels=kernels, norm_of=partial(norm_of, native=kernels == "native")),
             lone=probed.lone,
             blocks=probed.blocks,
             embedding=self.model.get_input_embeddings(),

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from timbre_methods.program import AdapterProgram
 from timbre_methods.registry import methods, sites_of
 from timbre_methods.routing import Routed
+from timbre_server.operators.native.catalogue import why_not
 
+needs_compiler = pytest.mark.skipif(why_not() is not None, reason="needs a C++ compiler")
 PROMPT = [7, 12, 3, 44, 9, 21, 30, 5, 17, 28, 51]
 OUTPUT_TOKENS = 4
 PLAIN = ("lora", "ia3", "fourierft", "shira")
@@ -47,11 +49,19 @@ def expected_logprobs(
     return logprobs
 
 
-@pytest.mark.parametrize("budget", [9, 200], ids=["in chunks", "at once"])
+@pytest.mark.parametrize(
+    ("budget", "kernels"),
+    [(9, "torch"), (200, "torch"), pytest.param(200, "native", marks=needs_compiler)],
+    ids=["in chunks", "at once", "in C++"],
+)
 def test_each_mixture_in_a_crowd_equals_the_loop_over_its_tokens(
-    budget: int, llama: nn.Module, engine_bench: ModuleType, expected_logprobs: Callable[..., list[float]]
+    budget: int,
+    kernels: str,
+    llama: nn.Module,
+    engine_bench: ModuleType,
+    expected_logprobs: Callable[..., list[float]],
 ) -> None:
-    bench: Any = engine_bench.EngineBench(llama, num_blocks=256, budget=budget)
+    bench: Any = engine_bench.EngineBench(llama, num_blocks=256, budget=budget, kernels=kernels)
     programs: dict[str, AdapterProgram | None] = {"": None}
     for number, (name, method) in enumerate(methods().items()):
         if name in PLAIN or (".routed." in type(method).__module__ and name not in ALONE):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -18,7 +19,9 @@ from timbre_server.adapters.loader import AdapterLoader
 from timbre_server.adapters.pinning import Pinning
 from timbre_server.adapters.runtime import AdapterRuntime, Loader, MakeLoader
 from timbre_server.engine.core import EngineCore
+from timbre_server.engine.fused_activation import fuse_activations
 from timbre_server.engine.fused_norm import norm_of
+from timbre_server.engine.fused_rotary import fuse_rotary
 from timbre_server.engine.kv_blocks import BlockPool
 from timbre_server.engine.linears import bias_of, weight_of
 from timbre_server.engine.lone_layers import lone_weight_of
@@ -65,8 +68,12 @@ def engine_around(
     kernels, why = choose_kernels(options.kernels, model.device)
     on_progress(f"Preparing the layers for adapters, with kernels: {kernels}" + (f" ({why})" if why else ""))
     sites = base_sites(layers_of(model, probed.sites))
-    packer = LinearPacker(model.dtype, model.device, native=kernels == "native")
-    arithmetic = Arithmetic(packer.product_of, kernels, norm_of)
+    native = kernels == "native"
+    packer = LinearPacker(model.dtype, model.device, native=native)
+    arithmetic = Arithmetic(packer.product_of, kernels, partial(norm_of, native=native))
+    if native and model.dtype is torch.float32:
+        fuse_activations(model)
+        fuse_rotary(model, probed.layers)
     embedding = model.get_input_embeddings()
     adapted = AdaptedModel(
         model, probed.groups, arithmetic, probed.lone, probed.blocks, embedding, probed.parameters
