@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from timbre_server.adapters import adapted_linear, adapted_model
 from timbre_server.adapters.adapted_linear import AdaptedGroup
-from timbre_server.engine import assembly, attention, runner
+from timbre_server.engine import assembly, attention, fused_rotary, runner
 from timbre_server.engine.context import AttentionCall
 from timbre_server.engine.core import EngineCore
 from timbre_server.engine.packed_linear import LinearPacker
@@ -81,6 +81,7 @@ class Stopwatch:
             replaced(assembly, "Runner", _timed_class(self, Runner, "execute", ROWS)),
             replaced(assembly, "EngineCore", _timed_class(self, EngineCore, "step", SCHEDULING)),
             replaced(attention, "current", lambda: _TimedContext(self, current())),
+            replaced(fused_rotary, "current", lambda: _TimedContext(self, current())),
             replaced(runner, "forward", self.timed(MODEL, runner.forward)),
             replaced(runner, "sample", self.timed(SAMPLING, runner.sample)),
         ):
