@@ -8,6 +8,8 @@ from engine_in_process import Decoding, distinct
 from random_adapters import FAMILIES, Shapes, Tensors, lora
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from timbre_server.engine.messages import AdapterUse, SamplingParams, Submit
+from timbre_server.engine.native_linear import serves
 from timbre_server.engine.options import KernelChoice
 from timbre_server.operators.native.catalogue import why_not
 
@@ -45,6 +47,38 @@ def test_in_cpp() -> None:
     found = answers("native", "cpu")
     assert found == answers("torch", "cpu")
     assert all(found[name] != found["base"] for name in MAKES)
+
+
+def logprobs(decoding: Decoding, requests: list[tuple[str | None, list[int]]]) -> list[list[float]]:
+    """Of what each request is answered at temperature 0, all of them at once."""
+    core, sampling = decoding._core, SamplingParams(max_tokens=8, temperature=0, logprobs=1)
+    found: dict[str, list[float]] = {}
+    for number, (digest, prompt) in enumerate(requests):
+        found[str(number)] = []
+        core.submit(Submit(str(number), prompt, sampling, () if digest is None else (AdapterUse(digest),)))
+    while core.has_work:
+        for event in core.step().events:
+            assert event.error_message is None
+            found[event.request_id] += [token.logprob for token in event.logprobs]
+    return list(found.values())
+
+
+@pytest.mark.skipif(why_not() is not None or not serves(torch.float32), reason="needs C++ for all of it")
+def test_an_answer_in_cpp_has_the_same_bits_alone_and_in_a_crowd() -> None:
+    """Products, norms, attention and adapters sum a row's numbers in one order, whatever is beside it; shared
+    bases do not, since few rows of them take another way."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(CONFIG).eval().requires_grad_(False)
+    names = [None, *(f"{name}-{number}" for name in MAKES if name != "vera" for number in (0, 1))]
+    decoding = Decoding.of(model, MAKES, len(names), 16 << 20, "native")
+    decoding.load([name for name in names if name])
+    requests = [
+        (name, torch.randint(CONFIG.vocab_size, (3 + 7 * number,)).tolist())
+        for number, name in enumerate(names)
+    ]
+    together = logprobs(decoding, requests)
+    assert [len(own) for own in together] == [8] * len(names)
+    assert [logprobs(decoding, [request])[0] for request in requests] == together
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
