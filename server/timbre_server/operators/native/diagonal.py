@@ -5,7 +5,6 @@ Legend: T rows of the batch, N rows that have a gain, D features (in or out).
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 
 import torch
@@ -30,12 +29,6 @@ class NativeDiagonal(DiagonalOperator):
         return _BoundGains(kernels_of("input"), kernels_of("output"))
 
 
-class _RowGains(ctypes.Structure):
-    """``Gains`` of ``diagonal.cpp``."""
-
-    _fields_ = [("row", ctypes.c_int64), ("extra", ctypes.c_void_p), ("shift", ctypes.c_void_p)]
-
-
 class _GainsKernel:
     """The gains at one side of one member: both its `GainChanges` and what they are added by, a `Kernel`."""
 
@@ -43,13 +36,13 @@ class _GainsKernel:
         self._held = gains
         self.rows_N = torch.arange(table.num_rows) if gains.rows_N is None else gains.rows_N
         self.out_features = gains.extra_gain_MD.shape[1]
-        pairs = zip(self.rows_N.tolist(), gains.mix_N.tolist(), strict=True)
-        own = [
-            _RowGains(row, _row_of(gains.extra_gain_MD, m), _row_of(gains.shift_MD, m)) for row, m in pairs
-        ]
-        self._rows = (_RowGains * len(own))(*own)
-        self._begin = (ctypes.addressof(self._rows), len(own))
-        self._work = len(own) * self.out_features
+        extra_N, shift_N = (
+            _addresses(values, gains.mix_N) for values in (gains.extra_gain_MD, gains.shift_MD)
+        )
+        self._rows_N3 = torch.stack([self.rows_N, extra_N, shift_N], 1)
+        """``Gains`` of ``diagonal.cpp``."""
+        self._begin = self._rows_N3.data_ptr(), len(self._rows_N3)
+        self._work = self._rows_N3.shape[0] * self.out_features
         self._run = kernel("timbre_diagonal", ADDRESS, NUMBER, ADDRESS, ADDRESS, NUMBER)
 
     def change(self, v_TD: Tensor) -> Change:
@@ -73,6 +66,8 @@ class _BoundGains(BoundDiagonal):
         return self._kernels[member]
 
 
-def _row_of(values_MD: Tensor | None, row: int) -> int | None:
-    """Its address."""
-    return None if values_MD is None else values_MD.data_ptr() + row * values_MD.shape[1] * 4
+def _addresses(values_MD: Tensor | None, rows_N: Tensor) -> Tensor:
+    """Of these rows; zeros where there are none."""
+    if values_MD is None:
+        return torch.zeros_like(rows_N)
+    return rows_N * (values_MD.shape[1] * values_MD.itemsize) + values_MD.data_ptr()

@@ -11,7 +11,7 @@ spectrum, L rows side by side.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -36,6 +36,9 @@ class NativeSpectral(SpectralOperator):
         super().__init__()
         self._plans: dict[int, Plan] = {}
         self._native_patterns: WeakKeyDictionary[Places, _Pattern] = WeakKeyDictionary()
+        self._batches: WeakKeyDictionary[RowTable, dict[tuple[frozenset[int], int], _Batch]]
+        self._batches = WeakKeyDictionary()
+        """By what they follow from: most groups of layers have the same."""
 
     def bind(self, uses: Uses[Spectral], table: RowTable) -> Bound:
         places = [_only_places(parts_by_slot) for parts_by_slot in uses]
@@ -44,7 +47,11 @@ class NativeSpectral(SpectralOperator):
         if table.is_gated or not served or not all(map(_is_served, known)):
             return super().bind(uses, table)
         bytes_per_row = sum(LANES * each.rows_N.numel() for each in known)
-        batch = _Batch.of(table, {slot for parts_by_slot in uses for slot in parts_by_slot}, bytes_per_row)
+        slots = frozenset(slot for parts_by_slot in uses for slot in parts_by_slot)
+        batches = self._batches.setdefault(table, {})
+        if (slots, bytes_per_row) not in batches:
+            batches[slots, bytes_per_row] = _Batch.of(table, slots, bytes_per_row)
+        batch = batches[slots, bytes_per_row]
         members = [
             None
             if own is None
@@ -95,7 +102,7 @@ class _Batch:
         return ctypes.addressof(self.groups)
 
     @staticmethod
-    def of(table: RowTable, slots: set[int], bytes_per_row: int) -> _Batch:
+    def of(table: RowTable, slots: Collection[int], bytes_per_row: int) -> _Batch:
         """Rows beyond the last whole eight of a mix are put together with those of others, where there is
         room for a copy of their values."""
         room = PoolRoom()
@@ -153,7 +160,10 @@ class _Member:
     def __init__(
         self, batch: _Batch, parts_by_slot: Mapping[int, Sequence[Spectral]], plan: Plan, pattern: _Pattern
     ) -> None:
-        own = [_values(mixes, parts_by_slot, pattern.order_N) for mixes in batch.mixes]
+        known = {
+            mixes: _values(mixes, parts_by_slot, pattern.order_N) for mixes in dict.fromkeys(batch.mixes)
+        }
+        own = [known[mixes] for mixes in batch.mixes]
         self._cores = (_Core * len(own))(
             *(_Core(None if v is None else v.data_ptr(), is_shared) for v, is_shared in own)
         )
