@@ -16,6 +16,7 @@ import stat
 import subprocess
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -127,14 +128,18 @@ def _processor() -> str:
 def _build(compiler: str, runtime: Path | None, target: Path) -> None:
     """Appears at ``target`` whole, whoever else builds it at the same time."""
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        objects = []
-        for source in sorted(SOURCES.glob("*.cpp")):
-            objects.append(f"{folder}/{source.stem}.o")
-            threads = ["-fopenmp"] if runtime is not None else []
-            _run([compiler, *_FLAGS, *threads, "-c", str(source), "-o", objects[-1]])
+        threads = ["-fopenmp"] if runtime is not None else []
+
+        def compiled(source: Path) -> str:
+            target = f"{folder}/{source.stem}.o"
+            _run([compiler, *_FLAGS, *threads, "-c", str(source), "-o", target])
+            return target
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compiled, sorted(SOURCES.glob("*.cpp"))))
         linked = f"{folder}/linked.so"
-        threads = [str(runtime)] if runtime is not None else []
-        _run([compiler, "-shared", *objects, *threads, "-o", linked])
+        libraries = [str(runtime)] if runtime is not None else []
+        _run([compiler, "-shared", *objects, *libraries, "-o", linked])
         with open(linked, "rb") as written:
             os.fsync(written.fileno())  # To load a torn file would end the process.
         os.replace(linked, target)
