@@ -34,6 +34,7 @@ from timbre_methods.contract import Site, Sites
 from timbre_methods.registry import derive, method_for
 from timbre_server.adapters.adapted_model import AdaptedModel, Arithmetic
 from timbre_server.adapters.groups import LinearGroup
+from timbre_server.engine.packed_linear import LinearPacker
 from timbre_server.operators.catalogue import Kernels
 from timbre_server.operators.row_table import RowTable, Span
 
@@ -139,7 +140,8 @@ class Measured:
         paths = [[LAYER + path for path in group] for group in GROUPS]
         sites = {path: Site(path, weight, None) for path, weight in layer_weights(self._model).items()}
         groups = [LinearGroup(tuple(group)) for group in paths]
-        self._adapted = AdaptedModel(self._model, groups, Arithmetic(kernels=kernels))
+        packer = LinearPacker(self._model.dtype, torch.device("cpu"), native=kernels == "native")
+        self._adapted = AdaptedModel(self._model, groups, Arithmetic(packer.product_of, kernels))
         self.prepared_bytes = self._load(folder, sites, adapters) if folder is not None else 0
         slots = [((row % adapters, 1.0),) if folder else () for row in range(rows)]
         self._table = RowTable([Span(1, pairs) for pairs in slots])
