@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -25,7 +26,7 @@ from timbre_server.adapters.adapted_linear import AdaptedGroup
 from timbre_server.adapters.adapted_model import AdaptedModel
 from timbre_server.adapters.derivation import write_derived
 from timbre_server.adapters.groups import LinearGroup
-from timbre_server.adapters.loader import AdapterLoader
+from timbre_server.adapters.loader import AdapterLoader, _are_finite
 from timbre_server.errors import AdapterLoadFailed
 from timbre_server.inspection import inspector
 from timbre_server.operators.catalogue import Kernels, all_operators, why_not
@@ -163,6 +164,13 @@ def test_a_lora_uploaded_in_16_bits_is_held_in_half_and_changes_the_same_bits(
     for kernels in [name for name in KERNELS if why_not(name) is None]:
         found, expected = (changes_of(program, kernels) for program in (loaded.program, compiled))
         assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("value", [1.0, 3e38, float("inf"), float("-inf"), float("nan")])
+def test_values_that_overflow_are_found_and_no_values_are_none(value: float) -> None:
+    none, some = torch.empty(0, 8), torch.tensor([0.5, value, -2.0])
+    assert _are_finite([none])
+    assert _are_finite([none, some, torch.zeros(3).half()]) == math.isfinite(value)
 
 
 def changes_of(program: AdapterProgram, kernels: Kernels) -> list[Tensor]:

@@ -144,5 +144,8 @@ def _check_finite(digest: str, program: AdapterProgram) -> None:
 
 def _are_finite(tensors: Sequence[Tensor]) -> bool:
     """Looked at together: hundreds of small tensors take long one by one. A NaN is the least and the most."""
-    least, most = torch.aminmax(torch.cat([tensor.reshape(-1) for tensor in tensors]))
+    values_N = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    if not len(values_N):  # Of factors whose ranks are all zero.
+        return True
+    least, most = torch.aminmax(values_N)
     return math.isfinite(least) and math.isfinite(most)
