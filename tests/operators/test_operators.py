@@ -122,24 +122,24 @@ def check_against_meaning(
             torch.testing.assert_close(input_change[rows], expected[0], atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(change[rows], expected[1], atol=1e-4, rtol=1e-4)
             row += span.num_rows
-        check_kernels(bound, member, (x_TI, input_change), (y_TO, change))
+        check_adds(bound, member, (x_TI, input_change), (y_TO, change))
 
 
-def check_kernels(
+def check_adds(
     bound: Bound, member: int, x_and_change: tuple[Tensor, Tensor], y_and_change: tuple[Tensor, Tensor]
 ) -> None:
     """Where there are any, they add the same changes by themselves."""
-    kernels = bound.kernels(member)
-    if kernels is None:
+    adds = bound.adds(member)
+    if adds is None:
         return
     (x_TI, input_change), (y_TO, change) = x_and_change, y_and_change
     changed_TI, changed_TO = x_TI.clone(), y_TO.clone()
-    if kernels.input_change is not None:
-        kernels.input_change(x_TI, changed_TI)
-    if kernels.output_change is not None:
-        kernels.output_change(changed_TO, changed_TO)
-    if kernels.sums is not None:
-        kernels.sums(bound.source(x_TI), changed_TO)
+    if adds.input_change is not None:
+        adds.input_change(x_TI, changed_TI)
+    if adds.output_change is not None:
+        adds.output_change(changed_TO, changed_TO)
+    if adds.sums is not None:
+        adds.sums(bound.source(x_TI), changed_TO)
     torch.testing.assert_close(changed_TI, x_TI + input_change, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(changed_TO, y_TO + change, atol=1e-4, rtol=1e-4)
 

@@ -49,8 +49,8 @@ class InPlace:
     @staticmethod
     def of(bounds: Sequence[Bound], member: int) -> InPlace | None:
         """None: one does not, or the output that it reads would not be the base's own."""
-        each = [bound.kernels(member) for bound in bounds]
-        known = [kernels for kernels in each if kernels is not None]
+        each = [bound.adds(member) for bound in bounds]
+        known = [adds for adds in each if adds is not None]
         inputs = tuple(own.input_change for own in known if own.input_change is not None)
         outputs = tuple(own.output_change for own in known if own.output_change is not None)
         sums = tuple((n, own.sums) for n, own in enumerate(known) if own.sums is not None)
@@ -144,7 +144,7 @@ class AdaptedGroup:
         return found
 
     def sources(self, member: int, x: Tensor) -> Sequence[Tensor]:
-        """What each operator's kernels read, of a contiguous x; made and kept as `changes` are."""
+        """What each operator's sums are made of, from a contiguous x; made and kept as `changes` are."""
         if self._is_new(member, x):
             self._sources = [bound.source(x) for bound in self._bound]
         found = self._sources

@@ -66,7 +66,7 @@ have dimensions before the last that together count rows."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Kernels:
+class Adds:
     """All that a bound operator does to one member, each as what adds it where it belongs."""
 
     input_change: Add | None = None
@@ -102,12 +102,12 @@ class Bound:
         """What to add to one member's output that takes W and an input of the row's own."""
         return None
 
-    def kernels(self, member: int) -> Kernels | None:
+    def adds(self, member: int) -> Adds | None:
         """The same as all methods above, for whoever has float32 to add to; None: only they do it."""
         return None
 
     def source(self, x_TI: Tensor) -> Tensor:
-        """What the kernels of `sums` read, made of a contiguous x for all members."""
+        """What its adding of `sums` reads, made of a contiguous x for all members."""
         return x_TI
 
 

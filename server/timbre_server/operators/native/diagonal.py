@@ -12,7 +12,7 @@ from torch import Tensor
 
 from timbre_methods.program import Diagonal
 from timbre_server.native.library import ADDRESS, NUMBER, kernel, num_threads
-from timbre_server.operators.contract import Bound, Change, Kernels, Uses
+from timbre_server.operators.contract import Adds, Bound, Change, Uses
 from timbre_server.operators.diagonal import BoundDiagonal, DiagonalOperator, Gains, gains_of
 from timbre_server.operators.native.uses import KernelChange
 from timbre_server.operators.row_table import RowTable
@@ -57,13 +57,13 @@ class _GainsKernel:
 class _BoundGains(BoundDiagonal):
     def __init__(self, inputs: Sequence[_GainsKernel | None], outputs: Sequence[_GainsKernel | None]) -> None:
         super().__init__(inputs, outputs)
-        self._kernels = [
-            Kernels(None if before is None else before.add, None if after is None else after.add)
+        self._adds = [
+            Adds(None if before is None else before.add, None if after is None else after.add)
             for before, after in zip(inputs, outputs, strict=True)
         ]
 
-    def kernels(self, member: int) -> Kernels:
-        return self._kernels[member]
+    def adds(self, member: int) -> Adds:
+        return self._adds[member]
 
 
 def _addresses(values_MD: Tensor | None, rows_N: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from timbre_server.native.library import ADDRESS, NUMBER, kernel, num_threads
-from timbre_server.operators.contract import Bound, Change, Kernels
+from timbre_server.operators.contract import Adds, Bound, Change
 from timbre_server.operators.formats import format_of
 from timbre_server.operators.row_table import Segment
 
@@ -140,9 +140,9 @@ class BoundKernels(Bound):
             () if member is None else (KernelChange(member, source, len(x_TI)),) for member in self._members
         ]
 
-    def kernels(self, member: int) -> Kernels:
+    def adds(self, member: int) -> Adds:
         own = self._members[member]
-        return Kernels(sums=None if own is None else own.add)
+        return Adds(sums=None if own is None else own.add)
 
 
 def rows_of(segments: Iterable[Segment]) -> Tensor:
