@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import ipaddress
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -82,13 +83,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """A test marked ``gpu`` runs where there is one."""
-    if item.get_closest_marker("gpu") is None:
-        return
-    import torch
+    """A test marked ``gpu`` runs where there is one, one marked ``cpp`` where there is a C++ compiler."""
+    if item.get_closest_marker("cpp") is not None:
+        from timbre_server.native.library import COMPILERS
 
-    if not torch.cuda.is_available():
-        pytest.skip("there is no GPU")
+        if not any(map(shutil.which, COMPILERS)):
+            pytest.skip("no C++ compiler is installed")
+    if item.get_closest_marker("gpu") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("there is no GPU")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,17 +16,7 @@ from timbre_server.engine.fused_activation import Activation, GatedMLP, fuse_act
 from timbre_server.native import library as native
 
 SIZES = {"hidden_size": 24, "intermediate_size": 44, "num_attention_heads": 1}
-pytestmark = pytest.mark.skipif(
-    not any(shutil.which(name) for name in native.COMPILERS), reason="no C++ compiler is installed"
-)
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.cpp
 
 
 def fused(module: nn.Module) -> nn.Module:
@@ -67,7 +55,7 @@ def test_an_activation_s_numbers_are_the_module_s(name: str) -> None:
 
 
 @torch.inference_mode()
-def test_several_threads_give_the_numbers_of_one(threads: None) -> None:
+def test_several_threads_give_the_numbers_of_one(two_threads: None) -> None:
     activation = fused(nn.SiLU())
     x, factor = random_rows(3, 40_003), random_rows(3, 40_003)
     assert x.numel() > native.MIN_WORK_FOR_THREADS

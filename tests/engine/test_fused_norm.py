@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -17,9 +16,6 @@ from timbre_server.native import library as native
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NATIVE_DTYPES = DTYPES[:2]
 EPSILON = 1e-6
-needs_compiler = pytest.mark.skipif(
-    not any(shutil.which(name) for name in native.COMPILERS), reason="no C++ compiler is installed"
-)
 
 
 def random_norm(kind: type[nn.Module], dtype: torch.dtype, size: int = 48) -> nn.Module:
@@ -39,14 +35,6 @@ def fused_in_pytorch(norm: nn.Module) -> Callable[[Tensor], Tensor]:
     return fused_norm._checked(fused_norm._in_pytorch(norm.weight, EPSILON), norm, norm.weight)
 
 
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_norm_of_mean_squares_is_one_launch_with_the_same_result(dtype: torch.dtype) -> None:
     norm = random_norm(LlamaRMSNorm, dtype)
@@ -57,7 +45,7 @@ def test_a_norm_of_mean_squares_is_one_launch_with_the_same_result(dtype: torch.
     torch.testing.assert_close(fused(x_TD), norm(x_TD), rtol=rounding, atol=rounding)
 
 
-@needs_compiler
+@pytest.mark.cpp
 @pytest.mark.parametrize("dtype", NATIVE_DTYPES)
 @pytest.mark.parametrize("size", [1, 8, 31, 64, 100, 576])
 def test_in_cpp_the_result_is_the_norm_s(dtype: torch.dtype, size: int) -> None:
@@ -72,8 +60,8 @@ def test_in_cpp_the_result_is_the_norm_s(dtype: torch.dtype, size: int) -> None:
         torch.testing.assert_close(got, want, rtol=rounding, atol=rounding)
 
 
-@needs_compiler
-def test_in_cpp_a_row_is_the_same_whatever_its_neighbours_and_threads(threads: None) -> None:
+@pytest.mark.cpp
+def test_in_cpp_a_row_is_the_same_whatever_its_neighbours_and_threads(two_threads: None) -> None:
     fused = fused_norm.norm_of(random_norm(LlamaRMSNorm, torch.float32, 256), native=True)
     x_TD = random_rows(901, 256)
     assert x_TD.numel() > native.MIN_WORK_FOR_THREADS

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -27,9 +26,7 @@ SIZES = {
     "pad_token_id": 0,
 }
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
-pytestmark = pytest.mark.skipif(
-    not any(shutil.which(name) for name in native.COMPILERS), reason="no C++ compiler is installed"
-)
+pytestmark = pytest.mark.cpp
 
 
 def fused(model: PreTrainedModel) -> list[type[nn.Module]]:
@@ -87,7 +84,7 @@ def test_what_a_layer_does_only_far_from_the_first_token_is_seen(tiny_model: Tin
     assert fused(model) == [RotaryAttention, FarScaled, RotaryAttention]
 
 
-def test_several_threads_turn_each_row_once(tiny_model: TinyModel) -> None:
+def test_several_threads_turn_each_row_once(tiny_model: TinyModel, two_threads: None) -> None:
     model = tiny_model("llama")
     fused(model)
     rotate = model.model.layers[0].self_attn._rotate
@@ -95,12 +92,7 @@ def test_several_threads_turn_each_row_once(tiny_model: TinyModel) -> None:
     q_THD, k_TGD, cos_TD, sin_TD = (torch.randn(901, n, 32, generator=generator) for n in (4, 2, 1, 1))
     assert q_THD.numel() > native.MIN_WORK_FOR_THREADS
     want = [u * cos_TD + torch.cat((-u[..., 16:], u[..., :16]), -1) * sin_TD for u in (q_THD, k_TGD)]
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        rotate(q_THD, k_TGD, cos_TD.transpose(0, 1), sin_TD.transpose(0, 1))
-    finally:
-        torch.set_num_threads(before)
+    rotate(q_THD, k_TGD, cos_TD.transpose(0, 1), sin_TD.transpose(0, 1))
     torch.testing.assert_close([q_THD, k_TGD], want)
 
 

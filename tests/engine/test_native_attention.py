@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
 
@@ -22,9 +21,6 @@ CPU = torch.device("cpu")
 LENGTHS = (1, 7, 8, 9, 40, 77, 300)
 CHUNKS = ((2, 2), (1, 40), (9, 77), (70, 200), (130, 130), (1, 7))
 """Rows and keys of sequences of one step."""
-needs_compiler = pytest.mark.skipif(
-    not any(shutil.which(name) for name in native.COMPILERS), reason="no C++ compiler is installed"
-)
 
 
 def filled_cache(
@@ -89,7 +85,7 @@ def in_dtype(call: AttentionCall, dtype: torch.dtype) -> AttentionCall:
     return AttentionCall(call.layer, q_HTD, k_GTD, v_GTE, call.scale, call.window)
 
 
-@needs_compiler
+@pytest.mark.cpp
 @pytest.mark.parametrize("block_size", [1, 4, 16, 24])
 @pytest.mark.parametrize("window", [None, 1, 13])
 @pytest.mark.parametrize(
@@ -106,7 +102,7 @@ def test_single_rows_equal_padded_groups(
     torch.testing.assert_close(got_THE, want_THE, rtol=1e-5, atol=1e-5)
 
 
-@needs_compiler
+@pytest.mark.cpp
 @pytest.mark.parametrize("block_size", [4, 16])
 @pytest.mark.parametrize("window", [None, 1, 13, 100])
 @pytest.mark.parametrize(
@@ -128,7 +124,7 @@ def test_chunks_equal_pytorchs_and_their_keys_and_values_are_stored(
         torch.testing.assert_close(pool, wanted, rtol=0, atol=0, equal_nan=True)
 
 
-@needs_compiler
+@pytest.mark.cpp
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", [None, 50])
 def test_a_row_of_a_chunk_is_bit_for_bit_the_same_however_its_sequence_is_cut(
@@ -147,7 +143,7 @@ def test_a_row_of_a_chunk_is_bit_for_bit_the_same_however_its_sequence_is_cut(
                 assert torch.equal(part_THE, whole_THE[start:end])
 
 
-@needs_compiler
+@pytest.mark.cpp
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("block_size", [4, 16, 256])
 def test_chunks_and_single_rows_of_one_step_agree(dtype: torch.dtype, block_size: int) -> None:
@@ -159,7 +155,7 @@ def test_chunks_and_single_rows_of_one_step_agree(dtype: torch.dtype, block_size
     assert step_for(cache, shapes) is PagedStep
 
 
-@needs_compiler
+@pytest.mark.cpp
 def test_a_bfloat16_cache_is_as_near_to_the_truth_as_padded_groups() -> None:
     shape = LayerShape(0, 3, 64, 64)
     cache, tables = filled_cache(shape, LENGTHS, dtype=torch.bfloat16)
@@ -173,7 +169,7 @@ def test_a_bfloat16_cache_is_as_near_to_the_truth_as_padded_groups() -> None:
     assert (got_THE - truth_THE).abs().mean() <= (padded_THE - truth_THE).abs().mean()
 
 
-@needs_compiler
+@pytest.mark.cpp
 def test_scores_far_apart_and_scores_that_are_no_numbers_are_as_in_pytorch() -> None:
     shape, lengths = LayerShape(0, 1, 8, 8), (30, 30)
     cache, tables = filled_cache(shape, lengths)
@@ -185,7 +181,7 @@ def test_scores_far_apart_and_scores_that_are_no_numbers_are_as_in_pytorch() -> 
     torch.testing.assert_close(got_THE, want_THE, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
-@needs_compiler
+@pytest.mark.cpp
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", [None, 50])
 @pytest.mark.parametrize("lengths", [[(1, n) for n in LENGTHS], CHUNKS, ((1, 300), (3, 80))])
@@ -214,7 +210,7 @@ def test_a_row_is_bit_for_bit_the_same_alone_in_a_crowd_and_on_any_threads(
         assert torch.equal(alone_THE, crowds[0][own.first_row : last])
 
 
-@needs_compiler
+@pytest.mark.cpp
 def test_soft_caps_are_left_to_pytorch() -> None:
     shape, lengths = LayerShape(0, 2, 16, 16), ((1, 9), (4, 20))
     cache, tables = filled_cache(shape, [keys for _, keys in lengths])
@@ -242,7 +238,7 @@ def test_without_a_compiler_the_groups_are_padded_and_the_log_says_why(
     assert "no C++ compiler was found; install one of no-such-compiler" in caplog.text
 
 
-@needs_compiler
+@pytest.mark.cpp
 def test_a_kernel_that_computes_something_else_is_not_used(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

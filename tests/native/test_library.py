@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,10 +13,6 @@ from timbre_server.adapters.kernels import choose_kernels
 from timbre_server.native import library as native
 from timbre_server.operators.catalogue import why_not
 
-needs_compiler = pytest.mark.skipif(
-    not any(shutil.which(name) for name in native.COMPILERS), reason="no C++ compiler is installed"
-)
-
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
@@ -28,7 +23,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     native.library.cache_clear()
 
 
-@needs_compiler
+@pytest.mark.cpp
 def test_it_is_built_once_and_then_found(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert why_not("native") is None
     (built,) = (home / ".cache" / "timbre").iterdir()
@@ -42,7 +37,7 @@ def test_it_is_built_once_and_then_found(home: Path, monkeypatch: pytest.MonkeyP
     assert list((home / ".cache" / "timbre").iterdir()) == [built]
 
 
-@needs_compiler
+@pytest.mark.cpp
 def test_a_cache_that_others_can_write_to_is_not_used(home: Path) -> None:
     folder = home / ".cache" / "timbre"
     folder.mkdir(parents=True)
@@ -51,7 +46,7 @@ def test_a_cache_that_others_can_write_to_is_not_used(home: Path) -> None:
     assert not list(folder.iterdir())
 
 
-@needs_compiler
+@pytest.mark.cpp
 def test_a_cache_in_a_folder_that_others_can_write_to_is_not_used(home: Path) -> None:
     folder = home / ".cache" / "timbre"
     folder.mkdir(parents=True)
@@ -60,7 +55,7 @@ def test_a_cache_in_a_folder_that_others_can_write_to_is_not_used(home: Path) ->
     assert not list(folder.iterdir())
 
 
-@needs_compiler
+@pytest.mark.cpp
 def test_a_library_that_was_not_written_to_its_end_is_built_again(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -72,7 +67,7 @@ def test_a_library_that_was_not_written_to_its_end_is_built_again(
     assert built.stat().st_size
 
 
-@needs_compiler
+@pytest.mark.cpp
 def test_a_compiler_that_fails_is_told_with_its_last_words(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
