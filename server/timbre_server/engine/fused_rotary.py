@@ -134,7 +134,7 @@ def _fused(module: nn.Module, layer: LayerAttention, inputs: _Inputs) -> RotaryA
     try:
         fused = RotaryAttention(module, layer)
         want, got = _given(module, inputs), _given(fused, inputs)
-    except (AssertionError, LibraryUnavailable, RuntimeError, TypeError, ValueError):
+    except (AssertionError, AttributeError, LibraryUnavailable, RuntimeError, TypeError, ValueError):
         return None
     tolerance = _TOLERANCE * float(want.abs().max())
     return fused if got.shape == want.shape and torch.allclose(got, want, rtol=0, atol=tolerance) else None
