@@ -90,7 +90,7 @@ class AdapterLoader:
                         f"adapter {digest} was made for the base {files.manifest.base_model_digest}, "
                         f"this server runs {self._base_model_digest}: upload it to this server"
                     )
-                # safetensors takes a third of the time for bytes that it takes for a file.
+                # Of bytes safetensors makes hundreds of tensors faster than of a file.
                 tensors = load(read_blob(files.tensors_path, files.manifest.tensors_digest))
                 if files.derived_path is not None:
                     tensors |= load(read_blob(files.derived_path, files.manifest.derived_digest or ""))
