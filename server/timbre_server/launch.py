@@ -168,5 +168,6 @@ def engine_options(settings: Settings, model: str) -> EngineOptions:
         kv_cache_bytes=settings.kv_cache_mib * MIB if settings.kv_cache_mib is not None else None,
         enable_prefix_caching=settings.enable_prefix_caching,
         adapter_memory_bytes=settings.adapter_memory_mib * MIB,
+        lora_dtype=settings.lora_dtype,
         num_threads=settings.num_threads,
     )

@@ -98,6 +98,9 @@ class AdapterSettings(_Group):
     """Folder whose adapters are registered at start where their names are free."""
     adapter_memory_mib: int = Field(1024, ge=1)
     """Memory for adapters, in MiB of prepared tensors; the least recently used leave it first."""
+    lora_dtype: Literal["auto", "bfloat16", "float16"] = "auto"
+    """Type that factors of low rank are rounded to in memory: half the bytes of float32, and of what a step
+    reads of them; 'auto': none, they keep their values."""
     max_upload_mib: int = Field(512, ge=1)
     """Largest adapter file that may be uploaded, in MiB."""
     allow_merged_pin: bool = False
@@ -224,10 +227,7 @@ class Settings(
         return self
 
     def keys(self) -> tuple[str, ...]:
-        """All API keys, from the setting and the file.
-
-        Raises: ValueError for a key that is too short or could not stand in a header.
-        """
+        """All API keys, of setting and file. Raises ValueError for one too short or not fit for a header."""
         keys = [key.get_secret_value() for key in self.api_keys]
         if self.api_key_file is not None:
             try:
@@ -284,9 +284,9 @@ def setting_groups() -> dict[str, tuple[str, ...]]:
     return {str(cls.__doc__): tuple(cls.model_fields) for cls in groups if cls not in (_Group, Settings)}
 
 
-def unknown_variables(known: tuple[str, ...] = ()) -> tuple[str, ...]:
+def unknown_variables() -> tuple[str, ...]:
     """``TIMBRE_*`` variables that are set and mean nothing here: most often a slip of the pen."""
-    names = {ENV_PREFIX + name.upper() for name in Settings.model_fields} | set(known)
+    names = {ENV_PREFIX + name.upper() for name in Settings.model_fields}
     return tuple(sorted(name for name in os.environ if name.startswith(ENV_PREFIX) and name not in names))
 
 

@@ -28,8 +28,8 @@ from timbre_server.adapters.groups import LinearGroup
 from timbre_server.adapters.loader import AdapterLoader
 from timbre_server.errors import AdapterLoadFailed
 from timbre_server.inspection import inspector
+from timbre_server.native.formats import FORMATS
 from timbre_server.operators.catalogue import Kernels, all_operators, why_not
-from timbre_server.operators.formats import FORMATS
 from timbre_server.operators.native.low_rank_experts import BoundExperts
 from timbre_server.operators.native.uses import BoundKernels
 from timbre_server.operators.routed import _BoundRouted

@@ -27,8 +27,8 @@ from timbre_methods.program import (
 )
 from timbre_methods.routing import Routed, Router, Rule
 from timbre_methods.spectral.wavelets import LOW_PASS
+from timbre_server.native.formats import FORMATS
 from timbre_server.operators.contract import Operator
-from timbre_server.operators.formats import FORMATS
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from timbre_methods.program import LowRank, Part, Places, Sparse, Spectral
 from timbre_server.native import library as shared
+from timbre_server.native.formats import FORMATS
 from timbre_server.operators.agreement import wrong_operator
 from timbre_server.operators.catalogue import all_operators, why_not
 from timbre_server.operators.contract import Operator
-from timbre_server.operators.formats import FORMATS
 from timbre_server.operators.native.catalogue import operators
 from timbre_server.operators.row_table import RowTable, Span
 

@@ -67,14 +67,16 @@ class AdapterLoader:
         device: torch.device | str = "cpu",
         frame: Frame = NO_FRAME,
         groups: Sequence[Sequence[str]] = (),
+        lora_dtype: torch.dtype | None = None,
     ) -> None:
-        """``groups``: paths of layers that read one input and are bound together."""
+        """``groups``: paths of layers that read one input and are bound together. ``lora_dtype``: as
+        `placed_program`."""
         self._store_root = store_root
         self._base_model_digest = base_model_digest
         self._sites = sites
         self._frame = frame
         self._device = torch.device(device)
-        self._groups = groups
+        self._groups, self._lora_dtype = groups, lora_dtype
         # A second of imports, that no load shall wait for.
         Thread(target=methods, name="read-methods").start()
 
@@ -99,7 +101,7 @@ class AdapterLoader:
                 _check_promises(files.manifest, program)
                 _check_finite(digest, program)
             with _timed(seconds, "place"), torch.inference_mode():
-                program = placed_program(program, self._device, self._groups)
+                program = placed_program(program, self._device, self._groups, self._lora_dtype)
         except (StoreError, MethodError, SafetensorError, OSError) as error:
             raise AdapterLoadFailed(f"adapter {digest} could not be loaded: {error}") from error
         return LoadedAdapter(digest, method_for(files.config).name, program, seconds)

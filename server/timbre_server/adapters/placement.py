@@ -1,7 +1,8 @@
 """Puts a compiled program where it is served from: on the device, in storage of exactly its own size.
 
 Nothing keeps the file's memory alive, and the prepared bytes are the real ones. Factors of low rank lie in 16
-bits where these hold their very values: those of most adapters that were uploaded so.
+bits where these hold their very values, as those of most adapters that were uploaded so, and all others too
+if they are to be rounded.
 """
 
 from __future__ import annotations
@@ -23,12 +24,16 @@ PartT = TypeVar("PartT", bound=AnyPart | Router)
 
 
 def placed_program(
-    program: AdapterProgram, device: torch.device, groups: Sequence[Sequence[str]]
+    program: AdapterProgram,
+    device: torch.device,
+    groups: Sequence[Sequence[str]],
+    lora_dtype: torch.dtype | None = None,
 ) -> AdapterProgram:
     """The program on its device. What `may_be_packed` is; of all else each tensor is contiguous in storage of
     its own, but for factors that are bound together at ``groups``: they lie side by side in one, and no bind
-    copies them. A shared basis is moved once, for all adapters that use it."""
-    placement = _Placement(program, device, groups)
+    copies them. A shared basis is moved once, for all adapters that use it. ``lora_dtype``: what factors of
+    low rank are rounded to; None: they keep their values."""
+    placement = _Placement(program, device, groups, lora_dtype)
     return replace(
         program,
         sites=placement.sites(program.sites),
@@ -42,11 +47,18 @@ class _Placement:
     """Of one program's parts."""
 
     def __init__(
-        self, program: AdapterProgram, device: torch.device, groups: Sequence[Sequence[str]]
+        self,
+        program: AdapterProgram,
+        device: torch.device,
+        groups: Sequence[Sequence[str]],
+        lora_dtype: torch.dtype | None,
     ) -> None:
         self._device = device
         self._joined: dict[int, Any] = {
-            id(part): there for part, there in _factors_side_by_side(program, device, groups)
+            id(part): there
+            for members in _factors_bound_together(program, groups)
+            for before, after in zip(members, side_by_side(members, device, lora_dtype), strict=True)
+            for part, there in zip(before, after, strict=True)
         }
         self._routers: dict[int, Router | Scouted] = {}
 
@@ -85,11 +97,11 @@ class _Placement:
         return tensor.to(self._device, copy=True, memory_format=torch.contiguous_format)
 
 
-def _factors_side_by_side(
-    program: AdapterProgram, device: torch.device, groups: Sequence[Sequence[str]]
-) -> Iterator[tuple[LowRank, LowRank]]:
-    """Each part of low rank, and its copy on the device. Those at the layers of a group lie as operators bind
-    them: member after member, an adapter's own apart from its experts'."""
+def _factors_bound_together(
+    program: AdapterProgram, groups: Sequence[Sequence[str]]
+) -> Iterator[Sequence[Sequence[LowRank]]]:
+    """Of each member of a group its parts of low rank, as operators bind them: an adapter's own apart from
+    its experts'."""
     grouped = {path for group in groups for path in group}
     for group in (*groups, *((path,) for path in program.sites if path not in grouped)):
         parts = [program.sites.get(path, ()) for path in group]
@@ -105,7 +117,4 @@ def _factors_side_by_side(
             ]
             for at_path in parts
         ]
-        for members in (own, of_experts):
-            if any(members):
-                for before, after in zip(members, side_by_side(members, device), strict=True):
-                    yield from zip(before, after, strict=True)
+        yield from (members for members in (own, of_experts) if any(members))

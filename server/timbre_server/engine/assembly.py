@@ -85,7 +85,8 @@ def engine_around(
     loader: Loader
     if make_loader is None:
         root = Path(options.adapters_dir)
-        loader = AdapterLoader(root, ready.model_digest, sites, model.device, frame, groups)
+        lora_dtype = None if options.lora_dtype == "auto" else getattr(torch, options.lora_dtype)
+        loader = AdapterLoader(root, ready.model_digest, sites, model.device, frame, groups, lora_dtype)
     else:
         loader = make_loader(sites, frame, groups)
     adapters = AdapterRuntime(adapted, loader, options.adapter_memory_bytes, on_load_ended)

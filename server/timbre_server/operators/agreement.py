@@ -29,8 +29,8 @@ from timbre_methods.program import (
     Sparse,
     Spectral,
 )
+from timbre_server.native.formats import FORMATS
 from timbre_server.operators.contract import Bound, Change, Operator
-from timbre_server.operators.formats import FORMATS
 from timbre_server.operators.row_table import RowTable, Span
 
 IN, OUT = 24, 20

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from timbre_methods.program import LowRank
+from timbre_server.native.formats import narrowed
 from timbre_server.operators.contract import Bound, Change, Meaning, Operator, Uses
-from timbre_server.operators.formats import narrowed
 from timbre_server.operators.pooling import PoolRoom
 from timbre_server.operators.row_table import RowTable, Segment
 
@@ -133,18 +133,19 @@ def _joined(blocks: Sequence[Tensor]) -> Tensor:
     return first.as_strided((num_rows, first.shape[1]), (first.shape[1], 1))
 
 
-def side_by_side(members: Sequence[Sequence[LowRank]], device: torch.device) -> list[list[LowRank]]:
+def side_by_side(
+    members: Sequence[Sequence[LowRank]], device: torch.device, rounded_to: torch.dtype | None = None
+) -> list[list[LowRank]]:
     """Copies on a device of the parts of one adapter at a group's members, in storage of exactly their size:
-    all A in one, each B in its own, as kernels read them; in 16 bits where these hold all of its values
-    exactly."""
+    all A in one, each B in its own, as kernels read them; `narrowed` each."""
     parts = [part for own in members for part in own]
-    a_RI = narrowed(torch.cat([part.a_RI for part in parts])).to(device)
+    a_RI = narrowed(torch.cat([part.a_RI for part in parts]), rounded_to).to(device)
     shrinks = iter(a_RI.split_with_sizes([len(part.a_RI) for part in parts]))
-    return [[LowRank(next(shrinks), _copied(part.b_OR, device)) for part in own] for own in members]
-
-
-def _copied(b_OR: Tensor, device: torch.device) -> Tensor:
-    return narrowed(b_OR).to(device, copy=True, memory_format=torch.contiguous_format)
+    expands = (
+        narrowed(part.b_OR, rounded_to).to(device, copy=True, memory_format=torch.contiguous_format)
+        for part in parts
+    )
+    return [[LowRank(next(shrinks), next(expands)) for _ in own] for own in members]
 
 
 def _stacked(blocks: Sequence[Tensor]) -> Tensor:

@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from parts import random_part
 
 from timbre_methods.program import LowRank
+from timbre_server.native.formats import FORMATS
 from timbre_server.operators.catalogue import all_operators
-from timbre_server.operators.formats import FORMATS
 from timbre_server.operators.materialise import materialise
 from timbre_server.operators.row_table import RowTable, Span
 from timbre_server.operators.triton import catalogue

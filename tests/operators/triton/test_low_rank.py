@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from timbre_methods.program import LowRank
-from timbre_server.operators.formats import FORMATS
+from timbre_server.native.formats import FORMATS
 from timbre_server.operators.low_rank import LowRankOperator
 from timbre_server.operators.row_table import RowTable, Span
 from timbre_server.operators.triton import low_rank_groups

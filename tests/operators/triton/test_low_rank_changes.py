@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from timbre_methods.program import LowRank
-from timbre_server.operators.formats import FORMATS
+from timbre_server.native.formats import FORMATS
 from timbre_server.operators.low_rank import LowRankOperator
 from timbre_server.operators.materialise import materialise
 from timbre_server.operators.triton.low_rank import TritonLowRank

@@ -16,9 +16,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from timbre_server.native.formats import format_of
 from timbre_server.native.library import ADDRESS, NUMBER, kernel, num_threads
 from timbre_server.operators.contract import Adds, Bound, Change
-from timbre_server.operators.formats import format_of
 from timbre_server.operators.row_table import Segment
 
 Fields = tuple[int, ...]

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from timbre_methods.program import LowRank
-from timbre_server.operators.formats import format_of, formats_in
+from timbre_server.native.formats import format_of, formats_in
 from timbre_server.operators.triton.launch import addresses, numbers
 from timbre_server.operators.triton.low_rank_kernels import load_factor
 

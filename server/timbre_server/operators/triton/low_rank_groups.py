@@ -17,8 +17,8 @@ import triton
 from torch import Tensor
 
 from timbre_methods.program import LowRank
+from timbre_server.native.formats import format_of, formats_in
 from timbre_server.operators.contract import Change
-from timbre_server.operators.formats import format_of, formats_in
 from timbre_server.operators.row_table import RowTable
 from timbre_server.operators.triton import low_rank_kernels as kernels
 from timbre_server.operators.triton.crowds import Crowd, CrowdRows, Outputs, counts, crowds_of

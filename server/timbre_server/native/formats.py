@@ -1,4 +1,5 @@
-"""In which formats factors of low rank lie in memory: in 16 bits where these say exactly what float32 does.
+"""In which formats factors of low rank lie in memory: in 16 bits where these say exactly what float32 does,
+or where the server was told to round to them.
 
 Many adapters are uploaded in 16 bits. In float32 half of their memory, and of what a step reads, is zeros.
 """
@@ -23,10 +24,13 @@ def formats_in(formats: Iterable[int]) -> int:
     return sum(1 << each for each in set(formats))
 
 
-def narrowed(values: Tensor) -> Tensor:
-    """In a format of 16 bits from which every value comes back as it is; else the very same tensor."""
+def narrowed(values: Tensor, rounded_to: torch.dtype | None = None) -> Tensor:
+    """In a format of 16 bits from which every value comes back as it is; else rounded to the one that is
+    given, unless a value is too large for it; else the very same tensor."""
     for dtype in FORMATS[1:]:
         narrow = values.to(dtype)
         if torch.equal(narrow.to(values.dtype), values):
             return narrow
+    if rounded_to is not None and bool((rounded := values.to(rounded_to)).isfinite().all()):
+        return rounded
     return values
