@@ -102,6 +102,24 @@ def test_a_row_has_the_same_bits_whatever_rows_are_beside_it(threads: int) -> No
 
 
 @IN_CPP
+@pytest.mark.parametrize(("num_in", "num_out"), [(64, 96), (37, 45), (1, 1), (3, 16), (66, 17)])
+def test_weights_that_16_bits_hold_give_the_same_bits_from_half_the_bytes(num_in: int, num_out: int) -> None:
+    torch.manual_seed(1)
+    narrow_OI = torch.randn(num_out, num_in).bfloat16().float()
+    wide_OI = torch.cat([narrow_OI, torch.full((1, num_in), 0.1)])
+    in_half, whole = map(native_linear.in_panels, (narrow_OI, wide_OI))
+    sizes = [product.keywords["panels"].element_size() for product in (in_half, whole)]
+    assert sizes == [2, 4]
+    bias_O = torch.randn(num_out + 1)
+    for num_rows in (1, 2, 5, 6, 41):
+        x_TI = torch.randn(num_rows, num_in)
+        want_TO = nn.functional.linear(x_TI, wide_OI, bias_O)
+        got_TO = whole(x_TI, bias_O)
+        torch.testing.assert_close(got_TO, want_TO, rtol=1e-5, atol=1e-5)
+        assert torch.equal(in_half(x_TI, bias_O[:-1]), got_TO[:, :-1])
+
+
+@IN_CPP
 def test_c_plus_plus_is_taken_only_where_it_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
     packed: list[torch.Tensor] = []
 
