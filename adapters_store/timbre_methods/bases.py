@@ -23,6 +23,10 @@ MAX_GRID = 2**28
 """The most cells of a matrix, or of a layer's [O, I], in which anything is drawn."""
 
 
+Move = Callable[[Tensor], Tensor]
+"""Puts a tensor on a device, laid out as it is."""
+
+
 @dataclass(frozen=True, slots=True)
 class Matrix:
     """One side of a basis, ``[N, P, I]`` or ``[N, O, Q]`` float32: what it is, and how to make it.
@@ -53,11 +57,11 @@ class _Bases:
                 self._sides[basis] = (p.key, q.key)
             return basis
 
-    def moved(self, basis: Basis, device: torch.device) -> Basis:
+    def moved(self, basis: Basis, device: torch.device, move: Move) -> Basis:
         with self._lock:
             sides = self._sides.get(basis) or (content_key(basis.p_NPI), content_key(basis.q_NOQ))
-            p = Matrix(sides[0], lambda: basis.p_NPI.to(device))
-            q = Matrix(sides[1], lambda: basis.q_NOQ.to(device))
+            p = Matrix(sides[0], lambda: move(basis.p_NPI))
+            q = Matrix(sides[1], lambda: move(basis.q_NOQ))
             return self.basis(p, q, device)
 
     def _matrix(self, matrix: Matrix, device: torch.device) -> Tensor:
@@ -84,9 +88,9 @@ def shared_basis(p_NPI: Tensor, q_NOQ: Tensor) -> Basis:
     return interned_basis(_by_content(p_NPI), _by_content(q_NOQ), p_NPI.device)
 
 
-def basis_on(basis: Basis, device: torch.device) -> Basis:
+def basis_on(basis: Basis, device: torch.device, move: Move) -> Basis:
     """The same basis on a device: the very same object where it is there, else moved there once for all."""
-    return basis if basis.p_NPI.device == device else _IN_USE.moved(basis, device)
+    return basis if basis.p_NPI.device == device else _IN_USE.moved(basis, device, move)
 
 
 def content_key(values: Tensor) -> Hashable:

@@ -18,8 +18,10 @@ from timbre_server.adapters.adapted_model import AdaptedModel
 from timbre_server.adapters.loader import LoadedAdapter
 from timbre_server.adapters.packed_sites import PackedSites, may_be_packed, packed
 from timbre_server.adapters.slot_programs import MAX_IDLE_OPEN, SlotPrograms
+from timbre_server.adapters.transfer import Transfer
 
 CPU = torch.device("cpu")
+TRANSFER = Transfer(CPU)
 NUM_SITES, COEFFICIENTS = 50, 12
 PATHS = tuple(f"layers.{layer}.q_proj" for layer in range(NUM_SITES))
 
@@ -56,7 +58,7 @@ def test_what_operators_know_by_identity_or_bind_as_it_lies_is_not_packed(name: 
 )
 def test_packed_parts_are_the_compiled_ones_number_for_number(name: str) -> None:
     program = example_of(name)
-    found = packed(program.sites, CPU)
+    found = packed(program.sites, TRANSFER)
     assert list(found) == list(program.sites)
     for own, expected in zip(values_of(found), values_of(program.sites), strict=True):
         if isinstance(expected, Tensor):
@@ -74,10 +76,10 @@ def test_packed_parts_are_the_compiled_ones_number_for_number(name: str) -> None
 
 
 def test_a_spectral_adapter_takes_its_coefficients_and_no_object_for_a_site() -> None:
-    layout_keeper = packed(spectral(0), CPU)
+    layout_keeper = packed(spectral(0), TRANSFER)
     gc.collect()
     before = len(gc.get_objects())
-    bank = [packed(spectral(seed), CPU) for seed in range(1, 21)]
+    bank = [packed(spectral(seed), TRANSFER) for seed in range(1, 21)]
     gc.collect()
     objects = (len(gc.get_objects()) - before) / len(bank)
     assert objects < NUM_SITES / 5
@@ -87,14 +89,14 @@ def test_a_spectral_adapter_takes_its_coefficients_and_no_object_for_a_site() ->
 
 def test_equal_shapes_with_other_places_are_not_mixed_up() -> None:
     places: list[Places] = [fourier_places(seed, 16, 16, COEFFICIENTS, CPU) for seed in (1, 2)]
-    first, second = (packed({"q": (Spectral(torch.ones(COEFFICIENTS), own),)}, CPU) for own in places)
+    first, second = (packed({"q": (Spectral(torch.ones(COEFFICIENTS), own),)}, TRANSFER) for own in places)
     assert [part.places for part in (*first["q"], *second["q"]) if isinstance(part, Spectral)] == places
 
 
 def test_only_the_adapters_of_the_step_and_some_idle_ones_have_their_parts_made() -> None:
     programs = SlotPrograms()
     for slot in range(200):
-        programs.put(slot, AdapterProgram(packed(spectral(slot), CPU)))
+        programs.put(slot, AdapterProgram(packed(spectral(slot), TRANSFER)))
     assert programs.num_open == 0
     for start in range(0, 200, 20):
         used = range(start, start + 20)
@@ -108,7 +110,7 @@ def test_a_step_of_more_adapters_than_stay_open_makes_the_parts_of_each_once() -
     programs = SlotPrograms()
     slots = range(MAX_IDLE_OPEN + 36)
     for slot in slots:
-        programs.put(slot, AdapterProgram(packed(spectral(slot), CPU)))
+        programs.put(slot, AdapterProgram(packed(spectral(slot), TRANSFER)))
     programs.use(slots)
     opened = [programs[slot] for slot in slots]
     programs.use(slots)
@@ -117,7 +119,7 @@ def test_a_step_of_more_adapters_than_stay_open_makes_the_parts_of_each_once() -
 
 def test_a_slot_that_changes_hands_gives_the_new_adapter() -> None:
     model = AdaptedModel(nn.Module(), [])
-    sites = [packed(spectral(seed), CPU) for seed in (1, 2)]
+    sites = [packed(spectral(seed), TRANSFER) for seed in (1, 2)]
     assert all(isinstance(each, PackedSites) for each in sites)
     programs = SlotPrograms()
     for each in sites:

@@ -12,6 +12,7 @@ from timbre_methods.program import AdapterProgram, LowRank, Part, owned_tensors
 from timbre_methods.registry import compile_adapter, methods
 from timbre_methods.routing import Routed
 from timbre_server.adapters.placement import placed_program
+from timbre_server.adapters.transfer import Transfer
 
 GROUP = ("layers.0.self_attn.q_proj", "layers.0.self_attn.k_proj")
 
@@ -21,7 +22,7 @@ def test_factors_of_low_rank_alone_are_rounded_where_that_is_asked_for(method: s
     generator = torch.Generator().manual_seed(1)
     sites = {path: Site(path, torch.randn(12, 12, generator=generator), None) for path in GROUP}
     program = compile_adapter(*methods()[method].example(sites, generator), sites)
-    rounded = placed_program(program, torch.device("cpu"), [GROUP], torch.bfloat16)
+    rounded = placed_program(program, Transfer(torch.device("cpu")), [GROUP], torch.bfloat16)
 
     both = list(zip(plain_parts(program), plain_parts(rounded), strict=True))
     assert any(isinstance(part, LowRank) for part, _ in both) == (method in ("lora", "mola"))

@@ -17,6 +17,7 @@ from timbre_server.adapters.adapted_model import AdaptedModel
 from timbre_server.adapters.loader import LoadedAdapter
 from timbre_server.adapters.packed_sites import packed
 from timbre_server.adapters.runtime import AdapterRuntime
+from timbre_server.adapters.transfer import Transfer
 
 BUDGET_BYTES = 1 << 40
 
@@ -32,7 +33,7 @@ class RandomAdapters:
         with torch.inference_mode():
             config, tensors = fourierft(self._shapes)
             program = compile_adapter(config, tensors, self._sites)
-            parts = packed(program.sites, torch.device("cpu"))
+            parts = packed(program.sites, Transfer(torch.device("cpu")))
         return LoadedAdapter(digest, "fourierft", type(program)(parts), {})
 
 

@@ -21,6 +21,7 @@ from timbre_methods.prompt_contract import Frame
 from timbre_methods.registry import compile_adapter
 from timbre_server.adapters.loader import LoadedAdapter
 from timbre_server.adapters.placement import placed_program
+from timbre_server.adapters.transfer import Transfer
 from timbre_server.engine.assembly import engine_around
 from timbre_server.engine.attention import install_attention
 from timbre_server.engine.core import EngineCore
@@ -53,7 +54,7 @@ class MadeAdapters:
             config, tensors = self.makes[name](shapes)
         with torch.inference_mode():
             program = compile_adapter(config, tensors, self.sites, self.frame)
-            program = placed_program(program, device, self.groups)
+            program = placed_program(program, Transfer(device), self.groups)
         return LoadedAdapter(digest, name, program, {})
 
 

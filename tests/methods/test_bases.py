@@ -85,15 +85,19 @@ def test_threads_get_one_basis() -> None:
     assert len({id(basis) for basis in found}) == 1
 
 
+def on_meta(side: Tensor) -> Tensor:
+    return side.to(META)
+
+
 def test_a_basis_is_moved_to_a_device_once() -> None:
     p_NPI, q_NOQ = matrices()
     basis = shared_basis(p_NPI, q_NOQ)
-    assert basis_on(basis, CPU) is basis
-    there = basis_on(basis, META)
+    assert basis_on(basis, CPU, Tensor.cpu) is basis
+    there = basis_on(basis, META, on_meta)
     assert there.p_NPI.device == META
-    assert basis_on(shared_basis(p_NPI, q_NOQ), META) is there
+    assert basis_on(shared_basis(p_NPI, q_NOQ), META, on_meta) is there
     # One that a method made itself is known by its values.
-    assert basis_on(Basis(p_NPI, q_NOQ), META) is there
+    assert basis_on(Basis(p_NPI, q_NOQ), META, on_meta) is there
 
 
 def test_on_meta_no_basis_is_shared() -> None:

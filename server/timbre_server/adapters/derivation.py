@@ -25,6 +25,9 @@ from torch import Tensor
 from timbre_methods.contract import Sites
 from timbre_methods.errors import MethodError
 from timbre_methods.registry import derive
+from timbre_server.adapters.transfer import step_aside
+
+CPU = torch.device("cpu")
 
 FailureCode = Literal["invalid_adapter", "disk_full", "busy", "failed"]
 
@@ -48,11 +51,14 @@ class Derivation:
 class Derivations:
     """Runs one after the other, for one base model. `begin` and `poll` belong to the loop's thread."""
 
-    def __init__(self, sites: Sites, on_ended: Callable[[], None] = lambda: None) -> None:
-        """``on_ended`` is called on another thread: it may only wake a loop that sleeps."""
+    def __init__(
+        self, sites: Sites, on_ended: Callable[[], None] = lambda: None, device: torch.device = CPU
+    ) -> None:
+        """``on_ended`` is called on another thread: it may only wake a loop that sleeps. ``device``: where
+        the sites' values are."""
         self._sites = sites
         self._on_ended = on_ended
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="adapter-derive")
+        self._thread = ThreadPoolExecutor(1, "adapter-derive", step_aside, (device,))
         self._open: dict[str, Future[None]] = {}
         self._sent_away: list[Derivation] = []
 

@@ -26,6 +26,7 @@ from timbre_methods.prompt_contract import NO_FRAME, Frame
 from timbre_methods.registry import compile_adapter, method_for, methods
 from timbre_server.adapters.packed_sites import PackedSites
 from timbre_server.adapters.placement import placed_program
+from timbre_server.adapters.transfer import transfer_to
 from timbre_server.errors import AdapterLoadFailed
 from timbre_store.errors import StoreError
 from timbre_store.manifest import Manifest
@@ -75,7 +76,7 @@ class AdapterLoader:
         self._base_model_digest = base_model_digest
         self._sites = sites
         self._frame = frame
-        self._device = torch.device(device)
+        self._transfer = transfer_to(torch.device(device))
         self._groups, self._lora_dtype = groups, lora_dtype
         # A second of imports, that no load shall wait for.
         Thread(target=methods, name="read-methods").start()
@@ -96,12 +97,13 @@ class AdapterLoader:
                 tensors = load(read_blob(files.tensors_path, files.manifest.tensors_digest))
                 if files.derived_path is not None:
                     tensors |= load(read_blob(files.derived_path, files.manifest.derived_digest or ""))
-            with _timed(seconds, "compile"), torch.inference_mode():
+            # Methods read the base's own weights on its device, too.
+            with _timed(seconds, "compile"), torch.inference_mode(), self._transfer.aside():
                 program = compile_adapter(files.config, tensors, self._sites, self._frame)
                 _check_promises(files.manifest, program)
                 _check_finite(digest, program)
-            with _timed(seconds, "place"), torch.inference_mode():
-                program = placed_program(program, self._device, self._groups, self._lora_dtype)
+            with _timed(seconds, "place"), torch.inference_mode(), self._transfer.aside():
+                program = placed_program(program, self._transfer, self._groups, self._lora_dtype)
         except (StoreError, MethodError, SafetensorError, OSError) as error:
             raise AdapterLoadFailed(f"adapter {digest} could not be loaded: {error}") from error
         return LoadedAdapter(digest, method_for(files.config).name, program, seconds)

@@ -23,6 +23,7 @@ from torch import Tensor
 from timbre_methods.bases import basis_on
 from timbre_methods.program import Basis, LowRank, Part, Places
 from timbre_methods.routing import Routed, RoutedBlock
+from timbre_server.adapters.transfer import Transfer
 
 Parts = tuple[Part, ...]
 
@@ -98,7 +99,7 @@ def may_be_packed(sites: Mapping[str, Parts]) -> bool:
     return all(_may_be_packed(part) for parts in sites.values() for part in parts)
 
 
-def packed(sites: Mapping[str, Parts], device: torch.device) -> PackedSites:
+def packed(sites: Mapping[str, Parts], transfer: Transfer) -> PackedSites:
     """A copy of parts that `may_be_packed`, on a device; a shared basis is moved there once for all."""
     found: dict[torch.dtype, list[Tensor]] = {}
     used: dict[torch.dtype, int] = {}
@@ -113,13 +114,13 @@ def packed(sites: Mapping[str, Parts], device: torch.device) -> PackedSites:
         values: list[object] = []
         for value in (getattr(part, each.name) for each in fields(part)):
             if isinstance(value, Basis):
-                values.append(basis_on(value, device))
+                values.append(basis_on(value, transfer.device, transfer.moved))
             else:
                 values.append(taken(value) if isinstance(value, Tensor) else value)
         return _Form(type(part), tuple(values))
 
     forms = {path: tuple(map(form, parts)) for path, parts in sites.items()}
-    numbers = {dtype: torch.cat(pieces).to(device) for dtype, pieces in found.items()}
+    numbers = {dtype: transfer.moved(torch.cat(pieces)) for dtype, pieces in found.items()}
     return PackedSites(_IN_USE.setdefault(tuple(forms.items()), Layout(forms)), numbers)
 
 

@@ -18,6 +18,7 @@ from timbre_methods.bases import basis_on
 from timbre_methods.program import AdapterProgram, AnyPart, LowRank, Part, Projected, owned_tensors
 from timbre_methods.routing import Routed, RoutedBlock, Router, Scout, Scouted
 from timbre_server.adapters.packed_sites import may_be_packed, packed
+from timbre_server.adapters.transfer import Transfer
 from timbre_server.operators.low_rank import side_by_side
 
 PartT = TypeVar("PartT", bound=AnyPart | Router)
@@ -25,7 +26,7 @@ PartT = TypeVar("PartT", bound=AnyPart | Router)
 
 def placed_program(
     program: AdapterProgram,
-    device: torch.device,
+    transfer: Transfer,
     groups: Sequence[Sequence[str]],
     lora_dtype: torch.dtype | None = None,
 ) -> AdapterProgram:
@@ -33,7 +34,7 @@ def placed_program(
     its own, but for factors that are bound together at ``groups``: they lie side by side in one, and no bind
     copies them. A shared basis is moved once, for all adapters that use it. ``lora_dtype``: what factors of
     low rank are rounded to; None: they keep their values."""
-    placement = _Placement(program, device, groups, lora_dtype)
+    placement = _Placement(program, transfer, groups, lora_dtype)
     return replace(
         program,
         sites=placement.sites(program.sites),
@@ -49,22 +50,22 @@ class _Placement:
     def __init__(
         self,
         program: AdapterProgram,
-        device: torch.device,
+        transfer: Transfer,
         groups: Sequence[Sequence[str]],
         lora_dtype: torch.dtype | None,
     ) -> None:
-        self._device = device
+        self._transfer = transfer
         self._joined: dict[int, Any] = {
             id(part): there
             for members in _factors_bound_together(program, groups)
-            for before, after in zip(members, side_by_side(members, device, lora_dtype), strict=True)
+            for before, after in zip(members, side_by_side(members, transfer.moved, lora_dtype), strict=True)
             for part, there in zip(before, after, strict=True)
         }
         self._routers: dict[int, Router | Scouted] = {}
 
     def sites(self, sites: Mapping[str, tuple[Part, ...]]) -> Mapping[str, tuple[Part, ...]]:
         if may_be_packed(sites):
-            return packed(sites, self._device)
+            return packed(sites, self._transfer)
         return {path: tuple(map(self.part, parts)) for path, parts in sites.items()}
 
     def part(self, part: PartT) -> PartT:
@@ -80,7 +81,7 @@ class _Placement:
         if isinstance(part, Scout):
             changes = {name: tuple(map(self._own, getattr(part, name))) for name in ("weights", "biases")}
         if isinstance(part, Projected):
-            changes["basis"] = basis_on(part.basis, self._device)
+            changes["basis"] = basis_on(part.basis, self._transfer.device, self._transfer.moved)
         if isinstance(part, (Routed, RoutedBlock)):
             changes["router"] = self._router(part.router)
         if isinstance(part, Routed):
@@ -94,7 +95,7 @@ class _Placement:
         return self._routers[id(router)]
 
     def _own(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self._device, copy=True, memory_format=torch.contiguous_format)
+        return self._transfer.moved(tensor.clone(memory_format=torch.contiguous_format))
 
 
 def _factors_bound_together(

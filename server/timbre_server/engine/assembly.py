@@ -92,7 +92,8 @@ def engine_around(
     adapters = AdapterRuntime(adapted, loader, options.adapter_memory_bytes, on_load_ended)
     scheduler = Scheduler(_limits(options, ready), BlockPool(runner.num_blocks, options.block_size), adapters)
     pinning = Pinning(adapted, adapters, sites, packer, on_load_ended)
-    return EngineCore(runner, scheduler, adapters, Derivations(sites, on_load_ended), pinning), ready
+    derivations = Derivations(sites, on_load_ended, model.device)
+    return EngineCore(runner, scheduler, adapters, derivations, pinning), ready
 
 
 def _limits(options: EngineOptions, ready: Ready) -> SchedulerLimits:

@@ -134,16 +134,18 @@ def _joined(blocks: Sequence[Tensor]) -> Tensor:
 
 
 def side_by_side(
-    members: Sequence[Sequence[LowRank]], device: torch.device, rounded_to: torch.dtype | None = None
+    members: Sequence[Sequence[LowRank]],
+    move: Callable[[Tensor], Tensor],
+    rounded_to: torch.dtype | None = None,
 ) -> list[list[LowRank]]:
     """Copies on a device of the parts of one adapter at a group's members, in storage of exactly their size:
-    all A in one, each B in its own, as kernels read them; `narrowed` each."""
+    all A in one, each B in its own, as kernels read them; `narrowed` each. ``move`` puts a tensor there, or
+    leaves it."""
     parts = [part for own in members for part in own]
-    a_RI = narrowed(torch.cat([part.a_RI for part in parts]), rounded_to).to(device)
+    a_RI = move(narrowed(torch.cat([part.a_RI for part in parts]), rounded_to))
     shrinks = iter(a_RI.split_with_sizes([len(part.a_RI) for part in parts]))
     expands = (
-        narrowed(part.b_OR, rounded_to).to(device, copy=True, memory_format=torch.contiguous_format)
-        for part in parts
+        move(narrowed(part.b_OR, rounded_to).clone(memory_format=torch.contiguous_format)) for part in parts
     )
     return [[LowRank(next(shrinks), next(expands)) for _ in own] for own in members]
 

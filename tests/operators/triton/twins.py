@@ -64,7 +64,7 @@ def on_device(part: Any) -> Any:
         if isinstance(value, Tensor):
             changes[field.name] = value.to(DEVICE)
         elif isinstance(value, Basis):
-            changes[field.name] = basis_on(value, DEVICE)
+            changes[field.name] = basis_on(value, DEVICE, lambda side: side.to(DEVICE))
     return replace(part, **changes)
 
 
