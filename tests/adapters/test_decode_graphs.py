@@ -63,8 +63,8 @@ def tape() -> Tape:
 
 
 @pytest.fixture
-def start(load_module: LoadModule, monkeypatch: pytest.MonkeyPatch, tape: Tape) -> Callable[[bool], Any]:
-    """An engine around one tiny model, that records or does not."""
+def start(load_module: LoadModule, monkeypatch: pytest.MonkeyPatch, tape: Tape) -> Callable[..., Any]:
+    """An engine around a tiny model, that records or does not."""
     bench = load_module(METHODS_TESTS / "engine_bench.py")
     pinned_engine = load_module(Path(__file__).with_name("pinned_engine.py"))
     tiny_models = load_module(METHODS_TESTS / "tiny_models.py")
@@ -74,9 +74,9 @@ def start(load_module: LoadModule, monkeypatch: pytest.MonkeyPatch, tape: Tape) 
 
     monkeypatch.setattr(paged_decode, "PROGRAMS", 1)  # The interpreter runs them one after the other.
 
-    def started(records: bool) -> Any:
+    def started(records: bool, family: str = "llama") -> Any:
         monkeypatch.setattr(runner, "graphs_for", graphs_for if records else lambda *_: None)
-        model: nn.Module = tiny_models.llama()
+        model: nn.Module = getattr(tiny_models, family)()
         engine = pinned_engine.PinnedEngine(bench, model)
         for name, method in METHODS.items():
             store(engine, name, method)
@@ -105,6 +105,14 @@ def test_recorded_steps_give_the_same_tokens(
     assert [answer.token_ids for answer in got] == [answer.token_ids for answer in want]
     assert tape.recorded == 1
     assert tape.replayed == 7 - RECORD_AT
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
+def test_soft_caps_and_sinks_are_recorded_too(start: Callable[..., Any], tape: Tape, family: str) -> None:
+    want = start(False, family).answers(*asked((BASE, USES["one"])), max_tokens=6)
+    got = start(True, family).answers(*asked((BASE, USES["one"])), max_tokens=6)
+    assert [answer.token_ids for answer in got] == [answer.token_ids for answer in want]
+    assert tape.replayed == 5 - RECORD_AT
 
 
 def test_a_graph_of_base_rows_serves_fewer_rows_too(start: Callable[[bool], Any], tape: Tape) -> None:

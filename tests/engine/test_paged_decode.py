@@ -16,9 +16,11 @@ from timbre_server.engine.paged_decode import DecodeStep, can_attend
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def cache_of(shape: LayerShape, block_size: int, num_blocks: int) -> KVCache:
+def cache_of(
+    shape: LayerShape, block_size: int, num_blocks: int, dtype: torch.dtype = torch.float32
+) -> KVCache:
     torch.manual_seed(0)
-    cache = KVCache([shape], num_blocks=num_blocks, block_size=block_size, dtype=torch.float32, device=DEVICE)
+    cache = KVCache([shape], num_blocks=num_blocks, block_size=block_size, dtype=dtype, device=DEVICE)
     for pool in cache.pools(0):
         pool.normal_()
     return cache
@@ -69,6 +71,39 @@ def test_the_kernel_gives_what_padded_groups_give(
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
     for expected, written in zip(caches[0].pools(0), caches[1].pools(0), strict=True):
         assert torch.equal(written, expected)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)], ids=str
+)
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize(
+    ("softcap", "sinks"), [(1.0, False), (50.0, False), (None, True), (2.0, True)], ids=str
+)
+def test_scores_are_capped_before_the_mask_and_sinks_only_take_their_share(
+    softcap: float | None, sinks: bool, window: int | None, dtype: torch.dtype
+) -> None:
+    """In 16 bits, too, against float32; the interpreter knows no products of bfloat16."""
+    shape, heads, lengths = LayerShape(0, 2, 32, 32), 6, [1, 16, 90]
+    sequences = rows_of(lengths, 16)
+    num_blocks = 1 + sum(len(s.block_table) for s in sequences)
+    cache = cache_of(shape, 16, num_blocks, dtype)
+    exact = cache_of(shape, 16, num_blocks)
+    for pool, rounded in zip(exact.pools(0), cache.pools(0), strict=True):
+        pool.copy_(rounded)
+    drawn = call_of(shape, heads, len(lengths), window)
+    sinks_H = torch.linspace(-2, 4, heads, device=DEVICE) if sinks else None
+    q, k, v = (5 * drawn.q_HTD).to(dtype), drawn.k_GTD.to(dtype), drawn.v_GTE.to(dtype)
+    call = AttentionCall(
+        0, q, k, v, drawn.scale, window, softcap, None if sinks_H is None else sinks_H.to(dtype)
+    )
+    want = PagedStep(exact, sequences).attend(
+        AttentionCall(0, q.float(), k.float(), v.float(), drawn.scale, window, softcap, sinks_H)
+    )
+    got = DecodeStep.of(cache, sequences).attend(call)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.float(), want, atol=tolerance, rtol=tolerance)
 
 
 def test_rows_of_padding_give_zeros_and_change_no_other_row() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 from timbre_server.engine.context import AttentionCall
 from timbre_server.engine.kv_cache import KVCache, LayerShape
 from timbre_server.engine.paged_attention import PagedStep, SequenceRows
-from timbre_server.engine.step_kinds import agrees, step_for
+from timbre_server.engine.step_kinds import Scores, agrees, step_for
 from timbre_server.engine.varlen_attention import PAGE_SIZE, VarlenStep
 
 CPU = torch.device("cpu")
@@ -84,6 +85,26 @@ def test_chunks_and_single_rows_are_as_in_padded_groups(block_size: int) -> None
 def test_a_kernel_of_another_meaning_is_found_out() -> None:
     torch.manual_seed(0)
     assert not agrees(OffByOne, cache(), SHAPES)
+
+
+class Uncapped(PagedStep):
+    def attend(self, call: AttentionCall) -> Tensor:
+        return super().attend(replace(call, softcap=None))
+
+
+class Sinkless(PagedStep):
+    def attend(self, call: AttentionCall) -> Tensor:
+        return super().attend(replace(call, sinks_H=None))
+
+
+@pytest.mark.parametrize(
+    ("kind", "scores"), [(Uncapped, Scores(are_capped=True)), (Sinkless, Scores(have_sinks=True))]
+)
+def test_a_kernel_is_tried_with_the_scores_that_layers_have(kind: type[PagedStep], scores: Scores) -> None:
+    torch.manual_seed(0)
+    assert agrees(kind, cache(), SHAPES)
+    assert agrees(PagedStep, cache(), SHAPES, scores=(scores,))
+    assert not agrees(kind, cache(), SHAPES, scores=(Scores(), scores))
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])

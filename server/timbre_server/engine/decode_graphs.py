@@ -28,7 +28,7 @@ from timbre_server.engine.batch import Batch, run_rows
 from timbre_server.engine.context import AttentionContext
 from timbre_server.engine.kv_cache import KVCache
 from timbre_server.engine.model_loader import PreparedModel
-from timbre_server.engine.step_kinds import agrees
+from timbre_server.engine.step_kinds import Scores, agrees
 
 RECORD_AT = 3
 """At so many like steps in a row; before, a recording may be for nothing."""
@@ -208,17 +208,17 @@ class DecodeGraphs:
 def graphs_for(
     prepared: PreparedModel, cache: KVCache, adapters: RecordableAdapters, limits: tuple[int, int]
 ) -> DecodeGraphs | None:
-    """None where steps cannot be recorded: without a GPU, with soft caps or sinks, or where the kernel of
-    attention does not give here what `PagedStep` does. Needs Triton. ``limits`` as `DecodeGraphs`."""
-    layers, shapes = prepared.probed.layers, prepared.probed.kv_shapes
-    is_plain = not any(layer.softcap is not None or layer.has_sinks for layer in layers)
-    if cache.device.type != "cuda" or not is_plain:
+    """None where steps cannot be recorded: without a GPU, or where the kernel of attention does not give here
+    what `PagedStep` does. Needs Triton. ``limits`` as `DecodeGraphs`."""
+    if cache.device.type != "cuda":
         return None
+    layers, shapes = prepared.probed.layers, prepared.probed.kv_shapes
+    scores = {Scores(layer.softcap is not None, layer.has_sinks) for layer in layers}
     # Triton is not installed everywhere.
     from timbre_server.engine.paged_decode import DecodeStep, can_attend
 
     try:
-        agree = all(map(can_attend, shapes)) and agrees(DecodeStep.of, cache, shapes, _CHECKED)
+        agree = all(map(can_attend, shapes)) and agrees(DecodeStep.of, cache, shapes, _CHECKED, scores)
     except (RuntimeError, OSError, ValueError):
         _log.warning("attention's kernel for recorded steps fails here", exc_info=True)
         agree = False

@@ -3,12 +3,13 @@
 Slots, lengths and block tables are read on the device, so a launch may be recorded in a CUDA graph and
 replayed for the next step. A program has one row's query heads of one KV head and a share of the row's own
 keys, read where they are; a second launch joins the shares (FlashDecoding: Dao et al., 2023). With scores
-s = scale q·k, m the largest of a share, l = Σ exp(s - m) and a = Σ exp(s - m) v::
+s = scale q·k, or cap tanh(scale q·k / cap), m the largest of a share, l = Σ exp(s - m), a = Σ exp(s - m) v,
+and c the head's sink, if it has one::
 
-    out = Σ_shares exp(m - m*) a / Σ_shares exp(m - m*) l,    m* = max m
+    out = Σ_shares exp(m - m*) a / (Σ_shares exp(m - m*) l + exp(c - m*)),    m* = max(m, c)
 
-Products take the cache's dtype and sum in float32. Soft caps and sinks are not served here. Checked under
-Triton's interpreter and on an H200.
+Products take the cache's dtype and sum in float32. Checked under Triton's interpreter and on an H200; soft
+caps and sinks not on a GPU yet.
 
 Legend: T rows, B blocks of a row, H query heads, G KV heads, M query heads of one KV head, D dim, L keys of
 a tile, S shares.
@@ -38,8 +39,9 @@ TILE = 64
 
 @triton.jit
 def _shares(
-    q, q_head, q_row, k, v, blocks, num_blocks, num_keys, scale, window, sums, maxima, H: tl.constexpr,
-    G: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
+    q, q_head, q_row, k, v, blocks, num_blocks, num_keys, scale, softcap, window, sums, maxima,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     M: tl.constexpr = H // G
     PM: tl.constexpr = triton.next_power_of_2(max(M, 16))
@@ -68,6 +70,8 @@ def _shares(
         is_ld = is_key[:, None] & (d < D)[None, :]
         k_LD = tl.load(k + at, mask=is_ld, other=0.0)
         s_ML = tl.dot(q_MD, tl.trans(k_LD), input_precision=PRECISION) * scale
+        if softcap is not None:
+            s_ML = softcap * (2 * tl.sigmoid(2 * s_ML / softcap) - 1)  # tanh
         s_ML = tl.where(is_key[None, :], s_ML, float("-inf"))
         higher_M = tl.maximum(max_M, tl.max(s_ML, axis=1))
         p_ML = tl.exp(s_ML - higher_M[:, None])
@@ -83,14 +87,20 @@ def _shares(
 
 
 @triton.jit
-def _join(sums, maxima, out, D: tl.constexpr, SHARES: tl.constexpr):
+def _join(sums, maxima, sinks, out, H: tl.constexpr, D: tl.constexpr, SHARES: tl.constexpr):
     PD: tl.constexpr = triton.next_power_of_2(D)
     row, s, d = tl.program_id(0).to(tl.int64), tl.arange(0, SHARES), tl.arange(0, PD)
     of_share = row * SHARES + s
     max_S, sum_S = tl.load(maxima + of_share * 2), tl.load(maxima + of_share * 2 + 1)
-    weight_S = tl.where(sum_S > 0, tl.exp(max_S - tl.max(max_S, axis=0)), 0.0)
+    highest = tl.max(max_S, axis=0)
+    if sinks is not None:
+        sink = tl.load(sinks + row % H).to(tl.float32)
+        highest = tl.maximum(highest, sink)
+    weight_S = tl.where(sum_S > 0, tl.exp(max_S - highest), 0.0)
     a_SD = tl.load(sums + of_share[:, None] * D + d[None, :], mask=(d < D)[None, :], other=0.0)
     total = tl.sum(weight_S * sum_S, axis=0)
+    if sinks is not None:
+        total += tl.exp(sink - highest)
     out_D = tl.sum(weight_S[:, None] * a_SD, axis=0) / tl.where(total > 0, total, 1.0)
     tl.store(out + row * D + d, out_D.to(out.dtype.element_ty), mask=d < D)
 
@@ -131,11 +141,11 @@ class DecodeStep:
         out_THD = torch.empty(rows, heads, dim, dtype=q_HTD.dtype, device=q_HTD.device)
         _shares[rows, kv_heads, shares](
             q_HTD, q_HTD.stride(0), q_HTD.stride(1), k, v, blocks_TB, blocks_TB.stride(0), num_keys_T,
-            call.scale, most_keys if call.window is None else call.window, sums, maxima, H=heads, G=kv_heads,
-            D=dim, BLOCK=cache.block_size, TILE=TILE,
+            call.scale, call.softcap, most_keys if call.window is None else call.window, sums, maxima,
+            H=heads, G=kv_heads, D=dim, BLOCK=cache.block_size, TILE=TILE,
             PRECISION="ieee" if q_HTD.dtype == torch.float32 else "tf32",
         )  # fmt: skip
-        _join[(rows * heads,)](sums, maxima, out_THD, D=dim, SHARES=shares)
+        _join[(rows * heads,)](sums, maxima, call.sinks_H, out_THD, H=heads, D=dim, SHARES=shares)
         return out_THD
 
 

@@ -7,7 +7,9 @@ Each kind is one file: `paged_attention` (plain PyTorch, everywhere), `native_at
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from itertools import product
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +27,17 @@ _TOLERANCES = {True: 2e-2, False: 1e-4}
 """Of values around 1, by whether they have 16 bits."""
 _CHECKED = ((21, 21), (1, 18), (1, 3), (6, 70), (1, 1))
 """Rows and keys of the sequences that `agrees` compares."""
+
+SOFTCAP = 1.0
+"""The one that is tried: scores around 1 show it."""
+
+
+class Scores(NamedTuple):
+    """What a layer does with its scores beside scaling them."""
+
+    are_capped: bool = False
+    have_sinks: bool = False
+
 
 StepKind = Callable[[KVCache, Sequence[SequenceRows]], AttentionContext]
 
@@ -68,10 +81,11 @@ def agrees(
     cache: KVCache,
     shapes: Sequence[LayerShape],
     checked: Sequence[tuple[int, int]] = _CHECKED,
+    scores: Collection[Scores] = (Scores(),),
 ) -> bool:
-    """Whether a kind of step computes what `PagedStep` does, with and without a window, for a cache of this
-    block size, dtype and device. Works on a small cache of its own, with sequences of so many rows and keys
-    as ``checked`` says."""
+    """Whether a kind of step computes what `PagedStep` does, with and without a window, with each of these
+    ``scores``, for a cache of this block size, dtype and device. Works on a small cache of its own, with
+    sequences of so many rows and keys as ``checked`` says."""
     size, tolerance = cache.block_size, _TOLERANCES[cache.dtype.itemsize == 2]
     sequences, first_row, next_block = [], 0, 1
     for num_rows, num_keys in checked:
@@ -82,24 +96,28 @@ def agrees(
     for shape in {(s.num_kv_heads, s.key_dim, s.value_dim): s for s in shapes}.values():
         for pool in own.pools(shape.layer):
             pool.normal_()
-        for window in (None, 5):
-            call = _random_call(shape, first_row, window, own)
+        for window, each_scores in product((None, 5), scores):
+            call = _random_call(shape, first_row, window, each_scores, own)
             got, want = (each(own, sequences).attend(call) for each in (kind, PagedStep))
             if not torch.allclose(got.float(), want.float(), atol=tolerance, rtol=tolerance):
                 return False
     return True
 
 
-def _random_call(shape: LayerShape, num_rows: int, window: int | None, cache: KVCache) -> AttentionCall:
-    def random(heads: int, dim: int) -> Tensor:
-        return torch.randn(heads, num_rows, dim, dtype=cache.dtype, device=cache.device)
+def _random_call(
+    shape: LayerShape, num_rows: int, window: int | None, scores: Scores, cache: KVCache
+) -> AttentionCall:
+    def random(*sizes: int) -> Tensor:
+        return torch.randn(sizes, dtype=cache.dtype, device=cache.device)
 
     heads = shape.num_kv_heads
     return AttentionCall(
         shape.layer,
-        random(2 * heads, shape.key_dim),
-        random(heads, shape.key_dim),
-        random(heads, shape.value_dim),
+        random(2 * heads, num_rows, shape.key_dim),
+        random(heads, num_rows, shape.key_dim),
+        random(heads, num_rows, shape.value_dim),
         scale=shape.key_dim**-0.5,
         window=window,
+        softcap=SOFTCAP if scores.are_capped else None,
+        sinks_H=random(2 * heads) if scores.have_sinks else None,
     )
