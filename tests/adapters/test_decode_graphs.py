@@ -22,7 +22,7 @@ if torch.cuda.is_available():
 
 from timbre_methods.registry import methods
 from timbre_server.engine import paged_decode, runner
-from timbre_server.engine.decode_graphs import RECORD_AT, DecodeGraphs
+from timbre_server.engine.decode_graphs import RECORD_AT, DecodeGraphs, kept_bytes
 from timbre_server.engine.messages import AdapterUse, UnloadAdapter
 from timbre_server.engine.paged_decode import DecodeStep
 from timbre_server.operators.contract import Bound
@@ -179,6 +179,10 @@ def test_recordings_of_base_rows_keep_nothing_of_adapters(start: Callable[[bool]
     engine.core.take(UnloadAdapter("one"))
     engine.turn_until(lambda output: bool(output.unloaded))
     assert len(bounds()) == len(others)
+
+
+def test_what_recordings_keep_is_known_beforehand() -> None:
+    assert kept_bytes(3, vocab_size=10) == (1 + 2 + 4 + 3) * 10 * 4
 
 
 def bounds() -> list[Bound]:

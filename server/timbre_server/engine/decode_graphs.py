@@ -228,6 +228,13 @@ def graphs_for(
     return DecodeGraphs(prepared.loaded.model, cache, adapters, DecodeStep, CudaRecord(), limits)
 
 
+def kept_bytes(max_rows: int, vocab_size: int) -> int:
+    """What recordings keep at most: each the logits that it gives, one for each padded number of rows and one
+    with adapters."""
+    widths = {_padded(num_rows) for num_rows in range(1, max_rows + 1)}
+    return (sum(widths) + max_rows) * vocab_size * torch.float32.itemsize
+
+
 def _padded(num_rows: int) -> int:
     many = -(-num_rows // MANY_ROWS) * MANY_ROWS
     return next((count for count in PADDED_ROWS if count >= num_rows), many)

@@ -38,7 +38,7 @@ def default_kv_bytes(free_bytes: int, *, reserved_bytes: int, on_gpu: bool) -> i
     """The share of free memory that the cache takes when no size is asked for.
 
     On a CPU a fifth of what is available, at most 1 GiB: others live there too. On a GPU four fifths of
-    what is left after ``reserved_bytes`` (adapters); the rest is for activations.
+    what is left after ``reserved_bytes`` (adapters, recorded steps); the rest is for activations.
     """
     if on_gpu:
         return max(0, int((free_bytes - reserved_bytes) * _GPU_SHARE))
