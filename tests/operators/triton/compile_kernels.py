@@ -1,7 +1,8 @@
-"""Compiles what the operators in Triton launch, for a GPU that need not be here: ``cuda 90``, ``hip gfx942``.
+"""Compiles what is launched in Triton, for a GPU that need not be here: ``cuda 90``, ``hip gfx942``.
 
-Every operator runs on random parts, for rows by themselves and for many of one adapter, with launches that
-compile and do nothing else. Prints a line of JSON for each kernel and kind of arguments.
+Every operator runs on random parts, for rows by themselves and for many of one adapter, and attention of
+recorded steps on the largest heads, with launches that compile and do nothing else. Prints a line of JSON for
+each kernel and kind of arguments.
 """
 
 from __future__ import annotations
@@ -23,6 +24,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from parts import random_part
 
 from timbre_methods.program import LowRank
+from timbre_server.engine.context import AttentionCall
+from timbre_server.engine.kv_cache import KVCache, LayerShape
+from timbre_server.engine.paged_attention import SequenceRows
+from timbre_server.engine.paged_decode import MAX_DIM, DecodeStep
 from timbre_server.native.formats import FORMATS
 from timbre_server.operators.catalogue import all_operators
 from timbre_server.operators.materialise import materialise
@@ -96,6 +101,15 @@ def launches() -> Iterator[None]:
         yield
 
 
+def attention() -> None:
+    """With all that may be done to scores."""
+    shape, dtype = LayerShape(0, 8, MAX_DIM, MAX_DIM), torch.bfloat16
+    cache = KVCache([shape], num_blocks=2, block_size=16, dtype=dtype, device=torch.device("cpu"))
+    q_HTD, k_GTD, v_GTD = (torch.randn(heads, 1, MAX_DIM, dtype=dtype) for heads in (16, 8, 8))
+    call = AttentionCall(0, q_HTD, k_GTD, v_GTD, 0.1, 7, 50.0, torch.randn(16, dtype=dtype))
+    DecodeStep.of(cache, [SequenceRows(0, 1, 5, (1,))]).attend(call)
+
+
 def main() -> None:
     backend, architecture = sys.argv[1:]
     warp_size = 64 if backend == "hip" else 32
@@ -103,6 +117,7 @@ def main() -> None:
     JITFunction.run = compiling(target, set())
     for _ in launches():
         pass
+    attention()
 
 
 if __name__ == "__main__":
