@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from timbre_methods.contract import Site
-from timbre_methods.program import AdapterProgram, Projected, owned_tensors, pattern_bytes
+from timbre_methods.program import AdapterProgram, LowRank, Projected, owned_tensors, pattern_bytes
 from timbre_methods.registry import compile_adapter, methods, sites_of
 from timbre_server.adapters.active_rows import ActiveRows
 from timbre_server.adapters.adapted_linear import AdaptedGroup
@@ -160,9 +160,12 @@ def test_a_lora_uploaded_in_16_bits_is_held_in_half_and_changes_the_same_bits(
     assert {tensor.dtype for tensor in all_tensors(loaded.program)} == {dtype}
     halves = 1 if dtype == torch.float32 else 2
     assert loaded.prepared_bytes * halves == record.manifest.prepared_bytes
-    compiled = compile_adapter(config, tensors, own_sites)
+    compiled, parts = compile_adapter(config, tensors, own_sites).sites, loaded.program.sites
+    whole = {path: tuple(LowRank(p.a_RI.float(), p.b_OR.float()) for p in parts[path]) for path in parts}
+    for path, (part,) in whole.items():
+        assert all(map(torch.equal, owned_tensors(part), owned_tensors(compiled[path][0])))
     for kernels in [name for name in KERNELS if why_not(name) is None]:
-        found, expected = (changes_of(program, kernels) for program in (loaded.program, compiled))
+        found, expected = (changes_of(each, kernels) for each in (loaded.program, AdapterProgram(whole)))
         assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
@@ -194,7 +197,7 @@ def bound_factors(program: AdapterProgram, paths: Sequence[str], num_rows: int) 
         of_all: list[Any] = [e._bound for e in bound.of_group] if isinstance(bound, _BoundRouted) else [bound]
         known = [each for each in of_all if isinstance(each, BoundKernels | BoundExperts)]
         held: list[Any] = [e for each in known for m in each._members if m is not None for e in m._held]
-        found += [t for e in held for t in (e[1] if isinstance(e, tuple) else (e.a_RI, e.b_OR))]
+        found += [t for e in held for t in (e[1] if isinstance(e, tuple) else (e.a_RI, e.b_RO))]
     return found
 
 

@@ -24,6 +24,9 @@ def test_several_parts_at_one_site_are_summed() -> None:
     torch.testing.assert_close(change.values_NO, expected, atol=1e-5, rtol=1e-5)
 
 
+CPU = torch.device("cpu")
+
+
 def random_parts(*ranks: int) -> list[LowRank]:
     generator = torch.Generator().manual_seed(sum(ranks))
     return [
@@ -42,12 +45,12 @@ def factors_of(block: _Alone | _Stacked) -> list[Tensor]:
 @pytest.mark.parametrize("num_rows", [1, 5], ids=["stacked", "alone"])
 def test_factors_side_by_side_are_bound_as_they_lie(num_rows: int) -> None:
     members = [random_parts(3, 1, 2), [], random_parts(4), random_parts(1, 1)]
-    placed = side_by_side(members, Tensor.cpu)
+    placed = side_by_side(members, CPU, Tensor.cpu)
     for before, after in zip(members, placed, strict=True):
         for one, other in zip(before, after, strict=True):
             assert torch.equal(one.a_RI, other.a_RI)
             assert torch.equal(one.b_OR, other.b_OR)
-            assert other.b_OR.is_contiguous(), "as kernels read it"
+            assert other.b_OR.T.is_contiguous(), "as kernels read it on a CPU"
     own = storages([t for parts in placed for part in parts for t in (part.a_RI, part.b_OR)])
     assert sum(own.values()) == 4 * (6 + 5) * 12
     table = RowTable([Span(num_rows, ((7, 0.5),))])
@@ -73,7 +76,7 @@ def test_factors_of_16_bits_take_half_and_compute_the_same_bits(num_rows: int) -
         for ranks in ((3, 1), (2,))
     ]
     whole = [rounded[0], [LowRank(rounded[1][0].a_RI, rounded[1][0].b_OR / 3)]]
-    placed = side_by_side(whole, Tensor.cpu)
+    placed = side_by_side(whole, CPU, Tensor.cpu)
     found = [[(part.a_RI.dtype, part.b_OR.dtype) for part in parts] for parts in placed]
     assert found == [[(torch.bfloat16, torch.float16)] * 2, [(torch.bfloat16, torch.float32)]]
     own = storages([t for parts in placed for part in parts for t in (part.a_RI, part.b_OR)])
@@ -95,7 +98,7 @@ def test_factors_of_16_bits_take_half_and_compute_the_same_bits(num_rows: int) -
 
 
 def test_factors_that_lie_otherwise_are_joined_in_their_own_order() -> None:
-    (own,) = side_by_side([random_parts(2, 3, 1)], Tensor.cpu)
+    (own,) = side_by_side([random_parts(2, 3, 1)], CPU, Tensor.cpu)
     for parts in ([own[1], own[0], own[2]], [own[0], own[2]], [own[0], own[0]], [own[2], *random_parts(2)]):
         (block,) = _blocks([{7: parts}], RowTable([Span(5, ((7, 1.0),))]))
         assert torch.equal(block.factors.a_RI, torch.cat([part.a_RI for part in parts]))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -55,10 +56,11 @@ class _Placement:
         lora_dtype: torch.dtype | None,
     ) -> None:
         self._transfer = transfer
+        laid_out = partial(side_by_side, device=transfer.device, move=transfer.moved, rounded_to=lora_dtype)
         self._joined: dict[int, Any] = {
             id(part): there
             for members in _factors_bound_together(program, groups)
-            for before, after in zip(members, side_by_side(members, transfer.moved, lora_dtype), strict=True)
+            for before, after in zip(members, laid_out(members), strict=True)
             for part, there in zip(before, after, strict=True)
         }
         self._routers: dict[int, Router | Scouted] = {}

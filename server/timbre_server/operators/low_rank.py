@@ -135,19 +135,24 @@ def _joined(blocks: Sequence[Tensor]) -> Tensor:
 
 def side_by_side(
     members: Sequence[Sequence[LowRank]],
+    device: torch.device,
     move: Callable[[Tensor], Tensor],
     rounded_to: torch.dtype | None = None,
 ) -> list[list[LowRank]]:
     """Copies on a device of the parts of one adapter at a group's members, in storage of exactly their size:
-    all A in one, each B in its own, as kernels read them; `narrowed` each. ``move`` puts a tensor there, or
-    leaves it."""
+    all A in one, each B in its own, as kernels read them, on a CPU rank by rank; `narrowed` each. ``move``
+    puts a tensor there, or leaves it."""
     parts = [part for own in members for part in own]
     a_RI = move(narrowed(torch.cat([part.a_RI for part in parts]), rounded_to))
     shrinks = iter(a_RI.split_with_sizes([len(part.a_RI) for part in parts]))
-    expands = (
-        move(narrowed(part.b_OR, rounded_to).clone(memory_format=torch.contiguous_format)) for part in parts
-    )
-    return [[LowRank(next(shrinks), next(expands)) for _ in own] for own in members]
+    is_by_rank = device.type == "cpu"
+
+    def copied(b_OR: Tensor) -> Tensor:
+        laid_out = b_OR.T if is_by_rank else b_OR
+        there = move(narrowed(laid_out, rounded_to).clone(memory_format=torch.contiguous_format))
+        return there.T if is_by_rank else there
+
+    return [[LowRank(next(shrinks), copied(part.b_OR)) for part in own] for own in members]
 
 
 def _stacked(blocks: Sequence[Tensor]) -> Tensor:

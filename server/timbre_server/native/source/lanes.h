@@ -10,6 +10,7 @@ typedef int32_t Integers __attribute__((vector_size(32)));
 typedef uint32_t Bits __attribute__((vector_size(32)));
 typedef uint16_t Halves __attribute__((vector_size(16)));
 constexpr int LANES = 8;
+constexpr int LINE = 64;  // Bytes that memory gives at once.
 
 static inline Lanes load(const float *from) {
     Lanes lanes;
@@ -38,6 +39,19 @@ static inline Bits load_bits(const void *from) {
 }
 
 static inline Lanes load(const BFloat16 *from) { return (Lanes)(load_bits(from) << 16); }
+
+// Every other one of sixteen, from the first or from the second on: faster than eight in order.
+static inline Lanes evens(const BFloat16 *from) {
+    Bits both;
+    std::memcpy(&both, from, sizeof both);
+    return (Lanes)(both << 16);
+}
+
+static inline Lanes odds(const BFloat16 *from) {
+    Bits both;
+    std::memcpy(&both, from, sizeof both);
+    return (Lanes)(both & 0xffff0000);
+}
 
 // Of finite numbers: exponents count from 15, and those of float32 from 127; below the normal ones, too.
 static inline Lanes load(const Float16 *from) {

@@ -12,7 +12,6 @@ constexpr int PANEL = VECTORS * LANES;
 constexpr int TILE = 5;  // Rows, of which all sums stay in registers.
 constexpr int64_t BLOCK = 8 * TILE;  // Rows that stay in the cache while all panels pass.
 constexpr int INPUTS = 4;  // Inputs between two looks at what to ask for.
-constexpr int LINE = 64;  // Bytes that memory gives at once.
 
 struct Linear {
     const float *x;  // [rows, in]
@@ -25,11 +24,9 @@ struct Linear {
 // A panel's weights of the first or second one of two inputs: [2, PANEL].
 static inline Lanes weights_of(const float *pair, int second, int v) { return load(pair + second * PANEL + v * LANES); }
 
-// [PANEL, 2]: in the place of a float are the upper halves of two.
+// [PANEL, 2]
 static inline Lanes weights_of(const BFloat16 *pair, int second, int v) {
-    Bits both;
-    std::memcpy(&both, pair + 2 * v * LANES, sizeof both);
-    return (Lanes)(second ? both & 0xffff0000 : both << 16);
+    return second ? odds(pair + 2 * v * LANES) : evens(pair + 2 * v * LANES);
 }
 
 // One row's sums; `count` outputs are left from the panel's first on.

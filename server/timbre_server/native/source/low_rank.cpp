@@ -1,107 +1,152 @@
 // y[row] += weight B (A x[row]), for adapters with A, B, ranks and rows of their own.
 //
-// Every adapter's factors are read once for each block of its rows, where they lie.
+// Every adapter's factors are read once for each block of its rows, where they lie, and the next adapter's are
+// asked of memory meanwhile, so that reading and arithmetic go on at once. A row's sums are the same ones in the
+// same order whatever other rows there are, and in any format of the factors.
+#include <algorithm>
+#include <cmath>
+#include <type_traits>
+
 #include "lanes.h"
 
 struct LowRankUse {
     Numbers a;  // [rank, in]
-    Numbers b;  // [out, rank]
+    Numbers b;  // [rank, out]
     int64_t rank;
     Rows rows;
 };
 
 constexpr int ROWS = 4;  // Rows of one adapter that read its factors together.
+constexpr int STEP = 2 * LANES;  // Numbers of a factor that are read together.
 
-// z[n, r] = weight_n a_r x_n for R ranks and N rows.
+template <int N> using Count = std::integral_constant<int, N>;
+
+// STEP numbers as they are cheapest to read: in order, but of bfloat16 every other one, and then the rest.
+struct Two {
+    Lanes first, second;
+};
+
+template <typename Number> static inline Two two(const Number *from) { return {load(from), load(from + LANES)}; }
+static inline Two two(const BFloat16 *from) { return {evens(from), odds(from)}; }
+
+template <typename Number> static inline Two in_order(Two sums, const Number *) { return sums; }
+
+static inline Two in_order(Two sums, const BFloat16 *) {
+    const Integers low = {0, 8, 1, 9, 2, 10, 3, 11}, high = {4, 12, 5, 13, 6, 14, 7, 15};
+    return {picked(sums.first, sums.second, low), picked(sums.first, sums.second, high)};
+}
+
+// [in] as `two` reads bfloat16.
+static void reorder(const float *x, int64_t in, float *to) {
+    const Integers even = {0, 2, 4, 6, 8, 10, 12, 14}, odd = {1, 3, 5, 7, 9, 11, 13, 15};
+    int64_t i = 0;
+    for (; i + STEP <= in; i += STEP) {
+        const Lanes low = load(x + i), high = load(x + i + LANES);
+        store(to + i, picked(low, high, even));
+        store(to + i + LANES, picked(low, high, odd));
+    }
+    std::copy(x + i, x + in, to + i);
+}
+
+// Asks for a factor's numbers at one place, if a line begins there.
+template <typename Number> static inline void ask(const Number *soon, int64_t place) {
+    if (place * sizeof(Number) % LINE == 0) __builtin_prefetch(soon + place, 0, 2);
+}
+
+// z[n, r] = weight_n a_r x_n for R ranks and N rows, x in the order of A's numbers.
 template <int R, int N, typename Number>
 static void shrink(
     const LowRankUse &use, const Number *factor, int64_t first, int64_t rank, const float *x, int64_t in,
-    float *z
+    float *z, const Number *soon
 ) {
-    Lanes sums[R][N] = {};
+    Two sums[R][N] = {};
     const Number *a[R];
     const float *v[N];
     for (int r = 0; r < R; r++) a[r] = factor + (rank + r) * in;
     for (int n = 0; n < N; n++) v[n] = x + use.rows.rows[first + n] * in;
     int64_t i = 0;
-    for (; i + LANES <= in; i += LANES)
+    for (; i + STEP <= in; i += STEP)
         for (int r = 0; r < R; r++) {
-            const Lanes lanes = load(a[r] + i);
-            for (int n = 0; n < N; n++) sums[r][n] += lanes * load(v[n] + i);
+            ask(soon, (rank + r) * in + i);
+            const Two own = two(a[r] + i);
+            for (int n = 0; n < N; n++) {
+                sums[r][n].first += own.first * load(v[n] + i);
+                sums[r][n].second += own.second * load(v[n] + i + LANES);
+            }
         }
     for (int r = 0; r < R; r++)
         for (int n = 0; n < N; n++) {
-            float total = sum(sums[r][n]);
-            for (int64_t j = i; j < in; j++) total += value(a[r][j]) * v[n][j];
+            const Two ordered = in_order(sums[r][n], factor);
+            float total = sum(ordered.first + ordered.second);
+            for (int64_t j = i; j < in; j++) total = std::fma(value(a[r][j]), v[n][j], total);
             z[(first + n) * use.rank + rank + r] = total * use.rows.weights[first + n];
         }
 }
 
 template <int N, typename Number>
 static void shrink_rows(
-    const LowRankUse &use, const Number *a, int64_t first, const float *x, int64_t in, float *z
+    const LowRankUse &use, const Number *a, int64_t first, const float *x, int64_t in, float *z, const Number *soon
 ) {
-    constexpr int R = N == 1 ? 8 : N == 2 ? 4 : 2;
+    constexpr int R = ROWS / N;
     int64_t rank = 0;
-    for (; rank + R <= use.rank; rank += R) shrink<R, N>(use, a, first, rank, x, in, z);
-    for (; rank < use.rank; rank++) shrink<1, N>(use, a, first, rank, x, in, z);
+    for (; rank + R <= use.rank; rank += R) shrink<R, N>(use, a, first, rank, x, in, z, soon);
+    for (; rank < use.rank; rank++) shrink<1, N>(use, a, first, rank, x, in, z, soon);
 }
 
-template <typename Number>
-static void shrink_all(const LowRankUse &use, const Number *a, const float *x, int64_t in, float *z) {
-    int64_t row = 0;
-    for (; row + ROWS <= use.rows.count; row += ROWS) shrink_rows<ROWS>(use, a, row, x, in, z);
-    if (row + 2 <= use.rows.count) shrink_rows<2>(use, a, row, x, in, z), row += 2;
-    if (row < use.rows.count) shrink_rows<1>(use, a, row, x, in, z);
-}
-
-// y[n, o] += b_o z_n for the outputs of a share, whose factor `b` is.
-template <typename Number>
-static void expand(const LowRankUse &use, const Number *b, const float *z, float *y, int64_t out, Share own) {
-    const int64_t rank = use.rank, whole = rank / LANES * LANES;
-    for (int64_t first = 0; first < use.rows.count; first += ROWS) {
-        const int64_t last = first + ROWS < use.rows.count ? first + ROWS : use.rows.count;
-        const Number *from = b;
-        int64_t o = own.begin;
-        for (; o + LANES <= own.end; o += LANES, from += LANES * rank)
-            for (int64_t n = first; n < last; n++) {
-                const float *v = z + n * rank;
-                float *to = y + use.rows.rows[n] * out + o;
-                Lanes total = load(to);
-                if (whole) {
-                    Lanes products[LANES] = {};
-                    for (int64_t r = 0; r < whole; r += LANES) {
-                        const Lanes lanes = load(v + r);
-                        for (int j = 0; j < LANES; j++) products[j] += load(from + j * rank + r) * lanes;
-                    }
-                    total += sums_of(products);
-                }
-                for (int64_t r = whole; r < rank; r++)
-                    for (int j = 0; j < LANES; j++) total[j] += value(from[j * rank + r]) * v[r];
-                store(to, total);
-            }
-        for (; o < own.end; o++, from += rank)
-            for (int64_t n = first; n < last; n++) {
-                float total = 0;
-                for (int64_t r = 0; r < rank; r++) total += value(from[r]) * z[n * rank + r];
-                y[use.rows.rows[n] * out + o] += total;
-            }
-    }
-}
-
-// `count` rows of a factor from `begin` on: where they are read again, or not in whole lanes, as floats in
-// `scratch`.
-static Numbers part_of(
-    const Numbers &factor, int64_t begin, int64_t count, int64_t width, const Rows &rows, Scratch &scratch
+// y[n, o] += b_o z_n for the outputs of a share and N rows.
+template <int N, typename Number>
+static void expand_rows(
+    const LowRankUse &use, const Number *b, int64_t first, const float *z, float *y, int64_t out, Share own,
+    const Number *soon
 ) {
-    Numbers part = factor;
-    as_they_lie(factor, [&](auto first) {
-        if (factor.format != FLOAT32 && (rows.count > 1 || width % LANES))
-            part = {floats(first + begin * width, count * width, scratch.of(count * width)), FLOAT32};
-        else
-            part.first = first + begin * width;
-    });
-    return part;
+    const int64_t rank = use.rank;
+    const float *v = z + first * rank;
+    float *to[N];
+    for (int n = 0; n < N; n++) to[n] = y + use.rows.rows[first + n] * out;
+    int64_t o = own.begin;
+    for (; o + STEP <= own.end; o += STEP) {
+        Two sums[N] = {};
+        for (int64_t r = 0; r < rank; r++) {
+            ask(soon, r * out + o);
+            const Two numbers = two(b + r * out + o);
+            for (int n = 0; n < N; n++) {
+                sums[n].first += all(v[n * rank + r]) * numbers.first;
+                sums[n].second += all(v[n * rank + r]) * numbers.second;
+            }
+        }
+        for (int n = 0; n < N; n++) {
+            const Two ordered = in_order(sums[n], b);
+            store(to[n] + o, load(to[n] + o) + ordered.first);
+            store(to[n] + o + LANES, load(to[n] + o + LANES) + ordered.second);
+        }
+    }
+    for (; o < own.end; o++)
+        for (int n = 0; n < N; n++) {
+            float total = 0;
+            for (int64_t r = 0; r < rank; r++) total = std::fma(v[n * rank + r], value(b[r * out + o]), total);
+            to[n][o] += total;
+        }
+}
+
+// What `of_rows` does to blocks of rows; the first of them asks for the next factor, the others for this one.
+template <typename Number, typename OfRows>
+static void in_blocks(int64_t count, const Number *factor, const void *next, OfRows of_rows) {
+    const Number *soon = static_cast<const Number *>(next);
+    int64_t row = 0;
+    for (; row + ROWS <= count; row += ROWS, soon = factor) of_rows(Count<ROWS>(), row, soon);
+    if (row + 2 <= count) of_rows(Count<2>(), row, soon), row += 2, soon = factor;
+    if (row < count) of_rows(Count<1>(), row, soon);
+}
+
+// The rows of x, as many as any adapter has, where an A is of bfloat16.
+static std::vector<float> reordered(const LowRankUse *uses, int64_t count, const float *x, int64_t in) {
+    int64_t rows = 0;
+    for (int64_t u = 0; u < count; u++)
+        if (uses[u].a.format == BFLOAT16)
+            for (int64_t n = 0; n < uses[u].rows.count; n++) rows = std::max(rows, uses[u].rows.rows[n] + 1);
+    std::vector<float> found(rows * in);
+    for (int64_t row = 0; row < rows; row++) reorder(x + row * in, in, found.data() + row * in);
+    return found;
 }
 
 // x [T, in] and y [T, out] are contiguous.
@@ -111,20 +156,25 @@ extern "C" void timbre_low_rank(
     std::vector<int64_t> starts(count + 1, 0);
     for (int64_t u = 0; u < count; u++) starts[u + 1] = starts[u] + uses[u].rows.count * uses[u].rank;
     std::vector<float> z(starts[count]);
+    const std::vector<float> of_pairs = reordered(uses, count, x, in);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        Scratch scratch;
+        const auto next = [&](int64_t u, int64_t after) { return uses[std::min(u + after, count - 1)]; };
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t u = 0; u < count; u++) {
-            const Numbers factor = part_of(uses[u].a, 0, uses[u].rank, in, uses[u].rows, scratch);
-            as_they_lie(factor, [&](auto a) { shrink_all(uses[u], a, x, in, z.data() + starts[u]); });
-        }
-        const Share own = share(out, thread_number(), thread_count(), LANES);
-        for (int64_t u = 0; u < count; u++) {
-            const int64_t size = own.end - own.begin;
-            const Numbers factor = part_of(uses[u].b, own.begin, size, uses[u].rank, uses[u].rows, scratch);
-            as_they_lie(factor, [&](auto b) { expand(uses[u], b, z.data() + starts[u], y, out, own); });
-        }
+        for (int64_t u = 0; u < count; u++)
+            as_they_lie(uses[u].a, [&](auto a) {
+                const float *rows = uses[u].a.format == BFLOAT16 ? of_pairs.data() : x;
+                in_blocks(uses[u].rows.count, a, next(u, thread_count()).a.first, [&](auto n, int64_t row, auto soon) {
+                    shrink_rows<n>(uses[u], a, row, rows, in, z.data() + starts[u], soon);
+                });
+            });
+        const Share own = share(out, thread_number(), thread_count(), STEP);
+        for (int64_t u = 0; u < count; u++)
+            as_they_lie(uses[u].b, [&](auto b) {
+                in_blocks(uses[u].rows.count, b, next(u, 1).b.first, [&](auto n, int64_t row, auto soon) {
+                    expand_rows<n>(uses[u], b, row, z.data() + starts[u], y, out, own, soon);
+                });
+            });
     }
 }
 

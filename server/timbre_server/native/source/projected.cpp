@@ -26,9 +26,9 @@ struct Product {
     float *to;
 };
 
-constexpr int SUMS = 12;      // As many vectors as registers hold beside what they are summed of.
-constexpr int FEW = 5;        // Up to so many rows the matrix's own are the lanes.
-constexpr int64_t LINE = 16;  // Numbers that the processor fetches at once.
+constexpr int SUMS = 12;  // As many vectors as registers hold beside what they are summed of.
+constexpr int FEW = 5;  // Up to so many rows the matrix's own are the lanes.
+constexpr int64_t COLUMNS = LINE / sizeof(float);  // That the processor fetches at once.
 
 struct alignas(64) Column {
     float lanes[2 * LANES];
@@ -57,9 +57,9 @@ static void side_by_side(
         const float *rows[M];
         for (int m = 0; m < M; m++) rows[m] = matrix.values + (own.begin + m) * matrix.stride;
         Lanes sums[M][N] = {};
-        for (int64_t begin = 0; begin < matrix.columns; begin += LINE) {
+        for (int64_t begin = 0; begin < matrix.columns; begin += COLUMNS) {
             for (int m = 0; m < M; m++) __builtin_prefetch(rows[m] + M * matrix.stride + begin);
-            const int64_t end = begin + LINE < matrix.columns ? begin + LINE : matrix.columns;
+            const int64_t end = begin + COLUMNS < matrix.columns ? begin + COLUMNS : matrix.columns;
             for (int64_t i = begin; i < end; i++) {
                 Lanes from[N];
                 for (int n = 0; n < N; n++) from[n] = load(panel + (i * N + n) * LANES);

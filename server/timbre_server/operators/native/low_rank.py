@@ -39,13 +39,13 @@ def _kernel(parts_by_slot: Mapping[int, Sequence[LowRank]], table: RowTable) -> 
     work = 0
     for segment in table.segments:
         parts, rows = parts_by_slot.get(segment.slot, ()), rows_fields(segment)
-        for a_RI, b_OR in ((part.a_RI.contiguous(), part.b_OR.contiguous()) for part in parts):
+        for a_RI, b_RO in ((part.a_RI.contiguous(), part.b_OR.T.contiguous()) for part in parts):
             if a_RI.shape[0]:
-                held.append((segment, (a_RI, b_OR)))
-                uses.append(low_rank_fields(a_RI, b_OR, rows))
+                held.append((segment, (a_RI, b_RO)))
+                uses.append(low_rank_fields(a_RI, b_RO, rows))
                 work += rows[-1] * a_RI.shape[0]
     if not held:
         return None
-    _, (a_RI, b_OR) = held[0]
-    shape = len(b_OR), a_RI.shape[1]
+    _, (a_RI, b_RO) = held[0]
+    shape = b_RO.shape[1], a_RI.shape[1]
     return InputKernel("timbre_low_rank", uses, held, shape, work * sum(shape))

@@ -34,7 +34,7 @@ class _Expert:
     segment: Segment
     column: int
     a_RI: Tensor
-    b_OR: Tensor
+    b_RO: Tensor
 
 
 class BoundExperts(BoundGated):
@@ -48,7 +48,7 @@ class BoundExperts(BoundGated):
             for own, parts_by_slot in zip(experts, uses, strict=True):
                 for part in parts_by_slot.get(segment.slot, ()):
                     if part.a_RI.shape[0]:
-                        factors = part.a_RI.contiguous(), part.b_OR.contiguous()
+                        factors = part.a_RI.contiguous(), part.b_OR.T.contiguous()
                         own.append(_Expert(adapter, segment, columns[rank], *factors))
                         rank += part.a_RI.shape[0]
         rows = [rows_fields(segment) for segment in self._segments]
@@ -80,9 +80,9 @@ class _Member:
     def __init__(self, experts: Sequence[_Expert], rows: Sequence[Fields], gating: Gating) -> None:
         """``rows``: by adapter."""
         self._held = tuple(experts)
-        self.out_features, self._in_features = experts[0].b_OR.shape[0], experts[0].a_RI.shape[1]
+        self.out_features, self._in_features = experts[0].b_RO.shape[1], experts[0].a_RI.shape[1]
         self._experts = structures(  # ``Expert`` of ``low_rank.cpp``.
-            [(*low_rank_fields(e.a_RI, e.b_OR, rows[e.adapter]), e.adapter, e.column) for e in experts]
+            [(*low_rank_fields(e.a_RI, e.b_RO, rows[e.adapter]), e.adapter, e.column) for e in experts]
         )
         segments = {e.segment.slot: e.segment for e in experts}
         kept = {slot: gating.num_kept[slot] / gating.num_columns[slot] for slot in segments}

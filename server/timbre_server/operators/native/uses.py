@@ -44,9 +44,9 @@ def numbers_fields(tensor: Tensor) -> Fields:
     return tensor.data_ptr(), format_of(tensor)
 
 
-def low_rank_fields(a_RI: Tensor, b_OR: Tensor, rows: Fields) -> Fields:
+def low_rank_fields(a_RI: Tensor, b_RO: Tensor, rows: Fields) -> Fields:
     """``LowRankUse`` of ``low_rank.cpp``."""
-    return *numbers_fields(a_RI), *numbers_fields(b_OR), a_RI.shape[0], *rows
+    return *numbers_fields(a_RI), *numbers_fields(b_RO), a_RI.shape[0], *rows
 
 
 class Kernel(Protocol):
