@@ -33,9 +33,8 @@ from timbre_methods.registry import compile_adapter
 from timbre_server.adapters.adapted_model import AdaptedModel, Arithmetic
 from timbre_server.engine.attention import install_attention
 from timbre_server.engine.batch import Batch, forward
-from timbre_server.engine.fused_activation import fuse_activations
+from timbre_server.engine.fused_layers import fuse_layers
 from timbre_server.engine.fused_norm import norm_of
-from timbre_server.engine.fused_rotary import fuse_rotary
 from timbre_server.engine.kv_cache import KVCache
 from timbre_server.engine.packed_linear import LinearPacker
 from timbre_server.engine.paged_attention import SequenceRows
@@ -92,9 +91,7 @@ class Measured:
     ) -> None:
         self._model = copy.deepcopy(model, {id(p): p for p in model.parameters()})
         probed = probe(self._model)
-        if kernels == "native":
-            fuse_activations(self._model)
-            fuse_rotary(self._model, probed.layers)
+        fuse_layers(self._model, probed.layers, kernels)
         arithmetic = Arithmetic(packer.product_of, kernels, partial(norm_of, native=kernels == "native"))
         self._adapted = AdaptedModel(self._model, probed.groups, arithmetic, probed.lone)
         for slot, program in enumerate(slots):

@@ -13,9 +13,8 @@ from transformers import PreTrainedModel
 
 from timbre_server.adapters.adapted_model import AdaptedModel, Arithmetic
 from timbre_server.engine.attention import install_attention
-from timbre_server.engine.fused_activation import fuse_activations
+from timbre_server.engine.fused_layers import fuse_layers
 from timbre_server.engine.fused_norm import norm_of
-from timbre_server.engine.fused_rotary import fuse_rotary
 from timbre_server.engine.kv_blocks import BlockPool
 from timbre_server.engine.kv_cache import bytes_per_block
 from timbre_server.engine.messages import SamplingParams, Submit
@@ -89,9 +88,7 @@ def served(
     probed = probe(model)
     product_of = LinearPacker(model.dtype, model.device).product_of
     arithmetic = Arithmetic(product_of, norm_of=partial(norm_of, native=native))
-    if native:
-        fuse_activations(model)
-        fuse_rotary(model, probed.layers)
+    fuse_layers(model, probed.layers, "native" if native else "torch")
     adapted = AdaptedModel(model, probed.groups, arithmetic, probed.lone, parameters=probed.parameters)
     options = RunnerOptions(
         block_size=BLOCK_SIZE,

@@ -1,4 +1,4 @@
-"""C++ takes the places of activations and gated MLPs only where it does what they do."""
+"""One call takes the places of activations and gated MLPs only where it does what they do."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from transformers.models.gemma.modeling_gemma import GemmaMLP
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from timbre_server.engine.fused_activation import Activation, GatedMLP, fuse_activations
+from timbre_server.engine.layer_kernels import in_cpp
 from timbre_server.native import library as native
 
 SIZES = {"hidden_size": 24, "intermediate_size": 44, "num_attention_heads": 1}
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.cpp
 def fused(module: nn.Module) -> nn.Module:
     """Of a copy, within a model."""
     model = nn.ModuleDict({"part": copy.deepcopy(module)})
-    fuse_activations(model)
+    fuse_activations(model, in_cpp())
     return model["part"]
 
 
@@ -132,13 +133,3 @@ def test_of_an_mlp_that_does_something_else_only_the_activation_is_replaced(kind
     assert type(part.act_fn) is Activation
     inputs = (random_rows(1, 5, 24),) * (2 if kind is OfTwo else 1)
     assert_same(part(*inputs), mlp(*inputs))
-
-
-def test_without_a_compiler_nothing_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_kernel(*args: object) -> None:
-        raise native.LibraryUnavailable("no C++ compiler was found")
-
-    monkeypatch.setattr("timbre_server.engine.fused_activation.kernel", no_kernel)
-    mlp = fused(llama_mlp())
-    assert type(mlp) is LlamaMLP
-    assert type(mlp.act_fn) is type(ACT2FN["silu"])

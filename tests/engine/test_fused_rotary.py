@@ -1,4 +1,4 @@
-"""C++ takes the place of rotary positions only in attention layers that do what it does."""
+"""One call takes the place of rotary positions only in attention layers that do what it does."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from timbre_server.engine.attention import install_attention
 from timbre_server.engine.batch import run_model
 from timbre_server.engine.fused_rotary import RotaryAttention, fuse_rotary
+from timbre_server.engine.layer_kernels import LayerKernels, in_cpp
 from timbre_server.engine.probe import Recording, probe
 from timbre_server.native import library as native
 
@@ -29,11 +30,11 @@ HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 pytestmark = pytest.mark.cpp
 
 
-def fused(model: PreTrainedModel) -> list[type[nn.Module]]:
+def fused(model: PreTrainedModel, kernels: LayerKernels | None = None) -> list[type[nn.Module]]:
     """The types of its attention layers afterwards."""
     install_attention(model)
     layers = probe(model).layers
-    fuse_rotary(model, layers)
+    fuse_rotary(model, layers, kernels or in_cpp())
     return [type(model.get_submodule(layer.path)) for layer in layers]
 
 
@@ -94,13 +95,3 @@ def test_several_threads_turn_each_row_once(tiny_model: TinyModel, two_threads: 
     want = [u * cos_TD + torch.cat((-u[..., 16:], u[..., :16]), -1) * sin_TD for u in (q_THD, k_TGD)]
     rotate(q_THD, k_TGD, cos_TD.transpose(0, 1), sin_TD.transpose(0, 1))
     torch.testing.assert_close([q_THD, k_TGD], want)
-
-
-def test_without_a_compiler_nothing_is_replaced(
-    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def no_kernel(*args: object) -> None:
-        raise native.LibraryUnavailable("no C++ compiler was found")
-
-    monkeypatch.setattr("timbre_server.engine.fused_rotary.kernel", no_kernel)
-    assert set(fused(tiny_model("llama"))) == {LlamaAttention}

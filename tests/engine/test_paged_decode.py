@@ -11,7 +11,7 @@ from timbre_server.engine.context import AttentionCall
 from timbre_server.engine.decode_graphs import DecodeTables
 from timbre_server.engine.kv_cache import KVCache, LayerShape
 from timbre_server.engine.paged_attention import PagedStep, SequenceRows
-from timbre_server.engine.paged_decode import DecodeStep, can_attend
+from timbre_server.engine.paged_decode import DecodeStep, can_attend, store
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -121,6 +121,25 @@ def test_rows_of_padding_give_zeros_and_change_no_other_row() -> None:
     assert not out[2:].any()
     own = AttentionCall(0, call.q_HTD[:, :2], call.k_GTD[:, :2], call.v_GTE[:, :2], scale=call.scale)
     torch.testing.assert_close(out[:2], PagedStep(cache, sequences).attend(own), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "kv_heads", "dim"), [(1, 3, 64), (3, 1, 48), (65, 9, 128)])
+def test_keys_and_values_go_to_their_slots_and_nowhere_else(
+    dtype: torch.dtype, rows: int, kv_heads: int, dim: int
+) -> None:
+    torch.manual_seed(0)
+    k_GTD, v_GTD = torch.randn(2, kv_heads, rows, dim, device=DEVICE).to(dtype)
+    slots_T = torch.randperm(2 * rows + 1, device=DEVICE)[:rows]
+    pools = torch.full((2, 2 * rows + 1, kv_heads, dim), torch.nan, dtype=dtype, device=DEVICE)
+    want = pools.clone()
+    want[0, slots_T], want[1, slots_T] = k_GTD.transpose(0, 1), v_GTD.transpose(0, 1)
+    by_rows = k_GTD.transpose(0, 1).contiguous().transpose(0, 1)
+    by_columns = v_GTD.transpose(1, 2).contiguous().transpose(1, 2)
+    for k, v in ((k_GTD, v_GTD), (by_rows, by_columns)):
+        got = pools.clone()
+        store(k, v, slots_T, *got)
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
 
 def test_what_is_not_served() -> None:

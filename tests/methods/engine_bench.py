@@ -22,9 +22,8 @@ from timbre_server.adapters.adapted_model import AdaptedModel, Arithmetic
 from timbre_server.adapters.base_sites import base_frame, base_sites
 from timbre_server.engine.assembly import layers_of
 from timbre_server.engine.attention import install_attention
-from timbre_server.engine.fused_activation import fuse_activations
+from timbre_server.engine.fused_layers import fuse_layers
 from timbre_server.engine.fused_norm import norm_of
-from timbre_server.engine.fused_rotary import fuse_rotary
 from timbre_server.engine.kv_blocks import BlockPool
 from timbre_server.engine.kv_cache import bytes_per_block
 from timbre_server.engine.layer_stack import Ranges, stack_layers
@@ -91,9 +90,7 @@ class EngineBench:
         self.sites: Sites = base_sites(layers_of(self.model, probed.sites))
         attention = (layer.attention for layer in probed.layers)
         self.frame = base_frame(probed.hidden_size, map(msgspec.structs.astuple, attention), stack)
-        if kernels == "native":
-            fuse_activations(self.model)
-            fuse_rotary(self.model, probed.layers)
+        fuse_layers(self.model, probed.layers, kernels)
         self.shelf = Shelf()
         self.uses: dict[str, AdapterUse] = {}
         self.adapted = AdaptedModel(

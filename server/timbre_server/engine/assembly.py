@@ -19,9 +19,8 @@ from timbre_server.adapters.loader import AdapterLoader
 from timbre_server.adapters.pinning import Pinning
 from timbre_server.adapters.runtime import AdapterRuntime, Loader, MakeLoader
 from timbre_server.engine.core import EngineCore
-from timbre_server.engine.fused_activation import fuse_activations
+from timbre_server.engine.fused_layers import fuse_layers
 from timbre_server.engine.fused_norm import norm_of
-from timbre_server.engine.fused_rotary import fuse_rotary
 from timbre_server.engine.kv_blocks import BlockPool
 from timbre_server.engine.linears import bias_of, weight_of
 from timbre_server.engine.lone_layers import lone_weight_of
@@ -71,9 +70,7 @@ def engine_around(
     native = kernels == "native"
     packer = LinearPacker(model.dtype, model.device, native=native)
     arithmetic = Arithmetic(packer.product_of, kernels, partial(norm_of, native=native))
-    if native and model.dtype is torch.float32:
-        fuse_activations(model)
-        fuse_rotary(model, probed.layers)
+    fuse_layers(model, probed.layers, kernels)
     embedding = model.get_input_embeddings()
     adapted = AdaptedModel(
         model, probed.groups, arithmetic, probed.lone, probed.blocks, embedding, probed.parameters

@@ -215,11 +215,13 @@ def graphs_for(
     layers, shapes = prepared.probed.layers, prepared.probed.kv_shapes
     scores = {Scores(layer.softcap is not None, layer.has_sinks) for layer in layers}
     # Triton is not installed everywhere.
+    from triton.errors import TritonError
+
     from timbre_server.engine.paged_decode import DecodeStep, can_attend
 
     try:
         agree = all(map(can_attend, shapes)) and agrees(DecodeStep.of, cache, shapes, _CHECKED, scores)
-    except (RuntimeError, OSError, ValueError):
+    except (TritonError, RuntimeError, OSError, ValueError):
         _log.warning("attention's kernel for recorded steps fails here", exc_info=True)
         agree = False
     _log.info("decode steps: %s", "recorded as CUDA graphs" if agree else "launched one by one")

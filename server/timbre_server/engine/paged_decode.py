@@ -1,15 +1,15 @@
 """Attention of decode steps over the paged cache in Triton: no launch depends on the step's numbers.
 
 Slots, lengths and block tables are read on the device, so a launch may be recorded in a CUDA graph and
-replayed for the next step. A program has one row's query heads of one KV head and a share of the row's own
-keys, read where they are; a second launch joins the shares (FlashDecoding: Dao et al., 2023). With scores
-s = scale q·k, or cap tanh(scale q·k / cap), m the largest of a share, l = Σ exp(s - m), a = Σ exp(s - m) v,
-and c the head's sink, if it has one::
+replayed for the next step. One launch stores the rows' own keys and values. In the next a program has one
+row's query heads of one KV head and a share of the row's keys, read where they are; a third joins the shares
+(FlashDecoding: Dao et al., 2023). With scores s = scale q·k, or cap tanh(scale q·k / cap), m the largest of a
+share, l = Σ exp(s - m), a = Σ exp(s - m) v, and c the head's sink, if it has one::
 
     out = Σ_shares exp(m - m*) a / (Σ_shares exp(m - m*) l + exp(c - m*)),    m* = max(m, c)
 
 Products take the cache's dtype and sum in float32. Checked under Triton's interpreter and on an H200; soft
-caps and sinks not on a GPU yet.
+caps, sinks and the launch that stores not on a GPU yet.
 
 Legend: T rows, B blocks of a row, H query heads, G KV heads, M query heads of one KV head, D dim, L keys of
 a tile, S shares.
@@ -35,6 +35,24 @@ PROGRAMS = 512
 """About as many at least: a GPU has some 130 processors, and each takes a few."""
 MAX_SHARES = 16
 TILE = 64
+
+
+@triton.jit
+def _store_heads(x, x_head, x_row, pool, slots, G: tl.constexpr, D: tl.constexpr):
+    PG: tl.constexpr = triton.next_power_of_2(G)
+    PD: tl.constexpr = triton.next_power_of_2(D)
+    t, g, d = tl.program_id(0).to(tl.int64), tl.arange(0, PG)[:, None], tl.arange(0, PD)[None, :]
+    is_gd = (g < G) & (d < D)
+    x_GD = tl.load(x + g * x_head + t * x_row + d, mask=is_gd, other=0.0)
+    tl.store(pool + (tl.load(slots + t) * G + g) * D + d, x_GD, mask=is_gd)
+
+
+@triton.jit
+def _store(k, k_head, k_row, v, v_head, v_row, keys, values, slots, G: tl.constexpr, D: tl.constexpr):
+    if tl.program_id(1) == 0:
+        _store_heads(k, k_head, k_row, keys, slots, G, D)
+    else:
+        _store_heads(v, v_head, v_row, values, slots, G, D)
 
 
 @triton.jit
@@ -129,8 +147,8 @@ class DecodeStep:
 
     def attend(self, call: AttentionCall) -> Tensor:
         cache, (slots_T, blocks_TB, num_keys_T) = self.cache, self.tables
-        cache.write(call.layer, slots_T, call.k_GTD.transpose(0, 1), call.v_GTE.transpose(0, 1))
         k, v = cache.pools(call.layer)
+        store(call.k_GTD, call.v_GTE, slots_T, k, v)
         q_HTD = call.q_HTD if call.q_HTD.stride(2) == 1 else call.q_HTD.contiguous()
         (heads, rows, dim), kv_heads = q_HTD.shape, k.shape[1]
         most_keys = blocks_TB.shape[1] * cache.block_size
@@ -147,6 +165,16 @@ class DecodeStep:
         )  # fmt: skip
         _join[(rows * heads,)](sums, maxima, call.sinks_H, out_THD, H=heads, D=dim, SHARES=shares)
         return out_THD
+
+
+def store(k_GTD: Tensor, v_GTD: Tensor, slots_T: Tensor, keys_SGD: Tensor, values_SGD: Tensor) -> None:
+    """As `KVCache.write`."""
+    k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (k_GTD, v_GTD))
+    kv_heads, rows, dim = k.shape
+    _store[rows, 2](
+        k, k.stride(0), k.stride(1), v, v.stride(0), v.stride(1), keys_SGD, values_SGD, slots_T, G=kv_heads,
+        D=dim,
+    )  # fmt: skip
 
 
 def can_attend(shape: LayerShape) -> bool:

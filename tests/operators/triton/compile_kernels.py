@@ -1,8 +1,8 @@
 """Compiles what is launched in Triton, for a GPU that need not be here: ``cuda 90``, ``hip gfx942``.
 
-Every operator runs on random parts, for rows by themselves and for many of one adapter, and attention of
-recorded steps on the largest heads, with launches that compile and do nothing else. Prints a line of JSON for
-each kernel and kind of arguments.
+Every operator runs on random parts, for rows by themselves and for many of one adapter, attention of recorded
+steps on the largest heads, and what else layers launch, with launches that compile and do nothing else.
+Prints a line of JSON for each kernel and kind of arguments.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from timbre_server.engine.context import AttentionCall
 from timbre_server.engine.kv_cache import KVCache, LayerShape
 from timbre_server.engine.paged_attention import SequenceRows
 from timbre_server.engine.paged_decode import MAX_DIM, DecodeStep
+from timbre_server.engine.triton_layers import in_triton
 from timbre_server.native.formats import FORMATS
 from timbre_server.operators.catalogue import all_operators
 from timbre_server.operators.materialise import materialise
@@ -79,7 +80,7 @@ def compiling(target: GPUTarget, seen: set[str]) -> Callable[..., None]:
 
 
 def launches() -> Iterator[None]:
-    """One operator's after the other."""
+    """One operator's after the other, and the engine's."""
     kinds = {operator.part for operator in catalogue.operators()}
     for operator in all_operators(kernels="triton"):
         if operator.part not in kinds and type(operator).__name__ != "RoutedOperator":
@@ -110,6 +111,16 @@ def attention() -> None:
     DecodeStep.of(cache, [SequenceRows(0, 1, 5, (1,))]).attend(call)
 
 
+def layers() -> None:
+    """What else they launch, in each type."""
+    kernels = in_triton(torch.device("cpu"))
+    for dtype in kernels.dtypes:
+        q_THD, k_TGD, cos_1TD = (torch.randn(*sizes, 64, dtype=dtype) for sizes in ((3, 9), (3, 3), (1, 3)))
+        kernels.rotate(q_THD, k_TGD, cos_1TD, cos_1TD)
+        for factor in (None, k_TGD):
+            kernels.activate(k_TGD, factor, (1.0, 0.0), k_TGD)
+
+
 def main() -> None:
     backend, architecture = sys.argv[1:]
     warp_size = 64 if backend == "hip" else 32
@@ -118,6 +129,7 @@ def main() -> None:
     for _ in launches():
         pass
     attention()
+    layers()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,57 @@
+"""What a model's layers compute beside their products, each as one call.
+
+The modules of `fused_rotary` and `fused_activation` make these calls, and do not know what answers: C++ on a
+CPU (``rotary.cpp``, ``activation.cpp``), or Triton on a GPU (`triton_layers`).
+
+Legend: T rows, H query heads, G KV heads, D key dim.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from timbre_server.native.library import ADDRESS, NUMBER, kernel, num_threads
+
+Curve = tuple[float, float]
+"""Slope and bend of ``act(v) = v σ(slope v + bend v³)``."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKernels:
+    """Both take contiguous tensors, of one of ``dtypes`` and on ``device``, and round once."""
+
+    device: torch.device
+    dtypes: tuple[torch.dtype, ...]
+    """float32 is one of them."""
+    rotate: Callable[[Tensor, Tensor, Tensor, Tensor], None]
+    """``q_THD, k_TGD, cos_1TD, sin_1TD``: turns q and k in place."""
+    activate: Callable[[Tensor, Tensor | None, Curve, Tensor], None]
+    """``x, factor, curve, y``: y becomes ``act(x)``, times the factor where there is one; y may be x."""
+    failures: tuple[type[Exception], ...] = ()
+    """What they raise where they cannot run."""
+
+
+def in_cpp() -> LayerKernels:
+    """Raises: LibraryUnavailable."""
+    types = (ADDRESS, NUMBER, ADDRESS, NUMBER, ADDRESS, ADDRESS, NUMBER, NUMBER)
+    run_rotary = kernel("timbre_rotary", *types)
+    run_activation = kernel(
+        "timbre_activation", ADDRESS, ADDRESS, ctypes.c_float, ctypes.c_float, ADDRESS, NUMBER
+    )
+
+    def rotate(q_THD: Tensor, k_TGD: Tensor, cos_1TD: Tensor, sin_1TD: Tensor) -> None:
+        (num_rows, num_heads, key_dim), num_kv_heads = q_THD.shape, k_TGD.shape[1]
+        heads = q_THD.data_ptr(), num_heads, k_TGD.data_ptr(), num_kv_heads
+        threads = num_threads(q_THD.numel())
+        run_rotary(*heads, cos_1TD.data_ptr(), sin_1TD.data_ptr(), num_rows, key_dim, threads)
+
+    def activate(x: Tensor, factor: Tensor | None, curve: Curve, y: Tensor) -> None:
+        factors, count = None if factor is None else factor.data_ptr(), x.numel()
+        run_activation(x.data_ptr(), factors, *curve, y.data_ptr(), count, num_threads(count))
+
+    return LayerKernels(torch.device("cpu"), (torch.float32,), rotate, activate)
