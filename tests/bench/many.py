@@ -147,8 +147,9 @@ def answered(server: MeasuredServer, path: str) -> dict[str, float]:
 
 
 def cold_and_warm(server: MeasuredServer, count: int, folder: Path) -> list[dict[str, Any]]:
-    """First requests of adapters that were never used, each beside a second one of the same adapter; the
-    processor's time is of whole requests and all of the server's processes."""
+    """First requests of adapters that were never used, each beside a second one of the same adapter, whose
+    prompt is another: the prefix cache holds the first. The processor's time is of whole requests and all of
+    the server's processes."""
     names = write_adapters(server.model_folder, folder, FAMILIES, count + 1)
     server.upload(folder)
     for own in names.values():
@@ -157,7 +158,7 @@ def cold_and_warm(server: MeasuredServer, count: int, folder: Path) -> list[dict
     warm: dict[str, list[tuple[float, float]]] = {family: [] for family in names}
     for number in range(1, count + 1):
         for family, own in names.items():
-            for times, seed in ((cold, number), (warm, -number)):
+            for times, seed in ((cold, number), (warm, count + number)):  # Python seeds -1 as it does 1.
                 before_s = server.processor_s()
                 ttft_ms = stream(server, (own[number],), seed)[0]
                 times[family].append((ttft_ms, server.processor_s() - before_s))
