@@ -6,6 +6,7 @@ Many adapters are uploaded in 16 bits. In float32 half of their memory, and of w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -13,6 +14,11 @@ from torch import Tensor
 
 FORMATS = (torch.float32, torch.bfloat16, torch.float16)
 """A kernel is told of one by its place here."""
+
+NARROW = ((torch.bfloat16, 8), (torch.float16, 11))
+"""Those of 16 bits, and how many bits a number has there, from its first to its last that is set."""
+LOOKED_AT = 4
+"""Numbers of a tensor that most often tell where it does not go."""
 
 
 def format_of(tensor: Tensor) -> int:
@@ -27,10 +33,12 @@ def formats_in(formats: Iterable[int]) -> int:
 def narrowed(values: Tensor, rounded_to: torch.dtype | None = None) -> Tensor:
     """In a format of 16 bits from which every value comes back as it is; else rounded to the one that is
     given, unless a value is too large for it; else the very same tensor."""
-    for dtype in FORMATS[1:]:
-        narrow = values.to(dtype)
-        if torch.equal(narrow.to(values.dtype), values):
-            return narrow
+    few = values[:1].flatten()[:LOOKED_AT].tolist()
+    for dtype, bits in NARROW:
+        if all((math.frexp(value)[0] * 2**bits).is_integer() for value in few):
+            narrow = values.to(dtype)
+            if torch.equal(narrow.to(values.dtype), values):
+                return narrow
     if rounded_to is not None and bool((rounded := values.to(rounded_to)).isfinite().all()):
         return rounded
     return values
