@@ -35,6 +35,9 @@ BIAS = "base_layer.bias"
 CELLS_AT_ONCE = 2**22
 """Values of a copied weight that are compared together."""
 
+_KEYS = (COPY, BIAS, TOKENS, "weight", "bias")
+_ENDINGS = tuple(f".{key}" for key in _KEYS)
+
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(min_length=1, max_length=2**20)]
 """Ids of tokens; what they must be for a layer is checked with its tensor."""
 
@@ -173,8 +176,8 @@ def _tokens_of(path: str, listed: list[int] | dict[str, list[int]]) -> list[int]
 
 def _split(name: str, sites: Sites) -> tuple[str, str]:
     """The site and the key of a tensor that is read here; the key is empty for any other."""
-    if name.startswith(PREFIX):
-        for key in (COPY, BIAS, TOKENS, "weight", "bias"):
+    if name.startswith(PREFIX) and name.endswith(_ENDINGS):
+        for key in _KEYS:
             path = name[len(PREFIX) : -len(key) - 1]
             if name.endswith("." + key) and path in sites:
                 return path, key

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -17,9 +18,6 @@ from timbre_methods.errors import AdapterMismatch, InvalidTensors
 
 PREFIX = "base_model.model."
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-MAX_KEY_STEPS = 6
-"""No method's key has more names between its dots."""
-
 NOUNS: Mapping[SiteKind, str] = {
     "linear": "linear layer",
     "embedding": "embedding",
@@ -176,7 +174,7 @@ def article(site: Site) -> str:
 
 def _split(name: str, keys: frozenset[str]) -> tuple[str, str]:
     if name.startswith(PREFIX):
-        path, *steps = name[len(PREFIX) :].rsplit(".", MAX_KEY_STEPS)
+        path, *steps = name[len(PREFIX) :].rsplit(".", _most_steps(keys))
         while steps:
             if (key := ".".join(steps)) in keys:
                 return path, key
@@ -189,6 +187,12 @@ def _split(name: str, keys: frozenset[str]) -> tuple[str, str]:
         f"{name[:200]!r} is surplus: no layer takes it; "
         f"expected names like '{PREFIX}<module path>.<key>' with one of the keys {endings}"
     )
+
+
+@cache
+def _most_steps(keys: frozenset[str]) -> int:
+    """Names between the dots of a key, at most."""
+    return max(key.count(".") + 1 for key in keys)
 
 
 def _first_of(names: Sequence[str]) -> str:

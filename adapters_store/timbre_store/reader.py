@@ -8,6 +8,7 @@ just now, save the tensors, which are large: hash them with `verify_blob` or `re
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,9 +62,14 @@ def verify_blob(path: Path, digest: str) -> None:
     verify_file(path, digest)
 
 
-def read_blob(path: Path, digest: str) -> bytes:
-    """The whole file, in memory: what is used is what was verified. Raises: DigestMismatch."""
-    content = path.read_bytes()
+def read_blob(path: Path, digest: str) -> bytearray:
+    """The whole file, in memory of the caller's own: what is used is what was verified.
+
+    Raises: DigestMismatch.
+    """
+    with path.open("rb") as file:
+        content = bytearray(os.fstat(file.fileno()).st_size)
+        file.readinto(content)
     verify_bytes(content, digest)
     return content
 

@@ -1,0 +1,32 @@
+"""The tensors of a safetensors file that is in memory, where they lie: the library copies each of them.
+
+For files that were checked when they were stored (`timbre_store.safetensors_header`) and hashed since.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from timbre_methods.registry import DTYPES
+
+_LENGTH_BYTES = 8
+
+
+def tensors_in(content: bytearray) -> dict[str, Tensor]:
+    """Views by name, in the header's order. They keep the content alive."""
+    start = _LENGTH_BYTES + int.from_bytes(content[:_LENGTH_BYTES], "little")
+    header = json.loads(content[_LENGTH_BYTES:start])
+    header.pop("__metadata__", None)
+    return {
+        name: _view(content, DTYPES[entry["dtype"]], entry["shape"], start + entry["data_offsets"][0])
+        for name, entry in header.items()
+    }
+
+
+def _view(content: bytearray, dtype: torch.dtype, shape: Sequence[int], offset: int) -> Tensor:
+    return torch.frombuffer(content, dtype=dtype, count=math.prod(shape), offset=offset).view(shape)
