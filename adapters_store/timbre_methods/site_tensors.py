@@ -192,7 +192,7 @@ def _split(name: str, keys: frozenset[str]) -> tuple[str, str]:
 @cache
 def _most_steps(keys: frozenset[str]) -> int:
     """Names between the dots of a key, at most."""
-    return max(key.count(".") + 1 for key in keys)
+    return max((key.count(".") + 1 for key in keys), default=0)
 
 
 def _first_of(names: Sequence[str]) -> str:
