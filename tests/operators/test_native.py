@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(MISSING is not None, reason=f"no native kernels 
 
 CROWDS = {
     "decode": [Span(1, ((slot, 1.0),)) for slot in range(11)],
-    "prefill beside decode": [Span(21, ((1, 1.0),)), Span(1), Span(1, ((2, 1.0),)), Span(9, ((0, 0.5),))],
+    "prefill beside decode": [Span(45, ((1, 1.0),)), Span(1), Span(1, ((2, 1.0),)), Span(9, ((0, 0.5),))],
     "mixes": [
         Span(1, ((0, 0.7), (1, 0.3))),
         Span(19, ((2, 0.25), (0, 2.0))),
