@@ -63,6 +63,17 @@ static inline void small_transform(const FourierPlan &plan, const Complex *a, Co
 template <int SIGN, int P>
 static void pass(const FourierPlan &plan, const Complex *__restrict from, Complex *__restrict to, int64_t done, int64_t left) {
     const int64_t step = left / P;
+    if (step == 1) {  // The last one, whose roots are ones.
+        for (int64_t q = 0; q < done; q++) {
+            Complex a[P], b[P];
+#pragma GCC unroll 8
+            for (int t = 0; t < P; t++) a[t] = from[q + done * t];
+            small_transform<SIGN, P>(plan, a, b);
+#pragma GCC unroll 8
+            for (int u = 0; u < P; u++) to[q + done * u] = b[u];
+        }
+        return;
+    }
     for (int64_t j = 0; j < step; j++) {
         float re[P], im[P];
         for (int u = 1; u < P; u++) {
@@ -100,24 +111,29 @@ static Complex *transform(const FourierPlan &plan, Complex *from, Complex *to) {
     return from;
 }
 
-// X[k] for k <= m of the real rows whose numbers 2 j and 2 j + 1 are the parts of `packed[j]`, which is lost.
+// 2 X[k] for k <= m of the real rows whose numbers 2 j and 2 j + 1 are the parts of `packed[j]`, which is lost.
 static void spectra(const FourierPlan &plan, Complex *packed, Complex *scratch, Complex *X) {
+    const int64_t m = plan.m;
     const Complex *z = transform<-1>(plan, packed, scratch);
-    for (int64_t k = 0; k <= plan.m; k++) {
-        const Complex here = z[k == plan.m ? 0 : k], there = conjugate(z[k == 0 ? 0 : plan.m - k]);
+    X[0] = {(z[0].re + z[0].im) * 2, Lanes{}};
+    X[m] = {(z[0].re - z[0].im) * 2, Lanes{}};
+    for (int64_t k = 1; 2 * k <= m; k++) {
+        const Complex here = z[k], there = conjugate(z[m - k]);
         const Complex even = here + there, odd = rooted<-1>(here - there, plan.half_roots, k);
-        X[k] = {(even.re + odd.im) * 0.5f, (even.im - odd.re) * 0.5f};
+        X[k] = {even.re + odd.im, even.im - odd.re};
+        X[m - k] = {even.re - odd.im, -even.im - odd.re};
     }
 }
 
-// The real rows of half spectra, packed as `spectra` takes them; of X[0] and X[m] the real parts count.
-static Complex *rows_of_spectra(const FourierPlan &plan, Complex *X, Complex *packed, Complex *scratch) {
-    const float scale = 0.5f / plan.m;
-    X[0].im = X[plan.m].im = Lanes{};
-    for (int64_t k = 0; k < plan.m; k++) {
-        const Complex here = X[k], there = conjugate(X[plan.m - k]);
-        const Complex turned = times_i(rooted<1>(here - there, plan.half_roots, k));
-        packed[k] = {(here.re + there.re + turned.re) * scale, (here.im + there.im + turned.im) * scale};
+// The real rows of half spectra, packed as `spectra` takes them, times 2 m; of X[0] and X[m] the real parts count.
+static Complex *rows_of_spectra(const FourierPlan &plan, const Complex *X, Complex *packed, Complex *scratch) {
+    const int64_t m = plan.m;
+    packed[0] = {X[0].re + X[m].re, X[0].re - X[m].re};
+    for (int64_t k = 1; 2 * k <= m; k++) {
+        const Complex here = X[k], there = conjugate(X[m - k]);
+        const Complex even = here + there, odd = rooted<1>(here - there, plan.half_roots, k);
+        packed[k] = {even.re - odd.im, even.im + odd.re};
+        packed[m - k] = {even.re + odd.im, odd.re - even.im};
     }
     return transform<1>(plan, packed, scratch);
 }

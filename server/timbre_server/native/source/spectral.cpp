@@ -17,7 +17,8 @@ struct SpectralCore {
 };
 
 // A coefficient in the order of those side by side: value times both parts of the frequency whose real part is
-// coordinate `column` is added, each with a factor of its own, to those of the frequency at `row`.
+// coordinate `column` is added, each with a factor of its own, to those of the frequency at `row`. Factors hold
+// what transforms leave out, 1 / 4 m.
 struct SpectralEntry {
     int32_t row, column;
     int32_t source;  // Among the values of rows that share them.
@@ -35,7 +36,7 @@ static Complex *aligned(const std::unique_ptr<float[]> &buffer) {
     return reinterpret_cast<Complex *>((at + step - 1) / step * step);
 }
 
-// z, where vectors may lie, [count, 2 (m + 1), LANES]: the half spectra of x's rows.
+// z, where vectors may lie, [count, 2 (m + 1), LANES]: the half spectra of x's rows, twice.
 extern "C" void timbre_spectra(
     const FourierPlan *plan, const SpectralRows *groups, int64_t count, const float *x, float *z, int threads
 ) {
@@ -75,10 +76,14 @@ static void add_to_rows(const float *lanes, int64_t out, const SpectralRows &own
         Lanes block[LANES];
         for (int j = 0; j < LANES; j++) block[j] = load(lanes + (o + j) * LANES);
         transpose(block);
-        for (int64_t n = 0; n < own.count; n++) {
+        const auto add = [&](int n) {
             float *to = y + own.rows[n] * out + o;
             store(to, load(to) + block[n]);
-        }
+        };
+        if (own.count == LANES)
+            for (int n = 0; n < LANES; n++) add(n);
+        else
+            for (int n = 0; n < own.count; n++) add(n);
     }
     for (; o < out; o++)
         for (int64_t n = 0; n < own.count; n++) y[own.rows[n] * out + o] += lanes[o * LANES + n];

@@ -28,6 +28,9 @@ from timbre_server.operators.row_table import Pairs, RowTable
 from timbre_server.operators.spectral import SpectralOperator
 from timbre_server.operators.transforms import Transform
 
+STREAMS = 8
+"""Of coefficients, so many of which are on their way at once."""
+
 
 class NativeSpectral(SpectralOperator):
     """`SpectralOperator` by ``spectral.cpp``."""
@@ -143,15 +146,23 @@ class _Pattern:
         # Of each place the real part's coordinate, and the imaginary one's after it.
         columns, rows = inner.reads(places.columns_N), outer.writes(places.rows_N)
         along = rows if places.out_features > places.in_features else columns
-        self.order_N = along.index_NE[:, 0].argsort(stable=True)
+        self.order_N = _interleaved(along.index_NE[:, 0].argsort(stable=True))
         indices_N3 = torch.stack(
             [rows.index_NE[:, 0], columns.index_NE[:, 0], torch.arange(len(self.order_N))], 1
         )
-        factors_N2 = (rows.factor_NE * columns.factor_NE).float()
+        factors_N2 = (rows.factor_NE * columns.factor_NE / (2 * places.out_features)).float()
         entries_N5 = torch.cat([indices_N3.int(), factors_N2.view(torch.int32)], 1)[self.order_N]
         self._held = entries_N5
         self._structure = _PatternStructure(entries_N5.data_ptr(), len(entries_N5))
         self.address = ctypes.addressof(self._structure)
+
+
+def _interleaved(order_N: Tensor) -> Tensor:
+    """Of every part of the order one in turn: additions to one place that lie side by side would wait for
+    each other."""
+    count = len(order_N)
+    places_N = torch.arange(-(-count // STREAMS) * STREAMS).view(STREAMS, -1).T.flatten()
+    return order_N[places_N[places_N < count]]
 
 
 class _Member:
