@@ -11,6 +11,7 @@ constexpr int VECTORS = 2;
 constexpr int PANEL = VECTORS * LANES;
 constexpr int TILE = 5;  // Rows, of which all sums stay in registers.
 constexpr int64_t BLOCK = 8 * TILE;  // Rows that stay in the cache while all panels pass.
+constexpr int64_t MANY = 4 * TILE;  // More rows than these read weights as floats.
 constexpr int INPUTS = 4;  // Inputs between two looks at what to ask for.
 
 struct Linear {
@@ -84,20 +85,52 @@ static void tile_of(
     }
 }
 
-// The panel at `first` with the rows of one block, in tiles of nearly one size that together ask for the next.
+// What a panel asks of memory: the next one, from `soon` on, and so many lines for every INPUTS over all rows.
+struct Ahead {
+    const char *soon;
+    int lines;
+};
+
+// The panel at `first` with the rows of one block, in tiles of nearly one size.
 template <typename Number>
-static void pass(const Linear &linear, int64_t row, int64_t end, const Number *panel, int64_t size, int64_t first) {
-    constexpr int ALL_LINES = INPUTS * PANEL * sizeof(Number) / LINE;
-    const char *soon = reinterpret_cast<const char *>(panel + size);
+static void pass(const Linear &linear, int64_t row, int64_t end, const Number *panel, int64_t first, Ahead next) {
     int64_t tiles = (end - row + TILE - 1) / TILE;
-    const int lines = (ALL_LINES + tiles - 1) / tiles;
+    const int lines = (next.lines + tiles - 1) / tiles;
     for (; tiles; tiles--) {
         const int rows = (end - row + tiles - 1) / tiles;
-        if (lines == 4) tile_of<4>(rows, linear, row, panel, first, soon);
-        else if (lines == 2) tile_of<2>(rows, linear, row, panel, first, soon);
-        else tile_of<1>(rows, linear, row, panel, first, soon);
+        if (lines == 4) tile_of<4>(rows, linear, row, panel, first, next.soon);
+        else if (lines == 2) tile_of<2>(rows, linear, row, panel, first, next.soon);
+        else tile_of<1>(rows, linear, row, panel, first, next.soon);
         row += rows;
-        soon += linear.in / INPUTS * lines * LINE;
+        next.soon += linear.in / INPUTS * lines * LINE;
+    }
+}
+
+// A panel as floats, where it may be read so.
+static const float *widened(const float *panel, int64_t, Scratch &) { return panel; }
+
+static const float *widened(const BFloat16 *panel, int64_t size, Scratch &scratch) {
+    float *to = scratch.of(size);
+    for (int64_t i = 0; i < size; i += 2 * PANEL)
+        for (int second : {0, 1})
+            for (int v = 0; v < VECTORS; v++)
+                store(to + i + second * PANEL + v * LANES, weights_of(panel + i, second, v));
+    return to;
+}
+
+template <typename Number>
+static void multiply(const Linear &linear, int64_t rows, const Number *panels, Share own) {
+    const int64_t size = (linear.in + 1) / 2 * 2 * PANEL;
+    constexpr int LINES = INPUTS * PANEL * sizeof(Number) / LINE;
+    Scratch scratch;
+    for (int64_t row = 0; row < rows; row += BLOCK) {
+        const int64_t end = row + BLOCK < rows ? row + BLOCK : rows;
+        for (int64_t first = own.begin; first < own.end; first += PANEL) {
+            const Number *panel = panels + first / PANEL * size;
+            const Ahead next = {reinterpret_cast<const char *>(panel + size), LINES};
+            if (end - row > MANY) pass(linear, row, end, widened(panel, size, scratch), first, next);
+            else pass(linear, row, end, panel, first, next);
+        }
     }
 }
 
@@ -108,18 +141,10 @@ extern "C" void timbre_linear(
     int64_t out, int threads
 ) {
     const Linear linear = {x, in, bias, y, out};
-    const int64_t size = (in + 1) / 2 * 2 * PANEL;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         const Share own = share(out, thread_number(), thread_count(), PANEL);
-        const auto multiply = [&](auto weights) {
-            for (int64_t row = 0; row < rows; row += BLOCK) {
-                const int64_t end = row + BLOCK < rows ? row + BLOCK : rows;
-                for (int64_t o = own.begin; o < own.end; o += PANEL)
-                    pass(linear, row, end, weights + o / PANEL * size, size, o);
-            }
-        };
-        if (format == BFLOAT16) multiply(static_cast<const BFloat16 *>(panels));
-        else multiply(static_cast<const float *>(panels));
+        if (format == BFLOAT16) multiply(linear, rows, static_cast<const BFloat16 *>(panels), own);
+        else multiply(linear, rows, static_cast<const float *>(panels), own);
     }
 }
