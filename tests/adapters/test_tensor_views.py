@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import torch
 from safetensors.torch import load, save
 
@@ -31,3 +33,17 @@ def test_views_lie_in_the_file_itself() -> None:
     found = tensors_in(content)["lone"]
     content[-1] = 7
     assert found.tolist() == [1, 7]
+
+
+def test_numbers_at_odd_places_are_read_where_numbers_may_lie() -> None:
+    values = torch.arange(6, dtype=torch.float32).view(2, 3)
+    entries = {
+        "is": {"dtype": "BOOL", "shape": [3], "data_offsets": [0, 3]},
+        "values": {"dtype": "F32", "shape": [2, 3], "data_offsets": [3, 27]},
+    }
+    header = json.dumps(entries).encode().ljust(256)
+    content = len(header).to_bytes(8, "little") + header + b"\1\0\1" + values.numpy().tobytes()
+    found = tensors_in(bytearray(content))
+    assert found["is"].tolist() == [True, False, True]
+    assert torch.equal(found["values"], values)
+    assert found["values"].data_ptr() % values.itemsize == 0
