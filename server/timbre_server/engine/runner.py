@@ -267,9 +267,8 @@ def _kv_size(prepared: PreparedModel, options: RunnerOptions) -> KVSize:
     on_gpu = model.device.type == "cuda"
     free_bytes = torch.cuda.mem_get_info(model.device)[0] if on_gpu else _available_cpu_bytes()
     reserved_bytes = options.adapter_memory_bytes + prepared.probed.changed_bytes
-    if (
-        on_gpu and options.record_steps
-    ):  # Recordings come after the cache, and their memory is theirs for good.
+    if on_gpu and options.record_steps:
+        # Recordings come after the cache, and their memory is theirs for good.
         vocab_size = int(model.config.get_text_config().vocab_size)
         reserved_bytes += kept_bytes(options.max_num_seqs, vocab_size)
     default = default_kv_bytes(free_bytes, reserved_bytes=reserved_bytes, on_gpu=on_gpu)

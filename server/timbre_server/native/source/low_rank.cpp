@@ -159,7 +159,7 @@ extern "C" void timbre_low_rank(
     const std::vector<float> of_pairs = reordered(uses, count, x, in);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        const auto next = [&](int64_t u, int64_t after) { return uses[std::min(u + after, count - 1)]; };
+        const auto next = [&](int64_t u, int64_t after) -> const LowRankUse & { return uses[std::min(u + after, count - 1)]; };
 #pragma omp for schedule(dynamic, 1)
         for (int64_t u = 0; u < count; u++)
             as_they_lie(uses[u].a, [&](auto a) {
