@@ -98,7 +98,7 @@ class AdapterSettings(_Group):
     """Folder whose adapters are registered at start where their names are free."""
     adapter_memory_mib: int = Field(1024, ge=1)
     """Memory for adapters, in MiB of prepared tensors; the least recently used leave it first."""
-    lora_dtype: Literal["auto", "bfloat16", "float16"] = "auto"
+    lora_dtype: Literal["auto", "bfloat16"] = "auto"
     """Type that factors of low rank are rounded to in memory: half the bytes of float32, and of what a step
     reads of them; 'auto': none, they keep their values."""
     max_upload_mib: int = Field(512, ge=1)

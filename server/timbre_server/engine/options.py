@@ -12,7 +12,7 @@ import msgspec
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Device = Literal["auto", "cpu", "cuda"]
 KernelChoice = Literal["auto", "torch", "native", "triton"]
-LoraDtype = Literal["auto", "bfloat16", "float16"]
+LoraDtype = Literal["auto", "bfloat16"]
 
 GIB = 1024**3
 
