@@ -95,7 +95,8 @@ def test_a_gated_mlp_is_one_pass_between_its_own_layers(mlp: nn.Module) -> None:
 @torch.inference_mode()
 def test_rows_in_16_bits_get_what_the_mlp_gives() -> None:
     mlp, x_1TD = llama_mlp(), random_rows(1, 5, 24).bfloat16()
-    assert torch.equal(fused(mlp).bfloat16()(x_1TD), mlp.bfloat16()(x_1TD))
+    got, want = fused(mlp).bfloat16()(x_1TD), mlp.bfloat16()(x_1TD)
+    torch.testing.assert_close(got, want, atol=3e-3, rtol=2e-2)
 
 
 class Scaled(LlamaMLP):

@@ -16,11 +16,9 @@ from timbre_server.operators.catalogue import why_not
 
 CPU = torch.device("cpu")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-IN_CPP = pytest.mark.skipif(
-    not native_linear.serves(torch.float32) or why_not("native") is not None,
-    reason="no C++ products on this machine",
-)
-KINDS = [(torch.float32, False), (torch.bfloat16, False), pytest.param(torch.float32, True, marks=IN_CPP)]
+NATIVE = [dtype for dtype in TOLERANCE if native_linear.serves(dtype) and why_not("native") is None]
+IN_CPP = pytest.mark.skipif(torch.float32 not in NATIVE, reason="no C++ products on this machine")
+KINDS = [(dtype, False) for dtype in TOLERANCE] + [(dtype, True) for dtype in NATIVE]
 """Types, and whether C++ may be used."""
 
 
@@ -83,13 +81,13 @@ def test_one_and_two_float32_rows_are_the_layer_s_own_bits() -> None:
         assert torch.equal(product(x_TI), layer(x_TI))
 
 
-@IN_CPP
+@pytest.mark.parametrize("dtype", NATIVE)
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_row_has_the_same_bits_whatever_rows_are_beside_it(threads: int) -> None:
+def test_a_row_has_the_same_bits_whatever_rows_are_beside_it(threads: int, dtype: torch.dtype) -> None:
     torch.manual_seed(1)
-    product = packer_for(torch.float32, native=True).pack(nn.Linear(577, 200))
+    product = packer_for(dtype, native=True).pack(nn.Linear(577, 200).to(dtype))
     assert product is not None
-    x_TI = torch.randn(2 * 61, 577)[::2]
+    x_TI = torch.randn(2 * 61, 577).to(dtype)[::2]
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -107,8 +105,8 @@ def test_weights_that_16_bits_hold_give_the_same_bits_from_half_the_bytes(num_in
     torch.manual_seed(1)
     narrow_OI = torch.randn(num_out, num_in).bfloat16().float()
     wide_OI = torch.cat([narrow_OI, torch.full((1, num_in), 0.1)])
-    in_half, whole = map(native_linear.in_panels, (narrow_OI, wide_OI))
-    sizes = [product.keywords["panels"].element_size() for product in (in_half, whole)]
+    in_half, whole = map(native_linear.NativeProduct, (narrow_OI, wide_OI))
+    sizes = [product.panels.element_size() for product in (in_half, whole)]
     assert sizes == [2, 4]
     bias_O = torch.randn(num_out + 1)
     for num_rows in (1, 2, 5, 6, 41):
@@ -119,28 +117,42 @@ def test_weights_that_16_bits_hold_give_the_same_bits_from_half_the_bytes(num_in
         assert torch.equal(in_half(x_TI, bias_O[:-1]), got_TO[:, :-1])
 
 
+@pytest.mark.parametrize(("dtype", "native"), KINDS)
+def test_sums_may_stay_in_float32(dtype: torch.dtype, native: bool) -> None:
+    torch.manual_seed(1)
+    product = packer_for(dtype, native=native).pack(nn.Linear(48, 80).to(dtype))
+    assert product is not None
+    x = torch.randn(2, 9, 48).to(dtype)
+    with torch.inference_mode():
+        sums = product.in_float32(x)
+        assert sums.dtype is torch.float32
+        assert torch.equal(sums.to(dtype), product(x))
+
+
 @IN_CPP
 def test_c_plus_plus_is_taken_only_where_it_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
     packed: list[torch.Tensor] = []
 
-    def in_panels(weight_OI: torch.Tensor) -> packed_linear.BiasedProduct:
-        packed.append(weight_OI)
-        return native_linear.in_panels(weight_OI)
+    class Watched(native_linear.NativeProduct):
+        def __init__(self, weight_OI: torch.Tensor) -> None:
+            packed.append(weight_OI)
+            super().__init__(weight_OI)
 
-    monkeypatch.setattr(packed_linear, "in_panels", in_panels)
+    monkeypatch.setattr(packed_linear, "NativeProduct", Watched)
     LinearPacker(torch.float32, CPU)
-    LinearPacker(torch.bfloat16, CPU, native=True)
+    LinearPacker(torch.float16, CPU, native=True)
     assert not packed
     LinearPacker(torch.float32, CPU, native=True)
     assert packed
 
 
 def test_without_a_compiler_the_next_layout_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    def in_panels(weight_OI: torch.Tensor) -> packed_linear.BiasedProduct:
+    def no_product(weight_OI: torch.Tensor) -> packed_linear.BiasedProduct:
         raise LibraryUnavailable("no C++ compiler was found")
 
-    monkeypatch.setattr(packed_linear, "in_panels", in_panels)
-    assert LinearPacker(torch.float32, CPU, native=True).works == LinearPacker(torch.float32, CPU).works
+    monkeypatch.setattr(packed_linear, "NativeProduct", no_product)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert LinearPacker(dtype, CPU, native=True).works == LinearPacker(dtype, CPU).works
 
 
 def test_packing_leaves_a_tied_weight_where_and_as_it_is() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 
-import torch
 from transformers import PreTrainedModel
 
 from timbre_server.engine.fused_activation import GatedMLP, fuse_activations
@@ -23,7 +22,7 @@ def fuse_layers(model: PreTrainedModel, layers: Iterable[LayerAttention], kernel
     ``kernels``: as `adapters.kernels.choose_kernels` names them.
     """
     chosen = _layer_kernels(kernels, model)
-    if chosen is None:
+    if chosen is None or model.dtype not in chosen.dtypes:
         return
     fuse_activations(model, chosen)
     fuse_rotary(model, layers, chosen)
@@ -33,8 +32,8 @@ def fuse_layers(model: PreTrainedModel, layers: Iterable[LayerAttention], kernel
 
 
 def _layer_kernels(kernels: str, model: PreTrainedModel) -> LayerKernels | None:
-    """None where the model's own modules go on. In 16 bits PyTorch's own are as fast on a CPU."""
-    if kernels == "native" and model.dtype is torch.float32:
+    """None where the model's own modules go on."""
+    if kernels == "native" and model.device.type == "cpu":
         try:
             return in_cpp()
         except LibraryUnavailable:

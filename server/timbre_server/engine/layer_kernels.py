@@ -20,6 +20,8 @@ from timbre_server.native.library import ADDRESS, NUMBER, kernel, num_threads
 Curve = tuple[float, float]
 """Slope and bend of ``act(v) = v σ(slope v + bend v³)``."""
 
+_IN_CPP = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
 
 @dataclass(frozen=True, slots=True)
 class LayerKernels:
@@ -38,20 +40,19 @@ class LayerKernels:
 
 def in_cpp() -> LayerKernels:
     """Raises: LibraryUnavailable."""
-    types = (ADDRESS, NUMBER, ADDRESS, NUMBER, ADDRESS, ADDRESS, NUMBER, NUMBER)
-    run_rotary = kernel("timbre_rotary", *types)
-    run_activation = kernel(
-        "timbre_activation", ADDRESS, ADDRESS, ctypes.c_float, ctypes.c_float, ADDRESS, NUMBER
-    )
+    turns = ADDRESS, NUMBER, ADDRESS, NUMBER, ADDRESS, ADDRESS, NUMBER, NUMBER
+    curves = ADDRESS, ADDRESS, ctypes.c_float, ctypes.c_float, ADDRESS, NUMBER
+    rotaries = {dtype: kernel(f"timbre_rotary_{name}", *turns) for dtype, name in _IN_CPP.items()}
+    activations = {dtype: kernel(f"timbre_activation_{name}", *curves) for dtype, name in _IN_CPP.items()}
 
     def rotate(q_THD: Tensor, k_TGD: Tensor, cos_1TD: Tensor, sin_1TD: Tensor) -> None:
         (num_rows, num_heads, key_dim), num_kv_heads = q_THD.shape, k_TGD.shape[1]
         heads = q_THD.data_ptr(), num_heads, k_TGD.data_ptr(), num_kv_heads
         threads = num_threads(q_THD.numel())
-        run_rotary(*heads, cos_1TD.data_ptr(), sin_1TD.data_ptr(), num_rows, key_dim, threads)
+        rotaries[q_THD.dtype](*heads, cos_1TD.data_ptr(), sin_1TD.data_ptr(), num_rows, key_dim, threads)
 
     def activate(x: Tensor, factor: Tensor | None, curve: Curve, y: Tensor) -> None:
         factors, count = None if factor is None else factor.data_ptr(), x.numel()
-        run_activation(x.data_ptr(), factors, *curve, y.data_ptr(), count, num_threads(count))
+        activations[x.dtype](x.data_ptr(), factors, *curve, y.data_ptr(), count, num_threads(count))
 
-    return LayerKernels(torch.device("cpu"), (torch.float32,), rotate, activate)
+    return LayerKernels(torch.device("cpu"), tuple(_IN_CPP), rotate, activate)

@@ -2,70 +2,72 @@
 
 Few rows are what serving asks for, and there a product is bound by reading W as much as by arithmetic. The
 kernel does both at once, where oneDNN and MKL do one after the other, and most models have weights that
-bfloat16 holds exactly: of these it reads half. A row gets the same bits whatever rows are beside it.
+bfloat16 holds exactly: of these it reads half. Rows of bfloat16 are multiplied by the processor's own product
+of pairs, into float32 sums. A row gets the same bits whatever rows are beside it.
 
-Legend: T rows, I in, O out, P panels of `PANEL` outputs.
+Legend: T rows, I in, O out, P panels of outputs.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from timbre_server.native.formats import format_of
-from timbre_server.native.library import ADDRESS, NUMBER, kernel, num_threads
-
-PANEL = 16
-"""Of ``linear.cpp``."""
+from timbre_server.native.library import ADDRESS, NUMBER, LibraryUnavailable, kernel, library, num_threads
 
 
 def serves(dtype: torch.dtype) -> bool:
-    """Whether it is known to be fast: of float32, on a processor of the kind that it was measured on."""
-    return dtype is torch.float32 and torch.backends.cpu.get_cpu_capability() == "AVX2"
+    """Whether it is known to be fast: on processors of the kinds that it was measured on. Those with a matrix
+    unit are better served by oneDNN in bfloat16."""
+    if dtype is torch.bfloat16:
+        return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+    return dtype is torch.float32 and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
-def in_panels(weight_OI: Tensor) -> partial[Tensor]:
-    """``x_TI, b_O -> y_TO`` with a copy of a float32 weight, in half of its bytes where bfloat16 holds its
-    values. Raises: LibraryUnavailable."""
+class NativeProduct:
+    """``x_TI, b_O -> y_TO``, all of the weight's type, with a weight in panels: in 16 bits where bfloat16
+    holds its values."""
+
+    def __init__(self, weight_OI: Tensor) -> None:
+        """Of a float32 or bfloat16 weight, of which it keeps a copy. Raises: LibraryUnavailable."""
+        if weight_OI.dtype is torch.bfloat16 and not library().timbre_linear_narrow():
+            raise LibraryUnavailable("the C++ compiler knows no products of bfloat16 for this processor")
+        self.num_out, self.num_in = weight_OI.shape
+        self.panels = _panels(weight_OI, int(library().timbre_linear_panel()))
+        self._dtype = weight_OI.dtype
+        self._weight = self.panels.data_ptr(), format_of(self.panels)
+        types = ADDRESS, NUMBER, NUMBER, NUMBER, ADDRESS, NUMBER, ADDRESS, ADDRESS, NUMBER, NUMBER
+        self._run = kernel("timbre_linear", *types)
+
+    def __call__(self, x_TI: Tensor, bias_O: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+        """``dtype``: of y, which is rounded once."""
+        num_rows, num_in = x_TI.shape
+        assert num_in == self.num_in, f"{num_in} features for a weight of {self.num_in}"
+        assert x_TI.dtype is self._dtype, f"rows of {x_TI.dtype} for a weight of {self._dtype}"
+        x_TI, y_TO = x_TI.contiguous(), x_TI.new_empty(num_rows, self.num_out, dtype=dtype)
+        bias_O = None if bias_O is None else bias_O.float().contiguous()
+        self._run(
+            x_TI.data_ptr(),
+            format_of(x_TI),
+            num_rows,
+            num_in,
+            *self._weight,
+            None if bias_O is None else bias_O.data_ptr(),
+            y_TO.data_ptr(),
+            format_of(y_TO),
+            self.num_out,
+            num_threads(num_rows * num_in * self.num_out),
+        )
+        return y_TO
+
+
+def _panels(weight_OI: Tensor, panel: int) -> Tensor:
     num_out, num_in = weight_OI.shape
-    padded_OI = pad(weight_OI.contiguous(), (0, num_in % 2, 0, -num_out % PANEL))
-    pairs_POI2 = padded_OI.view(-1, PANEL, padded_OI.shape[1] // 2, 2)
+    padded_OI = pad(weight_OI.contiguous(), (0, num_in % 2, 0, -num_out % panel))
+    pairs_POI2 = padded_OI.view(-1, panel, padded_OI.shape[1] // 2, 2)
     narrow_POI2 = pairs_POI2.bfloat16()
-    if torch.equal(narrow_POI2.float(), pairs_POI2):
-        panels = narrow_POI2.transpose(1, 2).contiguous()  # [P, I / 2, PANEL, 2]
-    else:
-        panels = pairs_POI2.permute(0, 2, 3, 1).contiguous()  # [P, I, PANEL]
-    run = kernel("timbre_linear", ADDRESS, NUMBER, NUMBER, ADDRESS, NUMBER, ADDRESS, ADDRESS, NUMBER)
-    return partial(_product, run=run, panels=panels, num_out=num_out, num_in=num_in)
-
-
-def _product(
-    x_TI: Tensor,
-    bias_O: Tensor | None,
-    *,
-    run: Callable[..., None],
-    panels: Tensor,
-    num_out: int,
-    num_in: int,
-) -> Tensor:
-    num_rows = len(x_TI)
-    assert num_in == x_TI.shape[1], f"{x_TI.shape[1]} features for a weight of {num_in}"
-    assert x_TI.dtype is torch.float32, f"rows of {x_TI.dtype}"
-    x_TI, y_TO = x_TI.contiguous(), x_TI.new_empty(num_rows, num_out)
-    bias_O = None if bias_O is None else bias_O.contiguous()
-    run(
-        x_TI.data_ptr(),
-        num_rows,
-        num_in,
-        panels.data_ptr(),
-        format_of(panels),
-        None if bias_O is None else bias_O.data_ptr(),
-        y_TO.data_ptr(),
-        num_out,
-        num_threads(num_rows * num_in * num_out),
-    )
-    return y_TO
+    if torch.equal(narrow_POI2.to(pairs_POI2.dtype), pairs_POI2):
+        return narrow_POI2.transpose(1, 2).contiguous()  # [P, I / 2, panel, 2]
+    return pairs_POI2.permute(0, 2, 3, 1).contiguous()  # [P, I, panel]

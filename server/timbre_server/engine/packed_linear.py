@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,15 +23,18 @@ from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 from timbre_server.engine.linears import bias_of, weight_of
-from timbre_server.engine.native_linear import in_panels, serves
+from timbre_server.engine.native_linear import NativeProduct, serves
 from timbre_server.native.library import LibraryUnavailable
 
 _BATCH_HINT = 16
 """One layout of oneDNN's serves every number of rows; this hint was the fastest over all of them."""
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 
-BiasedProduct = Callable[[Tensor, Tensor | None], Tensor]
-"""``x_TI, b_O -> W x + b`` of a weight that it holds."""
+
+class BiasedProduct(Protocol):
+    """``x_TI, b_O -> W x + b`` of a weight that it holds, as numbers of x's type or of another."""
+
+    def __call__(self, x_TI: Tensor, bias_O: Tensor | None, dtype: torch.dtype | None = None) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +70,7 @@ class LinearPacker:
         weight = weight_of(module)
         return weight.dtype is self._dtype and weight.device.type == self._device.type
 
-    def pack(self, module: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    def pack(self, module: nn.Module) -> PackedLinear | None:
         """``x -> W x + b`` of the module on a packed copy of its weight. None: use the module itself."""
         if self._layout is None or not self.takes(module):
             return None
@@ -108,16 +112,22 @@ class PackedLinear:
         self._plain_rows = plain_rows
 
     def __call__(self, x: Tensor) -> Tensor:
+        return self._rounded_to(x.dtype, x)
+
+    def in_float32(self, x: Tensor) -> Tensor:
+        return self._rounded_to(torch.float32, x)
+
+    def _rounded_to(self, dtype: torch.dtype, x: Tensor) -> Tensor:
         x_TI = x.flatten(0, -2)
         if x_TI.shape[0] <= self._plain_rows or x_TI.shape[0] == 0:
-            return self._plain(x)
-        return self._product(x_TI, self._bias_O).view(*x.shape[:-1], -1)
+            return self._plain(x).to(dtype)
+        return self._product(x_TI, self._bias_O, dtype).view(*x.shape[:-1], -1)
 
 
 def _layouts(dtype: torch.dtype, *, native: bool) -> Iterator[Layout]:
     """The fastest first."""
     if native and serves(dtype):
-        yield Layout(in_panels, plain_rows=0)
+        yield Layout(NativeProduct, plain_rows=0)
     yield Layout(_reordered, plain_rows=2 if dtype is torch.float32 else 0)
 
 
@@ -125,9 +135,9 @@ def _reordered(weight_OI: Tensor) -> BiasedProduct:
     """By oneDNN."""
     packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI.contiguous(), _BATCH_HINT)
 
-    def product(x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
+    def product(x_TI: Tensor, bias_O: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
         y_TO: Tensor = torch.ops.mkldnn._linear_pointwise(x_TI, packed, bias_O, "none", [], "")
-        return y_TO
+        return y_TO.to(dtype)
 
     return product
 

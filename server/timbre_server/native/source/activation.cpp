@@ -1,4 +1,6 @@
 // y = x sigmoid(slope x + bend x^3), times a factor where there is one.
+//
+// In float32 whatever the numbers' type, and rounded once.
 #include <algorithm>
 
 #include "lanes.h"
@@ -14,15 +16,16 @@ static inline Lanes activated(Lanes x, Curve curve) {
 }
 
 // LANES numbers.
-static inline void activate(const float *x, const float *factor, Curve curve, float *y) {
+template <typename Number> static inline void activate(const Number *x, const Number *factor, Curve curve, Number *y) {
     const Lanes found = activated(load(x), curve);
     store(y, factor == nullptr ? found : found * load(factor));
 }
 
-static void activate_all(const float *x, const float *factor, Curve curve, float *y, Share own) {
+template <typename Number>
+static void activate_all(const Number *x, const Number *factor, Curve curve, Number *y, Share own) {
     int64_t i = own.begin;
     for (; i + LANES <= own.end; i += LANES) activate(x + i, factor == nullptr ? factor : factor + i, curve, y + i);
-    float numbers[LANES] = {}, factors[LANES] = {};
+    Number numbers[LANES] = {}, factors[LANES] = {};
     std::copy(x + i, x + own.end, numbers);
     if (factor != nullptr) std::copy(factor + i, factor + own.end, factors);
     activate(numbers, factor == nullptr ? factor : factors, curve, numbers);
@@ -30,9 +33,13 @@ static void activate_all(const float *x, const float *factor, Curve curve, float
 }
 
 // All are contiguous; factor may be null, and y may be x.
-extern "C" void timbre_activation(
-    const float *x, const float *factor, float slope, float bend, float *y, int64_t count, int threads
-) {
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    activate_all(x, factor, {slope, bend}, y, share(count, thread_number(), thread_count(), LANES));
-}
+#define ACTIVATION(NAME, NUMBER)                                                                             \
+    extern "C" void NAME(                                                                                    \
+        const NUMBER *x, const NUMBER *factor, float slope, float bend, NUMBER *y, int64_t count, int threads \
+    ) {                                                                                                      \
+        _Pragma("omp parallel num_threads(threads) if (threads > 1)")                                        \
+        activate_all(x, factor, {slope, bend}, y, share(count, thread_number(), thread_count(), LANES));     \
+    }
+
+ACTIVATION(timbre_activation_float32, float)
+ACTIVATION(timbre_activation_bfloat16, BFloat16)

@@ -117,13 +117,23 @@ template <typename Visit> static inline void as_they_lie(const Numbers &numbers,
         visit(static_cast<const float *>(numbers.first));
 }
 
+// The upper halves of float32's bits, one or a vector of them: to the nearest, ties to even.
+template <typename Bits> static inline Bits rounded_to_bfloat16(Bits bits) {
+    const Bits not_a_number = Bits{} + 0x7fc0, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    return (bits & 0x7fffffff) > 0x7f800000 ? not_a_number : rounded;
+}
+
 static inline void put(float value, float *to) { *to = value; }
 
-// To the nearest, ties to even.
 static inline void put(float value, BFloat16 *to) {
     uint32_t bits;
     std::memcpy(&bits, &value, sizeof bits);
-    to->bits = value != value ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    to->bits = rounded_to_bfloat16(bits);
+}
+
+static inline void store(BFloat16 *to, Lanes lanes) {
+    const Halves halves = __builtin_convertvector(rounded_to_bfloat16((Bits)lanes), Halves);
+    std::memcpy(to, &halves, sizeof halves);
 }
 
 // e^x for x <= 0 as 2^n e^r with |r| <= ln(2) / 2, by Taylor's series of e^r; below -87 as at -87. NaN stays.

@@ -1,150 +1,238 @@
 // y = x W^T + b, for rows x and a W that lies in panels: the weights of PANEL outputs side by side, input by
-// input.
+// input, or pair of inputs by pair.
 //
 // A panel is read from memory for the first TILE rows and from the cache for the others. Meanwhile the next
 // panel is asked of memory, a few lines for every few inputs over all of the rows, so that reading and
-// arithmetic go on at once. A row's sums are the same ones in the same order whatever other rows there are, and
-// in either format of the weights.
+// arithmetic go on at once. A row's sums are the same ones in the same order whatever other rows there are; of
+// float32 rows they are the same in either format of the weights, too.
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
 #include "lanes.h"
 
+// A register of floats, and how many rows' sums stay in registers beside the weights.
+#ifdef __AVX512F__
+typedef float Wide __attribute__((vector_size(64)));
+typedef uint32_t WideBits __attribute__((vector_size(64)));
+typedef uint16_t WideHalves __attribute__((vector_size(32)));
+constexpr int TILE = 13;
+#else
+typedef Lanes Wide;
+typedef Bits WideBits;
+typedef Halves WideHalves;
+constexpr int TILE = 5;
+#endif
+
+constexpr int WIDTH = sizeof(Wide) / sizeof(float);
 constexpr int VECTORS = 2;
-constexpr int PANEL = VECTORS * LANES;
-constexpr int TILE = 5;  // Rows, of which all sums stay in registers.
-constexpr int64_t BLOCK = 8 * TILE;  // Rows that stay in the cache while all panels pass.
-constexpr int64_t MANY = 4 * TILE;  // More rows than these read weights as floats.
+constexpr int PANEL = VECTORS * WIDTH;
+constexpr int64_t BLOCK = 40 / TILE * TILE;  // Rows that stay in the cache while all panels pass.
+constexpr int64_t MANY = 20;  // More rows of float32 than these read weights as floats.
 constexpr int INPUTS = 4;  // Inputs between two looks at what to ask for.
 
 struct Linear {
-    const float *x;  // [rows, in]
     int64_t in;
     const float *bias;  // [out], or null
-    float *y;  // [rows, out]
+    void *y;  // [rows, out]
     int64_t out;
+    int64_t format;  // Of y.
 };
 
-// A panel's weights of the first or second one of two inputs: [2, PANEL].
-static inline Lanes weights_of(const float *pair, int second, int v) { return load(pair + second * PANEL + v * LANES); }
-
-// [PANEL, 2]
-static inline Lanes weights_of(const BFloat16 *pair, int second, int v) {
-    return second ? odds(pair + 2 * v * LANES) : evens(pair + 2 * v * LANES);
+static inline Wide wide(const void *from) {
+    Wide found;
+    std::memcpy(&found, from, sizeof found);
+    return found;
 }
 
-// One row's sums; `count` outputs are left from the panel's first on.
-static inline void put(Lanes sum, const float *bias, int64_t count, float *y) {
-    if (count >= LANES) store(y, bias ? sum + load(bias) : sum);
-    else for (int64_t o = 0; o < count; o++) y[o] = sum[o] + (bias ? bias[o] : 0);
+static inline void put(Wide numbers, float *to) { std::memcpy(to, &numbers, sizeof numbers); }
+
+static inline void put(Wide numbers, BFloat16 *to) {
+    const WideHalves halves = __builtin_convertvector(rounded_to_bfloat16((WideBits)numbers), WideHalves);
+    std::memcpy(to, &halves, sizeof halves);
+}
+
+// A panel's weights of the first or second one of two inputs: [2, PANEL].
+static inline Wide weights_of(const float *pair, int second, int v) { return wide(pair + second * PANEL + v * WIDTH); }
+
+// [PANEL, 2]
+static inline Wide weights_of(const BFloat16 *pair, int second, int v) {
+    const WideBits both = (WideBits)wide(pair + 2 * v * WIDTH);
+    return (Wide)(second ? both & 0xffff0000 : both << 16);
 }
 
 // What one of two inputs of M rows adds to their sums. These fill the registers: that both inputs' weights are in
 // one place is hidden from the compiler, which would hold on to them.
 template <int M, typename Number>
-static inline void add(Lanes sums[M][VECTORS], const Number *pair, int second, const float *x, int64_t in) {
+static inline void add_one(Wide sums[M][VECTORS], const Number *pair, int second, const float *x, int64_t in) {
     asm("" : "+r"(pair));
-    Lanes weights[VECTORS];
+    Wide weights[VECTORS];
     for (int v = 0; v < VECTORS; v++) weights[v] = weights_of(pair, second, v);
     for (int m = 0; m < M; m++)
-        for (int v = 0; v < VECTORS; v++) sums[m][v] += all(x[m * in + second]) * weights[v];
+        for (int v = 0; v < VECTORS; v++) sums[m][v] += x[m * in + second] * weights[v];
 }
 
-// M rows from `row` on with the panel at `first`; for every INPUTS, so many LINES are asked for, from `soon` on.
-template <int M, int LINES, typename Number>
-static void tile(const Linear &linear, int64_t row, const Number *panel, int64_t first, const char *soon) {
+template <int M, typename Number>
+static inline void add_pair(Wide sums[M][VECTORS], const Number *pair, const float *x, int64_t in) {
+    add_one<M>(sums, pair, 0, x, in);
+    add_one<M>(sums, pair, 1, x, in);
+}
+
+template <int M, typename Number>
+static inline void add_last(Wide sums[M][VECTORS], const Number *pair, const float *x, int64_t in) {
+    add_one<M>(sums, pair, 0, x, in);
+}
+
+#ifdef __AVX512BF16__
+// Both inputs of M rows at once, by the processor's own product of pairs.
+template <int M>
+static inline void add_bits(Wide sums[M][VECTORS], const BFloat16 *pair, const uint32_t inputs[M]) {
+    for (int m = 0; m < M; m++)
+        for (int v = 0; v < VECTORS; v++)
+            sums[m][v] = (Wide)_mm512_dpbf16_ps(
+                (__m512)sums[m][v], (__m512bh)_mm512_set1_epi32(inputs[m]), (__m512bh)wide(pair + 2 * v * WIDTH)
+            );
+}
+
+template <int M>
+static inline void add_pair(Wide sums[M][VECTORS], const BFloat16 *pair, const BFloat16 *x, int64_t in) {
+    uint32_t inputs[M];
+    for (int m = 0; m < M; m++) std::memcpy(&inputs[m], x + m * in, sizeof inputs[m]);
+    add_bits<M>(sums, pair, inputs);
+}
+
+template <int M>
+static inline void add_last(Wide sums[M][VECTORS], const BFloat16 *pair, const BFloat16 *x, int64_t in) {
+    uint32_t inputs[M];
+    for (int m = 0; m < M; m++) inputs[m] = x[m * in].bits;
+    add_bits<M>(sums, pair, inputs);
+}
+#endif
+
+// One row's sums; `count` outputs are left from the output `o` on.
+template <typename Y> static inline void put(Wide sum, const float *bias, int64_t o, int64_t count, Y *y) {
+    if (count >= WIDTH) put(bias ? sum + wide(bias + o) : sum, y);
+    else for (int64_t i = 0; i < count; i++) put(bias ? sum[i] + bias[o + i] : sum[i], y + i);
+}
+
+// M rows from `row` on with the panel at `first`; for every INPUTS, so many lines are asked for, from `soon` on.
+template <int M, typename X, typename Number>
+static void tile(
+    const Linear &linear, const X *x, int64_t row, const Number *panel, int64_t first, const char *soon, int lines
+) {
     const int64_t in = linear.in, out = linear.out;
-    const float *x = linear.x + row * in;
-    Lanes sums[M][VECTORS] = {};
-    const auto add_both = [&] {
-        add<M>(sums, panel, 0, x, in);
-        add<M>(sums, panel, 1, x, in);
+    x += row * in;
+    Wide sums[M][VECTORS] = {};
+    const auto add = [&] {
+        add_pair<M>(sums, panel, x, in);
         panel += 2 * PANEL, x += 2;
     };
     int64_t i = 0;
-    for (; i + INPUTS <= in; i += INPUTS, soon += LINES * LINE) {
-        for (int line = 0; line < LINES; line++) __builtin_prefetch(soon + line * LINE, 0, 2);
-        for (int j = 0; j < INPUTS; j += 2) add_both();
+    for (; i + INPUTS <= in; i += INPUTS, soon += lines * LINE) {
+        for (int line = 0; line < lines; line++) __builtin_prefetch(soon + line * LINE, 0, 2);
+        for (int j = 0; j < INPUTS; j += 2) add();
     }
-    for (; i + 2 <= in; i += 2) add_both();
-    if (i < in) add<M>(sums, panel, 0, x, in);
-    for (int v = 0; v < VECTORS; v++) {
-        const int64_t o = first + v * LANES;
-        for (int m = 0; m < M; m++)
-            put(sums[m][v], linear.bias ? linear.bias + o : nullptr, out - o, linear.y + (row + m) * out + o);
-    }
+    for (; i + 2 <= in; i += 2) add();
+    if (i < in) add_last<M>(sums, panel, x, in);
+    for (int v = 0; v < VECTORS; v++)
+        for (int m = 0; m < M; m++) {
+            const int64_t o = first + v * WIDTH, place = (row + m) * out + o;
+            if (linear.format == BFLOAT16) put(sums[m][v], linear.bias, o, out - o, static_cast<BFloat16 *>(linear.y) + place);
+            else put(sums[m][v], linear.bias, o, out - o, static_cast<float *>(linear.y) + place);
+        }
 }
 
-template <int LINES, typename Number>
+// `rows` of them, which are M at most.
+template <int M, typename X, typename Number>
 static void tile_of(
-    int rows, const Linear &linear, int64_t row, const Number *panel, int64_t first, const char *soon
+    int rows, const Linear &linear, const X *x, int64_t row, const Number *panel, int64_t first, const char *soon,
+    int lines
 ) {
-    switch (rows) {
-    case 5: return tile<5, LINES>(linear, row, panel, first, soon);
-    case 4: return tile<4, LINES>(linear, row, panel, first, soon);
-    case 3: return tile<3, LINES>(linear, row, panel, first, soon);
-    case 2: return tile<2, LINES>(linear, row, panel, first, soon);
-    default: return tile<1, LINES>(linear, row, panel, first, soon);
-    }
+    if constexpr (M > 1)
+        if (rows < M) return tile_of<M - 1>(rows, linear, x, row, panel, first, soon, lines);
+    tile<M>(linear, x, row, panel, first, soon, lines);
 }
 
-// What a panel asks of memory: the next one, from `soon` on, and so many lines for every INPUTS over all rows.
-struct Ahead {
-    const char *soon;
-    int lines;
-};
-
-// The panel at `first` with the rows of one block, in tiles of nearly one size.
-template <typename Number>
-static void pass(const Linear &linear, int64_t row, int64_t end, const Number *panel, int64_t first, Ahead next) {
+// The panel at `first` with the rows of one block, in tiles of nearly one size. They ask for what lies at `soon`, so
+// many lines for every INPUTS over all of them.
+template <typename X, typename Number>
+static void pass(
+    const Linear &linear, const X *x, int64_t row, int64_t end, const Number *panel, int64_t first, const char *soon,
+    int lines
+) {
     int64_t tiles = (end - row + TILE - 1) / TILE;
-    const int lines = (next.lines + tiles - 1) / tiles;
+    lines = (lines + tiles - 1) / tiles;
     for (; tiles; tiles--) {
         const int rows = (end - row + tiles - 1) / tiles;
-        if (lines == 4) tile_of<4>(rows, linear, row, panel, first, next.soon);
-        else if (lines == 2) tile_of<2>(rows, linear, row, panel, first, next.soon);
-        else tile_of<1>(rows, linear, row, panel, first, next.soon);
+        tile_of<TILE>(rows, linear, x, row, panel, first, soon, lines);
         row += rows;
-        next.soon += linear.in / INPUTS * lines * LINE;
+        soon += linear.in / INPUTS * lines * LINE;
     }
 }
 
-// A panel as floats, where it may be read so.
-static const float *widened(const float *panel, int64_t, Scratch &) { return panel; }
-
+// A panel as floats.
 static const float *widened(const BFloat16 *panel, int64_t size, Scratch &scratch) {
     float *to = scratch.of(size);
     for (int64_t i = 0; i < size; i += 2 * PANEL)
         for (int second : {0, 1})
-            for (int v = 0; v < VECTORS; v++)
-                store(to + i + second * PANEL + v * LANES, weights_of(panel + i, second, v));
+            for (int v = 0; v < VECTORS; v++) {
+                const Wide own = weights_of(panel + i, second, v);
+                std::memcpy(to + i + second * PANEL + v * WIDTH, &own, sizeof own);
+            }
     return to;
 }
 
-template <typename Number>
-static void multiply(const Linear &linear, int64_t rows, const Number *panels, Share own) {
+template <typename X, typename Number>
+static void multiply(const Linear &linear, const X *x, int64_t rows, const Number *panels, Share own) {
     const int64_t size = (linear.in + 1) / 2 * 2 * PANEL;
     constexpr int LINES = INPUTS * PANEL * sizeof(Number) / LINE;
+    constexpr bool MAY_WIDEN = sizeof(Number) < sizeof(X);
     Scratch scratch;
     for (int64_t row = 0; row < rows; row += BLOCK) {
         const int64_t end = row + BLOCK < rows ? row + BLOCK : rows;
         for (int64_t first = own.begin; first < own.end; first += PANEL) {
             const Number *panel = panels + first / PANEL * size;
-            const Ahead next = {reinterpret_cast<const char *>(panel + size), LINES};
-            if (end - row > MANY) pass(linear, row, end, widened(panel, size, scratch), first, next);
-            else pass(linear, row, end, panel, first, next);
+            const char *soon = reinterpret_cast<const char *>(panel + size);
+            if constexpr (MAY_WIDEN)
+                if (end - row > MANY) {
+                    pass(linear, x, row, end, widened(panel, size, scratch), first, soon, LINES);
+                    continue;
+                }
+            pass(linear, x, row, end, panel, first, soon, LINES);
         }
     }
 }
 
-// The weights are float32 or bfloat16: [out / PANEL rounded up] panels as above of `in` rounded up to whole pairs,
-// with zeros beyond the last output and input.
-extern "C" void timbre_linear(
-    const float *x, int64_t rows, int64_t in, const void *panels, int64_t format, const float *bias, float *y,
-    int64_t out, int threads
-) {
-    const Linear linear = {x, in, bias, y, out};
+template <typename X, typename Number>
+static void linear_of(const Linear &linear, const void *x, int64_t rows, const void *panels, int threads) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        const Share own = share(out, thread_number(), thread_count(), PANEL);
-        if (format == BFLOAT16) multiply(linear, rows, static_cast<const BFloat16 *>(panels), own);
-        else multiply(linear, rows, static_cast<const float *>(panels), own);
+        const Share own = share(linear.out, thread_number(), thread_count(), PANEL);
+        multiply(linear, static_cast<const X *>(x), rows, static_cast<const Number *>(panels), own);
     }
+}
+
+extern "C" int64_t timbre_linear_panel() { return PANEL; }
+
+// Whether rows may be of bfloat16.
+extern "C" int64_t timbre_linear_narrow() {
+#ifdef __AVX512BF16__
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+// The weights are float32 or bfloat16: [out / PANEL rounded up] panels as above of `in` rounded up to whole pairs,
+// with zeros beyond the last output and input. Rows of bfloat16 have weights of bfloat16.
+extern "C" void timbre_linear(
+    const void *x, [[maybe_unused]] int64_t x_format, int64_t rows, int64_t in, const void *panels, int64_t format,
+    const float *bias, void *y, int64_t y_format, int64_t out, int threads
+) {
+    const Linear linear = {in, bias, y, out, y_format};
+#ifdef __AVX512BF16__
+    if (x_format == BFLOAT16) return linear_of<BFloat16, BFloat16>(linear, x, rows, panels, threads);
+#endif
+    if (format == BFLOAT16) linear_of<float, BFloat16>(linear, x, rows, panels, threads);
+    else linear_of<float, float>(linear, x, rows, panels, threads);
 }

@@ -34,7 +34,9 @@ static void normalise(
             const float *from = floats(x + row * features, features, scratch + features);
             const float factor = 1 / std::sqrt(mean_square(from, features) + epsilon);
             Number *to = y + row * features;
-            for (int64_t d = 0; d < features; d++) put(from[d] * factor * weights[d], to + d);
+            int64_t d = 0;
+            for (; d + LANES <= features; d += LANES) store(to + d, load(from + d) * factor * load(weights + d));
+            for (; d < features; d++) put(from[d] * factor * weights[d], to + d);
         }
     }
 }

@@ -1,21 +1,37 @@
 // Rotary positions, in place: of each head's halves a and b,  a cos - b sin  and  b cos + a sin.
+//
+// In float32 whatever the numbers' type, and rounded once.
 #include "lanes.h"
 
-static void rotate(
-    float *__restrict x, const float *__restrict cos, const float *__restrict sin, int64_t heads, int64_t dim
-) {
+// One pair of numbers, or of lanes of them.
+template <typename Of> static inline void turn(Of &a, Of &b, Of cos_a, Of sin_a, Of cos_b, Of sin_b) {
+    const Of turned = a * cos_a - b * sin_a;
+    b = b * cos_b + a * sin_b;
+    a = turned;
+}
+
+template <typename Number>
+static void rotate(Number *x, const Number *cos, const Number *sin, int64_t heads, int64_t dim) {
     const int64_t half = dim / 2;
-    for (int64_t h = 0; h < heads; h++, x += dim)
-        for (int64_t d = 0; d < half; d++) {
-            const float a = x[d], b = x[half + d];
-            x[d] = a * cos[d] - b * sin[d];
-            x[half + d] = b * cos[half + d] + a * sin[half + d];
+    for (int64_t h = 0; h < heads; h++, x += dim) {
+        int64_t d = 0;
+        for (; d + LANES <= half; d += LANES) {
+            Lanes a = load(x + d), b = load(x + half + d);
+            turn(a, b, load(cos + d), load(sin + d), load(cos + half + d), load(sin + half + d));
+            store(x + d, a), store(x + half + d, b);
         }
+        for (; d < half; d++) {
+            float a = value(x[d]), b = value(x[half + d]);
+            turn(a, b, value(cos[d]), value(sin[d]), value(cos[half + d]), value(sin[half + d]));
+            put(a, x + d), put(b, x + half + d);
+        }
+    }
 }
 
 // q [rows, heads, dim], k [rows, kv_heads, dim], cos and sin [rows, dim] are contiguous.
-extern "C" void timbre_rotary(
-    float *q, int64_t heads, float *k, int64_t kv_heads, const float *cos, const float *sin, int64_t rows,
+template <typename Number>
+static void rotate_all(
+    Number *q, int64_t heads, Number *k, int64_t kv_heads, const Number *cos, const Number *sin, int64_t rows,
     int64_t dim, int threads
 ) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
@@ -24,3 +40,14 @@ extern "C" void timbre_rotary(
         rotate(k + row * kv_heads * dim, cos + row * dim, sin + row * dim, kv_heads, dim);
     }
 }
+
+#define ROTARY(NAME, NUMBER)                                                                                 \
+    extern "C" void NAME(                                                                                    \
+        NUMBER *q, int64_t heads, NUMBER *k, int64_t kv_heads, const NUMBER *cos, const NUMBER *sin,         \
+        int64_t rows, int64_t dim, int threads                                                               \
+    ) {                                                                                                      \
+        rotate_all(q, heads, k, kv_heads, cos, sin, rows, dim, threads);                                     \
+    }
+
+ROTARY(timbre_rotary_float32, float)
+ROTARY(timbre_rotary_bfloat16, BFloat16)
