@@ -21,7 +21,7 @@ from timbre_methods.contract import Site
 from timbre_methods.program import AdapterProgram, LowRank, Projected, owned_tensors, pattern_bytes
 from timbre_methods.registry import compile_adapter, methods, sites_of
 from timbre_server.adapters.active_rows import ActiveRows
-from timbre_server.adapters.adapted_linear import AdaptedGroup
+from timbre_server.adapters.adapted_group import AdaptedGroup
 from timbre_server.adapters.adapted_model import AdaptedModel
 from timbre_server.adapters.derivation import write_derived
 from timbre_server.adapters.groups import LinearGroup

@@ -18,7 +18,7 @@ from typing import Any, ParamSpec, TypeVar
 from torch import Tensor, nn
 
 from timbre_server.adapters import adapted_linear, adapted_model
-from timbre_server.adapters.adapted_linear import AdaptedGroup
+from timbre_server.adapters.adapted_group import AdaptedGroup
 from timbre_server.engine import assembly, attention, fused_rotary, runner
 from timbre_server.engine.context import AttentionCall
 from timbre_server.engine.core import EngineCore

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from timbre_server.adapters.adapted_linear import AdaptedGroup, added, rows_of
+from timbre_server.adapters.adapted_group import AdaptedGroup
+from timbre_server.adapters.added import added, rows_of
 from timbre_server.operators.contract import Change
 
 

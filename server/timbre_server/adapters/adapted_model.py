@@ -16,7 +16,8 @@ from timbre_methods.program import AdapterProgram
 from timbre_methods.routing import RoutedBlock, Router, Scout, Scouted
 from timbre_server.adapters.active_rows import ActiveRows
 from timbre_server.adapters.adapted_embedding import AdaptedEmbedding
-from timbre_server.adapters.adapted_linear import AdaptedGroup, AdaptedLinear, Product
+from timbre_server.adapters.adapted_group import AdaptedGroup
+from timbre_server.adapters.adapted_linear import AdaptedLinear, Product
 from timbre_server.adapters.adapted_norm import AdaptedNorm
 from timbre_server.adapters.adapted_parameters import AdaptedParameters
 from timbre_server.adapters.groups import Block, LinearGroup, LoneLayer, ParameterModule

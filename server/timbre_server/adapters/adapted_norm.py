@@ -15,7 +15,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from timbre_server.adapters.adapted_linear import AdaptedGroup, added, rows_of
+from timbre_server.adapters.adapted_group import AdaptedGroup
+from timbre_server.adapters.added import added, rows_of
 from timbre_server.operators.contract import Change
 
 _TOLERANCE = 1e-4

@@ -22,7 +22,7 @@ from torch.func import functional_call
 
 from timbre_methods.program import Part, SlicedLowRank
 from timbre_server.adapters.active_rows import ActiveRows
-from timbre_server.adapters.adapted_linear import Programs
+from timbre_server.adapters.adapted_group import Programs
 from timbre_server.adapters.groups import ParameterModule
 from timbre_server.operators.row_table import Pairs, RowTable
 

@@ -1,0 +1,157 @@
+"""Layers of the base that read the very same tensor, and what their adapters make of it.
+
+The first layer called computes what adapters add for all of them (one transform, one shrink), and the others
+find their share ready.
+
+Legend: T rows of the batch, I in features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from timbre_methods.program import AdapterProgram, Part
+from timbre_server.adapters.active_rows import ActiveRows, RowCopies
+from timbre_server.adapters.added import rows_of
+from timbre_server.operators.contract import Add, Bound, Change, Operator
+from timbre_server.operators.row_table import RowTable
+
+Programs = Mapping[int, AdapterProgram]
+"""Adapter slot -> the program that lives there."""
+
+Operators = Mapping[type[Part], Operator[Any]]
+"""Which operator runs each kind of part."""
+
+
+@dataclass(frozen=True, slots=True)
+class InPlace:
+    """All that operators do to one layer, where each adds it by itself: the changes lie nowhere else."""
+
+    inputs: tuple[Add, ...]
+    outputs: tuple[Add, ...]
+    """One at most, to the base's own output."""
+    sums: tuple[tuple[int, Add], ...]
+    """With the number of the operator."""
+
+    @staticmethod
+    def of(bounds: Sequence[Bound], member: int) -> InPlace | None:
+        """None: one does not, or the output that it reads would not be the base's own."""
+        each = [bound.adds(member) for bound in bounds]
+        known = [adds for adds in each if adds is not None]
+        inputs = tuple(own.input_change for own in known if own.input_change is not None)
+        outputs = tuple(own.output_change for own in known if own.output_change is not None)
+        sums = tuple((n, own.sums) for n, own in enumerate(known) if own.sums is not None)
+        is_all = len(known) == len(each) and len(outputs) < (1 if inputs else 2)
+        return InPlace(inputs, outputs, sums) if is_all else None
+
+
+class AdaptedGroup:
+    """Layers that read one input, and what is prepared for them while the row table repeats."""
+
+    def __init__(
+        self, paths: Sequence[str], rows: ActiveRows, programs: Programs, operators: Operators
+    ) -> None:
+        self.paths = tuple(paths)
+        self._rows = rows
+        self._programs = programs
+        self._operators = operators
+        self._bound_table: RowTable | None = None
+        self._bound: tuple[Bound, ...] = ()
+        self._in_place: tuple[InPlace | None, ...] = ()
+        self._input: Tensor | None = None
+        self._changes: list[list[Change]] = []
+        self._sources: list[Tensor] = []
+        self._unread: set[int] = set()
+
+    @property
+    def copies(self) -> RowCopies | None:
+        return self._rows.copies
+
+    @property
+    def rows_are_merged(self) -> bool:
+        return self._rows.are_merged
+
+    def bound(self) -> tuple[Bound, ...]:
+        """The operators in use at this group, ready for the current table; empty for base rows only."""
+        table = self._rows.table
+        if table is None:
+            return ()
+        if self._bound_table is not table:
+            self._bound = tuple(self._bind(table))
+            own = [InPlace.of(self._bound, member) for member in range(len(self.paths))]
+            self._in_place = tuple(own) if None not in own else (None,) * len(own)
+            self._bound_table = table
+        return self._bound
+
+    def in_place(self, member: int) -> InPlace | None:
+        """What `bound` does to a member; None unless it does so to all."""
+        return self._in_place[member]
+
+    @property
+    def last_bound(self) -> tuple[Bound, ...]:
+        """What the last forward with adapters ran, unless one of them was dropped since."""
+        return self._bound
+
+    def _bind(self, table: RowTable) -> list[Bound]:
+        uses: dict[type[Part], list[dict[int, list[Part]]]] = {}
+        for slot in table.slots:
+            sites = self._programs[slot].sites
+            for member, path in enumerate(self.paths):
+                for part in sites.get(path, ()):
+                    members = uses.setdefault(type(part), [{} for _ in self.paths])
+                    members[member].setdefault(slot, []).append(part)
+        return [self._operators[kind].bind(members, table) for kind, members in uses.items()]
+
+    def forget(self) -> None:
+        """Drop what was prepared and what is kept of a running step; called when a slot changes hands."""
+        self._bound_table = None
+        self._bound, self._in_place = (), ()
+        self.end_step()
+
+    def end_step(self) -> None:
+        """Drop the input and the shares of it that no member fetched (a forward that failed half-way)."""
+        self._input = None
+        self._changes, self._sources = [], []
+        self._unread = set()
+
+    def changes(self, member: int, x: Tensor) -> Sequence[Change]:
+        """What the adapters add to one member's output, from the input ``x`` alone.
+
+        Computed for all members when the first asks; kept for the others, who prove by identity that
+        theirs is the same tensor. Holding on to x makes that proof safe.
+        """
+        if self._is_new(member, x):
+            self._changes = [[] for _ in self.paths]
+            x_TI = rows_of(x).float()
+            for bound in self.bound():
+                for changes, more in zip(self._changes, bound.sums(x_TI), strict=False):
+                    changes.extend(more)
+        found = self._changes[member]
+        self._has_read(member)
+        return found
+
+    def sources(self, member: int, x: Tensor) -> Sequence[Tensor]:
+        """What each operator's sums are made of, from a contiguous x; made and kept as `changes` are."""
+        if self._is_new(member, x):
+            x_float = x.float()
+            self._sources = [bound.source(x_float) for bound in self._bound]
+        found = self._sources
+        self._has_read(member)
+        return found
+
+    def _is_new(self, member: int, x: Tensor) -> bool:
+        """Whether nothing is kept of x for this member; from now on something is."""
+        if self._input is x and member in self._unread:
+            return False
+        self._input = x
+        self._unread = set(range(len(self.paths)))
+        return True
+
+    def _has_read(self, member: int) -> None:
+        self._unread.discard(member)
+        if not self._unread:
+            self.end_step()
