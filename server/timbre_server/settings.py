@@ -98,9 +98,9 @@ class AdapterSettings(_Group):
     """Folder whose adapters are registered at start where their names are free."""
     adapter_memory_mib: int = Field(1024, ge=1)
     """Memory for adapters, in MiB of prepared tensors; the least recently used leave it first."""
-    lora_dtype: Literal["auto", "bfloat16"] = "auto"
-    """Type that factors of low rank are rounded to in memory: half the bytes of float32, and of what a step
-    reads of them; 'auto': none, they keep their values."""
+    lora_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of factors of low rank in memory, of which bfloat16 takes half; 'auto': bfloat16 for a model that
+    runs in it, else float32. Factors whose values 16 bits hold exactly take 16 in any case."""
     max_upload_mib: int = Field(512, ge=1)
     """Largest adapter file that may be uploaded, in MiB."""
     allow_merged_pin: bool = False

@@ -26,7 +26,7 @@ from timbre_server.engine.assembly import engine_around
 from timbre_server.engine.attention import install_attention
 from timbre_server.engine.core import EngineCore
 from timbre_server.engine.messages import AdapterUse, SamplingParams, StepOutput, Submit, TokenEvent
-from timbre_server.engine.model_loader import LoadedModel, PreparedModel
+from timbre_server.engine.model_loader import LoadedModel, PreparedModel, factors_rounded_to
 from timbre_server.engine.options import EngineOptions, KernelChoice
 from timbre_server.engine.probe import probe
 
@@ -40,6 +40,7 @@ class MadeAdapters:
     """A loader (`adapters.runtime.Loader`) whose adapters are random and come from nowhere."""
 
     makes: Mapping[str, Make]
+    rounded_to: torch.dtype | None
     sites: Sites
     frame: Frame
     groups: Sequence[Sequence[str]]
@@ -54,7 +55,7 @@ class MadeAdapters:
             config, tensors = self.makes[name](shapes)
         with torch.inference_mode():
             program = compile_adapter(config, tensors, self.sites, self.frame)
-            program = placed_program(program, Transfer(device), self.groups)
+            program = placed_program(program, Transfer(device), self.groups, self.rounded_to)
         return LoadedAdapter(digest, name, program, {})
 
 
@@ -88,7 +89,8 @@ class Decoding:
             adapter_memory_bytes=ADAPTER_BYTES,
             kernels=kernels,
         )
-        core, ready = engine_around(prepared, options, print, lambda: None, partial(MadeAdapters, makes))
+        made = partial(MadeAdapters, makes, factors_rounded_to(options.lora_dtype, model.dtype))
+        core, ready = engine_around(prepared, options, print, lambda: None, made)
         return cls(core, ready.vocab_size, model.device)
 
     def load(self, digests: list[str]) -> None:

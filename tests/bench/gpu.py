@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from engine_in_process import Decoding, distinct
 from floor import bytes_per_s
-from random_adapters import Make, Shapes, Tensors, fourierft, lora, mola
+from random_adapters import Make, fourierft, lora, mola
 from table import options, report
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
@@ -31,22 +31,14 @@ CASES: Mapping[str, tuple[str | None, float]] = {
     "base": (None, 0.75),
     "FourierFT n=1000": ("fourierft", 0.97),
     "LoRA r=16": ("lora", 0.90),
-    "LoRA r=16 of bfloat16": ("lora16", 0.90),
     "top 2 of 4 LoRAs r=8": ("mola", 0.85),
 }
 """Whose adapters run, and the aim: the base alone to the bandwidth, the others to the base."""
 
 
-def rounded_lora(shapes: Shapes) -> tuple[dict[str, Any], Tensors]:
-    """As most are uploaded, or as ``--lora-dtype bfloat16`` makes them."""
-    config, tensors = lora(shapes, rank=16)
-    return config, {name: tensor.bfloat16() for name, tensor in tensors.items()}
-
-
 MAKES: Mapping[str, Make] = {
     "fourierft": fourierft,
     "lora": partial(lora, rank=16),
-    "lora16": rounded_lora,
     "mola": mola,
 }
 LLAMA_8B = LlamaConfig(

@@ -17,6 +17,7 @@ from timbre_server.engine.model_loader import (
     chosen_device,
     chosen_dtype,
     end_token_ids,
+    factors_rounded_to,
     load_model,
     longest_sequence,
     prepare_model,
@@ -70,6 +71,14 @@ def test_auto_is_a_dtype_that_the_processor_computes_itself() -> None:
     native = "avx512_bf16" in flags or "amx_bf16" in flags
     assert chosen_dtype("auto", CPU) is (torch.bfloat16 if native else torch.float32)
     assert chosen_dtype("float16", CPU) is torch.float16
+
+
+def test_factors_are_rounded_to_what_a_model_runs_in_or_is_asked_for() -> None:
+    assert factors_rounded_to("auto", torch.bfloat16) is torch.bfloat16
+    assert factors_rounded_to("bfloat16", torch.float32) is torch.bfloat16
+    assert factors_rounded_to("float32", torch.bfloat16) is None
+    for dtype in (torch.float32, torch.float16):
+        assert factors_rounded_to("auto", dtype) is None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

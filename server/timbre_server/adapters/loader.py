@@ -69,16 +69,16 @@ class AdapterLoader:
         device: torch.device | str = "cpu",
         frame: Frame = NO_FRAME,
         groups: Sequence[Sequence[str]] = (),
-        lora_dtype: torch.dtype | None = None,
+        rounded_to: torch.dtype | None = None,
     ) -> None:
-        """``groups``: paths of layers that read one input and are bound together. ``lora_dtype``: as
+        """``groups``: paths of layers that read one input and are bound together. ``rounded_to``: as
         `placed_program`."""
         self._store_root = store_root
         self._base_model_digest = base_model_digest
         self._sites = sites
         self._frame = frame
         self._transfer = transfer_to(torch.device(device))
-        self._groups, self._lora_dtype = groups, lora_dtype
+        self._groups, self._rounded_to = groups, rounded_to
         # A second of imports, that no load shall wait for.
         Thread(target=methods, name="read-methods").start()
 
@@ -104,7 +104,7 @@ class AdapterLoader:
                 _check_promises(files.manifest, program)
                 _check_finite(digest, program)
             with _timed(seconds, "place"), torch.inference_mode(), self._transfer.aside():
-                program = placed_program(program, self._transfer, self._groups, self._lora_dtype)
+                program = placed_program(program, self._transfer, self._groups, self._rounded_to)
         except (StoreError, MethodError, SafetensorError, OSError) as error:
             raise AdapterLoadFailed(f"adapter {digest} could not be loaded: {error}") from error
         return LoadedAdapter(digest, method_for(files.config).name, program, seconds)

@@ -29,13 +29,13 @@ def placed_program(
     program: AdapterProgram,
     transfer: Transfer,
     groups: Sequence[Sequence[str]],
-    lora_dtype: torch.dtype | None = None,
+    rounded_to: torch.dtype | None = None,
 ) -> AdapterProgram:
     """The program on its device. What `may_be_packed` is; of all else each tensor is contiguous in storage of
     its own, but for factors that are bound together at ``groups``: they lie side by side in one, and no bind
-    copies them. A shared basis is moved once, for all adapters that use it. ``lora_dtype``: what factors of
+    copies them. A shared basis is moved once, for all adapters that use it. ``rounded_to``: what factors of
     low rank are rounded to; None: they keep their values."""
-    placement = _Placement(program, transfer, groups, lora_dtype)
+    placement = _Placement(program, transfer, groups, rounded_to)
     return replace(
         program,
         sites=placement.sites(program.sites),
@@ -53,10 +53,10 @@ class _Placement:
         program: AdapterProgram,
         transfer: Transfer,
         groups: Sequence[Sequence[str]],
-        lora_dtype: torch.dtype | None,
+        rounded_to: torch.dtype | None,
     ) -> None:
         self._transfer = transfer
-        laid_out = partial(side_by_side, device=transfer.device, move=transfer.moved, rounded_to=lora_dtype)
+        laid_out = partial(side_by_side, device=transfer.device, move=transfer.moved, rounded_to=rounded_to)
         self._joined: dict[int, Any] = {
             id(part): there
             for members in _factors_bound_together(program, groups)

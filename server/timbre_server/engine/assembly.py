@@ -25,7 +25,7 @@ from timbre_server.engine.kv_blocks import BlockPool
 from timbre_server.engine.linears import bias_of, weight_of
 from timbre_server.engine.lone_layers import lone_weight_of
 from timbre_server.engine.messages import Ready, SiteShape
-from timbre_server.engine.model_loader import PreparedModel, prepare_model
+from timbre_server.engine.model_loader import PreparedModel, factors_rounded_to, prepare_model
 from timbre_server.engine.options import EngineOptions
 from timbre_server.engine.packed_linear import LinearPacker
 from timbre_server.engine.parameters import parameter_weight_of
@@ -82,8 +82,8 @@ def engine_around(
     loader: Loader
     if make_loader is None:
         root = Path(options.adapters_dir)
-        lora_dtype = None if options.lora_dtype == "auto" else getattr(torch, options.lora_dtype)
-        loader = AdapterLoader(root, ready.model_digest, sites, model.device, frame, groups, lora_dtype)
+        rounded_to = factors_rounded_to(options.lora_dtype, model.dtype)
+        loader = AdapterLoader(root, ready.model_digest, sites, model.device, frame, groups, rounded_to)
     else:
         loader = make_loader(sites, frame, groups)
     adapters = AdapterRuntime(adapted, loader, options.adapter_memory_bytes, on_load_ended)

@@ -21,7 +21,7 @@ from timbre_server.engine.attention import install_attention
 from timbre_server.engine.deny_list import refuse_by_config
 from timbre_server.engine.layer_stack import Ranges, stack_layers
 from timbre_server.engine.model_digest import model_digest, stacked_digest
-from timbre_server.engine.options import Device, Dtype
+from timbre_server.engine.options import Device, Dtype, LoraDtype
 from timbre_server.engine.probe import ProbeResult, probe
 from timbre_server.errors import UnsupportedModel
 
@@ -128,6 +128,13 @@ def chosen_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return torch.bfloat16 if _cpu_has_bfloat16() else torch.float32
+
+
+def factors_rounded_to(asked: LoraDtype, model_dtype: torch.dtype) -> torch.dtype | None:
+    """What adapters' factors of low rank are rounded to; None: they keep their values. ``auto``: bfloat16 for
+    a model that runs in it; float16 would flush small factors to zero."""
+    is_narrow = model_dtype is torch.bfloat16 if asked == "auto" else asked == "bfloat16"
+    return torch.bfloat16 if is_narrow else None
 
 
 def end_token_ids(model: PreTrainedModel) -> tuple[int, ...]:

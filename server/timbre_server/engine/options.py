@@ -12,7 +12,7 @@ import msgspec
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Device = Literal["auto", "cpu", "cuda"]
 KernelChoice = Literal["auto", "torch", "native", "triton"]
-LoraDtype = Literal["auto", "bfloat16"]
+LoraDtype = Literal["auto", "float32", "bfloat16"]
 
 GIB = 1024**3
 
@@ -39,7 +39,8 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     enable_prefix_caching: bool = True
     adapter_memory_bytes: int = GIB
     lora_dtype: LoraDtype = "auto"
-    """What factors of low rank are rounded to; "auto": nothing is."""
+    """What factors of low rank are rounded to: float32, which is what they are; "auto": bfloat16 where it is
+    the model's own type."""
     num_threads: int | None = None
     """None: as many as this process may run on."""
     self_check: bool = True
