@@ -175,6 +175,33 @@ def test_factors_of_16_bits_give_the_bits_of_the_same_in_float32(rank: int, crow
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("rank", [1, 8, 13])
+@pytest.mark.parametrize("crowd", ["decode", "prefill beside decode"])
+def test_rows_of_bfloat16_give_what_the_same_in_float32_give(rank: int, crowd: str) -> None:
+    """Through bfloat16 factors, for which there is arithmetic of its own; bit for bit whatever else runs."""
+    generator = torch.Generator().manual_seed(rank)
+    table, features = RowTable(CROWDS[crowd]), 2 * 64 + 11
+    uses: dict[int, list[LowRank]] = {
+        slot: [LowRank(*(torch.randn(shape, generator=generator).bfloat16() for shape in shapes))]
+        for slot in range(11)
+        for shapes in [((rank, features), (75, rank))]
+    }
+    bound = operator_of(LowRank, "native").bind([uses], table)
+    add = bound.adds(0).sums  # type: ignore[union-attr]
+    assert add is not None
+    x_TI = torch.randn(table.num_rows, features, generator=generator).bfloat16()
+    assert bound.source(x_TI).dtype is torch.bfloat16
+    narrow_TO, wide_TO = torch.zeros(table.num_rows, 75), torch.zeros(table.num_rows, 75)
+    add(bound.source(x_TI), narrow_TO)
+    add(bound.source(x_TI.float()), wide_TO)
+    torch.testing.assert_close(narrow_TO, wide_TO, atol=1e-3, rtol=1e-4)
+
+    alone = operator_of(LowRank, "native").bind([uses], RowTable([Span(1, ((1, 1.0),))]))
+    row, found_TO = 0 if crowd != "decode" else 1, torch.zeros(1, 75)
+    alone.adds(0).sums(alone.source(x_TI[row : row + 1]), found_TO)  # type: ignore[union-attr, misc]
+    assert torch.equal(found_TO[0], narrow_TO[row])
+
+
 @pytest.fixture
 def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """For however little work."""

@@ -140,6 +140,11 @@ def check_adds(
         adds.output_change(changed_TO, changed_TO)
     if adds.sums is not None:
         adds.sums(bound.source(x_TI), changed_TO)
+        narrow_TI = x_TI.bfloat16()
+        of_narrow_TO, of_wide_TO = torch.zeros_like(y_TO), torch.zeros_like(y_TO)
+        adds.sums(bound.source(narrow_TI), of_narrow_TO)
+        adds.sums(bound.source(narrow_TI.float()), of_wide_TO)
+        torch.testing.assert_close(of_narrow_TO, of_wide_TO, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(changed_TI, x_TI + input_change, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(changed_TO, y_TO + change, atol=1e-4, rtol=1e-4)
 

@@ -137,8 +137,7 @@ class AdaptedGroup:
     def sources(self, member: int, x: Tensor) -> Sequence[Tensor]:
         """What each operator's sums are made of, from a contiguous x; made and kept as `changes` are."""
         if self._is_new(member, x):
-            x_float = x.float()
-            self._sources = [bound.source(x_float) for bound in self._bound]
+            self._sources = [bound.source(x) for bound in self._bound]
         found = self._sources
         self._has_read(member)
         return found

@@ -3,7 +3,7 @@
 Few rows are what serving asks for, and there a product is bound by reading W as much as by arithmetic. The
 kernel does both at once, where oneDNN and MKL do one after the other, and most models have weights that
 bfloat16 holds exactly: of these it reads half. Rows of bfloat16 are multiplied by the processor's own product
-of pairs, into float32 sums. A row gets the same bits whatever rows are beside it.
+of pairs where it has one, into float32 sums. A row gets the same bits whatever rows are beside it.
 
 Legend: T rows, I in, O out, P panels of outputs.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from timbre_server.native.formats import format_of
-from timbre_server.native.library import ADDRESS, NUMBER, LibraryUnavailable, kernel, library, num_threads
+from timbre_server.native.library import ADDRESS, NUMBER, kernel, library, num_threads
 
 
 def serves(dtype: torch.dtype) -> bool:
@@ -32,8 +32,6 @@ class NativeProduct:
 
     def __init__(self, weight_OI: Tensor) -> None:
         """Of a float32 or bfloat16 weight, of which it keeps a copy. Raises: LibraryUnavailable."""
-        if weight_OI.dtype is torch.bfloat16 and not library().timbre_linear_narrow():
-            raise LibraryUnavailable("the C++ compiler knows no products of bfloat16 for this processor")
         self.num_out, self.num_in = weight_OI.shape
         self.panels = _panels(weight_OI, int(library().timbre_linear_panel()))
         self._dtype = weight_OI.dtype

@@ -61,8 +61,8 @@ class OwnProduct:
 
 
 Add = Callable[[Tensor, Tensor], None]
-"""``(source, y_TO)``: add, in place, to y what is made of a source. Both are float32 and contiguous, and may
-have dimensions before the last that together count rows."""
+"""``(source, y_TO)``: add, in place, to y what is made of a source. Both are contiguous, y is float32, and
+they may have dimensions before the last that together count rows."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -108,7 +108,7 @@ class Bound:
 
     def source(self, x_TI: Tensor) -> Tensor:
         """What its adding of `sums` reads, made of a contiguous x for all members."""
-        return x_TI
+        return x_TI.float()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -40,19 +40,6 @@ static inline Bits load_bits(const void *from) {
 
 static inline Lanes load(const BFloat16 *from) { return (Lanes)(load_bits(from) << 16); }
 
-// Every other one of sixteen, from the first or from the second on: faster than eight in order.
-static inline Lanes evens(const BFloat16 *from) {
-    Bits both;
-    std::memcpy(&both, from, sizeof both);
-    return (Lanes)(both << 16);
-}
-
-static inline Lanes odds(const BFloat16 *from) {
-    Bits both;
-    std::memcpy(&both, from, sizeof both);
-    return (Lanes)(both & 0xffff0000);
-}
-
 // Of finite numbers: exponents count from 15, and those of float32 from 127; below the normal ones, too.
 static inline Lanes load(const Float16 *from) {
     const Bits bits = load_bits(from);
@@ -155,10 +142,11 @@ static inline Lanes exponential(Lanes x) {
 static inline float sum(Lanes v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
 
 #ifdef __clang__
-template <typename Order>
-static inline Lanes picked(Lanes x, Lanes y, Order order) {
-    Lanes found;
-    for (int i = 0; i < LANES; i++) found[i] = order[i] < LANES ? x[order[i]] : y[order[i] - LANES];
+template <typename Floats, typename Order>
+static inline Floats picked(Floats x, Floats y, Order order) {
+    constexpr int COUNT = sizeof(Floats) / sizeof(float);
+    Floats found;
+    for (int i = 0; i < COUNT; i++) found[i] = order[i] < COUNT ? x[order[i]] : y[order[i] - COUNT];
     return found;
 }
 #else

@@ -5,26 +5,14 @@
 // panel is asked of memory, a few lines for every few inputs over all of the rows, so that reading and
 // arithmetic go on at once. A row's sums are the same ones in the same order whatever other rows there are; of
 // float32 rows they are the same in either format of the weights, too.
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
+#include "wide.h"
 
-#include "lanes.h"
-
-// A register of floats, and how many rows' sums stay in registers beside the weights.
 #ifdef __AVX512F__
-typedef float Wide __attribute__((vector_size(64)));
-typedef uint32_t WideBits __attribute__((vector_size(64)));
-typedef uint16_t WideHalves __attribute__((vector_size(32)));
-constexpr int TILE = 13;
+constexpr int TILE = 13;  // Rows, of which all sums stay in registers beside the weights.
 #else
-typedef Lanes Wide;
-typedef Bits WideBits;
-typedef Halves WideHalves;
 constexpr int TILE = 5;
 #endif
 
-constexpr int WIDTH = sizeof(Wide) / sizeof(float);
 constexpr int VECTORS = 2;
 constexpr int PANEL = VECTORS * WIDTH;
 constexpr int64_t BLOCK = 40 / TILE * TILE;  // Rows that stay in the cache while all panels pass.
@@ -39,26 +27,13 @@ struct Linear {
     int64_t format;  // Of y.
 };
 
-static inline Wide wide(const void *from) {
-    Wide found;
-    std::memcpy(&found, from, sizeof found);
-    return found;
-}
-
-static inline void put(Wide numbers, float *to) { std::memcpy(to, &numbers, sizeof numbers); }
-
-static inline void put(Wide numbers, BFloat16 *to) {
-    const WideHalves halves = __builtin_convertvector(rounded_to_bfloat16((WideBits)numbers), WideHalves);
-    std::memcpy(to, &halves, sizeof halves);
-}
-
 // A panel's weights of the first or second one of two inputs: [2, PANEL].
 static inline Wide weights_of(const float *pair, int second, int v) { return wide(pair + second * PANEL + v * WIDTH); }
 
 // [PANEL, 2]
 static inline Wide weights_of(const BFloat16 *pair, int second, int v) {
-    const WideBits both = (WideBits)wide(pair + 2 * v * WIDTH);
-    return (Wide)(second ? both & 0xffff0000 : both << 16);
+    const Wide both = wide(pair + 2 * v * WIDTH);
+    return second ? second_of(both) : first_of(both);
 }
 
 // What one of two inputs of M rows adds to their sums. These fill the registers: that both inputs' weights are in
@@ -83,15 +58,12 @@ static inline void add_last(Wide sums[M][VECTORS], const Number *pair, const flo
     add_one<M>(sums, pair, 0, x, in);
 }
 
-#ifdef __AVX512BF16__
-// Both inputs of M rows at once, by the processor's own product of pairs.
+// Both inputs of M rows at once.
 template <int M>
 static inline void add_bits(Wide sums[M][VECTORS], const BFloat16 *pair, const uint32_t inputs[M]) {
     for (int m = 0; m < M; m++)
         for (int v = 0; v < VECTORS; v++)
-            sums[m][v] = (Wide)_mm512_dpbf16_ps(
-                (__m512)sums[m][v], (__m512bh)_mm512_set1_epi32(inputs[m]), (__m512bh)wide(pair + 2 * v * WIDTH)
-            );
+            sums[m][v] = plus_products(sums[m][v], all_pairs(inputs[m]), wide(pair + 2 * v * WIDTH));
 }
 
 template <int M>
@@ -107,7 +79,6 @@ static inline void add_last(Wide sums[M][VECTORS], const BFloat16 *pair, const B
     for (int m = 0; m < M; m++) inputs[m] = x[m * in].bits;
     add_bits<M>(sums, pair, inputs);
 }
-#endif
 
 // One row's sums; `count` outputs are left from the output `o` on.
 template <typename Y> static inline void put(Wide sum, const float *bias, int64_t o, int64_t count, Y *y) {
@@ -214,25 +185,14 @@ static void linear_of(const Linear &linear, const void *x, int64_t rows, const v
 
 extern "C" int64_t timbre_linear_panel() { return PANEL; }
 
-// Whether rows may be of bfloat16.
-extern "C" int64_t timbre_linear_narrow() {
-#ifdef __AVX512BF16__
-    return 1;
-#else
-    return 0;
-#endif
-}
-
 // The weights are float32 or bfloat16: [out / PANEL rounded up] panels as above of `in` rounded up to whole pairs,
 // with zeros beyond the last output and input. Rows of bfloat16 have weights of bfloat16.
 extern "C" void timbre_linear(
-    const void *x, [[maybe_unused]] int64_t x_format, int64_t rows, int64_t in, const void *panels, int64_t format,
+    const void *x, int64_t x_format, int64_t rows, int64_t in, const void *panels, int64_t format,
     const float *bias, void *y, int64_t y_format, int64_t out, int threads
 ) {
     const Linear linear = {in, bias, y, out, y_format};
-#ifdef __AVX512BF16__
-    if (x_format == BFLOAT16) return linear_of<BFloat16, BFloat16>(linear, x, rows, panels, threads);
-#endif
-    if (format == BFLOAT16) linear_of<float, BFloat16>(linear, x, rows, panels, threads);
+    if (x_format == BFLOAT16) linear_of<BFloat16, BFloat16>(linear, x, rows, panels, threads);
+    else if (format == BFLOAT16) linear_of<float, BFloat16>(linear, x, rows, panels, threads);
     else linear_of<float, float>(linear, x, rows, panels, threads);
 }

@@ -2,12 +2,12 @@
 //
 // Every adapter's factors are read once for each block of its rows, where they lie, and the next adapter's are
 // asked of memory meanwhile, so that reading and arithmetic go on at once. A row's sums are the same ones in the
-// same order whatever other rows there are, and in any format of the factors.
+// same order whatever other rows there are; those of float32 rows are, too, in any format of the factors.
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
 
-#include "lanes.h"
+#include "wide.h"
 
 struct LowRankUse {
     Numbers a;  // [rank, in]
@@ -17,77 +17,98 @@ struct LowRankUse {
 };
 
 constexpr int ROWS = 4;  // Rows of one adapter that read its factors together.
-constexpr int STEP = 2 * LANES;  // Numbers of a factor that are read together.
+constexpr int SUMS = 8;  // That grow at once, where registers are wide: no addition waits for the last.
+constexpr int STEP = 2 * WIDTH;  // Numbers of a factor that are read together.
 
 template <int N> using Count = std::integral_constant<int, N>;
 
 // STEP numbers as they are cheapest to read: in order, but of bfloat16 every other one, and then the rest.
 struct Two {
-    Lanes first, second;
+    Wide first, second;
 };
 
-template <typename Number> static inline Two two(const Number *from) { return {load(from), load(from + LANES)}; }
-static inline Two two(const BFloat16 *from) { return {evens(from), odds(from)}; }
+static inline Two two(const float *from) { return {wide(from), wide(from + WIDTH)}; }
+
+static inline Two two(const Float16 *from) {
+    float numbers[STEP];
+    for (int i = 0; i < STEP; i += LANES) store(numbers + i, load(from + i));
+    return two(numbers);
+}
+
+static inline Two two(const BFloat16 *from) { return {first_of(wide(from)), second_of(wide(from))}; }
 
 template <typename Number> static inline Two in_order(Two sums, const Number *) { return sums; }
 
 static inline Two in_order(Two sums, const BFloat16 *) {
-    const Integers low = {0, 8, 1, 9, 2, 10, 3, 11}, high = {4, 12, 5, 13, 6, 14, 7, 15};
+    WideIntegers low, high;
+    for (int i = 0; i < WIDTH; i++) {
+        low[i] = i / 2 + i % 2 * WIDTH;
+        high[i] = low[i] + WIDTH / 2;
+    }
     return {picked(sums.first, sums.second, low), picked(sums.first, sums.second, high)};
 }
 
-// [in] as `two` reads bfloat16.
-static void reorder(const float *x, int64_t in, float *to) {
-    const Integers even = {0, 2, 4, 6, 8, 10, 12, 14}, odd = {1, 3, 5, 7, 9, 11, 13, 15};
-    int64_t i = 0;
-    for (; i + STEP <= in; i += STEP) {
-        const Lanes low = load(x + i), high = load(x + i + LANES);
-        store(to + i, picked(low, high, even));
-        store(to + i + LANES, picked(low, high, odd));
-    }
-    std::copy(x + i, x + in, to + i);
-}
-
-// Asks for a factor's numbers at one place, if a line begins there.
+// Asks for STEP numbers of a factor at one place, if a line begins there.
 template <typename Number> static inline void ask(const Number *soon, int64_t place) {
-    if (place * sizeof(Number) % LINE == 0) __builtin_prefetch(soon + place, 0, 2);
+    if (place * sizeof(Number) % LINE) return;
+    for (size_t i = 0; i < STEP * sizeof(Number); i += LINE)
+        __builtin_prefetch(reinterpret_cast<const char *>(soon + place) + i, 0, 2);
 }
 
-// z[n, r] = weight_n a_r x_n for R ranks and N rows, x in the order of A's numbers.
-template <int R, int N, typename Number>
+// The sum of a factor's numbers times those of a row, STEP by STEP; a row of float32 has the order of `two`.
+template <typename Number, typename X> struct Sum {
+    Two sums;
+
+    void add(const Number *factor, const float *x) {
+        const Two own = two(factor), row = two(x);
+        sums.first += own.first * row.first;
+        sums.second += own.second * row.second;
+    }
+
+    float total() const {
+        const Two ordered = in_order(sums, static_cast<const Number *>(nullptr));
+        return sum(ordered.first + ordered.second);
+    }
+};
+
+template <> struct Sum<BFloat16, BFloat16> {
+    Wide products;
+
+    void add(const BFloat16 *factor, const BFloat16 *x) { products = plus_products(products, wide(factor), wide(x)); }
+
+    float total() const { return sum(products); }
+};
+
+// z[n, r] = weight_n a_r x_n for R ranks and N rows.
+template <int R, int N, typename Number, typename X>
 static void shrink(
-    const LowRankUse &use, const Number *factor, int64_t first, int64_t rank, const float *x, int64_t in,
-    float *z, const Number *soon
+    const LowRankUse &use, const Number *factor, int64_t first, int64_t rank, const X *x, int64_t in, float *z,
+    const Number *soon
 ) {
-    Two sums[R][N] = {};
+    Sum<Number, X> sums[R][N] = {};
     const Number *a[R];
-    const float *v[N];
+    const X *v[N];
     for (int r = 0; r < R; r++) a[r] = factor + (rank + r) * in;
     for (int n = 0; n < N; n++) v[n] = x + use.rows.rows[first + n] * in;
     int64_t i = 0;
     for (; i + STEP <= in; i += STEP)
         for (int r = 0; r < R; r++) {
             ask(soon, (rank + r) * in + i);
-            const Two own = two(a[r] + i);
-            for (int n = 0; n < N; n++) {
-                sums[r][n].first += own.first * load(v[n] + i);
-                sums[r][n].second += own.second * load(v[n] + i + LANES);
-            }
+            for (int n = 0; n < N; n++) sums[r][n].add(a[r] + i, v[n] + i);
         }
     for (int r = 0; r < R; r++)
         for (int n = 0; n < N; n++) {
-            const Two ordered = in_order(sums[r][n], factor);
-            float total = sum(ordered.first + ordered.second);
-            for (int64_t j = i; j < in; j++) total = std::fma(value(a[r][j]), v[n][j], total);
+            float total = sums[r][n].total();
+            for (int64_t j = i; j < in; j++) total = std::fma(value(a[r][j]), value(v[n][j]), total);
             z[(first + n) * use.rank + rank + r] = total * use.rows.weights[first + n];
         }
 }
 
-template <int N, typename Number>
+template <int N, typename Number, typename X>
 static void shrink_rows(
-    const LowRankUse &use, const Number *a, int64_t first, const float *x, int64_t in, float *z, const Number *soon
+    const LowRankUse &use, const Number *a, int64_t first, const X *x, int64_t in, float *z, const Number *soon
 ) {
-    constexpr int R = ROWS / N;
+    constexpr int R = (sizeof(X) < sizeof(float) ? SUMS : ROWS) / N;
     int64_t rank = 0;
     for (; rank + R <= use.rank; rank += R) shrink<R, N>(use, a, first, rank, x, in, z, soon);
     for (; rank < use.rank; rank++) shrink<1, N>(use, a, first, rank, x, in, z, soon);
@@ -110,14 +131,14 @@ static void expand_rows(
             ask(soon, r * out + o);
             const Two numbers = two(b + r * out + o);
             for (int n = 0; n < N; n++) {
-                sums[n].first += all(v[n * rank + r]) * numbers.first;
-                sums[n].second += all(v[n * rank + r]) * numbers.second;
+                sums[n].first += v[n * rank + r] * numbers.first;
+                sums[n].second += v[n * rank + r] * numbers.second;
             }
         }
         for (int n = 0; n < N; n++) {
             const Two ordered = in_order(sums[n], b);
-            store(to[n] + o, load(to[n] + o) + ordered.first);
-            store(to[n] + o + LANES, load(to[n] + o + LANES) + ordered.second);
+            put(wide(to[n] + o) + ordered.first, to[n] + o);
+            put(wide(to[n] + o + WIDTH) + ordered.second, to[n] + o + WIDTH);
         }
     }
     for (; o < own.end; o++)
@@ -138,6 +159,17 @@ static void in_blocks(int64_t count, const Number *factor, const void *next, OfR
     if (row < count) of_rows(Count<1>(), row, soon);
 }
 
+// [in] as `two` reads bfloat16.
+static void reorder(const float *x, int64_t in, float *to) {
+    int64_t i = 0;
+    for (; i + STEP <= in; i += STEP)
+        for (int j = 0; j < WIDTH; j++) {
+            to[i + j] = x[i + 2 * j];
+            to[i + WIDTH + j] = x[i + 2 * j + 1];
+        }
+    std::copy(x + i, x + in, to + i);
+}
+
 // The rows of x, as many as any adapter has, where an A is of bfloat16.
 static std::vector<float> reordered(const LowRankUse *uses, int64_t count, const float *x, int64_t in) {
     int64_t rows = 0;
@@ -149,25 +181,39 @@ static std::vector<float> reordered(const LowRankUse *uses, int64_t count, const
     return found;
 }
 
-// x [T, in] and y [T, out] are contiguous.
-extern "C" void timbre_low_rank(
-    const LowRankUse *uses, int64_t count, const float *x, int64_t in, float *y, int64_t out, int threads
+// Rows [T, in], of float32, or of bfloat16 where all A are.
+struct Input {
+    Numbers x;
+    int64_t in;
+};
+
+// z = A x of one adapter, of which `next` is the next A to be read.
+static void shrink_all(const LowRankUse &use, const Input &input, const float *of_pairs, float *z, const void *next) {
+    const auto with = [&](auto a, auto x) {
+        in_blocks(use.rows.count, a, next, [&](auto n, int64_t row, auto soon) {
+            shrink_rows<n>(use, a, row, x, input.in, z, soon);
+        });
+    };
+    if (input.x.format == BFLOAT16)
+        return with(static_cast<const BFloat16 *>(use.a.first), static_cast<const BFloat16 *>(input.x.first));
+    const float *x = use.a.format == BFLOAT16 ? of_pairs : static_cast<const float *>(input.x.first);
+    as_they_lie(use.a, [&](auto a) { with(a, x); });
+}
+
+static void add_low_rank(
+    const LowRankUse *uses, int64_t count, const Input &input, float *y, int64_t out, int threads
 ) {
     std::vector<int64_t> starts(count + 1, 0);
     for (int64_t u = 0; u < count; u++) starts[u + 1] = starts[u] + uses[u].rows.count * uses[u].rank;
-    std::vector<float> z(starts[count]);
-    const std::vector<float> of_pairs = reordered(uses, count, x, in);
+    std::vector<float> z(starts[count]), of_pairs;
+    if (input.x.format == FLOAT32)
+        of_pairs = reordered(uses, count, static_cast<const float *>(input.x.first), input.in);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         const auto next = [&](int64_t u, int64_t after) -> const LowRankUse & { return uses[std::min(u + after, count - 1)]; };
 #pragma omp for schedule(dynamic, 1)
         for (int64_t u = 0; u < count; u++)
-            as_they_lie(uses[u].a, [&](auto a) {
-                const float *rows = uses[u].a.format == BFLOAT16 ? of_pairs.data() : x;
-                in_blocks(uses[u].rows.count, a, next(u, thread_count()).a.first, [&](auto n, int64_t row, auto soon) {
-                    shrink_rows<n>(uses[u], a, row, rows, in, z.data() + starts[u], soon);
-                });
-            });
+            shrink_all(uses[u], input, of_pairs.data(), z.data() + starts[u], next(u, thread_count()).a.first);
         const Share own = share(out, thread_number(), thread_count(), STEP);
         for (int64_t u = 0; u < count; u++)
             as_they_lie(uses[u].b, [&](auto b) {
@@ -176,6 +222,13 @@ extern "C" void timbre_low_rank(
                 });
             });
     }
+}
+
+// x [T, in] and y [T, out] are contiguous. x is of float32, or of bfloat16 where all A are.
+extern "C" void timbre_low_rank(
+    const LowRankUse *uses, int64_t count, const void *x, int64_t format, int64_t in, float *y, int64_t out, int threads
+) {
+    add_low_rank(uses, count, {{x, format}, in}, y, out, threads);
 }
 
 // An expert of low rank, and where the gates of its adapter's rows are.
@@ -214,5 +267,5 @@ extern "C" void timbre_low_rank_experts(
         if (end > begin)
             kept.push_back({use.a, use.b, use.rank, {rows.data() + begin, weights.data() + begin, end - begin}});
     }
-    timbre_low_rank(kept.data(), kept.size(), x, in, y, out, threads);
+    add_low_rank(kept.data(), kept.size(), {{x, FLOAT32}, in}, y, out, threads);
 }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from timbre_methods.program import LowRank
@@ -27,10 +28,22 @@ class NativeLowRank(LowRankOperator):
     """`LowRankOperator` by ``low_rank.cpp``."""
 
     def bind(self, uses: Uses[LowRank], table: RowTable) -> Bound:
-        return BoundKernels([_kernel(parts_by_slot, table) for parts_by_slot in uses])
+        parts = [part for parts_by_slot in uses for own in parts_by_slot.values() for part in own]
+        is_narrow = all(part.a_RI.dtype is torch.bfloat16 for part in parts)
+        return _BoundLowRank([_kernel(parts_by_slot, table) for parts_by_slot in uses], is_narrow)
 
     def bind_gated(self, uses: Uses[LowRank], table: RowTable, gating: Gating) -> BoundGated:
         return BoundExperts(uses, table, gating)
+
+
+class _BoundLowRank(BoundKernels):
+    def __init__(self, members: Sequence[InputKernel | None], is_narrow: bool) -> None:
+        """``is_narrow``: all A are of bfloat16."""
+        super().__init__(members)
+        self._is_narrow = is_narrow
+
+    def source(self, x_TI: Tensor) -> Tensor:
+        return x_TI if self._is_narrow and x_TI.dtype is torch.bfloat16 else x_TI.float()
 
 
 def _kernel(parts_by_slot: Mapping[int, Sequence[LowRank]], table: RowTable) -> InputKernel | None:
@@ -48,4 +61,4 @@ def _kernel(parts_by_slot: Mapping[int, Sequence[LowRank]], table: RowTable) -> 
         return None
     _, (a_RI, b_RO) = held[0]
     shape = b_RO.shape[1], a_RI.shape[1]
-    return InputKernel("timbre_low_rank", uses, held, shape, work * sum(shape))
+    return InputKernel("timbre_low_rank", uses, held, shape, work * sum(shape), is_told_format=True)

@@ -208,7 +208,7 @@ class _BoundProjected(BoundKernels):
         return _Member(segments, tuple(expands.values()), first.basis.q_NOQ.shape[1])
 
     def source(self, x_TI: Tensor) -> Tensor:
-        z = torch.zeros(self._size)
+        x_TI, z = x_TI.float(), torch.zeros(self._size)
         for shrink in self._shrinks.values():
             shrink(x_TI, z)
         return z

@@ -223,6 +223,6 @@ class _BoundSpectral(BoundKernels):
         self._run = kernel("timbre_spectra", ADDRESS, ADDRESS, NUMBER, ADDRESS, ADDRESS)
 
     def source(self, x_TI: Tensor) -> Tensor:
-        z_GCL = torch.empty(self._shape)
+        x_TI, z_GCL = x_TI.float(), torch.empty(self._shape)
         self._run(*self._begin, x_TI.data_ptr(), z_GCL.data_ptr(), num_threads(self._work))
         return z_GCL

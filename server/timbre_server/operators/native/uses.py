@@ -58,8 +58,8 @@ class Kernel(Protocol):
         ...
 
     def add(self, source: Tensor, y_TO: Tensor) -> None:
-        """Add to y, in place, what the parts make of x, or of what was made of x for all members; both are
-        float32 and contiguous."""
+        """Add to y, in place, what the parts make of x, or of what was made of x for all members; y is
+        float32, and both are contiguous."""
         ...
 
     @property
@@ -95,7 +95,8 @@ class KernelChange(Change):
 
 
 class InputKernel:
-    """The `Kernel` of one member that reads x itself: ``run(uses, their number, x, I, y, O, threads)``."""
+    """The `Kernel` of one member that reads x itself: ``run(uses, their number, x, I, y, O, threads)``, or
+    ``run(uses, their number, x, its format, I, y, O, threads)``."""
 
     def __init__(
         self,
@@ -104,9 +105,13 @@ class InputKernel:
         held: Sequence[tuple[Segment, object]],
         shape: tuple[int, int],
         work: int,
+        *,
+        is_told_format: bool = False,
     ) -> None:
         """``held``: whose rows and whose numbers ``uses`` has the addresses of. ``shape`` is [O, I]."""
-        self._run = kernel(name, ADDRESS, NUMBER, ADDRESS, NUMBER, ADDRESS, NUMBER)
+        told = (NUMBER,) if is_told_format else ()
+        self._run = kernel(name, ADDRESS, NUMBER, ADDRESS, *told, NUMBER, ADDRESS, NUMBER)
+        self._is_told_format = is_told_format
         self._held, self._work = tuple(held), work
         self._uses = structures(uses)
         self._first, self._count = address_of(self._uses), len(uses)
@@ -117,10 +122,12 @@ class InputKernel:
         return rows_of([segment for segment, _ in self._held])
 
     def add(self, source: Tensor, y_TO: Tensor) -> None:
+        told = (format_of(source),) if self._is_told_format else ()
         self._run(
             self._first,
             self._count,
             source.data_ptr(),
+            *told,
             self._in_features,
             y_TO.data_ptr(),
             self.out_features,

@@ -1,0 +1,57 @@
+// As many floats at once as a register of the processor holds.
+#pragma once
+
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+#include "lanes.h"
+
+#ifdef __AVX512F__
+typedef float Wide __attribute__((vector_size(64)));
+typedef int32_t WideIntegers __attribute__((vector_size(64)));
+typedef uint32_t WideBits __attribute__((vector_size(64)));
+typedef uint16_t WideHalves __attribute__((vector_size(32)));
+#else
+typedef Lanes Wide;
+typedef Integers WideIntegers;
+typedef Bits WideBits;
+typedef Halves WideHalves;
+#endif
+constexpr int WIDTH = sizeof(Wide) / sizeof(float);
+
+static inline Wide wide(const void *from) {
+    Wide found;
+    std::memcpy(&found, from, sizeof found);
+    return found;
+}
+
+static inline void put(Wide numbers, float *to) { std::memcpy(to, &numbers, sizeof numbers); }
+
+static inline void put(Wide numbers, BFloat16 *to) {
+    const WideHalves halves = __builtin_convertvector(rounded_to_bfloat16((WideBits)numbers), WideHalves);
+    std::memcpy(to, &halves, sizeof halves);
+}
+
+#ifdef __AVX512F__
+static inline float sum(Wide v) {
+    float numbers[WIDTH];
+    put(v, numbers);
+    return sum(load(numbers) + load(numbers + LANES));
+}
+#endif
+
+// The first and the second ones of pairs of bfloat16.
+static inline Wide first_of(Wide pairs) { return (Wide)((WideBits)pairs << 16); }
+static inline Wide second_of(Wide pairs) { return (Wide)((WideBits)pairs & 0xffff0000); }
+
+static inline Wide all_pairs(uint32_t pair) { return (Wide)(WideBits{} + pair); }
+
+// sum + x[0] y[0] + x[1] y[1], of pairs x and y of bfloat16 in the places of a float.
+static inline Wide plus_products(Wide sum, Wide x, Wide y) {
+#ifdef __AVX512BF16__
+    return (Wide)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y);
+#else
+    return sum + first_of(x) * first_of(y) + second_of(x) * second_of(y);
+#endif
+}
