@@ -46,7 +46,7 @@ def test_a_real_server_is_measured_on_every_kind_of_load(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--model", str(tiny_model), "--rounds", "2", "--streams", "2", "--adapters", "2"]
-    flags += ["--families", "lora,mola,vera,all", "--prompts", "8", "--new-tokens", "4"]
+    flags += ["--families", "lora,mola,vera,all", "--prompts", "8", "--new-tokens", "24"]
     args = run.arguments([*flags, "--popularity", "uniform", "--out", str(tmp_path / "bench.json")])
     rows, more = run.measure(args, tmp_path)
     assert len(rows) == 3 * 5
@@ -131,7 +131,7 @@ def test_the_base_alone_has_no_adapters_in_its_profile(tiny_model: Path) -> None
 def test_the_gpu_bench_runs_its_cases_on_a_cpu() -> None:
     rows, more = gpu.measure(gpu.size_of(tiny=True, rows=3), rounds=2, steps=2, prompt_tokens=4)
     assert [row["case"] for row in rows] == list(gpu.CASES)
-    assert [row["aim"] for row in rows] == [0.75, 0.97, 0.9, 0.9, 0.85]
+    assert [row["aim"] for row in rows] == [0.75, 0.97, 0.9, 0.85]
     assert rows[0]["to base"] == 1
     assert all(len(own) == 2 for own in more["step_s"].values())
 

@@ -246,7 +246,8 @@ def agrees_in_bf16(
     timbre_logits: Callable[..., Tensor],
     token_ids: Tensor,
 ) -> Callable[..., None]:
-    """On a bf16 base: no further from the exact answer than PEFT's own rounding explains."""
+    """On a bf16 base: no further from the exact answer than PEFT's own rounding explains. Where PEFT adds to
+    a weight it rounds a layer's output once, and a base's product with a change added to it twice."""
 
     def check(model: nn.Module, config: peft.PeftConfig, std: float = 0.3) -> None:
         rounded = copy.deepcopy(model).to(torch.bfloat16)
@@ -258,7 +259,7 @@ def agrees_in_bf16(
         peft_error, error = (expected - exact).abs(), (actual - exact).abs()
         assert 0 < peft_error.max() < 0.3
         assert error.max() <= 2 * peft_error.max()
-        assert error.square().mean() <= 1.5 * peft_error.square().mean()
+        assert error.square().mean() <= 2 * peft_error.square().mean()
 
     return check
 

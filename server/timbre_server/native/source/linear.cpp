@@ -2,9 +2,9 @@
 // input, or pair of inputs by pair.
 //
 // A panel is read from memory for the first TILE rows and from the cache for the others. Meanwhile the next
-// panel is asked of memory, a few lines for every few inputs over all of the rows, so that reading and
-// arithmetic go on at once. A row's sums are the same ones in the same order whatever other rows there are; of
-// float32 rows they are the same in either format of the weights, too.
+// panel, or what comes soon where there are no other rows, is asked of memory, a few lines for every few inputs over
+// all of the rows, so that reading and arithmetic go on at once. A row's sums are the same ones in the same order
+// whatever other rows there are; of float32 rows they are the same in either format of the weights, too.
 #include "wide.h"
 
 #ifdef __AVX512F__
@@ -18,6 +18,7 @@ constexpr int PANEL = VECTORS * WIDTH;
 constexpr int64_t BLOCK = 40 / TILE * TILE;  // Rows that stay in the cache while all panels pass.
 constexpr int64_t MANY = 20;  // More rows of float32 than these read weights as floats.
 constexpr int INPUTS = 4;  // Inputs between two looks at what to ask for.
+constexpr int AHEAD = 6144;  // Bytes, of what is asked for where a panel is read once.
 
 struct Linear {
     int64_t in;
@@ -163,7 +164,8 @@ static void multiply(const Linear &linear, const X *x, int64_t rows, const Numbe
         const int64_t end = row + BLOCK < rows ? row + BLOCK : rows;
         for (int64_t first = own.begin; first < own.end; first += PANEL) {
             const Number *panel = panels + first / PANEL * size;
-            const char *soon = reinterpret_cast<const char *>(panel + size);
+            const char *now = reinterpret_cast<const char *>(panel), *after = reinterpret_cast<const char *>(panel + size);
+            const char *soon = end - row > TILE ? after : now + AHEAD;
             if constexpr (MAY_WIDEN)
                 if (end - row > MANY) {
                     pass(linear, x, row, end, widened(panel, size, scratch), first, soon, LINES);
