@@ -10,6 +10,8 @@ Legend: T rows, I in, O out, P panels of outputs.
 
 from __future__ import annotations
 
+from array import array
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -36,11 +38,19 @@ class NativeProduct:
         self.panels = _panels(weight_OI, int(library().timbre_linear_panel()))
         self._dtype = weight_OI.dtype
         self._weight = self.panels.data_ptr(), format_of(self.panels)
-        types = ADDRESS, NUMBER, NUMBER, NUMBER, ADDRESS, NUMBER, ADDRESS, ADDRESS, NUMBER, NUMBER
-        self._run = kernel("timbre_linear", *types)
+        rows, weight = (ADDRESS, NUMBER, NUMBER, NUMBER), (ADDRESS, NUMBER, ADDRESS)
+        output, reads = (ADDRESS, NUMBER, NUMBER), (ADDRESS, NUMBER)
+        self._run = kernel("timbre_linear", *rows, *weight, *output, *reads)
 
-    def __call__(self, x_TI: Tensor, bias_O: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
-        """``dtype``: of y, which is rounded once."""
+    def __call__(
+        self,
+        x_TI: Tensor,
+        bias_O: Tensor | None,
+        dtype: torch.dtype | None = None,
+        reads: array[int] | None = None,
+    ) -> Tensor:
+        """``dtype``: of y, which is rounded once. ``reads``: address and bytes of memory that is read next,
+        and is asked for meanwhile."""
         num_rows, num_in = x_TI.shape
         assert num_in == self.num_in, f"{num_in} features for a weight of {self.num_in}"
         assert x_TI.dtype is self._dtype, f"rows of {x_TI.dtype} for a weight of {self._dtype}"
@@ -56,6 +66,7 @@ class NativeProduct:
             y_TO.data_ptr(),
             format_of(y_TO),
             self.num_out,
+            *((None, 0) if reads is None else (reads.buffer_info()[0], len(reads) // 2)),
             num_threads(num_rows * num_in * self.num_out),
         )
         return y_TO

@@ -12,6 +12,7 @@ Legend: T rows, I in, O out.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -32,9 +33,16 @@ _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
 class BiasedProduct(Protocol):
-    """``x_TI, b_O -> W x + b`` of a weight that it holds, as numbers of x's type or of another."""
+    """``x_TI, b_O -> W x + b`` of a weight that it holds, as numbers of x's type or of another. ``reads``:
+    address and bytes of memory that is read next."""
 
-    def __call__(self, x_TI: Tensor, bias_O: Tensor | None, dtype: torch.dtype | None = None) -> Tensor: ...
+    def __call__(
+        self,
+        x_TI: Tensor,
+        bias_O: Tensor | None,
+        dtype: torch.dtype | None = None,
+        reads: array[int] | None = None,
+    ) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,14 +122,14 @@ class PackedLinear:
     def __call__(self, x: Tensor) -> Tensor:
         return self._rounded_to(x.dtype, x)
 
-    def in_float32(self, x: Tensor) -> Tensor:
-        return self._rounded_to(torch.float32, x)
+    def in_float32(self, x: Tensor, reads: array[int] | None = None) -> Tensor:
+        return self._rounded_to(torch.float32, x, reads)
 
-    def _rounded_to(self, dtype: torch.dtype, x: Tensor) -> Tensor:
+    def _rounded_to(self, dtype: torch.dtype, x: Tensor, reads: array[int] | None = None) -> Tensor:
         x_TI = x.flatten(0, -2)
         if x_TI.shape[0] <= self._plain_rows or x_TI.shape[0] == 0:
             return self._plain(x).to(dtype)
-        return self._product(x_TI, self._bias_O, dtype).view(*x.shape[:-1], -1)
+        return self._product(x_TI, self._bias_O, dtype, reads).view(*x.shape[:-1], -1)
 
 
 def _layouts(dtype: torch.dtype, *, native: bool) -> Iterator[Layout]:
@@ -135,7 +143,12 @@ def _reordered(weight_OI: Tensor) -> BiasedProduct:
     """By oneDNN."""
     packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI.contiguous(), _BATCH_HINT)
 
-    def product(x_TI: Tensor, bias_O: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+    def product(
+        x_TI: Tensor,
+        bias_O: Tensor | None,
+        dtype: torch.dtype | None = None,
+        reads: array[int] | None = None,
+    ) -> Tensor:
         y_TO: Tensor = torch.ops.mkldnn._linear_pointwise(x_TI, packed, bias_O, "none", [], "")
         return y_TO.to(dtype)
 
