@@ -134,9 +134,9 @@ def test_c_plus_plus_is_taken_only_where_it_may_be(monkeypatch: pytest.MonkeyPat
     packed: list[torch.Tensor] = []
 
     class Watched(native_linear.NativeProduct):
-        def __init__(self, weight_OI: torch.Tensor) -> None:
+        def __init__(self, weight_OI: torch.Tensor, place: packed_linear.Place) -> None:
             packed.append(weight_OI)
-            super().__init__(weight_OI)
+            super().__init__(weight_OI, place)
 
     monkeypatch.setattr(packed_linear, "NativeProduct", Watched)
     LinearPacker(torch.float32, CPU)
@@ -147,7 +147,7 @@ def test_c_plus_plus_is_taken_only_where_it_may_be(monkeypatch: pytest.MonkeyPat
 
 
 def test_without_a_compiler_the_next_layout_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_product(weight_OI: torch.Tensor) -> packed_linear.BiasedProduct:
+    def no_product(weight_OI: torch.Tensor, place: packed_linear.Place) -> packed_linear.BiasedProduct:
         raise LibraryUnavailable("no C++ compiler was found")
 
     monkeypatch.setattr(packed_linear, "NativeProduct", no_product)

@@ -70,8 +70,10 @@ class AdaptedLinear(nn.Module):
         if self.merged is not None and group.rows_are_merged:
             return self.merged(x)
         bounds, copies = group.bound(), group.copies
-        if bounds and copies is None and x.is_contiguous():
-            in_place = group.in_place(member)
+        if copies is None:
+            if not bounds:
+                return self._product(x)
+            in_place = group.in_place(member) if x.is_contiguous() else None
             if in_place is not None:
                 return self._changed_in_place(in_place, x)
         if all(bound.reads_input_alone for bound in bounds):

@@ -11,6 +11,7 @@ Legend: T rows, I in, O out, P panels of outputs.
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -29,13 +30,16 @@ def serves(dtype: torch.dtype) -> bool:
 
 
 class NativeProduct:
-    """``x_TI, b_O -> y_TO``, all of the weight's type, with a weight in panels: in 16 bits where bfloat16
-    holds its values."""
+    """``x, b_O -> y`` for x [..., I], all of the weight's type, with a weight in panels: in 16 bits where
+    bfloat16 holds its values."""
 
-    def __init__(self, weight_OI: Tensor) -> None:
-        """Of a float32 or bfloat16 weight, of which it keeps a copy. Raises: LibraryUnavailable."""
+    def __init__(self, weight_OI: Tensor, place: Callable[[Tensor], Tensor] = lambda panels: panels) -> None:
+        """Of a float32 or bfloat16 weight, of which it keeps a copy, where ``place`` puts it.
+
+        Raises: LibraryUnavailable.
+        """
         self.num_out, self.num_in = weight_OI.shape
-        self.panels = _panels(weight_OI, int(library().timbre_linear_panel()))
+        self.panels = place(_panels(weight_OI, int(library().timbre_linear_panel())))
         self._dtype = weight_OI.dtype
         self._weight = self.panels.data_ptr(), format_of(self.panels)
         rows, weight = (ADDRESS, NUMBER, NUMBER, NUMBER), (ADDRESS, NUMBER, ADDRESS)
@@ -44,32 +48,32 @@ class NativeProduct:
 
     def __call__(
         self,
-        x_TI: Tensor,
+        x: Tensor,
         bias_O: Tensor | None,
         dtype: torch.dtype | None = None,
         reads: array[int] | None = None,
     ) -> Tensor:
         """``dtype``: of y, which is rounded once. ``reads``: address and bytes of memory that is read next,
         and is asked for meanwhile."""
-        num_rows, num_in = x_TI.shape
+        *leading, num_in = x.shape
         assert num_in == self.num_in, f"{num_in} features for a weight of {self.num_in}"
-        assert x_TI.dtype is self._dtype, f"rows of {x_TI.dtype} for a weight of {self._dtype}"
-        x_TI, y_TO = x_TI.contiguous(), x_TI.new_empty(num_rows, self.num_out, dtype=dtype)
+        assert x.dtype is self._dtype, f"rows of {x.dtype} for a weight of {self._dtype}"
+        x, y = x.contiguous(), x.new_empty((*leading, self.num_out), dtype=dtype)
         bias_O = None if bias_O is None else bias_O.float().contiguous()
         self._run(
-            x_TI.data_ptr(),
-            format_of(x_TI),
-            num_rows,
+            x.data_ptr(),
+            format_of(x),
+            x.numel() // num_in,
             num_in,
             *self._weight,
             None if bias_O is None else bias_O.data_ptr(),
-            y_TO.data_ptr(),
-            format_of(y_TO),
+            y.data_ptr(),
+            format_of(y),
             self.num_out,
             *((None, 0) if reads is None else (reads.buffer_info()[0], len(reads) // 2)),
-            num_threads(num_rows * num_in * self.num_out),
+            num_threads(x.numel() * self.num_out),
         )
-        return y_TO
+        return y
 
 
 def _panels(weight_OI: Tensor, panel: int) -> Tensor:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
+from timbre_server.engine.huge_pages import HugePages
 from timbre_server.engine.linears import bias_of, weight_of
 from timbre_server.engine.native_linear import NativeProduct, serves
 from timbre_server.native.library import LibraryUnavailable
@@ -32,13 +33,16 @@ _BATCH_HINT = 16
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
+Place = Callable[[Tensor], Tensor]
+
+
 class BiasedProduct(Protocol):
-    """``x_TI, b_O -> W x + b`` of a weight that it holds, as numbers of x's type or of another. ``reads``:
-    address and bytes of memory that is read next."""
+    """``x, b_O -> W x + b`` of a weight that it holds, for x [..., I], as numbers of x's type or of another.
+    ``reads``: address and bytes of memory that is read next."""
 
     def __call__(
         self,
-        x_TI: Tensor,
+        x: Tensor,
         bias_O: Tensor | None,
         dtype: torch.dtype | None = None,
         reads: array[int] | None = None,
@@ -47,8 +51,8 @@ class BiasedProduct(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    pack: Callable[[Tensor], BiasedProduct]
-    """Of a weight [O, I]."""
+    pack: Callable[[Tensor, Place], BiasedProduct]
+    """Of a weight [O, I], and of what puts its copy where it shall lie."""
     plain_rows: int
     """Up to so many rows the weight as it is is faster."""
 
@@ -61,6 +65,7 @@ class LinearPacker:
         self._dtype = dtype
         self._device = device
         is_tried = device.type == "cpu" and dtype in _TOLERANCE
+        self._pages = HugePages()
         known = _layouts(dtype, native=native) if is_tried else iter(())
         self._layout = next((layout for layout in known if _computes_linear(layout, dtype)), None)
         self._packed: dict[int, tuple[Tensor, BiasedProduct]] = {}
@@ -85,7 +90,7 @@ class LinearPacker:
         weight = weight_of(module)
         place = weight.data_ptr()
         if place not in self._packed:
-            self._packed[place] = weight, self._layout.pack(weight.detach())
+            self._packed[place] = weight, self._layout.pack(weight.detach(), self._pages.copied)
         return PackedLinear(module, self._packed[place][1], bias_of(module), self._layout.plain_rows)
 
     def product_of(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -97,7 +102,7 @@ class LinearPacker:
         plain = partial(linear, weight=weight_OI, bias=bias_O)
         if self._layout is None:
             return plain
-        return PackedLinear(plain, self._layout.pack(weight_OI), bias_O, self._layout.plain_rows)
+        return PackedLinear(plain, self._layout.pack(weight_OI, _as_it_is), bias_O, self._layout.plain_rows)
 
     def bytes_with(self, weight_OI: Tensor) -> int:
         """What the weights in `product_with` take, the packed one included."""
@@ -126,10 +131,10 @@ class PackedLinear:
         return self._rounded_to(torch.float32, x, reads)
 
     def _rounded_to(self, dtype: torch.dtype, x: Tensor, reads: array[int] | None = None) -> Tensor:
-        x_TI = x.flatten(0, -2)
-        if x_TI.shape[0] <= self._plain_rows or x_TI.shape[0] == 0:
+        num_rows = x.numel() // x.shape[-1]
+        if num_rows <= self._plain_rows or num_rows == 0:
             return self._plain(x).to(dtype)
-        return self._product(x_TI, self._bias_O, dtype, reads).view(*x.shape[:-1], -1)
+        return self._product(x, self._bias_O, dtype, reads)
 
 
 def _layouts(dtype: torch.dtype, *, native: bool) -> Iterator[Layout]:
@@ -139,18 +144,22 @@ def _layouts(dtype: torch.dtype, *, native: bool) -> Iterator[Layout]:
     yield Layout(_reordered, plain_rows=2 if dtype is torch.float32 else 0)
 
 
-def _reordered(weight_OI: Tensor) -> BiasedProduct:
-    """By oneDNN."""
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _reordered(weight_OI: Tensor, _: Place) -> BiasedProduct:
+    """By oneDNN, which keeps its copy itself."""
     packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI.contiguous(), _BATCH_HINT)
 
     def product(
-        x_TI: Tensor,
+        x: Tensor,
         bias_O: Tensor | None,
         dtype: torch.dtype | None = None,
         reads: array[int] | None = None,
     ) -> Tensor:
-        y_TO: Tensor = torch.ops.mkldnn._linear_pointwise(x_TI, packed, bias_O, "none", [], "")
-        return y_TO.to(dtype)
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias_O, "none", [], "")
+        return y.to(dtype)
 
     return product
 
@@ -162,7 +171,7 @@ def _computes_linear(layout: Layout, dtype: torch.dtype) -> bool:
     bias_O = torch.randn(40, generator=generator).to(dtype)
     try:
         with torch.inference_mode():
-            product = layout.pack(weight_OI)
+            product = layout.pack(weight_OI, _as_it_is)
             for num_rows in (1, 3, 16, 65):
                 x_TI = torch.randn(num_rows, 24, generator=generator).to(dtype)
                 for bias in (None, bias_O):
