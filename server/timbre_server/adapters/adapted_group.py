@@ -8,7 +8,6 @@ Legend: T rows of the batch, I in features.
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,8 +36,6 @@ class InPlace:
     """One at most, to the base's own output."""
     sums: tuple[tuple[int, Add], ...]
     """With the number of the operator."""
-    reads: array[int]
-    """Address and bytes of all memory that `sums` read beside what they are given, one after the other."""
 
     @staticmethod
     def of(bounds: Sequence[Bound], member: int) -> InPlace | None:
@@ -49,8 +46,7 @@ class InPlace:
         outputs = tuple(own.output_change for own in known if own.output_change is not None)
         sums = tuple((n, own.sums) for n, own in enumerate(known) if own.sums is not None)
         is_all = len(known) == len(each) and len(outputs) < (1 if inputs else 2)
-        reads = array("q", (number for own in known for region in own.reads for number in region))
-        return InPlace(inputs, outputs, sums, reads) if is_all else None
+        return InPlace(inputs, outputs, sums) if is_all else None
 
 
 class AdaptedGroup:

@@ -13,7 +13,6 @@ Legend: T rows of the batch, I in features, O out features.
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
@@ -34,9 +33,7 @@ class WideProduct(Protocol):
 
     def __call__(self, x: Tensor) -> Tensor: ...
 
-    def in_float32(self, x: Tensor, reads: array[int]) -> Tensor:
-        """``reads``: as `InPlace` has it."""
-        ...
+    def in_float32(self, x: Tensor) -> Tensor: ...
 
 
 class AdaptedLinear(nn.Module):
@@ -99,7 +96,7 @@ class AdaptedLinear(nn.Module):
             for add in own.inputs:
                 add(x_float, changed)
             changed = changed.to(x.dtype)
-        y = self._in_float32(changed, own.reads).contiguous()
+        y = self._in_float32(changed).contiguous()
         for add in own.outputs:
             add(y, y)
         if own.sums:
@@ -108,7 +105,7 @@ class AdaptedLinear(nn.Module):
                 add(sources[number], y)
         return y.to(x.dtype)
 
-    def _widened(self, x: Tensor, _: array[int]) -> Tensor:
+    def _widened(self, x: Tensor) -> Tensor:
         return self._product(x).float()
 
     def _base_product(self, x: Tensor) -> Tensor:

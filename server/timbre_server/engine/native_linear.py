@@ -10,7 +10,6 @@ Legend: T rows, I in, O out, P panels of outputs.
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable
 
 import torch
@@ -42,19 +41,11 @@ class NativeProduct:
         self.panels = place(_panels(weight_OI, int(library().timbre_linear_panel())))
         self._dtype = weight_OI.dtype
         self._weight = self.panels.data_ptr(), format_of(self.panels)
-        rows, weight = (ADDRESS, NUMBER, NUMBER, NUMBER), (ADDRESS, NUMBER, ADDRESS)
-        output, reads = (ADDRESS, NUMBER, NUMBER), (ADDRESS, NUMBER)
-        self._run = kernel("timbre_linear", *rows, *weight, *output, *reads)
+        rows, weight, output = (ADDRESS, *[NUMBER] * 3), (ADDRESS, NUMBER, ADDRESS), (ADDRESS, NUMBER, NUMBER)
+        self._run = kernel("timbre_linear", *rows, *weight, *output)
 
-    def __call__(
-        self,
-        x: Tensor,
-        bias_O: Tensor | None,
-        dtype: torch.dtype | None = None,
-        reads: array[int] | None = None,
-    ) -> Tensor:
-        """``dtype``: of y, which is rounded once. ``reads``: address and bytes of memory that is read next,
-        and is asked for meanwhile."""
+    def __call__(self, x: Tensor, bias_O: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+        """``dtype``: of y, which is rounded once."""
         *leading, num_in = x.shape
         assert num_in == self.num_in, f"{num_in} features for a weight of {self.num_in}"
         assert x.dtype is self._dtype, f"rows of {x.dtype} for a weight of {self._dtype}"
@@ -70,7 +61,6 @@ class NativeProduct:
             y.data_ptr(),
             format_of(y),
             self.num_out,
-            *((None, 0) if reads is None else (reads.buffer_info()[0], len(reads) // 2)),
             num_threads(x.numel() * self.num_out),
         )
         return y

@@ -12,7 +12,6 @@ Legend: T rows, I in, O out.
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -37,16 +36,9 @@ Place = Callable[[Tensor], Tensor]
 
 
 class BiasedProduct(Protocol):
-    """``x, b_O -> W x + b`` of a weight that it holds, for x [..., I], as numbers of x's type or of another.
-    ``reads``: address and bytes of memory that is read next."""
+    """``x, b_O -> W x + b`` of a weight that it holds, for x [..., I], as numbers of x's type or of another."""
 
-    def __call__(
-        self,
-        x: Tensor,
-        bias_O: Tensor | None,
-        dtype: torch.dtype | None = None,
-        reads: array[int] | None = None,
-    ) -> Tensor: ...
+    def __call__(self, x: Tensor, bias_O: Tensor | None, dtype: torch.dtype | None = None) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,14 +119,14 @@ class PackedLinear:
     def __call__(self, x: Tensor) -> Tensor:
         return self._rounded_to(x.dtype, x)
 
-    def in_float32(self, x: Tensor, reads: array[int] | None = None) -> Tensor:
-        return self._rounded_to(torch.float32, x, reads)
+    def in_float32(self, x: Tensor) -> Tensor:
+        return self._rounded_to(torch.float32, x)
 
-    def _rounded_to(self, dtype: torch.dtype, x: Tensor, reads: array[int] | None = None) -> Tensor:
+    def _rounded_to(self, dtype: torch.dtype, x: Tensor) -> Tensor:
         num_rows = x.numel() // x.shape[-1]
         if num_rows <= self._plain_rows or num_rows == 0:
             return self._plain(x).to(dtype)
-        return self._product(x, self._bias_O, dtype, reads)
+        return self._product(x, self._bias_O, dtype)
 
 
 def _layouts(dtype: torch.dtype, *, native: bool) -> Iterator[Layout]:
@@ -152,12 +144,7 @@ def _reordered(weight_OI: Tensor, _: Place) -> BiasedProduct:
     """By oneDNN, which keeps its copy itself."""
     packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI.contiguous(), _BATCH_HINT)
 
-    def product(
-        x: Tensor,
-        bias_O: Tensor | None,
-        dtype: torch.dtype | None = None,
-        reads: array[int] | None = None,
-    ) -> Tensor:
+    def product(x: Tensor, bias_O: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias_O, "none", [], "")
         return y.to(dtype)
 

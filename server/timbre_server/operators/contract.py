@@ -65,10 +65,6 @@ Add = Callable[[Tensor, Tensor], None]
 they may have dimensions before the last that together count rows."""
 
 
-Reads = tuple[tuple[int, int], ...]
-"""Address and bytes of each piece of memory."""
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Adds:
     """All that a bound operator does to one member, each as what adds it where it belongs."""
@@ -79,8 +75,6 @@ class Adds:
     """From y0, to itself or to a copy."""
     sums: Add | None = None
     """From what `Bound.source` makes of x."""
-    reads: Reads = ()
-    """By `sums`, at each run: what runs before it may ask for that meanwhile."""
 
 
 class Bound:

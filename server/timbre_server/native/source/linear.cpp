@@ -20,33 +20,6 @@ constexpr int64_t MANY = 20;  // More rows of float32 than these read weights as
 constexpr int INPUTS = 4;  // Inputs between two looks at what to ask for.
 constexpr int AHEAD = 6144;  // Bytes, of what is asked for where a panel is read once.
 
-// Memory that somebody else reads next: a product of many rows leaves room to ask for it.
-struct Region {
-    const char *first;
-    int64_t bytes;
-};
-
-// What a thread asks for of `count` regions, line by line.
-class Errand {
-  public:
-    Errand(const Region *regions, int64_t count) : region(regions + thread_number()), last(regions + count) {}
-
-    void ask() {
-        if (at < end) {
-            __builtin_prefetch(at, 0, 2);
-            at += LINE;
-        } else if (region < last) {
-            at = region->first;
-            end = at + region->bytes;
-            region += thread_count();
-        }
-    }
-
-  private:
-    const char *at = nullptr, *end = nullptr;
-    const Region *region, *last;
-};
-
 struct Linear {
     int64_t in;
     const float *bias;  // [out], or null
@@ -117,13 +90,11 @@ template <typename Y> static inline void put(Wide sum, const float *bias, int64_
 // M rows from `row` on with the panel at `first`; for every INPUTS, so many lines are asked for, from `soon` on.
 template <int M, typename X, typename Number>
 static void tile(
-    const Linear &linear, const X *x, int64_t row, const Number *panel, int64_t first, const char *soon, int lines,
-    Errand &errand
+    const Linear &linear, const X *x, int64_t row, const Number *panel, int64_t first, const char *soon, int lines
 ) {
     const int64_t in = linear.in, out = linear.out;
     x += row * in;
     Wide sums[M][VECTORS] = {};
-    Errand own = errand;
     const auto add = [&] {
         add_pair<M>(sums, panel, x, in);
         panel += 2 * PANEL, x += 2;
@@ -131,12 +102,10 @@ static void tile(
     int64_t i = 0;
     for (; i + INPUTS <= in; i += INPUTS, soon += lines * LINE) {
         for (int line = 0; line < lines; line++) __builtin_prefetch(soon + line * LINE, 0, 2);
-        own.ask();
         for (int j = 0; j < INPUTS; j += 2) add();
     }
     for (; i + 2 <= in; i += 2) add();
     if (i < in) add_last<M>(sums, panel, x, in);
-    errand = own;
     for (int v = 0; v < VECTORS; v++)
         for (int m = 0; m < M; m++) {
             const int64_t o = first + v * WIDTH, place = (row + m) * out + o;
@@ -149,11 +118,11 @@ static void tile(
 template <int M, typename X, typename Number>
 static void tile_of(
     int rows, const Linear &linear, const X *x, int64_t row, const Number *panel, int64_t first, const char *soon,
-    int lines, Errand &errand
+    int lines
 ) {
     if constexpr (M > 1)
-        if (rows < M) return tile_of<M - 1>(rows, linear, x, row, panel, first, soon, lines, errand);
-    tile<M>(linear, x, row, panel, first, soon, lines, errand);
+        if (rows < M) return tile_of<M - 1>(rows, linear, x, row, panel, first, soon, lines);
+    tile<M>(linear, x, row, panel, first, soon, lines);
 }
 
 // The panel at `first` with the rows of one block, in tiles of nearly one size. They ask for what lies at `soon`, so
@@ -161,13 +130,13 @@ static void tile_of(
 template <typename X, typename Number>
 static void pass(
     const Linear &linear, const X *x, int64_t row, int64_t end, const Number *panel, int64_t first, const char *soon,
-    int lines, Errand &errand
+    int lines
 ) {
     int64_t tiles = (end - row + TILE - 1) / TILE;
     lines = (lines + tiles - 1) / tiles;
     for (; tiles; tiles--) {
         const int rows = (end - row + tiles - 1) / tiles;
-        tile_of<TILE>(rows, linear, x, row, panel, first, soon, lines, errand);
+        tile_of<TILE>(rows, linear, x, row, panel, first, soon, lines);
         row += rows;
         soon += linear.in / INPUTS * lines * LINE;
     }
@@ -186,9 +155,7 @@ static const float *widened(const BFloat16 *panel, int64_t size, Scratch &scratc
 }
 
 template <typename X, typename Number>
-static void multiply(
-    const Linear &linear, const X *x, int64_t rows, const Number *panels, Share own, Errand errand
-) {
+static void multiply(const Linear &linear, const X *x, int64_t rows, const Number *panels, Share own) {
     const int64_t size = (linear.in + 1) / 2 * 2 * PANEL;
     constexpr int LINES = INPUTS * PANEL * sizeof(Number) / LINE;
     constexpr bool MAY_WIDEN = sizeof(Number) < sizeof(X);
@@ -201,24 +168,20 @@ static void multiply(
             const char *soon = end - row > TILE ? after : now + AHEAD;
             if constexpr (MAY_WIDEN)
                 if (end - row > MANY) {
-                    pass(linear, x, row, end, widened(panel, size, scratch), first, soon, LINES, errand);
+                    pass(linear, x, row, end, widened(panel, size, scratch), first, soon, LINES);
                     continue;
                 }
-            pass(linear, x, row, end, panel, first, soon, LINES, errand);
+            pass(linear, x, row, end, panel, first, soon, LINES);
         }
     }
 }
 
 template <typename X, typename Number>
-static void linear_of(
-    const Linear &linear, const void *x, int64_t rows, const void *panels, const Region *regions, int64_t count, int threads
-) {
+static void linear_of(const Linear &linear, const void *x, int64_t rows, const void *panels, int threads) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         const Share own = share(linear.out, thread_number(), thread_count(), PANEL);
-        multiply(
-            linear, static_cast<const X *>(x), rows, static_cast<const Number *>(panels), own, Errand(regions, count)
-        );
+        multiply(linear, static_cast<const X *>(x), rows, static_cast<const Number *>(panels), own);
     }
 }
 
@@ -228,10 +191,10 @@ extern "C" int64_t timbre_linear_panel() { return PANEL; }
 // with zeros beyond the last output and input. Rows of bfloat16 have weights of bfloat16.
 extern "C" void timbre_linear(
     const void *x, int64_t x_format, int64_t rows, int64_t in, const void *panels, int64_t format,
-    const float *bias, void *y, int64_t y_format, int64_t out, const Region *regions, int64_t count, int threads
+    const float *bias, void *y, int64_t y_format, int64_t out, int threads
 ) {
     const Linear linear = {in, bias, y, out, y_format};
-    if (x_format == BFLOAT16) linear_of<BFloat16, BFloat16>(linear, x, rows, panels, regions, count, threads);
-    else if (format == BFLOAT16) linear_of<float, BFloat16>(linear, x, rows, panels, regions, count, threads);
-    else linear_of<float, float>(linear, x, rows, panels, regions, count, threads);
+    if (x_format == BFLOAT16) linear_of<BFloat16, BFloat16>(linear, x, rows, panels, threads);
+    else if (format == BFLOAT16) linear_of<float, BFloat16>(linear, x, rows, panels, threads);
+    else linear_of<float, float>(linear, x, rows, panels, threads);
 }

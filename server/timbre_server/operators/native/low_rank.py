@@ -61,7 +61,4 @@ def _kernel(parts_by_slot: Mapping[int, Sequence[LowRank]], table: RowTable) -> 
         return None
     _, (a_RI, b_RO) = held[0]
     shape = b_RO.shape[1], a_RI.shape[1]
-    reads = [factor for _, factors in held for factor in factors]
-    return InputKernel(
-        "timbre_low_rank", uses, held, shape, work * sum(shape), reads=reads, is_told_format=True
-    )
+    return InputKernel("timbre_low_rank", uses, held, shape, work * sum(shape), is_told_format=True)

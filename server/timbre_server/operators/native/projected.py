@@ -20,7 +20,7 @@ from torch import Tensor
 
 from timbre_methods.program import Projected
 from timbre_server.native.library import ADDRESS, NUMBER, kernel, num_threads
-from timbre_server.operators.contract import Bound, Reads, Uses
+from timbre_server.operators.contract import Bound, Uses
 from timbre_server.operators.joined_sums import JoinedSums
 from timbre_server.operators.native.uses import (
     BoundKernels,
@@ -226,8 +226,6 @@ def _unweighted(rows_N: Tensor) -> Fields:
 
 class _Member:
     """The `Kernel` of one member, whose source is z."""
-
-    reads: Reads = ()
 
     def __init__(self, segments: Sequence[Segment], expands: Sequence[_Product], out_features: int) -> None:
         self._segments, self._expands, self.out_features = segments, expands, out_features

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from timbre_methods.program import Places, Spectral
 from timbre_server.native.library import ADDRESS, NUMBER, kernel, num_threads
-from timbre_server.operators.contract import Bound, Reads, Uses
+from timbre_server.operators.contract import Bound, Uses
 from timbre_server.operators.native.fourier import LANES, Plan, Rows, factors_of
 from timbre_server.operators.native.uses import BoundKernels
 from timbre_server.operators.pooling import PoolRoom
@@ -167,8 +167,6 @@ def _interleaved(order_N: Tensor) -> Tensor:
 
 class _Member:
     """The values of all adapters at one member of a group of layers."""
-
-    reads: Reads = ()
 
     def __init__(
         self, batch: _Batch, parts_by_slot: Mapping[int, Sequence[Spectral]], plan: Plan, pattern: _Pattern

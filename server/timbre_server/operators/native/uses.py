@@ -18,7 +18,7 @@ from torch import Tensor
 
 from timbre_server.native.formats import format_of
 from timbre_server.native.library import ADDRESS, NUMBER, kernel, num_threads
-from timbre_server.operators.contract import Adds, Bound, Change, Reads
+from timbre_server.operators.contract import Adds, Bound, Change
 from timbre_server.operators.row_table import Segment
 
 Fields = tuple[int, ...]
@@ -49,8 +49,8 @@ def low_rank_fields(a_RI: Tensor, b_RO: Tensor, rows: Fields) -> Fields:
     return *numbers_fields(a_RI), *numbers_fields(b_RO), a_RI.shape[0], *rows
 
 
-class Adding(Protocol):
-    """Parts of adapters at one member, ready to be added."""
+class Kernel(Protocol):
+    """One member's parts of all adapters, ready to be added."""
 
     @property
     def rows_N(self) -> Tensor:  # noqa: N802
@@ -66,21 +66,15 @@ class Adding(Protocol):
     def out_features(self) -> int: ...
 
 
-class Kernel(Adding, Protocol):
-    """One member's parts of all adapters."""
-
-    reads: Reads
-
-
 class KernelChange(Change):
     """A change that is computed where it is added, and never lies anywhere else."""
 
     __slots__ = ("_kernel", "_num_rows", "_source")
-    _kernel: Adding
+    _kernel: Kernel
     _num_rows: int
     _source: Tensor
 
-    def __init__(self, kernel: Adding, source: Tensor, num_rows: int) -> None:
+    def __init__(self, kernel: Kernel, source: Tensor, num_rows: int) -> None:
         object.__setattr__(self, "_kernel", kernel)
         object.__setattr__(self, "_source", source)
         object.__setattr__(self, "_num_rows", num_rows)
@@ -112,15 +106,12 @@ class InputKernel:
         shape: tuple[int, int],
         work: int,
         *,
-        reads: Sequence[Tensor] = (),
         is_told_format: bool = False,
     ) -> None:
-        """``held``: whose rows and whose numbers ``uses`` has the addresses of. ``shape`` is [O, I].
-        ``reads``: the contiguous tensors that each run reads."""
+        """``held``: whose rows and whose numbers ``uses`` has the addresses of. ``shape`` is [O, I]."""
         told = (NUMBER,) if is_told_format else ()
         self._run = kernel(name, ADDRESS, NUMBER, ADDRESS, *told, NUMBER, ADDRESS, NUMBER)
         self._is_told_format = is_told_format
-        self.reads: Reads = tuple((tensor.data_ptr(), tensor.nbytes) for tensor in reads)
         self._held, self._work = tuple(held), work
         self._uses = structures(uses)
         self._first, self._count = address_of(self._uses), len(uses)
@@ -158,7 +149,7 @@ class BoundKernels(Bound):
 
     def adds(self, member: int) -> Adds:
         own = self._members[member]
-        return Adds() if own is None else Adds(sums=own.add, reads=own.reads)
+        return Adds(sums=None if own is None else own.add)
 
 
 def rows_of(segments: Iterable[Segment]) -> Tensor:
