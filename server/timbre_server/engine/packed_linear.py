@@ -36,7 +36,7 @@ Place = Callable[[Tensor], Tensor]
 
 
 class BiasedProduct(Protocol):
-    """``x, b_O -> W x + b`` of a weight that it holds, for x [..., I], as numbers of x's type or of another."""
+    """``x, b_O -> W x + b`` of a weight that it holds, for x [..., I]; y is of x's type or of another."""
 
     def __call__(self, x: Tensor, bias_O: Tensor | None, dtype: torch.dtype | None = None) -> Tensor: ...
 
