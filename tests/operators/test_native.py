@@ -69,11 +69,13 @@ def outputs(crowd: str, *sizes: int) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("crowd", CROWDS)
-@pytest.mark.parametrize(("inner", "outer"), [(576, 192), (48, 70), (14, 2), (22, 24), (15, 12)])
+@pytest.mark.parametrize(
+    ("inner", "outer"), [(576, 192), (48, 70), (14, 2), (2048, 90), (22, 24), (15, 12), (2, 1)]
+)
 def test_adapters_of_one_seed_run_side_by_side_as_each_would_alone(
     crowd: str, inner: int, outer: int
 ) -> None:
-    """22 has the factor 11 and 15 is odd: the plain operator takes these."""
+    """22 has the factor 11, 15 and 1 are odd: the plain operator takes these."""
     generator = torch.Generator().manual_seed(inner)
     rows, columns = (torch.randint(n, (60,), generator=generator) for n in (outer, inner))
     places = Places("dft", outer, inner, rows, columns)
@@ -102,6 +104,31 @@ def test_a_spectrum_that_is_not_finite_spoils_its_own_rows_alone(bad: float) -> 
     others = torch.arange(11) != 3
     assert not spoilt[3].isfinite().any()
     assert torch.equal(spoilt[others], sound[others])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_gets_the_same_bits_whatever_rows_are_beside_it(dtype: torch.dtype) -> None:
+    """Alone, among few or among many of other adapters, and among others of its own."""
+    generator = torch.Generator().manual_seed(7)
+    places = Places("dft", 96, 576, *(torch.randint(n, (200,), generator=generator) for n in (96, 576)))
+    parts = {slot: [Spectral(torch.randn(200, generator=generator), places)] for slot in range(16)}
+    x_TI = torch.randn(16, 576, generator=generator).to(dtype)
+    operator = operator_of(Spectral, "native")
+
+    def outputs_of(rows: list[int], slots: list[int]) -> Tensor:
+        bound = operator.bind([parts], RowTable([Span(1, ((slot, 1.0),)) for slot in slots]))
+        adds = bound.adds(0)
+        assert adds is not None
+        assert adds.sums is not None
+        y_TO = torch.zeros(len(rows), 96)
+        adds.sums(bound.source(x_TI[rows].contiguous()), y_TO)
+        return y_TO
+
+    everything = list(range(16))
+    expected = outputs_of(everything, everything)
+    for count in (1, 3, 8, 11):
+        assert torch.equal(outputs_of(everything[:count], everything[:count]), expected[:count])
+    assert torch.equal(outputs_of(everything, [5] * 16)[5], expected[5])
 
 
 @pytest.mark.parametrize("rank", [0, 1, 3, 8, 12, 33])

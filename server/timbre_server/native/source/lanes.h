@@ -63,19 +63,20 @@ static inline float value(Float16 number) {
     return number.bits & 0x8000 ? size * -0x1p112f : size * 0x1p112f;
 }
 
-// Memory for floats, from which lanes are loaded without crossing from one line of the cache into the next.
+// Memory for floats, from which no register is loaded across two lines of the cache.
 class Scratch {
   public:
     float *of(int64_t count) {
-        if (int64_t(lanes.size()) * LANES < count) lanes.resize((count + LANES - 1) / LANES);
-        return reinterpret_cast<float *>(lanes.data());
+        if (int64_t(lines.size()) * FLOATS < count) lines.resize((count + FLOATS - 1) / FLOATS);
+        return reinterpret_cast<float *>(lines.data());
     }
 
   private:
-    struct alignas(sizeof(Lanes)) Aligned {
-        float numbers[LANES];
+    static constexpr int FLOATS = LINE / sizeof(float);
+    struct alignas(LINE) Line {
+        float numbers[FLOATS];
     };
-    std::vector<Aligned> lanes;
+    std::vector<Line> lines;
 };
 
 // As floats: where they lie, else in `to`.
@@ -190,7 +191,7 @@ static inline void transpose(Lanes p[LANES]) {
 
 // lanes [in, LANES]: up to eight rows of x side by side, zeros where there is none; of each input from `step` floats
 // after the one before.
-static void side_by_side(
+static inline void side_by_side(
     const float *x, int64_t in, const int64_t *rows, int64_t count, float *lanes, int64_t step = LANES
 ) {
     int64_t i = 0;

@@ -1,117 +1,188 @@
 // y[row] += irfft(S rfft(x[row])), for rows with values of their own in one sparse pattern of S.
 //
-// Eight rows lie side by side in every step; S is real between the parts of half spectra ("coordinates").
-#include <memory>
+// Rows lie side by side in every step, in the narrowest register that has room for a group of them; S is real
+// between the parts of half spectra.
+#include <utility>
 
 #include "fourier.h"
 
-// Up to eight rows. Rows with equal values share them; others have theirs side by side.
+constexpr int MOST_ROWS = 16;
+constexpr int64_t AHEAD = 64;  // Entries' values that are on their way from memory.
+
+// Rows with equal values share them; others have theirs side by side.
 struct SpectralRows {
-    int64_t rows[LANES];
+    int64_t rows[MOST_ROWS];
     int64_t count;
 };
 
 struct SpectralCore {
-    const float *values;  // [N] of all rows, or [N, LANES] in order of use; null: nothing is added.
+    const float *values;  // [N] of all rows, or side by side in the order of entries; null: nothing is added.
     int64_t is_shared;
 };
 
-// A coefficient in the order of those side by side: value times both parts of the frequency whose real part is
-// coordinate `column` is added, each with a factor of its own, to those of the frequency at `row`. Factors hold
-// what transforms leave out, 1 / 4 m.
+// A coefficient: value times the frequency `column` is added to the one that it belongs to, the imaginary part with a
+// sign of its own.
 struct SpectralEntry {
-    int32_t row, column;
+    int32_t column;
     int32_t source;  // Among the values of rows that share them.
-    float factors[2];
+    float sign;
 };
 
+// The sum of the next `count` entries, times `scale`, which holds what transforms leave out.
+struct SpectralFrequency {
+    int32_t row, count;
+    float scale;
+};
+
+// In order of their counts: a processor foresees the end of a loop that was as long the last time.
 struct SpectralPattern {
+    const SpectralFrequency *frequencies;  // All of them.
+    int64_t count;
     const SpectralEntry *entries;
+    int64_t in_count;  // Frequencies that entries read.
+};
+
+struct SpectralSource {
+    const FourierPlan *plan;
+    const SpectralRows *groups;
     int64_t count;
 };
 
-// The first place in a buffer that vectors may lie at.
-static Complex *aligned(const std::unique_ptr<float[]> &buffer) {
-    const uintptr_t step = LANES * sizeof(float), at = reinterpret_cast<uintptr_t>(buffer.get());
-    return reinterpret_cast<Complex *>((at + step - 1) / step * step);
+struct SpectralMember {
+    const FourierPlan *plan;
+    const SpectralPattern *pattern;
+    const SpectralRows *groups;
+    const SpectralCore *cores;
+    int64_t count;
+};
+
+// How many rows of a group lie side by side in one register.
+extern "C" int timbre_spectral_rows() { return WIDTH; }
+
+template <typename V> constexpr int64_t SIDE = sizeof(V) / sizeof(float);  // Rows side by side.
+
+// Visits with a register of the width for so many rows.
+template <typename Visit> static inline void in_registers(int64_t count, Visit visit) {
+    if (count > LANES) visit(Wide{});
+    else visit(Lanes{});
 }
 
-// z, where vectors may lie, [count, 2 (m + 1), LANES]: the half spectra of x's rows, twice.
-extern "C" void timbre_spectra(
-    const FourierPlan *plan, const SpectralRows *groups, int64_t count, const float *x, float *z, int threads
-) {
-    const int64_t m = plan->m, in = 2 * m;
+// lanes [in, side]; zeros where there is no row.
+template <typename V, typename Number>
+static void put_side_by_side(const Number *x, int64_t in, const SpectralRows &own, float *lanes) {
+    const Number *from[MOST_ROWS];
+    for (int64_t n = 0; n < own.count; n++) from[n] = x + own.rows[n] * in;
+    int64_t i = 0;
+    for (; i + LANES <= in; i += LANES)
+        for (int64_t first = 0; first < SIDE<V>; first += LANES) {
+            Lanes block[LANES] = {};
+            if (own.count - first >= LANES)
+                for (int n = 0; n < LANES; n++) block[n] = load(from[first + n] + i);
+            else
+                for (int n = 0; first + n < own.count; n++) block[n] = load(from[first + n] + i);
+            transpose(block);
+            for (int j = 0; j < LANES; j++) store(lanes + (i + j) * SIDE<V> + first, block[j]);
+        }
+    for (; i < in; i++)
+        for (int64_t n = 0; n < SIDE<V>; n++) lanes[i * SIDE<V> + n] = n < own.count ? value(from[n][i]) : 0;
+}
+
+template <typename Number>
+static void spectra_of(const SpectralSource &source, const Number *x, float *z, int threads) {
+    const FourierPlan &plan = *source.plan;
+    const int64_t m = plan.m;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        const std::unique_ptr<float[]> buffers(new float[2 * m * 2 * LANES + LANES]);
-        Complex *packed = aligned(buffers), *scratch = packed + m;
+        thread_local Scratch memory;  // Kept: fresh pages cost more than what is written to them.
+        const auto transform = [&](const SpectralRows &own, float *X, auto lanes) {
+            typedef decltype(lanes) V;
+            float *numbers = memory.of(4 * m * SIDE<V>);
+            put_side_by_side<V>(x, 2 * m, own, numbers);
+            Complex<V> *packed = reinterpret_cast<Complex<V> *>(numbers);
+            spectra(plan, packed, packed + m, reinterpret_cast<Complex<V> *>(X));
+        };
 #pragma omp for schedule(static)
-        for (int64_t g = 0; g < count; g++) {
-            const SpectralRows &own = groups[g];
-            side_by_side(x, in, own.rows, own.count, reinterpret_cast<float *>(packed));
-            spectra(*plan, packed, scratch, reinterpret_cast<Complex *>(z) + g * (m + 1));
+        for (int64_t g = 0; g < source.count; g++) {
+            float *X = z + g * 2 * (m + 1) * WIDTH;
+            in_registers(source.groups[g].count, [&](auto lanes) { transform(source.groups[g], X, lanes); });
         }
     }
 }
 
-// Not output by output: there is no branch on how many coefficients a frequency has.
-template <bool SHARED>
-static void apply_core(const SpectralPattern &pattern, const float *values, const float *z, Complex *h, int64_t size) {
-    float *to = reinterpret_cast<float *>(h);
-    std::memset(to, 0, size * sizeof *h);
-    for (int64_t e = 0; e < pattern.count; e++) {
-        const SpectralEntry &entry = pattern.entries[e];
-        const Lanes value = SHARED ? all(values[entry.source]) : load(values + e * LANES);
-        const float *read = z + int64_t(entry.column) * LANES;
-        float *written = to + int64_t(entry.row) * LANES;
-        store(written, load(written) + value * entry.factors[0] * load(read));
-        store(written + LANES, load(written + LANES) + value * entry.factors[1] * load(read + LANES));
-    }
+// z [count, 2 (m + 1), most rows]: the half spectra of x's rows, twice. x is of bfloat16 or of floats.
+extern "C" void timbre_spectra(const SpectralSource *source, const void *x, int64_t is_narrow, float *z, int threads) {
+    if (is_narrow) spectra_of(*source, static_cast<const BFloat16 *>(x), z, threads);
+    else spectra_of(*source, static_cast<const float *>(x), z, threads);
 }
 
-// y += lanes [out, LANES], by rows.
+template <bool SHARED, typename V>
+static void apply_core(const SpectralPattern &pattern, const float *values, const Complex<V> *z, Complex<V> *h) {
+    const SpectralEntry *entry = pattern.entries;
+    for (int64_t k = 0; k < pattern.count; k++) {
+        const SpectralFrequency &own = pattern.frequencies[k];
+        Complex<V> sum = {};
+        for (const SpectralEntry *end = entry + own.count; entry < end; entry++) {
+            const Complex<V> &read = z[entry->column];
+            V value = {};
+            if constexpr (SHARED) {
+                value += values[entry->source];
+            } else {
+                std::memcpy(&value, values, sizeof value);
+                __builtin_prefetch(values + AHEAD * SIDE<V>);
+                values += SIDE<V>;
+            }
+            sum.re += value * read.re;
+            sum.im += value * entry->sign * read.im;
+        }
+        h[own.row] = {sum.re * own.scale, sum.im * own.scale};
+    }
+    h[0].im = h[pattern.count - 1].im = V{};
+}
+
+// y += lanes [out, side], by rows.
+template <typename V>
 static void add_to_rows(const float *lanes, int64_t out, const SpectralRows &own, float *y) {
+    float *to[MOST_ROWS];
+    for (int64_t n = 0; n < own.count; n++) to[n] = y + own.rows[n] * out;
     int64_t o = 0;
-    for (; o + LANES <= out; o += LANES) {
-        Lanes block[LANES];
-        for (int j = 0; j < LANES; j++) block[j] = load(lanes + (o + j) * LANES);
-        transpose(block);
-        const auto add = [&](int n) {
-            float *to = y + own.rows[n] * out + o;
-            store(to, load(to) + block[n]);
-        };
-        if (own.count == LANES)
-            for (int n = 0; n < LANES; n++) add(n);
-        else
-            for (int n = 0; n < own.count; n++) add(n);
-    }
+    for (; o + LANES <= out; o += LANES)
+        for (int64_t first = 0; first < own.count; first += LANES) {
+            Lanes block[LANES];
+            for (int j = 0; j < LANES; j++) block[j] = load(lanes + (o + j) * SIDE<V> + first);
+            transpose(block);
+            const auto add = [&](int64_t n) { store(to[first + n] + o, load(to[first + n] + o) + block[n]); };
+            if (own.count - first >= LANES)
+                for (int n = 0; n < LANES; n++) add(n);
+            else
+                for (int n = 0; first + n < own.count; n++) add(n);
+        }
     for (; o < out; o++)
-        for (int64_t n = 0; n < own.count; n++) y[own.rows[n] * out + o] += lanes[o * LANES + n];
+        for (int64_t n = 0; n < own.count; n++) to[n][o] += lanes[o * SIDE<V> + n];
 }
 
-// y [T, 2 m] is contiguous; `z` has `in_coordinates` for each group of rows.
-extern "C" void timbre_spectral(
-    const FourierPlan *plan, const SpectralPattern *pattern, const SpectralRows *groups, const SpectralCore *cores,
-    int64_t count, const float *z, int64_t in_coordinates, float *y, int threads
-) {
-    const int64_t m = plan->m, out = 2 * m;
+// y [T, 2 m] is contiguous; z is what `timbre_spectra` made for the same groups.
+extern "C" void timbre_spectral(const SpectralMember *member, const float *z, float *y, int threads) {
+    const FourierPlan &plan = *member->plan;
+    const SpectralPattern &pattern = *member->pattern;
+    const int64_t m = plan.m;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        const std::unique_ptr<float[]> buffers(new float[(3 * m + 1) * 2 * LANES + LANES]);
-        Complex *h = aligned(buffers), *packed = h + m + 1, *scratch = packed + m;
-        const int64_t size = in_coordinates * LANES;
+        thread_local Scratch memory;
+        const auto add = [&](const SpectralRows &own, const SpectralCore &core, const float *X, auto lanes) {
+            typedef decltype(lanes) V;
+            const Complex<V> *read = reinterpret_cast<const Complex<V> *>(X);
+            Complex<V> *h = reinterpret_cast<Complex<V> *>(memory.of((2 * m + 1) * 2 * SIDE<V>));
+            if (core.is_shared) apply_core<true>(pattern, core.values, read, h);
+            else apply_core<false>(pattern, core.values, read, h);
+            const Complex<V> *numbers = rows_of_spectra(plan, h, h + m + 1);
+            add_to_rows<V>(reinterpret_cast<const float *>(numbers), 2 * m, own, y);
+        };
 #pragma omp for schedule(static)
-        for (int64_t g = 0; g < count; g++) {
-            const SpectralRows &own = groups[g];
-            const SpectralCore &core = cores[g];
-            if (core.values == nullptr) continue;
-            const float *own_z = z + g * size;
-            if (core.is_shared)
-                apply_core<true>(*pattern, core.values, own_z, h, m + 1);
-            else
-                apply_core<false>(*pattern, core.values, own_z, h, m + 1);
-            const float *from = reinterpret_cast<float *>(rows_of_spectra(*plan, h, packed, scratch));
-            add_to_rows(from, out, own, y);
+        for (int64_t g = 0; g < member->count; g++) {
+            const SpectralRows &own = member->groups[g];
+            const SpectralCore &core = member->cores[g];
+            const float *X = z + g * 2 * pattern.in_count * WIDTH;
+            if (core.values != nullptr) in_registers(own.count, [&](auto lanes) { add(own, core, X, lanes); });
         }
     }
 }

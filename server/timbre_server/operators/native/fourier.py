@@ -9,29 +9,48 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-LANES = 8
-FACTORS = (4, 2, 3, 5, 7)
-"""Those that it knows, in the order in which a length is divided by them."""
+from timbre_server.native.library import library
+
+NARROW = 8
+"""Rows in the narrowest register."""
+MOST_ROWS = 16
+FIRST_FACTORS = (3, 2, 5, 7, 1)
+"""Of the pass that is one with what turns a half spectrum into numbers, in the order of preference."""
+
+
+def most_lanes() -> int:
+    """Rows in the widest register."""
+    return int(library().timbre_spectral_rows())
 
 
 class Rows(ctypes.Structure):
     """``SpectralRows`` of ``spectral.cpp``."""
 
-    _fields_ = [("rows", ctypes.c_int64 * LANES), ("count", ctypes.c_int64)]
+    _fields_ = [("rows", ctypes.c_int64 * MOST_ROWS), ("count", ctypes.c_int64)]
 
     @staticmethod
     def of(rows: Sequence[int]) -> Rows:
-        return Rows((ctypes.c_int64 * LANES)(*rows), len(rows))
+        return Rows((ctypes.c_int64 * MOST_ROWS)(*rows), len(rows))
 
 
 def factors_of(length: int) -> list[int] | None:
     """Of half a length; None where it is odd, or has a factor that is not known."""
-    left, found = length // 2, []
-    for factor in FACTORS:
-        while left % factor == 0 and left > 1:
-            found.append(factor)
-            left //= factor
-    return found if left == 1 and length % 2 == 0 else None
+    if length % 2:
+        return None
+    half = length // 2
+    first = next(factor for factor in FIRST_FACTORS if half % factor == 0)
+    times = dict.fromkeys((2, 3, 5, 7), 0)
+    left = half // first
+    for prime in times:
+        while left % prime == 0:
+            times[prime] += 1
+            left //= prime
+    # Eights, but as many fours as leave no two.
+    fours = -times[2] % 3 if times[2] > 1 else 0
+    eights, twos = divmod(times[2] - 2 * fours, 3)
+    odd = [prime for prime in (3, 5, 7) for _ in range(times[prime])]
+    found = [first, *[8] * eights, *odd, *[4] * fours, *[2] * twos]
+    return found if left == 1 else None
 
 
 class _View(ctypes.Structure):
@@ -63,4 +82,4 @@ class Plan:
 def _roots(turn: int, count: int) -> Tensor:
     """[count, 2]: exp(-2πi k / turn), float32."""
     angles = torch.arange(count, dtype=torch.float64) * (-2 * math.pi / turn)
-    return torch.stack([angles.cos(), angles.sin()], dim=1).float()
+    return torch.stack([angles.cos(), angles.sin()], dim=1).round(decimals=15).float()

@@ -1,7 +1,7 @@
-"""`Spectral` in C++, of the transform `dft`: eight rows side by side from the first transform to the last.
+"""`Spectral` in C++, of the transform `dft`: rows side by side from the first transform to the last.
 
 Adapters whose coefficients sit at the same places, as those of one seed do, differ in their values alone:
-eight rows go through one pattern together. Where a group of layers has anything else (places of an adapter's
+their rows go through one pattern together. Where a group of layers has anything else (places of an adapter's
 own, another transform, a length with a large prime factor, gates) the plain operator runs.
 
 Legend: T rows of the batch, U rows that use the transform, I in, O out, N coefficients, C coordinates of a
@@ -21,15 +21,15 @@ from torch import Tensor
 from timbre_methods.program import Places, Spectral
 from timbre_server.native.library import ADDRESS, NUMBER, kernel, num_threads
 from timbre_server.operators.contract import Bound, Uses
-from timbre_server.operators.native.fourier import LANES, Plan, Rows, factors_of
-from timbre_server.operators.native.uses import BoundKernels
+from timbre_server.operators.native.fourier import MOST_ROWS, NARROW, Plan, Rows, factors_of, most_lanes
+from timbre_server.operators.native.uses import BoundKernels, address_of, structures
 from timbre_server.operators.pooling import PoolRoom
 from timbre_server.operators.row_table import Pairs, RowTable
 from timbre_server.operators.spectral import SpectralOperator
 from timbre_server.operators.transforms import Transform
 
-STREAMS = 8
-"""Of coefficients, so many of which are on their way at once."""
+ROW_BYTES = 8
+"""Of a coefficient in a row's copy: its value, and as much for places beside it where no row is."""
 
 
 class NativeSpectral(SpectralOperator):
@@ -49,7 +49,7 @@ class NativeSpectral(SpectralOperator):
         served = all(own is not None for own, parts in zip(places, uses, strict=True) if parts)
         if table.is_gated or not served or not all(map(_is_served, known)):
             return super().bind(uses, table)
-        bytes_per_row = sum(LANES * each.rows_N.numel() for each in known)
+        bytes_per_row = sum(ROW_BYTES * each.rows_N.numel() for each in known)
         slots = frozenset(slot for parts_by_slot in uses for slot in parts_by_slot)
         batches = self._batches.setdefault(table, {})
         if (slots, bytes_per_row) not in batches:
@@ -92,7 +92,7 @@ def _is_served(places: Places) -> bool:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Batch:
-    """Rows in groups of up to eight. Those of a group all have one mix, or each its own."""
+    """Rows in groups that one register holds. Those of a group all have one mix, or each its own."""
 
     groups: ctypes.Array[Rows]
     mixes: tuple[tuple[Pairs, ...], ...]
@@ -106,21 +106,23 @@ class _Batch:
 
     @staticmethod
     def of(table: RowTable, slots: Collection[int], bytes_per_row: int) -> _Batch:
-        """Rows beyond the last whole eight of a mix are put together with those of others, where there is
+        """Rows beyond the last whole group of a mix are put together with those of others, where there is
         room for a copy of their values."""
+        # Wide registers take fewer groups: as many as there are threads, at least.
+        lanes = most_lanes() if table.num_rows > NARROW * torch.get_num_threads() else NARROW
         room = PoolRoom()
         groups: list[tuple[list[int], tuple[Pairs, ...]]] = []
         rest: list[tuple[int, Pairs]] = []
         for mix, rows_N in table.by_mix(slots).items():
             rows = rows_N.tolist() if mix else []
-            whole = len(rows) // LANES * LANES
-            groups += [(rows[start : start + LANES], (mix,)) for start in range(0, whole, LANES)]
+            whole = len(rows) // lanes * lanes
+            groups += [(rows[start : start + lanes], (mix,)) for start in range(0, whole, lanes)]
             if room.take(bytes_per_row * len(rows[whole:])):
                 rest += [(row, mix) for row in rows[whole:]]
             elif rows[whole:]:
                 groups.append((rows[whole:], (mix,)))
-        for start in range(0, len(rest), LANES):
-            rows_L, mixes_L = zip(*rest[start : start + LANES], strict=True)
+        for start in range(0, len(rest), lanes):
+            rows_L, mixes_L = zip(*rest[start : start + lanes], strict=True)
             distinct = tuple(dict.fromkeys(mixes_L))
             groups.append((list(rows_L), distinct if len(distinct) == 1 else mixes_L))
         found = (Rows * len(groups))(*(Rows.of(rows) for rows, _ in groups))
@@ -135,34 +137,43 @@ class _Core(ctypes.Structure):
 class _PatternStructure(ctypes.Structure):
     """``SpectralPattern`` of ``spectral.cpp``."""
 
-    _fields_ = [("entries", ctypes.c_void_p), ("count", ctypes.c_int64)]
+    _fields_ = [
+        ("frequencies", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("entries", ctypes.c_void_p),
+        ("in_count", ctypes.c_int64),
+    ]
 
 
 class _Pattern:
-    """Where coefficients are among the coordinates of two half spectra, in order along the longer one: rows
-    of ``SpectralEntry`` of ``spectral.cpp``."""
+    """Which frequencies of one half spectrum coefficients add to which of another: ``SpectralFrequency`` and
+    ``SpectralEntry`` of ``spectral.cpp``."""
 
     def __init__(self, places: Places, inner: Transform, outer: Transform) -> None:
         # Of each place the real part's coordinate, and the imaginary one's after it.
         columns, rows = inner.reads(places.columns_N), outer.writes(places.rows_N)
-        along = rows if places.out_features > places.in_features else columns
-        self.order_N = _interleaved(along.index_NE[:, 0].argsort(stable=True))
-        indices_N3 = torch.stack(
-            [rows.index_NE[:, 0], columns.index_NE[:, 0], torch.arange(len(self.order_N))], 1
+        row_N, column_N = (own.index_NE[:, 0] // 2 for own in (rows, columns))
+        counts_K = row_N.bincount(minlength=outer.coordinates // 2)
+        row_K = counts_K.argsort(stable=True)
+        self.order_N = row_K.argsort()[row_N].argsort(stable=True)
+        factor_NE = rows.factor_NE * columns.factor_NE / (2 * places.out_features)
+        scale_K = torch.zeros(len(counts_K))
+        scale_K[row_N] = factor_NE[:, 0].float()
+        self._frequencies_K3 = _fields(row_K, counts_K[row_K], scale_K[row_K])
+        entries_N3 = _fields(column_N, torch.arange(len(row_N)), factor_NE.prod(1).sign().float())
+        self._entries_N3 = entries_N3[self.order_N]
+        self._structure = _PatternStructure(
+            self._frequencies_K3.data_ptr(),
+            len(row_K),
+            self._entries_N3.data_ptr(),
+            inner.coordinates // 2,
         )
-        factors_N2 = (rows.factor_NE * columns.factor_NE / (2 * places.out_features)).float()
-        entries_N5 = torch.cat([indices_N3.int(), factors_N2.view(torch.int32)], 1)[self.order_N]
-        self._held = entries_N5
-        self._structure = _PatternStructure(entries_N5.data_ptr(), len(entries_N5))
         self.address = ctypes.addressof(self._structure)
 
 
-def _interleaved(order_N: Tensor) -> Tensor:
-    """Of every part of the order one in turn: additions to one place that lie side by side would wait for
-    each other."""
-    count = len(order_N)
-    places_N = torch.arange(-(-count // STREAMS) * STREAMS).view(STREAMS, -1).T.flatten()
-    return order_N[places_N[places_N < count]]
+def _fields(first_N: Tensor, second_N: Tensor, third_N: Tensor) -> Tensor:
+    """Structures of two integers and a float."""
+    return torch.stack([first_N.int(), second_N.int(), third_N.view(torch.int32)], 1)
 
 
 class _Member:
@@ -179,16 +190,17 @@ class _Member:
             *(_Core(None if v is None else v.data_ptr(), is_shared) for v, is_shared in own)
         )
         self._held = (plan, pattern, batch, own)
-        self._begin = (plan.address, pattern.address, batch.address, ctypes.addressof(self._cores), len(own))
-        self._work = LANES * len(own) * (2 * len(pattern.order_N) + 8 * plan.length)
-        self._run = kernel("timbre_spectral", *[ADDRESS] * 4, NUMBER, ADDRESS, NUMBER, ADDRESS)
+        cores = ctypes.addressof(self._cores)
+        self._fields = structures([(plan.address, pattern.address, batch.address, cores, len(own))])
+        self._first = address_of(self._fields)
+        self._work = len(batch.rows_U) * (2 * len(pattern.order_N) + 8 * plan.length)
+        self._run = kernel("timbre_spectral", ADDRESS, ADDRESS, ADDRESS)
         self.rows_N = batch.rows_U
         self.out_features = plan.length
 
     def add(self, z_GCL: Tensor, y_TO: Tensor) -> None:
         """What was made of x is all that it reads: the spectra of the batch's groups of rows."""
-        threads = num_threads(self._work)
-        self._run(*self._begin, z_GCL.data_ptr(), z_GCL.shape[1], y_TO.data_ptr(), threads)
+        self._run(self._first, z_GCL.data_ptr(), y_TO.data_ptr(), num_threads(self._work))
 
 
 def _values(
@@ -201,7 +213,7 @@ def _values(
         return each[0], True
     zeros_N = torch.zeros(len(known[0]))
     lanes = [zeros_N if values is None else values for values in each]
-    lanes += [zeros_N] * (LANES - len(lanes))
+    lanes += [zeros_N] * ((NARROW if len(lanes) <= NARROW else MOST_ROWS) - len(lanes))
     return torch.stack(lanes, dim=1)[order_N], False
 
 
@@ -217,12 +229,16 @@ class _BoundSpectral(BoundKernels):
     def __init__(self, batch: _Batch, plan: Plan, members: Sequence[_Member | None]) -> None:
         super().__init__(members)
         self._held = batch, plan
-        self._begin = (plan.address, batch.address, len(batch.groups))
-        self._shape = (len(batch.groups), plan.coordinates, LANES)
-        self._work = LANES * len(batch.groups) * 8 * plan.length
-        self._run = kernel("timbre_spectra", ADDRESS, ADDRESS, NUMBER, ADDRESS, ADDRESS)
+        self._fields = structures([(plan.address, batch.address, len(batch.groups))])
+        self._first = address_of(self._fields)
+        self._shape = (len(batch.groups), plan.coordinates, most_lanes())
+        self._work = len(batch.rows_U) * 8 * plan.length
+        self._run = kernel("timbre_spectra", ADDRESS, ADDRESS, NUMBER, ADDRESS)
 
     def source(self, x_TI: Tensor) -> Tensor:
-        x_TI, z_GCL = x_TI.float(), torch.empty(self._shape)
-        self._run(*self._begin, x_TI.data_ptr(), z_GCL.data_ptr(), num_threads(self._work))
+        is_narrow = x_TI.dtype is torch.bfloat16
+        if not is_narrow:
+            x_TI = x_TI.float()
+        z_GCL = torch.empty(self._shape)
+        self._run(self._first, x_TI.data_ptr(), is_narrow, z_GCL.data_ptr(), num_threads(self._work))
         return z_GCL
