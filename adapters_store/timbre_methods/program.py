@@ -26,6 +26,7 @@ from torch import Tensor
 
 from timbre_methods.prompt_parts import AttentionPrompt, Prompt
 from timbre_methods.routing import Routed, RoutedBlock, Router, Scout, repeated_router_bytes
+from timbre_methods.sliced_ellpack import SlicedEllpack
 
 SHARED = {"shared": True}
 """Field metadata: the tensor belongs to a basis that many adapters use, so no adapter owns its bytes."""
@@ -46,8 +47,7 @@ class Places:
 
     Places drawn from a seed are shared by all adapters of equal seed and shape. ``is_own``: they come from
     one adapter's file, and their bytes are its own; of `dct` and `hartley` alone. They stay on the CPU,
-    wherever the adapters are.
-    ``low_pass`` is the filter of ``dwt``, of even length, and empty for the others.
+    wherever the adapters are. ``low_pass``: the filter of ``dwt``, of even length; empty for the others.
     """
 
     transform: Literal["dft", "dct", "hartley", "dwt"]
@@ -186,8 +186,7 @@ class Rotation:
     R is a product of factors, the first of which acts first. Factor f cuts the vector into chunks of
     ``chunks[f]`` entries, and both halves of a chunk into pieces of B/2: block after block multiplies one
     piece of the first half, joined with the piece in its place in the second half. A chunk of B entries is
-    simply one block. ``blocks_FSBB`` [F, S, B, B], float32; S is the number of blocks, or 1 where all use
-    the same.
+    simply one block. ``blocks_FSBB`` [F, S, B, B], float32; S is the number of blocks, or 1: all use one.
     """
 
     side: Literal["input", "output"]
@@ -216,7 +215,8 @@ class SlicedLowRank:
     b_EOR: Tensor
 
 
-FromInput = LowRank | Spectral | Circulant | Sparse | Block | Dense | Kronecker | Projected | TokenRows
+Entries = Sparse | SlicedEllpack
+FromInput = LowRank | Spectral | Circulant | Entries | Block | Dense | Kronecker | Projected | TokenRows
 Part = FromInput | Diagonal | Rotation | Routed | RoutedBlock | SlicedLowRank
 AnyPart = Part | Prompt | AttentionPrompt | Scout
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from timbre_methods.contract import Site
 from timbre_methods.program import AdapterProgram, LowRank, Projected, owned_tensors, pattern_bytes
 from timbre_methods.registry import compile_adapter, methods, sites_of
+from timbre_methods.sliced_ellpack import SlicedEllpack
 from timbre_server.adapters.active_rows import ActiveRows
 from timbre_server.adapters.adapted_group import AdaptedGroup
 from timbre_server.adapters.adapted_model import AdaptedModel
@@ -101,8 +102,12 @@ def loader_of(store: Store, base: str = BASE) -> AdapterLoader:
 
 
 def saved_bytes(program: AdapterProgram) -> int:
-    """By factors that lie in 16 bits: the manifest counts float32."""
-    return sum(tensor.nbytes for tensor in all_tensors(program) if tensor.dtype in FORMATS[1:])
+    """By how parts lie: the manifest counts factors in float32, and sparse matrices in CSR."""
+    slices = [part for _, part in program.placed_parts() if isinstance(part, SlicedEllpack)]
+    csr = sum(8 * (len(part.ranks_O) + 1 + int(part.values_KC.count_nonzero())) for part in slices)
+    in_slices = [tensor for part in slices for tensor in owned_tensors(part)]
+    narrow = [tensor for tensor in all_tensors(program) if tensor.dtype in FORMATS[1:]]
+    return sum(t.nbytes for t in narrow) + csr - sum(t.nbytes for t in in_slices)
 
 
 def all_tensors(program: AdapterProgram) -> list[Tensor]:
@@ -204,9 +209,7 @@ def bound_factors(program: AdapterProgram, paths: Sequence[str], num_rows: int) 
 @pytest.mark.cpp
 @pytest.mark.parametrize("num_rows", [1, 5])
 @pytest.mark.parametrize("method", ["lora", "arrow", "lora_mixer", "smora", "loramoe", "mixlora"])
-def test_a_bind_copies_no_factor_of_a_loaded_adapter(
-    method: str, num_rows: int, store: Store, upload: Upload
-) -> None:
+def test_a_bind_copies_no_loaded_factor(method: str, num_rows: int, store: Store, upload: Upload) -> None:
     loader = AdapterLoader(store.root, BASE, sites(), groups=GROUPS)
     program = loader.load(upload(method).digest).program
     own = {tensor.untyped_storage().data_ptr() for tensor in all_tensors(program)}
@@ -261,9 +264,7 @@ def test_adapters_in_one_basis_hold_it_once_on_the_device(method: str, store: St
 @pytest.mark.parametrize(
     ("method", "blob"), [("lora", "tensors_digest"), ("pissa", "tensors_digest"), ("pissa", "derived_digest")]
 )
-def test_a_damaged_tensors_file_is_refused_by_name(
-    method: str, blob: str, store: Store, upload: Upload
-) -> None:
+def test_a_damaged_file_is_refused_by_name(method: str, blob: str, store: Store, upload: Upload) -> None:
     record = upload(method)
     digest = getattr(record.manifest, blob)
     path = store.blob_path(digest)

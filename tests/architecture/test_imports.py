@@ -19,10 +19,13 @@ EDGES: Mapping[str, frozenset[str]] = {
         "timbre_methods": (
             "timbre_methods.program timbre_methods.routing timbre_methods.prompt_parts timbre_methods.errors"
         ),
-        # The vocabulary of programs, in three files.
-        "timbre_methods.program": "timbre_methods.routing timbre_methods.prompt_parts",
+        # The vocabulary of programs, in four files.
+        "timbre_methods.program": (
+            "timbre_methods.routing timbre_methods.prompt_parts timbre_methods.sliced_ellpack"
+        ),
         "timbre_methods.routing": "timbre_methods.program",
         "timbre_methods.prompt_parts": "",
+        "timbre_methods.sliced_ellpack": "",
         "timbre_methods.errors": "",
         "timbre_server": "",
         "timbre_server.errors": "",
@@ -39,13 +42,13 @@ EDGES: Mapping[str, frozenset[str]] = {
         "timbre_server.operators.row_table": "",
         "timbre_server.adapters.groups": "",
         "timbre_server.operators": (
-            "timbre_methods.program timbre_methods.routing timbre_server.operators.row_table"
-            " timbre_server.native timbre_server.errors"
+            "timbre_methods.program timbre_methods.routing timbre_methods.sliced_ellpack"
+            " timbre_server.operators.row_table timbre_server.native timbre_server.errors"
         ),
         "timbre_server.adapters": (
             "timbre_server.operators timbre_server.operators.row_table timbre_server.adapters.groups"
             " timbre_methods timbre_methods.program timbre_methods.routing timbre_methods.prompt_parts"
-            " timbre_methods.errors timbre_store timbre_server.errors"
+            " timbre_methods.sliced_ellpack timbre_methods.errors timbre_store timbre_server.errors"
         ),
         # The waist between HTTP and engine: plain messages, and the client that carries them.
         "timbre_server.engine.messages": "timbre_server.engine.pin_messages",

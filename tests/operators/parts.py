@@ -26,9 +26,11 @@ from timbre_methods.program import (
     Spectral,
 )
 from timbre_methods.routing import Routed, Router, Rule
+from timbre_methods.sliced_ellpack import SlicedEllpack
 from timbre_methods.spectral.wavelets import LOW_PASS
 from timbre_server.native.formats import FORMATS
 from timbre_server.operators.contract import Operator
+from timbre_server.operators.sliced_ellpack import slices_of
 
 
 @dataclass(frozen=True)
@@ -79,12 +81,18 @@ def circulant(draw: Draw) -> Part:
     return Circulant(draw.normal(*shape) / 4, b)
 
 
-def sparse(draw: Draw) -> Part:
+def sparse(draw: Draw) -> Sparse:
     count = 5 * draw.count()
     size = draw.out_features * draw.in_features
     flat = torch.randperm(size, generator=draw.generator)[:count].sort().values
     row_ends = torch.searchsorted(flat, torch.arange(draw.out_features + 1) * draw.in_features)
     return Sparse(row_ends, (flat % draw.in_features).int(), draw.normal(count), draw.in_features)
+
+
+def sliced_ellpack(draw: Draw) -> Part:
+    """With values in one of the formats of these."""
+    part = slices_of(sparse(draw))
+    return replace(part, values_KC=part.values_KC.to(FORMATS[draw.count() % len(FORMATS)]))
 
 
 def block(draw: Draw) -> Part:
@@ -207,6 +215,7 @@ MAKERS: dict[type[Part], Callable[[Draw], Part]] = {
     Spectral: spectral,
     Circulant: circulant,
     Sparse: sparse,
+    SlicedEllpack: sliced_ellpack,
     Block: block,
     Dense: dense,
     Kronecker: kronecker,

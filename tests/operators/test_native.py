@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from timbre_methods.program import LowRank, Part, Places, Sparse, Spectral
+from timbre_methods.sliced_ellpack import SlicedEllpack
 from timbre_server.native import library as shared
 from timbre_server.native.formats import FORMATS
 from timbre_server.operators.agreement import wrong_operator
@@ -16,6 +17,7 @@ from timbre_server.operators.catalogue import all_operators, why_not
 from timbre_server.operators.contract import Operator
 from timbre_server.operators.native.catalogue import operators
 from timbre_server.operators.row_table import RowTable, Span
+from timbre_server.operators.sliced_ellpack import slices_of
 
 MISSING = why_not("native")
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=f"no native kernels here: {MISSING}")
@@ -41,7 +43,7 @@ def in_features(part: Part) -> int:
     match part:
         case Spectral():
             return part.places.in_features
-        case Sparse():
+        case SlicedEllpack():
             return part.in_features
         case LowRank():
             return part.a_RI.shape[1]
@@ -164,19 +166,36 @@ def test_every_rank_gives_what_pytorch_gives_and_base_rows_keep_their_bits(rank:
 @pytest.mark.parametrize("crowd", CROWDS)
 @pytest.mark.parametrize("longest", [1, 20, 700, 3000])
 def test_outputs_of_few_and_of_many_entries_are_summed(crowd: str, longest: int) -> None:
-    """21 outputs: neither whole eights nor, of the long ones, eights whose products fit in one piece."""
+    """21 outputs: two slices and a half."""
     generator = torch.Generator().manual_seed(longest)
     uses: list[dict[int, list[Part]]] = [{}]
     for slot in range(11):
         ends = torch.randint(longest + 1, (21,), generator=generator).cumsum(0)
         row_ends = torch.cat([torch.zeros(1, dtype=torch.int64), ends])
         columns = torch.randint(43, (int(ends[-1]),), generator=generator, dtype=torch.int32)
-        uses[0][slot] = [Sparse(row_ends, columns, torch.randn(len(columns), generator=generator), 43)]
+        values = torch.randn(len(columns), generator=generator).to(FORMATS[slot % 3]).float()
+        uses[0][slot] = [slices_of(Sparse(row_ends, columns, values, 43))]
     y = outputs(crowd, 21)
     native, plain = (
-        added(operator_of(Sparse, kernels), uses, crowd, y)[0] for kernels in ("native", "torch")
+        added(operator_of(SlicedEllpack, kernels), uses, crowd, y)[0] for kernels in ("native", "torch")
     )
     torch.testing.assert_close(native, plain, atol=2e-4, rtol=1e-4)
+
+
+def test_a_row_of_sparse_changes_has_the_same_bits_whatever_rows_are_beside_it() -> None:
+    """45 of one adapter are 32, eight and five."""
+    generator = torch.Generator().manual_seed(4)
+    cells = torch.randperm(70 * 43, generator=generator)[:900].sort().values
+    row_ends, values = torch.searchsorted(cells, torch.arange(71) * 43), torch.randn(900, generator=generator)
+    part = slices_of(Sparse(row_ends, (cells % 43).int(), values, 43))
+    x_TI = torch.randn(45, 43, generator=generator)
+
+    def changes(first: int, count: int) -> Tensor:
+        table = RowTable([Span(count, ((0, 0.7),))])
+        bound = operator_of(SlicedEllpack, "native").bind([{0: [part]}], table)
+        return bound.sums(x_TI[first : first + count])[0][0].values_NO
+
+    assert torch.equal(changes(0, 45), torch.cat([changes(row, 1) for row in range(45)]))
 
 
 @pytest.mark.parametrize("rank", [1, 8, 13])

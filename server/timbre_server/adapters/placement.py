@@ -2,7 +2,7 @@
 
 Nothing keeps the file's memory alive, and the prepared bytes are the real ones. Factors of low rank lie in 16
 bits where these hold their very values, as those of most adapters that were uploaded so, and all others too
-if they are to be rounded.
+if they are to be rounded. On a CPU, sparse matrices are laid out as it reads them best.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 from timbre_methods.bases import basis_on
-from timbre_methods.program import AdapterProgram, AnyPart, LowRank, Part, Projected, owned_tensors
+from timbre_methods.program import AdapterProgram, AnyPart, LowRank, Part, Projected, Sparse, owned_tensors
 from timbre_methods.routing import Routed, RoutedBlock, Router, Scout, Scouted
+from timbre_methods.sliced_ellpack import SlicedEllpack
 from timbre_server.adapters.packed_sites import may_be_packed, packed
 from timbre_server.adapters.transfer import Transfer
 from timbre_server.operators.low_rank import side_by_side
+from timbre_server.operators.sliced_ellpack import sliced
 
 PartT = TypeVar("PartT", bound=AnyPart | Router)
 
@@ -66,9 +68,10 @@ class _Placement:
         self._routers: dict[int, Router | Scouted] = {}
 
     def sites(self, sites: Mapping[str, tuple[Part, ...]]) -> Mapping[str, tuple[Part, ...]]:
-        if may_be_packed(sites):
-            return packed(sites, self._transfer)
-        return {path: tuple(map(self.part, parts)) for path, parts in sites.items()}
+        laid_out = {path: tuple(map(self._laid_out, parts)) for path, parts in sites.items()}
+        if may_be_packed(laid_out):
+            return packed(laid_out, self._transfer)
+        return {path: tuple(map(self.part, parts)) for path, parts in laid_out.items()}
 
     def part(self, part: PartT) -> PartT:
         if id(part) in self._joined:
@@ -87,8 +90,13 @@ class _Placement:
         if isinstance(part, (Routed, RoutedBlock)):
             changes["router"] = self._router(part.router)
         if isinstance(part, Routed):
-            changes["experts"] = tuple(tuple(map(self.part, expert)) for expert in part.experts)
+            changes["experts"] = tuple(
+                tuple(self.part(self._laid_out(inner)) for inner in expert) for expert in part.experts
+            )
         return replace(part, **changes)
+
+    def _laid_out(self, part: PartT) -> PartT | Sparse | SlicedEllpack:
+        return sliced(part) if isinstance(part, Sparse) and self._transfer.device.type == "cpu" else part
 
     def _router(self, router: Router | Scouted) -> Router | Scouted:
         """A block and the sites below it, and sites with a scout's gates in common, go on sharing theirs."""

@@ -9,6 +9,7 @@ Legend: T rows, I in features, O out features, N entries.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from types import MappingProxyType
@@ -29,9 +30,11 @@ from timbre_methods.program import (
     Sparse,
     Spectral,
 )
+from timbre_methods.sliced_ellpack import SlicedEllpack
 from timbre_server.native.formats import FORMATS
 from timbre_server.operators.contract import Bound, Change, Operator
 from timbre_server.operators.row_table import RowTable, Span
+from timbre_server.operators.sliced_ellpack import slices_of
 
 IN, OUT = 24, 20
 _TOLERANCE = 1e-4
@@ -84,12 +87,18 @@ def _spectral(normal: Normal, device: torch.device) -> Part:
     return Spectral(normal(30), places)
 
 
-def _sparse(normal: Normal, device: torch.device) -> Part:
+def _sparse(normal: Normal, device: torch.device) -> Sparse:
     """Rows of none, one, two and three entries in turn."""
     counts_O = torch.arange(OUT) % 4
     row_ends = torch.cat([torch.zeros(1, dtype=torch.int64), counts_O.cumsum(0)])
     columns_N = torch.cat([torch.arange(n) * 7 for n in counts_O.tolist()]).int()
     return Sparse(row_ends.to(device), columns_N.to(device), normal(len(columns_N)), IN)
+
+
+def _sliced_ellpack(normal: Normal, device: torch.device, dtype: torch.dtype) -> Part:
+    """Two whole slices and a half."""
+    part = slices_of(_sparse(normal, device))
+    return replace(part, values_KC=part.values_KC.to(dtype))
 
 
 def _block(normal: Normal, device: torch.device) -> Part:
@@ -115,6 +124,7 @@ _EXAMPLES: Mapping[type[Part], Sequence[Callable[[Normal, torch.device], Part]]]
         LowRank: [partial(_low_rank, dtype=dtype) for dtype in FORMATS],
         Spectral: [_spectral],
         Sparse: [_sparse],
+        SlicedEllpack: [partial(_sliced_ellpack, dtype=dtype) for dtype in FORMATS],
         Block: [_block],
         Projected: [_projected],
         Diagonal: [_diagonal],

@@ -23,6 +23,7 @@ from timbre_server.operators.projected import ProjectedOperator
 from timbre_server.operators.rotation import RotationOperator
 from timbre_server.operators.routed import RoutedOperator
 from timbre_server.operators.router import BoundRouters, Routers
+from timbre_server.operators.sliced_ellpack import SlicedEllpackOperator
 from timbre_server.operators.sparse import SparseOperator
 from timbre_server.operators.spectral import SpectralOperator
 from timbre_server.operators.step_routing import StepRouting
@@ -42,6 +43,7 @@ def all_operators(step: StepRouting | None = None, kernels: Kernels = "torch") -
         SpectralOperator(),
         CirculantOperator(),
         SparseOperator(),
+        SlicedEllpackOperator(),
         BlockOperator(),
         DenseOperator(),
         KroneckerOperator(),

@@ -1,182 +1,280 @@
-// y[row] += weight S x[row] with S in CSR, for adapters with S and rows of their own.
+// y[row] += weight S x[row] with S in slices (sliced ELLPACK), for adapters with S and rows of their own.
+//
+// A slice is eight outputs with about as many entries each: its steps are an entry of each of them, side by side.
+// So no branch is on how many entries an output has, and each entry takes one multiplication of its own. First all
+// sums are made, in the order of slices; then outputs fetch theirs. A row's sums are the same ones in the same
+// order whatever other rows there are, and in any format of the values.
+#include <algorithm>
+#ifdef __FMA__
+#include <immintrin.h>
+#endif
+
 #include "lanes.h"
 
-struct SparseUse {
-    const int64_t *row_ends;  // [out + 1]
-    const int32_t *columns;
-    const float *values;
+struct SlicesUse {
+    const uint16_t *ranks;  // [out], of each output among all slices' outputs
+    const uint16_t *lengths;  // [slices], in steps
+    const uint16_t *columns;  // [steps of all slices, LANES]
+    Numbers values;  // like columns
     Rows rows;
 };
 
-constexpr int64_t PIECE = 2048;  // Entries whose products stay in the nearest cache.
-constexpr int AT_ONCE = LINE / sizeof(float);  // Numbers of one line.
 constexpr int VECTORS = 4;  // Of rows side by side, of which all sums stay in registers.
+constexpr int MOST_ROWS = VECTORS * LANES;
 
-static inline float dot(const SparseUse &use, int64_t o, const float *v) {
-    float total = 0;
-    for (int64_t k = use.row_ends[o]; k < use.row_ends[o + 1]; k++) total += use.values[k] * v[use.columns[k]];
-    return total;
-}
-
-// products[k] = values[k] v[columns[k]] for begin <= k < end, without a branch on where rows end. As many entries
-// of the next adapter are brought near meanwhile; where it has fewer, that does nothing.
-static void multiply(
-    const SparseUse &use, const SparseUse &next, int64_t begin, int64_t end, const float *v, float *products
-) {
-    const float *values = use.values + begin;
-    const int32_t *columns = use.columns + begin;
-    const int64_t count = end - begin;
-    const auto eight = [&](int64_t k) {
-        const int32_t *c = columns + k;
-        const Lanes read = {v[c[0]], v[c[1]], v[c[2]], v[c[3]], v[c[4]], v[c[5]], v[c[6]], v[c[7]]};
-        store(products + k, read * load(values + k));
-    };
-    int64_t k = 0;
-    for (; k + AT_ONCE <= count; k += AT_ONCE) {
-        __builtin_prefetch(next.values + begin + k, 0, 2);
-        __builtin_prefetch(next.columns + begin + k, 0, 2);
-        for (int j = 0; j < AT_ONCE; j += LANES) eight(k + j);
-    }
-    for (; k + LANES <= count; k += LANES) eight(k);
-    for (; k < count; k++) products[k] = values[k] * v[columns[k]];
-}
-
-// Products of eight outputs lie one after another. There is a branch on the most that one of them has, not on how
-// many each has: nothing foretells that.
-static inline Lanes sums_of_outputs(const int64_t *row_ends, const float *products) {
-    const Integers place = {0, 1, 2, 3, 4, 5, 6, 7};
-    int32_t counts[LANES], most = 0;
-    for (int j = 0; j < LANES; j++) counts[j] = row_ends[j + 1] - row_ends[j];
-    for (int j = 0; j < LANES; j++) most = counts[j] > most ? counts[j] : most;
-    Lanes sums[LANES] = {};
-    for (int32_t done = 0; done < most; done += LANES)
-#pragma GCC unroll 8
-        for (int j = 0; j < LANES; j++) {
-            Integers found;
-            std::memcpy(&found, products + (row_ends[j] - row_ends[0]) + done, sizeof found);
-            sums[j] += (Lanes)(found & (place < counts[j] - done));
-        }
-    return sums_of(sums);
-}
-
-// to += weight S v for the outputs of a share.
-static void one_row(
-    const SparseUse &use, const SparseUse &next, const float *v, float weight, float *to, Share own
-) {
-    float products[2 * PIECE + LANES];  // Of all that may be read, if only to be left out.
-    for (int64_t o = own.begin; o < own.end;) {
-        const int64_t begin = use.row_ends[o];
-        int64_t last = o;
-        while (last + LANES <= own.end && use.row_ends[last + LANES] - begin <= PIECE) last += LANES;
-        if (last == o) {  // Fewer than eight outputs are left, or they have many entries.
-            if (use.row_ends[o + 1] > begin) to[o] += weight * dot(use, o, v);
-            o++;
-            continue;
-        }
-        multiply(use, next, begin, use.row_ends[last], v, products);
-        for (; o < last; o += LANES) {
-            __builtin_prefetch(next.row_ends + o, 0, 2);
-            const float *from = products + (use.row_ends[o] - begin);
-            store(to + o, load(to + o) + sums_of_outputs(use.row_ends + o, from) * weight);
-        }
-    }
-}
-
-// The outputs of a share in order of how many entries they have, so that the processor foretells where those end.
-// The entries are brought near meanwhile.
-static void sort_outputs(const SparseUse &use, Share own, std::vector<int32_t> &outputs) {
-    constexpr int MOST = 63;
-    int64_t places[MOST + 2] = {};
-    const auto count = [&](int64_t o) {
-        const int64_t found = use.row_ends[o + 1] - use.row_ends[o];
-        return found < MOST ? found : MOST;
-    };
-    for (int64_t o = own.begin; o < own.end; o++) {
-        __builtin_prefetch(use.values + use.row_ends[o], 0, 2);
-        __builtin_prefetch(use.columns + use.row_ends[o], 0, 2);
-        places[count(o) + 1]++;
-    }
-    for (int c = 0; c <= MOST; c++) places[c + 1] += places[c];
-    outputs.resize(own.end - own.begin);
-    for (int64_t o = own.begin; o < own.end; o++) outputs[places[count(o)]++] = o;
-}
-
-// V LANES rows side by side.
-template <int V> struct Many {
-    static constexpr int64_t WIDTH = V * LANES;
-    const int64_t *rows;
-    const float *weights;
-
-    // sums [own, WIDTH] = S v of all rows.
-    void multiply(
-        const SparseUse &use, const std::vector<int32_t> &outputs, Share own, const float *lanes, float *sums
-    ) const {
-        for (const int64_t o : outputs) {
-            Lanes totals[V] = {};
-            for (int64_t k = use.row_ends[o]; k < use.row_ends[o + 1]; k++)
-                for (int v = 0; v < V; v++)
-                    totals[v] += use.values[k] * load(lanes + use.columns[k] * WIDTH + v * LANES);
-            for (int v = 0; v < V; v++) store(sums + (o - own.begin) * WIDTH + v * LANES, totals[v]);
-        }
-    }
-
-    void add(const float *sums, Share own, float *y, int64_t out) const {
-        for (int v = 0; v < V; v++, sums += LANES) {
-            const Lanes scale = load(weights + v * LANES);
-            const int64_t *to = rows + v * LANES;
-            int64_t o = own.begin;
-            for (; o + LANES <= own.end; o += LANES) {
-                Lanes block[LANES];
-                for (int j = 0; j < LANES; j++) block[j] = load(sums + (o - own.begin + j) * WIDTH) * scale;
-                transpose(block);
-                for (int n = 0; n < LANES; n++) store(y + to[n] * out + o, load(y + to[n] * out + o) + block[n]);
-            }
-            for (; o < own.end; o++)
-                for (int n = 0; n < LANES; n++) y[to[n] * out + o] += sums[(o - own.begin) * WIDTH + n] * scale[n];
-        }
-    }
+// Where a slice begins.
+struct Place {
+    int64_t slice, step;
 };
 
-// All rows of one adapter but fewer than eight; returns how many. What it needs memory for is kept between calls.
-class ManyRows {
-  public:
-    int64_t operator()(const SparseUse &use, const float *x, int64_t in, float *y, int64_t out, Share own) {
-        if (use.rows.count < LANES) return 0;
-        sort_outputs(use, own, outputs);
-        int64_t row = 0;
-        const auto pass = [&](auto many) {
-            constexpr int64_t width = decltype(many)::WIDTH;
-            for (; row + width <= use.rows.count; row += width) {
-                many = {use.rows.rows + row, use.rows.weights + row};
-                float *x_lanes = lanes.of(in * width), *y_lanes = sums.of((own.end - own.begin) * width);
-                for (int v = 0; v < width; v += LANES) side_by_side(x, in, many.rows + v, LANES, x_lanes + v, width);
-                many.multiply(use, outputs, own, x_lanes, y_lanes);
-                many.add(y_lanes, own, y, out);
+// Where the share of a thread begins, of shares with about as many steps; the last one's end has no step.
+static Place place_of(const SlicesUse &use, int64_t slices, int thread, int threads) {
+    if (thread == 0) return {0, 0};
+    if (thread == threads) return {slices, 0};
+    int64_t total = 0;
+    for (int64_t s = 0; s < slices; s++) total += use.lengths[s];
+    Place place = {0, 0};
+    while (place.slice < slices && place.step < total * thread / threads) place.step += use.lengths[place.slice++];
+    return place;
+}
+
+// Rounded once, where the processor can: compilers do so in one loop and not in the other.
+static inline void add_product(Lanes &sum, Lanes x, Lanes y) {
+#ifdef __FMA__
+    sum = (Lanes)_mm256_fmadd_ps((__m256)x, (__m256)y, (__m256)sum);
+#else
+    sum += x * y;
+#endif
+}
+
+// One step: an output's vector has its product in the output's own lane, and in the others what nobody reads.
+template <typename Number>
+static inline void add_step(Lanes sums[LANES], const Number *values, const uint16_t *columns, const float *v) {
+    const Lanes entries = load(values);
+    uint32_t pairs[LANES / 2];  // Reading columns one by one would keep x waiting.
+    std::memcpy(pairs, columns, sizeof pairs);
+#pragma GCC unroll 4
+    for (int j = 0; j < LANES / 2; j++) {
+        add_product(sums[2 * j], all(v[uint16_t(pairs[j])]), entries);
+        add_product(sums[2 * j + 1], all(v[pairs[j] >> 16]), entries);
+    }
+}
+
+static inline Lanes own_lanes(const Lanes sums[LANES]) {
+    const Integers place = {0, 1, 2, 3, 4, 5, 6, 7};
+    Lanes found = sums[0];
+#pragma GCC unroll 8
+    for (int j = 1; j < LANES; j++) found = place == j ? sums[j] : found;
+    return found;
+}
+
+// sums = weight S v for the slices from `begin` to `end`. As many entries of the next matrix are brought near
+// meanwhile; where it has fewer, that does nothing.
+template <typename Number>
+static void multiply_row(
+    const SlicesUse &use, const SlicesUse &next, const Number *values, Place begin, Place end, const float *v,
+    float weight, float *sums
+) {
+    const uint16_t *columns = use.columns + begin.step * LANES;
+    values += begin.step * LANES;
+    int64_t to_values = intptr_t(next.values.first) - intptr_t(use.values.first);
+    int64_t to_columns = intptr_t(next.columns) - intptr_t(use.columns);
+    const auto bring = [&] {
+        __builtin_prefetch((const char *)values + to_values, 0, 2);
+        __builtin_prefetch((const char *)columns + to_columns, 0, 2);
+    };
+    asm("" : "+r"(v), "+r"(to_values), "+r"(to_columns));  // The compiler would make them anew at each step.
+    sums += begin.slice * LANES;
+    const uint16_t *const last = use.lengths + end.slice;
+    for (const uint16_t *length = use.lengths + begin.slice; length < last; length++, sums += LANES) {
+        Lanes totals[LANES] = {};
+        int64_t left = *length;
+        for (; left >= 2; left -= 2, values += 2 * LANES, columns += 2 * LANES) {
+            add_step(totals, values, columns, v);
+            bring();
+            add_step(totals, values + LANES, columns + LANES, v);
+        }
+        if (left) {
+            add_step(totals, values, columns, v);
+            bring();
+            values += LANES, columns += LANES;
+        }
+        store(sums, own_lanes(totals) * weight);
+    }
+}
+
+static void add_row(const SlicesUse &use, const SlicesUse &next, const float *sums, float *to, Share own) {
+    int64_t o = own.begin;
+    for (; o + LANES <= own.end; o += LANES) {
+        __builtin_prefetch(next.ranks + o, 0, 2);
+        const uint16_t *r = use.ranks + o;
+        Lanes found;
+        for (int j = 0; j < LANES; j++) found[j] = sums[r[j]];
+        store(to + o, load(to + o) + found);
+    }
+    for (; o < own.end; o++) to[o] += sums[use.ranks[o]];
+}
+
+// sums [outputs in the order of slices, V LANES] = S v of as many rows, which lie side by side.
+template <int V, typename Number>
+static void multiply_rows(
+    const SlicesUse &use, const Number *values, Place begin, Place end, const float *lanes, float *sums
+) {
+    const uint16_t *columns = use.columns + begin.step * LANES;
+    values += begin.step * LANES;
+    sums += begin.slice * LANES * V * LANES;
+    for (int64_t s = begin.slice; s < end.slice; s++) {
+        const int64_t count = use.lengths[s] * LANES;
+        for (int j = 0; j < LANES; j++, sums += V * LANES) {
+            Lanes totals[V] = {};
+            for (int64_t k = j; k < count; k += LANES) {
+                const Lanes entry = all(value(values[k]));
+                const float *inputs = lanes + columns[k] * V * LANES;
+                for (int v = 0; v < V; v++) add_product(totals[v], load(inputs + v * LANES), entry);
             }
-        };
-        pass(Many<VECTORS>{});
-        pass(Many<1>{});
-        return row;
+            for (int v = 0; v < V; v++) store(sums + v * LANES, totals[v]);
+        }
+        values += count, columns += count;
+    }
+}
+
+// Eight rows of y at a time: lines of more would drive each other out of the cache.
+template <int V>
+static void add_rows(const SlicesUse &use, const Rows &rows, const float *sums, float *y, int64_t out, Share own) {
+    for (int v = 0; v < V; v++, sums += LANES) {
+        const Lanes scale = load(rows.weights + v * LANES);
+        const int64_t *to = rows.rows + v * LANES;
+        const auto of = [&](int64_t o) { return load(sums + use.ranks[o] * V * LANES) * scale; };
+        int64_t o = own.begin;
+        for (; o + LANES <= own.end; o += LANES) {
+            Lanes block[LANES];
+            for (int j = 0; j < LANES; j++) block[j] = of(o + j);
+            transpose(block);
+            for (int n = 0; n < LANES; n++) store(y + to[n] * out + o, load(y + to[n] * out + o) + block[n]);
+        }
+        for (; o < own.end; o++)
+            for (int n = 0; n < LANES; n++) y[to[n] * out + o] += of(o)[n];
+    }
+}
+
+// Rows of one adapter that read its entries together, and the use after it.
+struct Block {
+    const SlicesUse *use, *next;
+    Rows rows;
+};
+
+static std::vector<Block> blocks_of(const SlicesUse *uses, int64_t count) {
+    std::vector<Block> blocks;
+    for (int64_t u = 0; u < count; u++) {
+        const Rows &rows = uses[u].rows;
+        for (int64_t row = 0, width; row < rows.count; row += width) {
+            const int64_t left = rows.count - row;
+            width = left >= MOST_ROWS ? MOST_ROWS : left >= LANES ? LANES : 1;
+            const Rows own = {rows.rows + row, rows.weights + row, width};
+            blocks.push_back({uses + u, uses + std::min(u + 1, count - 1), own});
+        }
+    }
+    return blocks;
+}
+
+// A thread for each block, so that no row is added to by two of them; none where some thread would have nothing.
+static std::vector<int> threads_of(const std::vector<Block> &blocks, int threads) {
+    std::vector<int> of_rows, found;
+    std::vector<int64_t> loads(threads, 0);
+    for (const Block &block : blocks) {
+        const int64_t *rows = block.rows.rows, *end = rows + block.rows.count;
+        int own = -1;
+        for (const int64_t *row = rows; row < end; row++) {
+            if (*row >= int64_t(of_rows.size())) of_rows.resize(*row + 1, -1);
+            const int known = of_rows[*row];
+            if (own >= 0 && known >= 0 && known != own) return {};
+            own = std::max(own, known);
+        }
+        if (own < 0) own = std::min_element(loads.begin(), loads.end()) - loads.begin();
+        for (const int64_t *row = rows; row < end; row++) of_rows[*row] = own;
+        loads[own] += block.rows.count;
+        found.push_back(own);
+    }
+    return *std::min_element(loads.begin(), loads.end()) ? found : std::vector<int>();
+}
+
+// What one of so many threads does of a block.
+struct Worker {
+    const float *x;
+    int64_t in;
+    float *y;
+    int64_t out;
+    int thread, threads;
+    Scratch scratch;
+
+    void multiply(const Block &block, float *sums) {
+        const SlicesUse &use = *block.use;
+        const int64_t slices = (out + LANES - 1) / LANES, width = block.rows.count;
+        const Place begin = place_of(use, slices, thread, threads), end = place_of(use, slices, thread + 1, threads);
+        float *lanes = width == 1 ? nullptr : scratch.of(in * width);
+        for (int64_t n = 0; lanes && n < width; n += LANES)
+            side_by_side(x, in, block.rows.rows + n, LANES, lanes + n, width);
+        as_they_lie(use.values, [&](auto values) {
+            if (width == 1)
+                multiply_row(
+                    use, *block.next, values, begin, end, x + block.rows.rows[0] * in, block.rows.weights[0], sums
+                );
+            else if (width == LANES)
+                multiply_rows<1>(use, values, begin, end, lanes, sums);
+            else
+                multiply_rows<VECTORS>(use, values, begin, end, lanes, sums);
+        });
     }
 
-  private:
-    std::vector<int32_t> outputs;
-    Scratch lanes, sums;
+    void add(const Block &block, const float *sums) const {
+        const Share own = share(out, thread, threads, LANES);
+        if (block.rows.count == 1)
+            add_row(*block.use, *block.next, sums, y + block.rows.rows[0] * out, own);
+        else if (block.rows.count == LANES)
+            add_rows<1>(*block.use, block.rows, sums, y, out, own);
+        else
+            add_rows<VECTORS>(*block.use, block.rows, sums, y, out, own);
+    }
 };
 
 // x [T, in] and y [T, out] are contiguous.
 extern "C" void timbre_sparse(
-    const SparseUse *uses, int64_t count, const float *x, int64_t in, float *y, int64_t out, int threads
+    const SlicesUse *uses, int64_t count, const float *x, int64_t in, float *y, int64_t out, int threads
 ) {
-#pragma omp parallel num_threads(threads) if (threads > 1)
+    const std::vector<Block> blocks = blocks_of(uses, count);
+    const auto size = [out](const Block &block) { return (out + LANES - 1) / LANES * LANES * block.rows.count; };
+    if (threads == 1) {
+        Worker worker = {x, in, y, out, 0, 1, {}};
+        Scratch sums;
+        for (const Block &block : blocks) {
+            worker.multiply(block, sums.of(size(block)));
+            worker.add(block, sums.of(size(block)));
+        }
+        return;
+    }
+    int64_t most = 0;
+    for (const Block &block : blocks) most = std::max(most, size(block));
+    Scratch shared;
+    float *sums = shared.of(most);
+#pragma omp parallel num_threads(threads)
     {
-        const Share own = share(out, thread_number(), thread_count(), LANES);
-        ManyRows many_rows;
-        for (int64_t u = 0; u < count; u++) {
-            const SparseUse &use = uses[u], &next = uses[u + 1 < count ? u + 1 : u];
-            for (int64_t row = many_rows(use, x, in, y, out, own); row < use.rows.count; row++) {
-                const int64_t n = use.rows.rows[row];
-                one_row(use, next, x + n * in, use.rows.weights[row], y + n * out, own);
+        const int thread = thread_number(), others = thread_count();
+        const std::vector<int> owners = threads_of(blocks, others);
+        Worker together = {x, in, y, out, thread, others, {}}, alone = {x, in, y, out, 0, 1, {}};
+        Scratch own;
+        for (size_t b = 0; b < blocks.size(); b++) {
+            const Block &block = blocks[b];
+            if (!owners.empty()) {
+                if (owners[b] != thread) continue;
+                alone.multiply(block, own.of(size(block)));
+                alone.add(block, own.of(size(block)));
+                continue;
+            }
+            together.multiply(block, sums);
+#pragma omp barrier
+            together.add(block, sums);
+            if (b + 1 < blocks.size()) {
+#pragma omp barrier
             }
         }
     }

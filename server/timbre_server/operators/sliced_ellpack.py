@@ -1,0 +1,81 @@
+"""`SlicedEllpack`: how it is made of `Sparse`, and read as it; in plain PyTorch it runs as `Sparse`.
+
+Legend: T rows of the batch, I in, O out, C outputs of a slice, S slices, K steps of all slices, N entries.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from timbre_methods.program import Sparse, owned_tensors
+from timbre_methods.sliced_ellpack import OUTPUTS, SlicedEllpack
+from timbre_server.native.formats import narrowed
+from timbre_server.operators.contract import Bound, Meaning, Operator, Uses
+from timbre_server.operators.row_table import RowTable
+from timbre_server.operators.sparse import SparseOperator
+
+MAX_NUMBER = (1 << 16) - 1
+
+
+class SlicedEllpackOperator(Operator[SlicedEllpack]):
+    part = SlicedEllpack
+
+    def __init__(self) -> None:
+        self._sparse = SparseOperator()
+
+    def meaning(self, part: SlicedEllpack, x_TI: Tensor, y_TO: Tensor) -> Meaning:
+        return self._sparse.meaning(unsliced(part), x_TI, y_TO)
+
+    def bind(self, uses: Uses[SlicedEllpack], table: RowTable) -> Bound:
+        return self._sparse.bind(
+            [{slot: list(map(unsliced, parts)) for slot, parts in own.items()} for own in uses], table
+        )
+
+
+def sliced(part: Sparse) -> Sparse | SlicedEllpack:
+    """The very same part where numbers of 16 bits cannot say it, or where it would take more memory."""
+    if max(len(part.row_ends), part.in_features) > MAX_NUMBER:
+        return part
+    found = slices_of(part)
+    before, after = (sum(tensor.nbytes for tensor in owned_tensors(each)) for each in (part, found))
+    return found if after <= before else part
+
+
+def slices_of(part: Sparse) -> SlicedEllpack:
+    """Of a part that has less than 2^16 outputs, inputs and entries of one output."""
+    counts_O = part.row_ends.diff()
+    order_O = counts_O.argsort(descending=True, stable=True)
+    ranks_O = torch.empty_like(order_O)
+    ranks_O[order_O] = torch.arange(len(order_O))
+    lengths_S = counts_O[order_O[::OUTPUTS]]
+    places_N = _places(ranks_O, lengths_S, part.row_ends)
+    shape = int(lengths_S.sum()), OUTPUTS
+    columns_KC, values_KC = part.columns_N.new_full(shape, -1), part.values_N.new_zeros(shape)
+    columns_KC.view(-1)[places_N], values_KC.view(-1)[places_N] = part.columns_N, part.values_N
+    # Where an output has no more entries, its column is that of the slice's first one: x is read there.
+    columns_KC = torch.where(columns_KC < 0, columns_KC[:, :1], columns_KC)
+    ranks, lengths, columns = (numbers.to(torch.int16) for numbers in (ranks_O, lengths_S, columns_KC))
+    return SlicedEllpack(ranks, lengths, columns, narrowed(values_KC), part.in_features)
+
+
+def unsliced(part: SlicedEllpack) -> Sparse:
+    """The same matrix; outputs have zeros among their entries."""
+    ranks_O, lengths_S, columns_KC = map(_unsigned, (part.ranks_O, part.lengths_S, part.columns_KC))
+    counts_O = lengths_S[ranks_O // OUTPUTS]
+    row_ends = torch.cat([counts_O.new_zeros(1), counts_O.cumsum(0)])
+    places_N = _places(ranks_O, lengths_S, row_ends)
+    columns_N, values_N = columns_KC.flatten()[places_N], part.values_KC.flatten()[places_N]
+    return Sparse(row_ends, columns_N.to(torch.int32), values_N.float(), part.in_features)
+
+
+def _places(ranks_O: Tensor, lengths_S: Tensor, row_ends: Tensor) -> Tensor:
+    """Where among all slices' entries those are that CSR has in order of outputs."""
+    starts_S = OUTPUTS * (lengths_S.cumsum(0) - lengths_S)
+    firsts_O = starts_S[ranks_O // OUTPUTS] + ranks_O % OUTPUTS - OUTPUTS * row_ends[:-1]
+    firsts_N = torch.repeat_interleave(firsts_O, row_ends.diff())
+    return firsts_N + OUTPUTS * torch.arange(len(firsts_N))
+
+
+def _unsigned(numbers: Tensor) -> Tensor:
+    return numbers.long() & MAX_NUMBER
