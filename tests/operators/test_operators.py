@@ -136,6 +136,9 @@ def check_adds(
     changed_TI, changed_TO = x_TI.clone(), y_TO.clone()
     if adds.input_change is not None:
         adds.input_change(x_TI, changed_TI)
+        alone_TI = x_TI.clone()
+        adds.input_change(alone_TI, alone_TI)
+        assert torch.equal(alone_TI, changed_TI)
     if adds.output_change is not None:
         adds.output_change(changed_TO, changed_TO)
     if adds.sums is not None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from timbre_server.adapters.active_rows import RowCopies
@@ -91,10 +92,10 @@ class AdaptedLinear(nn.Module):
         """As `forward`, for a contiguous x: all is added in float32, and rounded once."""
         changed = x
         if own.inputs:
-            x_float = x.float()
-            changed = x_float.clone()
+            changed = x.to(torch.float32, copy=True)
+            source = changed if len(own.inputs) == 1 else x.float()
             for add in own.inputs:
-                add(x_float, changed)
+                add(source, changed)
             changed = changed.to(x.dtype)
         y = self._in_float32(changed).contiguous()
         for add in own.outputs:

@@ -70,7 +70,7 @@ class Adds:
     """All that a bound operator does to one member, each as what adds it where it belongs."""
 
     input_change: Add | None = None
-    """From x, to a copy of it."""
+    """From x, to itself or to a copy."""
     output_change: Add | None = None
     """From y0, to itself or to a copy."""
     sums: Add | None = None
