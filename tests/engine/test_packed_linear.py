@@ -129,6 +129,22 @@ def test_sums_may_stay_in_float32(dtype: torch.dtype, native: bool) -> None:
         assert torch.equal(sums.to(dtype), product(x))
 
 
+@pytest.mark.parametrize("dtype", NATIVE)
+def test_a_weight_that_is_no_number_spoils_its_own_output_alone(dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    layer = nn.Linear(48, 80, bias=False).to(dtype)
+    x = torch.randn(3, 48).to(dtype)
+    with torch.inference_mode():
+        want = layer(x)
+        layer.weight[7, 5] = torch.nan
+        product = packer_for(dtype, native=True).pack(layer)
+        assert product is not None
+        got = product(x)
+        assert got[:, 7].isnan().all()
+        got[:, 7] = want[:, 7]
+    torch.testing.assert_close(got, want, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
 @IN_CPP
 def test_c_plus_plus_is_taken_only_where_it_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
     packed: list[torch.Tensor] = []

@@ -71,6 +71,6 @@ def _panels(weight_OI: Tensor, panel: int) -> Tensor:
     padded_OI = pad(weight_OI.contiguous(), (0, num_in % 2, 0, -num_out % panel))
     pairs_POI2 = padded_OI.view(-1, panel, padded_OI.shape[1] // 2, 2)
     narrow_POI2 = pairs_POI2.bfloat16()
-    if torch.equal(narrow_POI2.to(pairs_POI2.dtype), pairs_POI2):
+    if weight_OI.dtype is torch.bfloat16 or torch.equal(narrow_POI2.float(), pairs_POI2):
         return narrow_POI2.transpose(1, 2).contiguous()  # [P, I / 2, panel, 2]
     return pairs_POI2.permute(0, 2, 3, 1).contiguous()  # [P, I, panel]
