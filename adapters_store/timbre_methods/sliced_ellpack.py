@@ -1,4 +1,4 @@
-"""A sparse change of a weight as a CPU reads it best: `Sparse` laid out anew where adapters are served from.
+"""A sparse change of a weight as C++ reads it best: `Sparse` laid out anew where adapters are served from.
 
 The layout is SELL-C-σ of Kreutzer et al., "A unified sparse matrix data format for efficient general sparse
 matrix-vector multiplication on modern processors with wide SIMD units" (2014), with σ = O.

@@ -27,6 +27,7 @@ from timbre_server.adapters.adapted_model import AdaptedModel
 from timbre_server.adapters.derivation import write_derived
 from timbre_server.adapters.groups import LinearGroup
 from timbre_server.adapters.loader import AdapterLoader
+from timbre_server.adapters.placement import Layout
 from timbre_server.errors import AdapterLoadFailed
 from timbre_server.inspection import inspector
 from timbre_server.native.formats import FORMATS
@@ -98,7 +99,7 @@ def stored(store: Store, name: str, config: dict[str, Any], tensors: dict[str, T
 
 
 def loader_of(store: Store, base: str = BASE) -> AdapterLoader:
-    return AdapterLoader(store.root, base, sites())
+    return AdapterLoader(store.root, base, sites(), layout=Layout(in_slices=True))
 
 
 def saved_bytes(program: AdapterProgram) -> int:

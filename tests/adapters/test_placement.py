@@ -11,7 +11,7 @@ from timbre_methods.contract import Site
 from timbre_methods.program import AdapterProgram, LowRank, Part, Sparse, owned_tensors
 from timbre_methods.registry import compile_adapter, methods
 from timbre_methods.routing import Routed
-from timbre_server.adapters.placement import placed_program
+from timbre_server.adapters.placement import Layout, placed_program
 from timbre_server.adapters.transfer import Transfer
 from timbre_server.operators.sliced_ellpack import sliced
 
@@ -23,7 +23,9 @@ def test_factors_of_low_rank_alone_are_rounded_where_that_is_asked_for(method: s
     generator = torch.Generator().manual_seed(1)
     sites = {path: Site(path, torch.randn(12, 12, generator=generator), None) for path in GROUP}
     program = compile_adapter(*methods()[method].example(sites, generator), sites)
-    rounded = placed_program(program, Transfer(torch.device("cpu")), [GROUP], torch.bfloat16)
+    rounded = placed_program(
+        program, Transfer(torch.device("cpu")), [GROUP], Layout(torch.bfloat16, in_slices=True)
+    )
 
     both = list(zip(plain_parts(program), plain_parts(rounded), strict=True))
     assert any(isinstance(part, LowRank) for part, _ in both) == (method in ("lora", "mola"))

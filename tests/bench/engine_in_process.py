@@ -19,14 +19,15 @@ from transformers import PreTrainedModel
 from timbre_methods.contract import Sites
 from timbre_methods.prompt_contract import Frame
 from timbre_methods.registry import compile_adapter
+from timbre_server.adapters.kernels import choose_kernels
 from timbre_server.adapters.loader import LoadedAdapter
-from timbre_server.adapters.placement import placed_program
+from timbre_server.adapters.placement import Layout, placed_program
 from timbre_server.adapters.transfer import Transfer
-from timbre_server.engine.assembly import engine_around
+from timbre_server.engine.assembly import engine_around, layout_for
 from timbre_server.engine.attention import install_attention
 from timbre_server.engine.core import EngineCore
 from timbre_server.engine.messages import AdapterUse, SamplingParams, StepOutput, Submit, TokenEvent
-from timbre_server.engine.model_loader import LoadedModel, PreparedModel, factors_rounded_to
+from timbre_server.engine.model_loader import LoadedModel, PreparedModel
 from timbre_server.engine.options import EngineOptions, KernelChoice
 from timbre_server.engine.probe import probe
 
@@ -40,7 +41,7 @@ class MadeAdapters:
     """A loader (`adapters.runtime.Loader`) whose adapters are random and come from nowhere."""
 
     makes: Mapping[str, Make]
-    rounded_to: torch.dtype | None
+    layout: Layout
     sites: Sites
     frame: Frame
     groups: Sequence[Sequence[str]]
@@ -55,7 +56,7 @@ class MadeAdapters:
             config, tensors = self.makes[name](shapes)
         with torch.inference_mode():
             program = compile_adapter(config, tensors, self.sites, self.frame)
-            program = placed_program(program, Transfer(device), self.groups, self.rounded_to)
+            program = placed_program(program, Transfer(device), self.groups, self.layout)
         return LoadedAdapter(digest, name, program, {})
 
 
@@ -89,7 +90,8 @@ class Decoding:
             adapter_memory_bytes=ADAPTER_BYTES,
             kernels=kernels,
         )
-        made = partial(MadeAdapters, makes, factors_rounded_to(options.lora_dtype, model.dtype))
+        chosen, _ = choose_kernels(kernels, model.device)
+        made = partial(MadeAdapters, makes, layout_for(options.lora_dtype, model.dtype, chosen))
         core, ready = engine_around(prepared, options, print, lambda: None, made)
         return cls(core, ready.vocab_size, model.device)
 

@@ -25,7 +25,7 @@ from timbre_methods.program import AdapterProgram, owned_tensors
 from timbre_methods.prompt_contract import NO_FRAME, Frame
 from timbre_methods.registry import compile_adapter, method_for, methods
 from timbre_server.adapters.packed_sites import PackedSites
-from timbre_server.adapters.placement import placed_program
+from timbre_server.adapters.placement import AS_GIVEN, Layout, placed_program
 from timbre_server.adapters.tensor_views import tensors_in
 from timbre_server.adapters.transfer import transfer_to
 from timbre_server.errors import AdapterLoadFailed
@@ -69,16 +69,15 @@ class AdapterLoader:
         device: torch.device | str = "cpu",
         frame: Frame = NO_FRAME,
         groups: Sequence[Sequence[str]] = (),
-        rounded_to: torch.dtype | None = None,
+        layout: Layout = AS_GIVEN,
     ) -> None:
-        """``groups``: paths of layers that read one input and are bound together. ``rounded_to``: as
-        `placed_program`."""
+        """``groups``: paths of layers that read one input and are bound together."""
         self._store_root = store_root
         self._base_model_digest = base_model_digest
         self._sites = sites
         self._frame = frame
         self._transfer = transfer_to(torch.device(device))
-        self._groups, self._rounded_to = groups, rounded_to
+        self._groups, self._layout = groups, layout
         # A second of imports, that no load shall wait for.
         Thread(target=methods, name="read-methods").start()
 
@@ -104,7 +103,7 @@ class AdapterLoader:
                 _check_promises(files.manifest, program)
                 _check_finite(digest, program)
             with _timed(seconds, "place"), torch.inference_mode(), self._transfer.aside():
-                program = placed_program(program, self._transfer, self._groups, self._rounded_to)
+                program = placed_program(program, self._transfer, self._groups, self._layout)
         except (StoreError, MethodError, SafetensorError, OSError) as error:
             raise AdapterLoadFailed(f"adapter {digest} could not be loaded: {error}") from error
         return LoadedAdapter(digest, method_for(files.config).name, program, seconds)

@@ -2,13 +2,13 @@
 
 Nothing keeps the file's memory alive, and the prepared bytes are the real ones. Factors of low rank lie in 16
 bits where these hold their very values, as those of most adapters that were uploaded so, and all others too
-if they are to be rounded. On a CPU, sparse matrices are laid out as it reads them best.
+if they are to be rounded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -27,17 +27,29 @@ from timbre_server.operators.sliced_ellpack import sliced
 PartT = TypeVar("PartT", bound=AnyPart | Router)
 
 
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How parts lie in memory, as suits what runs them."""
+
+    rounded_to: torch.dtype | None = None
+    """What factors of low rank are rounded to; None: they keep their values."""
+    in_slices: bool = False
+    """Sparse matrices, as C++ reads them."""
+
+
+AS_GIVEN = Layout()
+
+
 def placed_program(
     program: AdapterProgram,
     transfer: Transfer,
     groups: Sequence[Sequence[str]],
-    rounded_to: torch.dtype | None = None,
+    layout: Layout = AS_GIVEN,
 ) -> AdapterProgram:
     """The program on its device. What `may_be_packed` is; of all else each tensor is contiguous in storage of
     its own, but for factors that are bound together at ``groups``: they lie side by side in one, and no bind
-    copies them. A shared basis is moved once, for all adapters that use it. ``rounded_to``: what factors of
-    low rank are rounded to; None: they keep their values."""
-    placement = _Placement(program, transfer, groups, rounded_to)
+    copies them. A shared basis is moved once, for all adapters that use it."""
+    placement = _Placement(program, transfer, groups, layout)
     return replace(
         program,
         sites=placement.sites(program.sites),
@@ -55,10 +67,12 @@ class _Placement:
         program: AdapterProgram,
         transfer: Transfer,
         groups: Sequence[Sequence[str]],
-        rounded_to: torch.dtype | None,
+        layout: Layout,
     ) -> None:
-        self._transfer = transfer
-        laid_out = partial(side_by_side, device=transfer.device, move=transfer.moved, rounded_to=rounded_to)
+        self._transfer, self._in_slices = transfer, layout.in_slices
+        laid_out = partial(
+            side_by_side, device=transfer.device, move=transfer.moved, rounded_to=layout.rounded_to
+        )
         self._joined: dict[int, Any] = {
             id(part): there
             for members in _factors_bound_together(program, groups)
@@ -96,7 +110,7 @@ class _Placement:
         return replace(part, **changes)
 
     def _laid_out(self, part: PartT) -> PartT | Sparse | SlicedEllpack:
-        return sliced(part) if isinstance(part, Sparse) and self._transfer.device.type == "cpu" else part
+        return sliced(part) if isinstance(part, Sparse) and self._in_slices else part
 
     def _router(self, router: Router | Scouted) -> Router | Scouted:
         """A block and the sites below it, and sites with a scout's gates in common, go on sharing theirs."""

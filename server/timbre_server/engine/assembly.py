@@ -17,6 +17,7 @@ from timbre_server.adapters.derivation import Derivations
 from timbre_server.adapters.kernels import choose_kernels
 from timbre_server.adapters.loader import AdapterLoader
 from timbre_server.adapters.pinning import Pinning
+from timbre_server.adapters.placement import Layout
 from timbre_server.adapters.runtime import AdapterRuntime, Loader, MakeLoader
 from timbre_server.engine.core import EngineCore
 from timbre_server.engine.fused_layers import fuse_layers
@@ -26,7 +27,7 @@ from timbre_server.engine.linears import bias_of, weight_of
 from timbre_server.engine.lone_layers import lone_weight_of
 from timbre_server.engine.messages import Ready, SiteShape
 from timbre_server.engine.model_loader import PreparedModel, factors_rounded_to, prepare_model
-from timbre_server.engine.options import EngineOptions
+from timbre_server.engine.options import EngineOptions, LoraDtype
 from timbre_server.engine.packed_linear import LinearPacker
 from timbre_server.engine.parameters import parameter_weight_of
 from timbre_server.engine.runner import Runner, RunnerOptions
@@ -82,8 +83,8 @@ def engine_around(
     loader: Loader
     if make_loader is None:
         root = Path(options.adapters_dir)
-        rounded_to = factors_rounded_to(options.lora_dtype, model.dtype)
-        loader = AdapterLoader(root, ready.model_digest, sites, model.device, frame, groups, rounded_to)
+        layout = layout_for(options.lora_dtype, model.dtype, kernels)
+        loader = AdapterLoader(root, ready.model_digest, sites, model.device, frame, groups, layout)
     else:
         loader = make_loader(sites, frame, groups)
     adapters = AdapterRuntime(adapted, loader, options.adapter_memory_bytes, on_load_ended)
@@ -91,6 +92,11 @@ def engine_around(
     pinning = Pinning(adapted, adapters, sites, packer, on_load_ended)
     derivations = Derivations(sites, on_load_ended, model.device)
     return EngineCore(runner, scheduler, adapters, derivations, pinning), ready
+
+
+def layout_for(lora_dtype: LoraDtype, model_dtype: torch.dtype, kernels: str) -> Layout:
+    """How adapters lie in memory that run on these kernels."""
+    return Layout(factors_rounded_to(lora_dtype, model_dtype), in_slices=kernels == "native")
 
 
 def _limits(options: EngineOptions, ready: Ready) -> SchedulerLimits:
