@@ -233,7 +233,9 @@ def test_rows_of_bfloat16_give_what_the_same_in_float32_give(rank: int, crowd: s
         for shapes in [((rank, features), (75, rank))]
     }
     bound = operator_of(LowRank, "native").bind([uses], table)
-    add = bound.adds(0).sums  # type: ignore[union-attr]
+    adds = bound.adds(0)
+    assert adds is not None
+    add = adds.sums
     assert add is not None
     x_TI = torch.randn(table.num_rows, features, generator=generator).bfloat16()
     assert bound.source(x_TI).dtype is torch.bfloat16
@@ -242,10 +244,23 @@ def test_rows_of_bfloat16_give_what_the_same_in_float32_give(rank: int, crowd: s
     add(bound.source(x_TI.float()), wide_TO)
     torch.testing.assert_close(narrow_TO, wide_TO, atol=1e-3, rtol=1e-4)
 
-    alone = operator_of(LowRank, "native").bind([uses], RowTable([Span(1, ((1, 1.0),))]))
-    row, found_TO = 0 if crowd != "decode" else 1, torch.zeros(1, 75)
-    alone.adds(0).sums(alone.source(x_TI[row : row + 1]), found_TO)  # type: ignore[union-attr, misc]
-    assert torch.equal(found_TO[0], narrow_TO[row])
+    # In other formats the neighbours are others, and the row's own adapter is the same.
+    others = {0: [as_float(part) for part in uses[0]], 2: [as_float(part) for part in uses[2]]}
+    row = 0 if crowd != "decode" else 1
+    for neighbours, rows in ((uses, [row]), (uses | others, list(range(table.num_rows)))):
+        spans = [Span(1, ((1, 1.0),))] if len(rows) == 1 else CROWDS[crowd]
+        beside = operator_of(LowRank, "native").bind([neighbours], RowTable(spans)).adds(0)
+        assert beside is not None
+        assert beside.sums is not None
+        found_TO = torch.zeros(len(rows), 75)
+        beside.sums(x_TI[rows].contiguous(), found_TO)
+        assert torch.equal(found_TO[rows.index(row)], narrow_TO[row])
+        if len(rows) > 1 and crowd != "decode":
+            torch.testing.assert_close(found_TO, narrow_TO, atol=1e-3, rtol=1e-4)
+
+
+def as_float(part: LowRank) -> LowRank:
+    return LowRank(part.a_RI.float(), part.b_OR.float())
 
 
 @pytest.fixture

@@ -126,9 +126,11 @@ class AdaptedGroup:
         """
         if self._is_new(member, x):
             self._changes = [[] for _ in self.paths]
-            x_TI = rows_of(x).float()
+            own_TI = rows_of(x)
+            x_TI = own_TI.float()
             for bound in self.bound():
-                for changes, more in zip(self._changes, bound.sums(x_TI), strict=False):
+                sums = bound.sums(own_TI if bound.takes_any_type else x_TI)
+                for changes, more in zip(self._changes, sums, strict=False):
                     changes.extend(more)
         found = self._changes[member]
         self._has_read(member)

@@ -49,7 +49,8 @@ class AdaptedLinear(nn.Module):
         self.merged: Product | None = None
         """The product with merged weights, where there are any."""
         self._product = product
-        self._in_float32 = product.in_float32 if isinstance(product, WideProduct) else self._widened
+        # Where sums need not be rounded they are not, whoever adds to them: a row's bits are its own.
+        self._sums = product.in_float32 if isinstance(product, WideProduct) else product
         self._group = group
         self._member = member
         self._path = group.paths[member]
@@ -77,16 +78,16 @@ class AdaptedLinear(nn.Module):
         if all(bound.reads_input_alone for bound in bounds):
             if copies is not None and copies.last == self._path:
                 return self._where_copies_meet(copies, x)
-            y = self._base_product(x)
-            return added(y, group.changes(member, x), is_own=True) if bounds else y
+            changes = group.changes(member, x) if bounds else ()
+            return added(self._base_sums(x), changes, is_own=True).to(x.dtype)
         x_TI = rows_of(x)
         inputs = [c for b in bounds if (c := b.input_change(self._member, x_TI)) is not None]
-        y = self._product(added(x, inputs)) if inputs else self._base_product(x)
+        y = self._sums(added(x, inputs)) if inputs else self._base_sums(x)
         sums = self._group.changes(self._member, x)  # Routers choose there for what acts on outputs, too.
         outputs = self._output_changes(bounds, x, y, changed_input=bool(inputs))
         produced = [self._produced(o, x) for b in bounds if (o := b.own_product(self._member, x_TI))]
         changes = [*outputs, *sums, *produced]
-        return added(y, changes, is_own=True) if changes else y
+        return added(y, changes, is_own=True).to(x.dtype)
 
     def _changed_in_place(self, own: InPlace, x: Tensor) -> Tensor:
         """As `forward`, for a contiguous x: all is added in float32, and rounded once."""
@@ -97,7 +98,7 @@ class AdaptedLinear(nn.Module):
             for add in own.inputs:
                 add(source, changed)
             changed = changed.to(x.dtype)
-        y = self._in_float32(changed).contiguous()
+        y = self._sums(changed).float().contiguous()
         for add in own.outputs:
             add(y, y)
         if own.sums:
@@ -106,23 +107,20 @@ class AdaptedLinear(nn.Module):
                 add(sources[number], y)
         return y.to(x.dtype)
 
-    def _widened(self, x: Tensor) -> Tensor:
-        return self._product(x).float()
-
-    def _base_product(self, x: Tensor) -> Tensor:
+    def _base_sums(self, x: Tensor) -> Tensor:
         copies = self._group.copies
         if copies is not None and x is copies.x_1PD:
-            return self._product(copies.x_1TD).index_select(1, copies.row_P)
-        return self._product(x)
+            return self._sums(copies.x_1TD).index_select(1, copies.row_P)
+        return self._sums(x)
 
     def _where_copies_meet(self, copies: RowCopies, x: Tensor) -> Tensor:
         """``Σ_p g_p (W x_p + b + changes_p)`` for each row, with one base product: the block's output."""
-        y = self._product(copies.meet(x).to(x.dtype))
+        y = self._sums(copies.meet(x).to(x.dtype))
         changes = [copies.met(change) for change in self._group.changes(self._member, x)]
         if self.bias is not None:
             changes.append(copies.bias_change(self.bias))
         copies.have_met = True
-        return added(y, changes)
+        return added(y, changes, is_own=True).to(x.dtype)
 
     def _output_changes(
         self, bounds: Sequence[Bound], x: Tensor, y: Tensor, *, changed_input: bool
@@ -134,7 +132,7 @@ class AdaptedLinear(nn.Module):
             change = bound.output_change(self._member, rows_of(y0))
             if change is not None and changed_input and y0 is y:
                 # A gain acts on the base's own output, which an input change of this step has hidden.
-                y0 = self._product(x)
+                y0 = self._sums(x)
                 change = bound.output_change(self._member, rows_of(y0))
             if change is not None:
                 found.append(change)
@@ -142,6 +140,6 @@ class AdaptedLinear(nn.Module):
 
     def _produced(self, own: OwnProduct, x: Tensor) -> Change:
         """One more base product, for the rows that need one."""
-        y_NO = self._product(own.x_NI.to(x.dtype)).float()
+        y_NO = self._sums(own.x_NI.to(x.dtype)).float()
         product_NO = y_NO if self.bias is None else y_NO - self.bias.float()
         return Change(own.gain_NO * product_NO, own.rows_N)

@@ -89,6 +89,11 @@ class Bound:
         """What to add to the input of one member's base product."""
         return None
 
+    @property
+    def takes_any_type(self) -> bool:
+        """Whether `sums` takes x in the model's own type; else it is float32."""
+        return False
+
     def sums(self, x_TI: Tensor) -> Sequence[Sequence[Change]]:
         """What to add to the output of every member, from the input alone; computed together so that
         members share transforms and shrinks. Empty, or one sequence for each member."""

@@ -2,7 +2,7 @@
 //
 // Every adapter's factors are read once for each block of its rows, where they lie, and the next adapter's are
 // asked of memory meanwhile, so that reading and arithmetic go on at once. A row's sums are the same ones in the
-// same order whatever other rows there are; those of float32 rows are, too, in any format of the factors.
+// same order whatever other rows and adapters there are; those of float32 rows are, too, in any format of the factors.
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
@@ -170,33 +170,43 @@ static void reorder(const float *x, int64_t in, float *to) {
     std::copy(x + i, x + in, to + i);
 }
 
-// The rows of x, as many as any adapter has, where an A is of bfloat16.
-static std::vector<float> reordered(const LowRankUse *uses, int64_t count, const float *x, int64_t in) {
-    int64_t rows = 0;
-    for (int64_t u = 0; u < count; u++)
-        if (uses[u].a.format == BFLOAT16)
-            for (int64_t n = 0; n < uses[u].rows.count; n++) rows = std::max(rows, uses[u].rows.rows[n] + 1);
-    std::vector<float> found(rows * in);
-    for (int64_t row = 0; row < rows; row++) reorder(x + row * in, in, found.data() + row * in);
-    return found;
-}
-
-// Rows [T, in], of float32, or of bfloat16 where all A are.
+// Rows [T, in], of float32 or bfloat16.
 struct Input {
     Numbers x;
     int64_t in;
+
+    bool is_narrow() const { return x.format == BFLOAT16; }
+
+    // Whether an A of this format does not meet the rows as they lie: one of bfloat16 in float32, or any other in bfloat16.
+    bool is_prepared(int64_t format) const { return is_narrow() != (format == BFLOAT16); }
 };
 
+// The rows as floats for such A, as many as any of their adapters has: in the order of `two`, or as they are.
+static std::vector<float> prepared(const LowRankUse *uses, int64_t count, const Input &input) {
+    int64_t rows = 0;
+    for (int64_t u = 0; u < count; u++)
+        if (input.is_prepared(uses[u].a.format))
+            for (int64_t n = 0; n < uses[u].rows.count; n++) rows = std::max(rows, uses[u].rows.rows[n] + 1);
+    const int64_t in = input.in;
+    std::vector<float> found(rows * in);
+    for (int64_t row = 0; row < rows; row++) {
+        float *to = found.data() + row * in;
+        if (input.is_narrow()) floats(static_cast<const BFloat16 *>(input.x.first) + row * in, in, to);
+        else reorder(static_cast<const float *>(input.x.first) + row * in, in, to);
+    }
+    return found;
+}
+
 // z = A x of one adapter, of which `next` is the next A to be read.
-static void shrink_all(const LowRankUse &use, const Input &input, const float *of_pairs, float *z, const void *next) {
+static void shrink_all(const LowRankUse &use, const Input &input, const float *made, float *z, const void *next) {
     const auto with = [&](auto a, auto x) {
         in_blocks(use.rows.count, a, next, [&](auto n, int64_t row, auto soon) {
             shrink_rows<n>(use, a, row, x, input.in, z, soon);
         });
     };
-    if (input.x.format == BFLOAT16)
+    if (input.is_narrow() && use.a.format == BFLOAT16)
         return with(static_cast<const BFloat16 *>(use.a.first), static_cast<const BFloat16 *>(input.x.first));
-    const float *x = use.a.format == BFLOAT16 ? of_pairs : static_cast<const float *>(input.x.first);
+    const float *x = input.is_prepared(use.a.format) ? made : static_cast<const float *>(input.x.first);
     as_they_lie(use.a, [&](auto a) { with(a, x); });
 }
 
@@ -205,15 +215,14 @@ static void add_low_rank(
 ) {
     std::vector<int64_t> starts(count + 1, 0);
     for (int64_t u = 0; u < count; u++) starts[u + 1] = starts[u] + uses[u].rows.count * uses[u].rank;
-    std::vector<float> z(starts[count]), of_pairs;
-    if (input.x.format == FLOAT32)
-        of_pairs = reordered(uses, count, static_cast<const float *>(input.x.first), input.in);
+    std::vector<float> z(starts[count]);
+    const std::vector<float> made = prepared(uses, count, input);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         const auto next = [&](int64_t u, int64_t after) -> const LowRankUse & { return uses[std::min(u + after, count - 1)]; };
 #pragma omp for schedule(dynamic, 1)
         for (int64_t u = 0; u < count; u++)
-            shrink_all(uses[u], input, of_pairs.data(), z.data() + starts[u], next(u, thread_count()).a.first);
+            shrink_all(uses[u], input, made.data(), z.data() + starts[u], next(u, thread_count()).a.first);
         const Share own = share(out, thread_number(), thread_count(), STEP);
         for (int64_t u = 0; u < count; u++)
             as_they_lie(uses[u].b, [&](auto b) {
@@ -224,7 +233,7 @@ static void add_low_rank(
     }
 }
 
-// x [T, in] and y [T, out] are contiguous. x is of float32, or of bfloat16 where all A are.
+// x [T, in] and y [T, out] are contiguous; x is of float32 or of bfloat16.
 extern "C" void timbre_low_rank(
     const LowRankUse *uses, int64_t count, const void *x, int64_t format, int64_t in, float *y, int64_t out, int threads
 ) {

@@ -28,22 +28,16 @@ class NativeLowRank(LowRankOperator):
     """`LowRankOperator` by ``low_rank.cpp``."""
 
     def bind(self, uses: Uses[LowRank], table: RowTable) -> Bound:
-        parts = [part for parts_by_slot in uses for own in parts_by_slot.values() for part in own]
-        is_narrow = all(part.a_RI.dtype is torch.bfloat16 for part in parts)
-        return _BoundLowRank([_kernel(parts_by_slot, table) for parts_by_slot in uses], is_narrow)
+        return _BoundLowRank([_kernel(parts_by_slot, table) for parts_by_slot in uses])
 
     def bind_gated(self, uses: Uses[LowRank], table: RowTable, gating: Gating) -> BoundGated:
         return BoundExperts(uses, table, gating)
 
 
 class _BoundLowRank(BoundKernels):
-    def __init__(self, members: Sequence[InputKernel | None], is_narrow: bool) -> None:
-        """``is_narrow``: all A are of bfloat16."""
-        super().__init__(members)
-        self._is_narrow = is_narrow
-
     def source(self, x_TI: Tensor) -> Tensor:
-        return x_TI if self._is_narrow and x_TI.dtype is torch.bfloat16 else x_TI.float()
+        """Factors of bfloat16 meet rows of bfloat16 as they are."""
+        return x_TI if x_TI.dtype is torch.bfloat16 else x_TI.float()
 
 
 def _kernel(parts_by_slot: Mapping[int, Sequence[LowRank]], table: RowTable) -> InputKernel | None:

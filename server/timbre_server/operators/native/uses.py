@@ -141,6 +141,10 @@ class BoundKernels(Bound):
     def __init__(self, members: Sequence[Kernel | None]) -> None:
         self._members = members
 
+    @property
+    def takes_any_type(self) -> bool:
+        return True
+
     def sums(self, x_TI: Tensor) -> Sequence[Sequence[Change]]:
         source = self.source(x_TI.contiguous())
         return [

@@ -1,0 +1,58 @@
+"""In C++ a row's bits are its own, by whatever means other adapters of the batch are added."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from timbre_methods.program import AdapterProgram, Dense, Diagonal, LowRank, Part
+from timbre_server.adapters.adapted_model import AdaptedModel, Arithmetic
+from timbre_server.adapters.groups import LinearGroup
+from timbre_server.engine.native_linear import NativeProduct
+from timbre_server.engine.packed_linear import PackedLinear
+from timbre_server.operators.row_table import RowTable, Span
+
+IN, OUT = 70, 45
+PATH = "layer"
+
+
+def parts(dtype: torch.dtype) -> list[Part]:
+    """Of one adapter each; the last is the only one whose operator does not add by itself."""
+    generator = torch.Generator().manual_seed(2)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    low_rank = [LowRank(normal(8, IN).to(kind), normal(OUT, 8).to(kind)) for kind in (dtype, torch.float16)]
+    return [*low_rank, Diagonal("output", normal(OUT), None), Dense(normal(OUT, IN))]
+
+
+@pytest.mark.cpp
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_a_row_has_the_same_bits_whatever_adapters_are_beside_it(dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    layer = nn.Linear(IN, OUT).to(dtype)
+    model = nn.ModuleDict({PATH: layer})
+    packed = PackedLinear(layer, NativeProduct(layer.weight), layer.bias, plain_rows=0)
+    adapted = AdaptedModel(model, [LinearGroup((PATH,))], Arithmetic(lambda _: packed, "native"))
+    given = parts(dtype)
+    for slot, part in enumerate(given):
+        adapted.put(slot, AdapterProgram({PATH: (part,)}))
+    x_1TI = torch.randn(1, len(given) + 1, IN).to(dtype)
+
+    def outputs(rows: list[int]) -> Tensor:
+        """Row n uses adapter n, the last one none."""
+        table = RowTable([Span(1, ((row, 1.0),) if row < len(given) else ()) for row in rows])
+        adapted.set_rows(table, table)
+        found: Tensor = model[PATH](x_1TI[:, rows])[0]
+        adapted.clear_rows()
+        return found
+
+    everything = list(range(len(given) + 1))
+    whole, few = outputs(everything), outputs([0, 1, 2])
+    assert whole.dtype is dtype
+    assert torch.equal(few, whole[:3])
+    for row in (0, 1, 2, len(given)):
+        assert torch.equal(outputs([row])[0], whole[row])
