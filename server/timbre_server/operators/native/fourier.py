@@ -80,6 +80,6 @@ class Plan:
 
 
 def _roots(turn: int, count: int) -> Tensor:
-    """[count, 2]: exp(-2πi k / turn), float32."""
+    """[count, 2]: exp(-2πi k / turn), float32; what is zero is so exactly."""
     angles = torch.arange(count, dtype=torch.float64) * (-2 * math.pi / turn)
     return torch.stack([angles.cos(), angles.sin()], dim=1).round(decimals=15).float()
