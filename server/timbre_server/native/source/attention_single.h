@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "attention.h"
+#include "wide.h"
 
 constexpr int KEYS = LANES;  // Keys that are read together.
 constexpr int AHEAD = 4 * KEYS;  // Keys that are asked of memory before they are read.
@@ -54,15 +55,14 @@ template <class Number> struct Run {
     const Number *at(int64_t key, int64_t head) const { return first + slots[key] * stride + head * dim; }
     void ask(int64_t key, int64_t head) const {
         const Number *from = at(key, head);
-        for (int64_t i = 0; i < dim; i += 64 / sizeof(Number)) __builtin_prefetch(from + i);
+        for (int64_t i = 0; i < dim; i += LINE / sizeof(Number)) __builtin_prefetch(from + i);
     }
 };
 
-// One head's numbers at KEYS keys from `begin` on; after the last key the last again. `after` is read next.
+// Where one head's numbers lie at KEYS keys from `begin` on; after the last key the last again. `after` is read next.
 template <class Number>
-static inline void gather(
-    const Run<Number> &run, const Run<Number> &after, int64_t begin, int64_t head, float *scratch,
-    const float *found[KEYS]
+static inline void find(
+    const Run<Number> &run, const Run<Number> &after, int64_t begin, int64_t head, const Number *found[KEYS]
 ) {
     for (int j = 0; j < KEYS; j++) {
         const int64_t key = std::min(begin + j, run.count - 1), soon = begin + j + AHEAD;
@@ -70,7 +70,44 @@ static inline void gather(
             run.ask(soon, head);
         else if (soon - run.count < after.count)
             after.ask(soon - run.count, head);
-        found[j] = floats(run.at(key, head), run.dim, scratch + j * run.dim);
+        found[j] = run.at(key, head);
+    }
+}
+
+// sum + x y, of as many numbers as a register has places for a type's.
+static inline Wide plus_product(Wide sum, const float *x, const float *y) { return sum + wide(x) * wide(y); }
+static inline Wide plus_product(Wide sum, const BFloat16 *x, const BFloat16 *y) {
+    return plus_products(sum, wide(x), wide(y));
+}
+
+// The products of one query, of D numbers, with KEYS keys.
+template <class Number> static inline Lanes products_of(const Number *query, const Number *const keys[KEYS], int64_t D) {
+    constexpr int STEP = sizeof(Wide) / sizeof(Number);
+    Wide sums[KEYS] = {};
+    Lanes halves[KEYS];
+    int64_t d = 0;
+    for (; d + STEP <= D; d += STEP)
+#pragma GCC unroll 8
+        for (int j = 0; j < KEYS; j++) sums[j] = plus_product(sums[j], query + d, keys[j] + d);
+    for (int j = 0; j < KEYS; j++) halves[j] = folded(sums[j]);
+    for (; d < D; d += LANES)
+        for (int j = 0; j < KEYS; j++) halves[j] += load(query + d) * load(keys[j] + d);
+    return sums_of(halves);
+}
+
+// sums [heads, E] += weights [heads, KEYS of `stride`] times values, of the numbers e .. that a V holds.
+template <class V, class Number>
+static inline void add_values(
+    const Number *const values[KEYS], const float *weights, int64_t stride, int64_t heads, int64_t E, int64_t e,
+    float *sums
+) {
+    V own[KEYS];
+    for (int j = 0; j < KEYS; j++) get(own[j], values[j] + e);
+    for (int64_t h = 0; h < heads; h++) {
+        V total;
+        get(total, sums + h * E + e);
+        for (int j = 0; j < KEYS; j++) total += own[j] * weights[h * stride + j];
+        put(total, sums + h * E + e);
     }
 }
 
@@ -82,36 +119,26 @@ static void attend_single(const Attention &call, const Single &single, const Sin
     const int64_t count = keys.count, padded = (count + KEYS - 1) / KEYS * KEYS;
     const int64_t row = single.sequence->first_row, first_head = single.kv_head * group;
     thread_local Scratch memory;  // Kept: fresh pages cost more than what is written to them.
-    float *queries = memory.of(heads * (D + E + padded) + KEYS * std::max(D, E)), *sums = queries + heads * D;
-    float *scores = sums + heads * E, *scratch = scores + heads * padded;
-    const float *found[KEYS];
-    for (int64_t h = 0; h < heads; h++) {
-        const Number *query = call.q.at<Number>(row, first_head + h);
-        for (int64_t d = 0; d < D; d += LANES) store(queries + h * D + d, load(query + d) * call.scale);
-    }
+    float *sums = memory.of(heads * (E + padded)), *scores = sums + heads * E;
+    const Number *found[KEYS];
     for (int64_t first = 0; first < count; first += KEYS)
         for (int64_t h = 0; h < heads; h++) {
-            if (h % group == 0) gather(keys, values, first, h / group, scratch, found);
-            Lanes products[KEYS] = {};
-            for (int64_t d = 0; d < D; d += LANES) {
-                const Lanes query = load(queries + h * D + d);
-                for (int j = 0; j < KEYS; j++) products[j] += load(found[j] + d) * query;
-            }
-            store(scores + h * padded + first, sums_of(products));
+            if (h % group == 0) find(keys, values, first, h / group, found);
+            const Lanes products = products_of(call.q.at<Number>(row, first_head + h), found, D);
+            store(scores + h * padded + first, products * call.scale);
         }
     for (int64_t h = 0; h < heads; h++) softmax(scores + h * padded, count);
     for (int64_t i = 0; i < heads * E; i++) sums[i] = 0;
     for (int64_t first = 0; first < count; first += KEYS)
-        for (int64_t h = 0; h < heads; h++) {
-            if (h % group == 0) gather(values, after, first, h / group, scratch, found);
-            Lanes weights[KEYS];
-            for (int j = 0; j < KEYS; j++) weights[j] = all(scores[h * padded + first + j]);
-            for (int64_t e = 0; e < E; e += LANES) {
-                Lanes total = load(sums + h * E + e);
-                for (int j = 0; j < KEYS; j++) total += load(found[j] + e) * weights[j];
-                store(sums + h * E + e, total);
-            }
+        for (int64_t h = 0; h < heads; h += group) {
+            find(values, after, first, h / group, found);
+            const float *weights = scores + h * padded + first;
+            int64_t e = 0;
+            for (; e + WIDTH <= E; e += WIDTH) add_values<Wide>(found, weights, padded, group, E, e, sums + h * E);
+            for (; e < E; e += LANES) add_values<Lanes>(found, weights, padded, group, E, e, sums + h * E);
         }
     Number *to = static_cast<Number *>(call.out) + (row * call.kv_heads * group + first_head) * E;
-    for (int64_t i = 0; i < heads * E; i++) put(sums[i], to + i);
+    int64_t i = 0;
+    for (; i + WIDTH <= heads * E; i += WIDTH) put(wide(sums + i), to + i);
+    for (; i < heads * E; i++) put(sums[i], to + i);
 }

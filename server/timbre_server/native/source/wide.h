@@ -1,7 +1,7 @@
 // As many floats at once as a register of the processor holds.
 #pragma once
 
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
@@ -26,6 +26,18 @@ static inline Wide wide(const void *from) {
     return found;
 }
 
+// As floats, of as many numbers as the first argument holds.
+static inline void get(Lanes &to, const float *from) { to = load(from); }
+static inline void get(Lanes &to, const BFloat16 *from) { to = load(from); }
+#ifdef __AVX512F__
+static inline void get(Wide &to, const float *from) { to = wide(from); }
+static inline void get(Wide &to, const BFloat16 *from) {
+    __m256i halves;
+    std::memcpy(&halves, from, sizeof halves);
+    to = (Wide)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);  // GCC would widen each quarter by itself.
+}
+#endif
+
 static inline void put(Wide numbers, float *to) { std::memcpy(to, &numbers, sizeof numbers); }
 
 static inline void put(Wide numbers, BFloat16 *to) {
@@ -33,12 +45,17 @@ static inline void put(Wide numbers, BFloat16 *to) {
     std::memcpy(to, &halves, sizeof halves);
 }
 
+// Sums of two numbers each, where there are more than LANES.
+static inline Lanes folded(Lanes v) { return v; }
 #ifdef __AVX512F__
-static inline float sum(Wide v) {
-    float numbers[WIDTH];
-    put(v, numbers);
-    return sum(load(numbers) + load(numbers + LANES));
+static inline void put(Lanes numbers, float *to) { store(to, numbers); }
+
+static inline Lanes folded(Wide v) {
+    const __m512d pairs = (__m512d)v;
+    return (Lanes)_mm512_castpd512_pd256(pairs) + (Lanes)_mm512_extractf64x4_pd(pairs, 1);
 }
+
+static inline float sum(Wide v) { return sum(folded(v)); }
 #endif
 
 // The first and the second ones of pairs of bfloat16.
