@@ -36,7 +36,8 @@ EDGES: Mapping[str, frozenset[str]] = {
         "timbre_server.request_record": "",
         # What HTTP gets of a recipe before it is registered.
         "timbre_server.made": "timbre_store",
-        # The compiled library, which operators and attention both call: it knows neither of them.
+        # The compiled library, and tapes of what it is called with. It knows neither operators nor layers nor
+        # attention, which all call it.
         "timbre_server.native": "",
         # The waist between runner, adapters and operators: rows, and nothing about where they came from.
         "timbre_server.operators.row_table": "",
@@ -47,8 +48,9 @@ EDGES: Mapping[str, frozenset[str]] = {
         ),
         "timbre_server.adapters": (
             "timbre_server.operators timbre_server.operators.row_table timbre_server.adapters.groups"
-            " timbre_methods timbre_methods.program timbre_methods.routing timbre_methods.prompt_parts"
-            " timbre_methods.sliced_ellpack timbre_methods.errors timbre_store timbre_server.errors"
+            " timbre_server.native timbre_methods timbre_methods.program timbre_methods.routing"
+            " timbre_methods.prompt_parts timbre_methods.sliced_ellpack timbre_methods.errors timbre_store"
+            " timbre_server.errors"
         ),
         # The waist between HTTP and engine: plain messages, and the client that carries them.
         "timbre_server.engine.messages": "timbre_server.engine.pin_messages",

@@ -87,6 +87,10 @@ class AdaptedGroup:
             self._bound_table = table
         return self._bound
 
+    def acts_on_none(self) -> bool:
+        """Whether all rows are base rows here."""
+        return not self.bound()
+
     def in_place(self, member: int) -> InPlace | None:
         """What `bound` does to a member; None unless it does so to all."""
         return self._in_place[member]

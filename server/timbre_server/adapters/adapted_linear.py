@@ -14,6 +14,8 @@ Legend: T rows of the batch, I in features, O out features.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -22,6 +24,8 @@ from torch import Tensor, nn
 from timbre_server.adapters.active_rows import RowCopies
 from timbre_server.adapters.adapted_group import AdaptedGroup, InPlace
 from timbre_server.adapters.added import added, rows_of
+from timbre_server.native.rounding import round_into
+from timbre_server.native.tape import Recording, Tape, recording, repeated
 from timbre_server.operators.contract import Bound, Change, OwnProduct
 
 Product = Callable[[Tensor], Tensor]
@@ -35,6 +39,17 @@ class WideProduct(Protocol):
     def __call__(self, x: Tensor) -> Tensor: ...
 
     def in_float32(self, x: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Places:
+    """Where a layer's tensors lie on a tape, and what computes them."""
+
+    base: Tape
+    in_float32: Tape
+    x: Tensor
+    sums: Tensor
+    y: Tensor
 
 
 class AdaptedLinear(nn.Module):
@@ -65,6 +80,36 @@ class AdaptedLinear(nn.Module):
         return self.base.bias  # type: ignore[return-value]
 
     def forward(self, x: Tensor) -> Tensor:
+        recorded = recording()
+        return self._output(x) if recorded is None else self._on_tape(recorded, x.contiguous())
+
+    def _on_tape(self, recorded: Recording, x: Tensor) -> Tensor:
+        """The base product as it is, or what the rows of each step that is played need beside it."""
+        base, y = recorded.branch(self._product, x, is_dry=True)
+        in_float32, sums = base, y
+        if y.dtype is not torch.float32:
+            in_float32, sums = recorded.branch(self._sums, x, is_dry=True)
+        places = _Places(base, in_float32, *map(recorded.kept, (x, sums, y)))
+        repeated(partial(self._play, places))
+        return y
+
+    def _play(self, places: _Places) -> None:
+        group = self._group
+        bounds = group.bound()
+        if not bounds and not group.rows_are_merged:
+            places.base()
+            return
+        is_added_to = places.sums.dtype is torch.float32 and places.sums.is_contiguous()
+        own = group.in_place(self._member) if bounds and is_added_to else None
+        if own is None or own.inputs:
+            places.y.copy_(self._output(places.x))
+            return
+        places.in_float32()
+        self._add_in_place(own, places.x, places.sums)
+        if places.sums is not places.y:
+            round_into(places.y, places.sums)
+
+    def _output(self, x: Tensor) -> Tensor:
         group, member = self._group, self._member
         if self.merged is not None and group.rows_are_merged:
             return self.merged(x)
@@ -99,13 +144,16 @@ class AdaptedLinear(nn.Module):
                 add(source, changed)
             changed = changed.to(x.dtype)
         y = self._sums(changed).float().contiguous()
+        self._add_in_place(own, x, y)
+        return y.to(x.dtype)
+
+    def _add_in_place(self, own: InPlace, x: Tensor, y: Tensor) -> None:
         for add in own.outputs:
             add(y, y)
         if own.sums:
             sources = self._group.sources(self._member, x)
             for number, add in own.sums:
                 add(sources[number], y)
-        return y.to(x.dtype)
 
     def _base_sums(self, x: Tensor) -> Tensor:
         copies = self._group.copies

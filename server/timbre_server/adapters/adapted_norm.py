@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from timbre_server.adapters.adapted_group import AdaptedGroup
 from timbre_server.adapters.added import added, rows_of
+from timbre_server.native.tape import either
 from timbre_server.operators.contract import Change
 
 _TOLERANCE = 1e-4
@@ -45,10 +46,10 @@ class AdaptedNorm(nn.Module):
         return getattr(self.base, "bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self._norm(x)
-        bounds = self._group.bound()
-        if not bounds:
-            return y
+        return either(self._group.acts_on_none, self._norm, self._adapted, x)
+
+    def _adapted(self, x: Tensor) -> Tensor:
+        y, bounds = self._norm(x), self._group.bound()
         normed_TD = rows_of(self._normed(x))
         changes: list[Change] = []
         for bound in bounds:

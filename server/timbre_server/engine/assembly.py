@@ -117,7 +117,7 @@ def _runner_options(options: EngineOptions, kernels: str) -> RunnerOptions:
         max_num_seqs=options.max_num_seqs,
         adapter_memory_bytes=options.adapter_memory_bytes,
         native_attention=kernels == "native",
-        record_steps=kernels == "triton",
+        record_steps=kernels != "torch",
     )
 
 

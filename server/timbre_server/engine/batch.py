@@ -30,6 +30,11 @@ class Batch:
     sequences: Sequence[SequenceRows]
     kept_rows: Sequence[int]
 
+    @property
+    def is_decode(self) -> bool:
+        """Whether there is one row for each sequence, and all are kept."""
+        return len(self.token_ids) == len(self.kept_rows) == len(self.sequences)
+
 
 def forward(
     model: PreTrainedModel,

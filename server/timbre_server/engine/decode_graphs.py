@@ -124,7 +124,7 @@ class DecodeGraphs:
         The adapters' rows are set. Call it under ``torch.inference_mode()``.
         """
         num_rows = len(batch.token_ids)
-        if num_rows > self._max_rows or len(batch.kept_rows) != num_rows or len(batch.sequences) != num_rows:
+        if num_rows > self._max_rows or not batch.is_decode:
             return None
         own = self._adapters.launches()
         if own is None:

@@ -1,9 +1,9 @@
 """A step that is attended in C++ (``attention.cpp``), on a CPU.
 
 `paged_attention` copies the keys and values of single rows, and takes chunks one by one with what is masked;
-here all are read where they lie, without padding, as far as a row sees, in float32 whatever the cache's
-type. The step's keys and values are stored by the same call. Soft caps, sinks, and heads whose sizes are no
-multiple of eight are left to `paged_attention`, whose meaning this is. It is used only where
+here all are read where they lie, without padding, as far as a row sees, and summed in float32 whatever the
+cache's type. The step's keys and values are stored by the same call. Soft caps, sinks, and heads whose sizes
+are no multiple of eight are left to `paged_attention`, whose meaning this is. It is used only where
 `step_kinds.step_for` found at start that the two agree.
 
 Legend: T rows, H query heads, D key dim, E value dim.
@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ from timbre_server.engine.context import AttentionCall
 from timbre_server.engine.kv_cache import KVCache
 from timbre_server.engine.paged_attention import PagedStep, SequenceRows, needs_exact
 from timbre_server.native.library import ADDRESS, NUMBER, kernel, num_threads
+from timbre_server.native.tape import NotRepeatable, repeated
 
 NUMBERS = {torch.float32: "timbre_attention_float32", torch.bfloat16: "timbre_attention_bfloat16"}
 """The kernel for each type of cache."""
@@ -90,38 +93,90 @@ class NativeStep(PagedStep):
         return (_Sequence * len(found))(*found)
 
     def attend(self, call: AttentionCall) -> Tensor:
-        if not self._is_known(call):
+        if not is_known(call, self._cache):
             return super().attend(call)
-        heads, num_rows, key_dim = call.q_HTD.shape
-        kv_heads, value_dim = call.k_GTD.shape[0], call.v_GTE.shape[2]
-        q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (call.q_HTD, call.k_GTD, call.v_GTE))
-        out_THE = q.new_empty(num_rows, heads, value_dim)
-        keys, values = self._cache.pools(call.layer)
-        attention = _Attention(
-            ctypes.addressof(self._single_rows),
-            ctypes.addressof(self._chunk_rows),
-            len(self._single_rows),
-            len(self._chunk_rows),
-            self._slots_T.data_ptr(),
-            num_rows,
-            _Heads.of(q),
-            _Heads.of(k),
-            _Heads.of(v),
-            keys.data_ptr(),
-            values.data_ptr(),
-            out_THE.data_ptr(),
-            kv_heads,
-            heads // kv_heads,
-            key_dim,
-            value_dim,
-            _NO_WINDOW if call.window is None else call.window,
-            call.scale,
-        )
-        self._run(ctypes.addressof(attention), num_threads(self._num_pairs * heads * (key_dim + value_dim)))
+        rows = _Rows(self._single_rows, self._chunk_rows, self._slots_T)
+        attention, out_THE, work = _attention(self._cache, rows, call)
+        self._run(ctypes.byref(attention), num_threads(self._num_pairs * work))
         return out_THE
 
-    def _is_known(self, call: AttentionCall) -> bool:
-        """Whether the kernel computes this; all else is `PagedStep`'s to compute or to refuse."""
-        if needs_exact(call) or call.k_GTD.shape[2] % _LANES or call.v_GTE.shape[2] % _LANES:
-            return False
-        return all(x.dtype == self._cache.dtype for x in (call.q_HTD, call.k_GTD, call.v_GTE))
+    def put(self, singles: ctypes.Array[_Sequence], slots_T: Tensor) -> int:
+        """Tell a kernel whose rows these are, all of them single, where it looks for that; it holds while the
+        step lives. Returns the number of keys that they see."""
+        ctypes.memmove(singles, self._single_rows, ctypes.sizeof(singles))
+        slots_T.copy_(self._slots_T)
+        return self._num_pairs
+
+
+class NativeDecode:
+    """The context of steps of one row for each of so many sequences, which a tape plays: the kernel is told
+    where it finds the sequences of the step that runs."""
+
+    def __init__(self, cache: KVCache, num_rows: int) -> None:
+        self._cache = cache
+        self._run = kernel(NUMBERS[cache.dtype], ADDRESS)
+        self._rows = _Rows(
+            (_Sequence * num_rows)(), (_Sequence * 0)(), torch.zeros(num_rows, dtype=torch.int64)
+        )
+        self._num_pairs = 0
+
+    def begin(self, step: NativeStep) -> None:
+        """``step`` is kept, as what the kernel reads is its."""
+        self._step = step
+        self._num_pairs = step.put(self._rows.singles, self._rows.slots_T)
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        if not is_known(call, self._cache):
+            raise NotRepeatable("attention that C++ does not compute")
+        attention, out_THE, work = _attention(self._cache, self._rows, call)
+        repeated(partial(self._attend, attention, work))
+        return out_THE
+
+    def _attend(self, attention: _Attention, work: int) -> None:
+        self._run(ctypes.byref(attention), num_threads(self._num_pairs * work))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Rows:
+    """Whose rows a step has; the kernel reads them where they lie."""
+
+    singles: ctypes.Array[_Sequence]
+    chunks: ctypes.Array[_Sequence]
+    slots_T: Tensor
+
+
+def _attention(cache: KVCache, rows: _Rows, call: AttentionCall) -> tuple[_Attention, Tensor, int]:
+    """What the kernel is told, where it puts its output, and how much it does for each key of a row."""
+    heads, num_rows, key_dim = call.q_HTD.shape
+    kv_heads, value_dim = call.k_GTD.shape[0], call.v_GTE.shape[2]
+    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (call.q_HTD, call.k_GTD, call.v_GTE))
+    out_THE = q.new_empty(num_rows, heads, value_dim)
+    keys, values = cache.pools(call.layer)
+    attention = _Attention(
+        ctypes.addressof(rows.singles),
+        ctypes.addressof(rows.chunks),
+        len(rows.singles),
+        len(rows.chunks),
+        rows.slots_T.data_ptr(),
+        num_rows,
+        _Heads.of(q),
+        _Heads.of(k),
+        _Heads.of(v),
+        keys.data_ptr(),
+        values.data_ptr(),
+        out_THE.data_ptr(),
+        kv_heads,
+        heads // kv_heads,
+        key_dim,
+        value_dim,
+        _NO_WINDOW if call.window is None else call.window,
+        call.scale,
+    )
+    return attention, out_THE, heads * (key_dim + value_dim)
+
+
+def is_known(call: AttentionCall, cache: KVCache) -> bool:
+    """Whether the kernel computes this; all else is `PagedStep`'s to compute or to refuse."""
+    if needs_exact(call) or call.k_GTD.shape[2] % _LANES or call.v_GTE.shape[2] % _LANES:
+        return False
+    return all(x.dtype == cache.dtype for x in (call.q_HTD, call.k_GTD, call.v_GTE))

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from timbre_server.engine.batch import forward, hidden_states
-from timbre_server.engine.decode_graphs import RecordableAdapters, graphs_for, kept_bytes
+from timbre_server.engine.decode_graphs import DecodeGraphs, RecordableAdapters, graphs_for, kept_bytes
+from timbre_server.engine.decode_tapes import DecodeTapes
 from timbre_server.engine.kv_cache import KVCache, bytes_per_block
 from timbre_server.engine.kv_sizing import (
     KVRequest,
@@ -31,6 +32,7 @@ from timbre_server.engine.kv_sizing import (
 )
 from timbre_server.engine.messages import Ready, Routing
 from timbre_server.engine.model_loader import PreparedModel, end_token_ids, longest_sequence
+from timbre_server.engine.native_attention import NativeStep
 from timbre_server.engine.plan_rows import Kept, batch_of, kept_of, scouting_batch, scouting_rows, spans_of
 from timbre_server.engine.prompted_attention import AttentionPrompts
 from timbre_server.engine.sampler import SamplingRow, prompt_logprobs, sample
@@ -122,7 +124,11 @@ class Runner:
         )
         self._step = step_for(self.cache, prepared.probed.kv_shapes, native=options.native_attention)
         limits = options.max_num_seqs, size.max_model_len
-        self._graphs = graphs_for(prepared, self.cache, adapters, limits) if options.record_steps else None
+        self._recordings: DecodeGraphs | DecodeTapes | None = None
+        if options.record_steps and self._step is NativeStep:
+            self._recordings = DecodeTapes(self._model, self.cache, adapters)
+        elif options.record_steps:
+            self._recordings = graphs_for(prepared, self.cache, adapters, limits)
 
     @property
     def num_blocks(self) -> int:
@@ -171,7 +177,7 @@ class Runner:
                 if scouted is not None:
                     self._adapters.scout(*scouted, self._rows(batch.kept_rows))
                 prompts = self._adapters.attention_prompts
-                logits_NV = self._graphs.logits(batch) if self._graphs and scouted is None else None
+                logits_NV = self._recordings.logits(batch) if self._recordings and scouted is None else None
                 if logits_NV is None:
                     logits_NV = forward(self._model, self.cache, batch, prompts, self._step)
                 expert_tokens, routing = self._routing(plan)

@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 
+from timbre_server.native.tape import recordable
+
 COMPILERS = ("g++", "clang++")
 SOURCES = Path(__file__).with_name("source")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-Wall", "-Wextra")
@@ -73,7 +75,7 @@ def kernel(name: str, *types: type[Any]) -> Callable[..., None]:
     """
     found = getattr(library(), name)
     found.argtypes, found.restype = (*types, ctypes.c_int), None
-    return found  # type: ignore[no-any-return]
+    return recordable(found)
 
 
 def num_threads(work: int) -> int:

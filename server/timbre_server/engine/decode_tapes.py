@@ -1,0 +1,112 @@
+"""Decode steps on a CPU as tapes (`native.tape`): what one step calls is written down and called again for
+those of as many rows.
+
+Tokens and positions lie in tensors that stay where they are, and attention is told anew whose rows a step
+has. What adapters do is decided each time that a tape is played, so one tape serves any of them: those of
+blocks, of parameters and in attention alone run as usual. The first step that is played also runs as usual,
+and if the two differ in a bit there are no tapes.
+
+Legend: T rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from timbre_server.engine.batch import Batch, forward, run_rows
+from timbre_server.engine.decode_graphs import RecordableAdapters
+from timbre_server.engine.kv_cache import KVCache
+from timbre_server.engine.native_attention import NativeDecode, NativeStep
+from timbre_server.native.arena import Arena
+from timbre_server.native.tape import Recording, Tape
+
+MOST_TAPES = 64
+"""One for each number of rows; those that were not played for longest go."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class _DecodeTape:
+    """For steps of so many rows."""
+
+    numbers_2T: Tensor
+    """Tokens and positions."""
+    context: NativeDecode
+    tape: Tape
+    logits_TV: Tensor
+
+    def play(self, step: NativeStep, numbers_2T: Tensor) -> None:
+        self.context.begin(step)
+        self.numbers_2T.copy_(numbers_2T)
+        self.tape()
+
+
+class DecodeTapes:
+    """The recordings of one model."""
+
+    def __init__(self, model: PreTrainedModel, cache: KVCache, adapters: RecordableAdapters) -> None:
+        self._model, self._cache, self._adapters = model, cache, adapters
+        self._arena = Arena()
+        self._tapes: dict[int, _DecodeTape] = {}
+        """By number of rows, those last played last."""
+        self._is_off = False
+        self._are_proven = False
+        """Whether one was compared."""
+
+    def logits(self, batch: Batch) -> Tensor | None:
+        """Logits [T, V] of a decode step, float32, valid until the next; None: run it as usual.
+
+        The adapters' rows are set. Call it under ``torch.inference_mode()``.
+        """
+        if self._is_off or not batch.is_decode or self._adapters.launches() is None:
+            return None
+        num_rows = len(batch.token_ids)
+        step = NativeStep(self._cache, batch.sequences)
+        positions = [rows.start for rows in batch.sequences]
+        numbers_2T = torch.tensor([batch.token_ids, positions])
+        own = self._tapes.pop(num_rows, None)
+        if own is None:
+            own = self._recorded(step, numbers_2T)
+        else:
+            own.play(step, numbers_2T)
+            if not self._are_proven and not self._proves(own, batch):
+                self._turn_off("a step that was played gives other logits than the model")
+                return None
+        if own is not None:
+            self._tapes[num_rows] = own
+            return own.logits_TV
+        return None
+
+    def _recorded(self, step: NativeStep, numbers_2T: Tensor) -> _DecodeTape | None:
+        """The step has run; None: it cannot be recorded."""
+        context = NativeDecode(self._cache, numbers_2T.shape[1])
+        context.begin(step)
+        run = partial(run_rows, self._model, context, numbers_2T[:1], numbers_2T[1:])
+        try:
+            tape, logits_TV = Recording.of(run, self._arena)
+        except RuntimeError as error:  # `NotRepeatable`, or of an operation that does not run so.
+            self._turn_off(str(error))
+            self._adapters.forget_forward()
+            return None
+        if len(self._tapes) == MOST_TAPES:
+            del self._tapes[next(iter(self._tapes))]
+        return _DecodeTape(numbers_2T, context, tape, logits_TV)
+
+    def _proves(self, own: _DecodeTape, batch: Batch) -> bool:
+        """Whether the step that was played is what the model makes of it."""
+        self._adapters.forget_forward()
+        want_TV = forward(self._model, self._cache, batch, step=NativeStep)
+        self._are_proven = torch.allclose(own.logits_TV, want_TV, rtol=0, atol=0, equal_nan=True)
+        return self._are_proven
+
+    def _turn_off(self, why: str) -> None:
+        _log.warning("decode steps run without tapes: %s", why)
+        self._is_off = True
+        self._tapes.clear()

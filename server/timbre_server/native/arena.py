@@ -1,0 +1,99 @@
+"""Memory that stays where it is, for tensors that are written anew each time that a tape is played."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+LEAST_BYTES = 64
+
+
+class Arena:
+    """Pieces, whose sizes are powers of two so that tensors of about as many bytes use the same ones. One is
+    used again when the last tensor in it has died, and by whatever `begin` begins."""
+
+    def __init__(self) -> None:
+        self._pieces: dict[int, list[_Piece]] = {}
+        self._by_address: dict[int, _Piece] = {}
+        self._shared: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
+
+    def begin(self) -> None:
+        """All pieces are free, whoever has them."""
+        for piece in self._by_address.values():
+            piece.free()
+        self._shared.clear()
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(size * len(pieces) for size, pieces in self._pieces.items())
+
+    def like(self, tensor: Tensor) -> Tensor:
+        """A tensor of its shape, strides and type."""
+        num_bytes = tensor.untyped_storage().nbytes()
+        size = max(LEAST_BYTES, 1 << (num_bytes - 1).bit_length())
+        pieces = self._pieces.setdefault(size, [])
+        piece = next((piece for piece in pieces if piece.is_free), None)
+        if piece is None:
+            piece = _Piece(size)
+            pieces.append(piece)
+            self._by_address[piece.address] = piece
+        return piece.taken(tensor)
+
+    def uncounted(self, tensor: Tensor) -> Tensor:
+        """The same numbers as a tensor that does not keep its piece; the same one each time. Itself where it
+        lies elsewhere."""
+        if tensor.layout is not torch.strided:  # Such as oneDNN's weights, which have no address.
+            return tensor
+        piece = self._by_address.get(tensor.untyped_storage().data_ptr())
+        if piece is None:
+            return tensor
+        known = self._shared.get(id(tensor))
+        if known is not None and known[0]() is tensor:
+            return known[1]
+        shared = piece.shared(tensor)
+        self._shared[id(tensor)] = weakref.ref(tensor), shared
+        return shared
+
+
+class _Piece:
+    """So many bytes, for one tensor and its views at a time."""
+
+    def __init__(self, num_bytes: int) -> None:
+        memory = torch.empty(num_bytes, dtype=torch.uint8)
+        self.address = memory.data_ptr()
+        self._bytes: NDArray[np.uint8] = memory.numpy()
+        self._user: Callable[[], object | None] = _nobody
+
+    @property
+    def is_free(self) -> bool:
+        return self._user() is None
+
+    def free(self) -> None:
+        self._user = _nobody
+
+    def taken(self, like: Tensor) -> Tensor:
+        """A tensor that has the piece while it, or a view of it, lives."""
+        user = self._bytes[:]
+        self._user = weakref.ref(user)
+        return _tensor(user, like)
+
+    def shared(self, like: Tensor) -> Tensor:
+        """One that has it no longer than others do."""
+        return _tensor(self._bytes, like)
+
+
+def _nobody() -> None:
+    return None
+
+
+def _tensor(memory: NDArray[np.uint8], like: Tensor) -> Tensor:
+    count = like.untyped_storage().nbytes() // like.itemsize
+    if not count:
+        return torch.empty_like(like)
+    numbers = torch.frombuffer(memory, dtype=like.dtype, count=count)
+    return numbers.as_strided(like.shape, like.stride(), like.storage_offset())
