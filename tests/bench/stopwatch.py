@@ -22,9 +22,11 @@ from timbre_server.adapters.adapted_group import AdaptedGroup
 from timbre_server.engine import assembly, attention, fused_rotary, runner
 from timbre_server.engine.context import AttentionCall
 from timbre_server.engine.core import EngineCore
+from timbre_server.engine.decode_tapes import DecodeTapes
 from timbre_server.engine.packed_linear import LinearPacker
 from timbre_server.engine.runner import Runner
-from timbre_server.operators.contract import Bound, Change, Meaning, Operator, OwnProduct, Uses
+from timbre_server.native.tape import recording
+from timbre_server.operators.contract import Adds, Bound, Change, Meaning, Operator, OwnProduct, Uses
 from timbre_server.operators.row_table import RowTable
 
 P = ParamSpec("P")
@@ -49,6 +51,11 @@ class Stopwatch:
 
     def timed(self, part: str, function: Callable[P, ResultT]) -> Callable[P, ResultT]:
         def run(*args: P.args, **kwargs: P.kwargs) -> ResultT:
+            recorded = recording()
+            if recorded is not None:
+                tape, result = recorded.branch(partial(function, *args, **kwargs))
+                recorded.note(self.timed(part, tape))
+                return result
             self._settle()
             started = time.perf_counter()
             self._inner_s.append(0.0)
@@ -77,12 +84,14 @@ class Stopwatch:
         with (
             replaced(adapted_model, "AdaptedGroup", partial(_timed_group, self)),
             replaced(adapted_linear, "added", self.timed(ADDING, adapted_linear.added)),
+            replaced(adapted_linear, "round_into", self.timed(ADDING, adapted_linear.round_into)),
             replaced(assembly, "LinearPacker", partial(_TimedPacker, self)),
             replaced(assembly, "Runner", _timed_class(self, Runner, "execute", ROWS)),
             replaced(assembly, "EngineCore", _timed_class(self, EngineCore, "step", SCHEDULING)),
             replaced(attention, "current", lambda: _TimedContext(self, current())),
             replaced(fused_rotary, "current", lambda: _TimedContext(self, current())),
             replaced(runner, "forward", self.timed(MODEL, runner.forward)),
+            replaced(runner, "DecodeTapes", _timed_class(self, DecodeTapes, "logits", MODEL)),
             replaced(runner, "sample", self.timed(SAMPLING, runner.sample)),
         ):
             yield
@@ -157,6 +166,20 @@ class _TimedBound(Bound):
 
     def input_change(self, member: int, x_TI: Tensor) -> Change | None:
         return self._watch.timed(self._part, self._inner.input_change)(member, x_TI)
+
+    @property
+    def takes_any_type(self) -> bool:
+        return self._inner.takes_any_type
+
+    def adds(self, member: int) -> Adds | None:
+        own = self._inner.adds(member)
+        if own is None:
+            return None
+        each = (own.input_change, own.output_change, own.sums)
+        return Adds(*(None if add is None else self._watch.timed(self._part, add) for add in each))
+
+    def source(self, x_TI: Tensor) -> Tensor:
+        return self._watch.timed(self._part, self._inner.source)(x_TI)
 
     def sums(self, x_TI: Tensor) -> Sequence[Sequence[Change]]:
         return self._watch.timed(self._part, self._inner.sums)(x_TI)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_map_only
 from timbre_server.native.arena import Arena
 
 Call = Callable[[], object]
+ResultT = TypeVar("ResultT")
 
 _ALLOCATING = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 _COPYING = ("_to_copy", "clone")
@@ -71,15 +72,16 @@ class Recording:
         return Tape(own._calls), arena.uncounted(found)
 
     def branch(
-        self, function: Callable[..., Tensor], *inputs: Tensor, is_dry: bool = False
-    ) -> tuple[Tape, Tensor]:
+        self, function: Callable[..., ResultT], *inputs: Tensor, is_dry: bool = False
+    ) -> tuple[Tape, ResultT]:
         """Run it, on a tape of its own that this one does not play; ``is_dry``: without its kernels' work."""
-        outer, self._calls, self._is_dry = self._calls, [], is_dry
+        outer = self._calls, self._is_dry
+        self._calls, self._is_dry = [], self._is_dry or is_dry
         try:
             found = function(*inputs)
             return Tape(self._calls), found
         finally:
-            self._calls, self._is_dry = outer, False
+            self._calls, self._is_dry = outer
 
     def kernel(self, function: Callable[..., None], args: tuple[object, ...]) -> None:
         """Call it, too."""
