@@ -30,6 +30,8 @@ from timbre_server.engine.model_loader import chosen_device, chosen_dtype
 
 HTTP = "HTTP and sockets"
 KV_BYTES = 512 << 20
+LONGER = 8
+"""Times the steps that are taken apart: those in which streams begin and end, which take longer, are few."""
 Name = TypeVar("Name")
 
 
@@ -63,7 +65,7 @@ def seen_and_spent(args: argparse.Namespace, model_folder: Path) -> tuple[float,
                 server.upload(Path(folder) / "adapters")
                 names = turns(own, server.base, args.rows)
             # A prompt of one token: every step, the first too, has a row for each stream.
-            for new_tokens in (3, args.steps):
+            for new_tokens in (3, LONGER * args.steps):
                 streams = [[Job(name, (200 + i,), new_tokens)] for i, name in enumerate(names)]
                 before_s, before = server.engine_steps()
                 found = figures("decode", asyncio.run(run(server.url, streams)))

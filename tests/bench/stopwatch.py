@@ -23,7 +23,7 @@ from timbre_server.engine import assembly, attention, fused_rotary, runner
 from timbre_server.engine.context import AttentionCall
 from timbre_server.engine.core import EngineCore
 from timbre_server.engine.decode_tapes import DecodeTapes
-from timbre_server.engine.packed_linear import LinearPacker
+from timbre_server.engine.packed_linear import LinearPacker, PackedLinear
 from timbre_server.engine.runner import Runner
 from timbre_server.native.tape import recording
 from timbre_server.operators.contract import Adds, Bound, Change, Meaning, Operator, OwnProduct, Uses
@@ -129,7 +129,20 @@ class _TimedPacker(LinearPacker):
         self._watch = watch
 
     def product_of(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
-        return self._watch.timed(LINEAR, super().product_of(module))
+        product = super().product_of(module)
+        timed = self._watch.timed(LINEAR, product)
+        return _TimedProduct(self._watch, product) if isinstance(product, PackedLinear) else timed
+
+
+class _TimedProduct:
+    """A `WideProduct`."""
+
+    def __init__(self, watch: Stopwatch, inner: PackedLinear) -> None:
+        self._product = watch.timed(LINEAR, inner.__call__)
+        self.in_float32: Callable[[Tensor], Tensor] = watch.timed(LINEAR, inner.in_float32)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._product(x)
 
 
 class _TimedContext:
