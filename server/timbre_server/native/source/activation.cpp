@@ -3,29 +3,35 @@
 // In float32 whatever the numbers' type, and rounded once.
 #include <algorithm>
 
-#include "lanes.h"
+#include "wide.h"
 
 struct Curve {
     float slope, bend;
 };
 
-static inline Lanes activated(Lanes x, Curve curve) {
-    const Lanes at = x * (x * curve.bend * x + curve.slope);
-    const Lanes below = exponential((Lanes)((Bits)at | 0x80000000));  // e^-|at|
-    return x * (at < 0 ? below : all(1.0f)) / (below + 1.0f);
+static inline Wide activated(Wide x, Curve curve) {
+    const Wide at = x * (x * curve.bend * x + curve.slope);
+    const Wide below = exponential((Wide)((WideBits)at | 0x80000000));  // e^-|at|
+    return x * (at < 0 ? below : Wide{} + 1.0f) / (below + 1.0f);
 }
 
-// LANES numbers.
+// WIDTH numbers.
 template <typename Number> static inline void activate(const Number *x, const Number *factor, Curve curve, Number *y) {
-    const Lanes found = activated(load(x), curve);
-    store(y, factor == nullptr ? found : found * load(factor));
+    Wide numbers, factors;
+    get(numbers, x);
+    Wide found = activated(numbers, curve);
+    if (factor != nullptr) {
+        get(factors, factor);
+        found *= factors;
+    }
+    put(found, y);
 }
 
 template <typename Number>
 static void activate_all(const Number *x, const Number *factor, Curve curve, Number *y, Share own) {
     int64_t i = own.begin;
-    for (; i + LANES <= own.end; i += LANES) activate(x + i, factor == nullptr ? factor : factor + i, curve, y + i);
-    Number numbers[LANES] = {}, factors[LANES] = {};
+    for (; i + WIDTH <= own.end; i += WIDTH) activate(x + i, factor == nullptr ? factor : factor + i, curve, y + i);
+    Number numbers[WIDTH] = {}, factors[WIDTH] = {};
     std::copy(x + i, x + own.end, numbers);
     if (factor != nullptr) std::copy(factor + i, factor + own.end, factors);
     activate(numbers, factor == nullptr ? factor : factors, curve, numbers);
@@ -38,7 +44,7 @@ static void activate_all(const Number *x, const Number *factor, Curve curve, Num
         const NUMBER *x, const NUMBER *factor, float slope, float bend, NUMBER *y, int64_t count, int threads \
     ) {                                                                                                      \
         _Pragma("omp parallel num_threads(threads) if (threads > 1)")                                        \
-        activate_all(x, factor, {slope, bend}, y, share(count, thread_number(), thread_count(), LANES));     \
+        activate_all(x, factor, {slope, bend}, y, share(count, thread_number(), thread_count(), WIDTH));     \
     }
 
 ACTIVATION(timbre_activation_float32, float)

@@ -124,20 +124,19 @@ static inline void store(BFloat16 *to, Lanes lanes) {
     std::memcpy(to, &halves, sizeof halves);
 }
 
+// Integers of a register of floats.
+template <typename Floats> using IntegersOf = decltype(Floats{} < Floats{});
+
 // e^x for x <= 0 as 2^n e^r with |r| <= ln(2) / 2, by Taylor's series of e^r; below -87 as at -87. NaN stays.
-static inline Lanes exponential(Lanes x) {
-    const Lanes lowest = all(-87.0f), shift = all(12582912.0f);  // 1.5 * 2^23: leaves n in the last bits.
+template <typename Floats> static inline Floats exponential(Floats x) {
+    const Floats lowest = Floats{} - 87.0f, shift = Floats{} + 12582912.0f;  // 1.5 * 2^23: leaves n in the last bits.
     x = x < lowest ? lowest : x;
-    const Lanes shifted = x * 1.44269504f + shift, n = shifted - shift;
-    const Lanes r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    Lanes series = all(1.0f / 5040);
+    const Floats shifted = x * 1.44269504f + shift, n = shifted - shift;
+    const Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    Floats series = Floats{} + 1.0f / 5040;
     for (const float term : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) series = series * r + term;
-    Integers bits;
-    std::memcpy(&bits, &shifted, sizeof bits);
-    bits = (bits << 23) + (127 << 23);
-    Lanes power;
-    std::memcpy(&power, &bits, sizeof power);
-    return series * power;
+    const IntegersOf<Floats> bits = ((IntegersOf<Floats>)shifted << 23) + (127 << 23);
+    return series * (Floats)bits;
 }
 
 static inline float sum(Lanes v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
