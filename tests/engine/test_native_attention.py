@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import accumulate, pairwise
 
 import pytest
@@ -248,3 +249,19 @@ def test_a_kernel_that_computes_something_else_is_not_used(
     monkeypatch.setattr(NativeStep, "attend", lambda step, call: attend(step, call) * 1.001)
     assert step_for(cache, [shape], native=True) is PagedStep
     assert "something else than PyTorch" in caplog.text
+
+
+@pytest.mark.cpp
+@pytest.mark.parametrize("lengths", [((1, 7), (1, 40)), ((5, 9), (1, 40))])
+def test_heads_whose_numbers_lie_apart(lengths: Sequence[tuple[int, int]]) -> None:
+    shape = LayerShape(0, 2, 16, 24)
+    cache, tables = filled_cache(shape, [keys for _, keys in lengths])
+    sequences = chunked(lengths, tables)
+    call = random_call(shape, sum(rows for rows, _ in lengths))
+    apart = replace(
+        call,
+        **{name: getattr(call, name).mT.contiguous().mT for name in ("q_HTD", "k_GTD", "v_GTE")},
+    )
+    assert apart.q_HTD.stride(2) != 1
+    want = NativeStep(cache, sequences).attend(call)
+    assert torch.equal(NativeStep(cache, sequences).attend(apart), want)

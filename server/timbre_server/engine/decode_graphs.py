@@ -55,7 +55,7 @@ class DecodeTables(NamedTuple):
 
 
 class RecordableAdapters(Protocol):
-    """What the graphs need of the adapted model."""
+    """What recordings need of the adapted model."""
 
     def launches(self) -> tuple[Hashable, frozenset[int]] | None:
         """Of the rows that are set: a key that is equal for steps that launch the same on the same tensors,

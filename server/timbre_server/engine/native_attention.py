@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -95,6 +95,7 @@ class NativeStep(PagedStep):
     def attend(self, call: AttentionCall) -> Tensor:
         if not is_known(call, self._cache):
             return super().attend(call)
+        call = _readable(call)
         rows = _Rows(self._single_rows, self._chunk_rows, self._slots_T)
         attention, out_THE, work = _attention(self._cache, rows, call)
         self._run(ctypes.byref(attention), num_threads(self._num_pairs * work))
@@ -119,6 +120,7 @@ class NativeDecode:
             (_Sequence * num_rows)(), (_Sequence * 0)(), torch.zeros(num_rows, dtype=torch.int64)
         )
         self._num_pairs = 0
+        self._step: NativeStep | None = None
 
     def begin(self, step: NativeStep) -> None:
         """``step`` is kept, as what the kernel reads is its."""
@@ -128,6 +130,7 @@ class NativeDecode:
     def attend(self, call: AttentionCall) -> Tensor:
         if not is_known(call, self._cache):
             raise NotRepeatable("attention that C++ does not compute")
+        call = _readable(call)
         attention, out_THE, work = _attention(self._cache, self._rows, call)
         repeated(partial(self._attend, attention, work))
         return out_THE
@@ -146,11 +149,11 @@ class _Rows:
 
 
 def _attention(cache: KVCache, rows: _Rows, call: AttentionCall) -> tuple[_Attention, Tensor, int]:
-    """What the kernel is told, where it puts its output, and how much it does for each key of a row."""
+    """What the kernel is told of a call that is `_readable`, and that the caller keeps; where it puts its
+    output; and how much it does for each key of a row."""
     heads, num_rows, key_dim = call.q_HTD.shape
     kv_heads, value_dim = call.k_GTD.shape[0], call.v_GTE.shape[2]
-    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (call.q_HTD, call.k_GTD, call.v_GTE))
-    out_THE = q.new_empty(num_rows, heads, value_dim)
+    out_THE = call.q_HTD.new_empty(num_rows, heads, value_dim)
     keys, values = cache.pools(call.layer)
     attention = _Attention(
         ctypes.addressof(rows.singles),
@@ -159,9 +162,9 @@ def _attention(cache: KVCache, rows: _Rows, call: AttentionCall) -> tuple[_Atten
         len(rows.chunks),
         rows.slots_T.data_ptr(),
         num_rows,
-        _Heads.of(q),
-        _Heads.of(k),
-        _Heads.of(v),
+        _Heads.of(call.q_HTD),
+        _Heads.of(call.k_GTD),
+        _Heads.of(call.v_GTE),
         keys.data_ptr(),
         values.data_ptr(),
         out_THE.data_ptr(),
@@ -173,6 +176,12 @@ def _attention(cache: KVCache, rows: _Rows, call: AttentionCall) -> tuple[_Atten
         call.scale,
     )
     return attention, out_THE, heads * (key_dim + value_dim)
+
+
+def _readable(call: AttentionCall) -> AttentionCall:
+    """With the numbers of a head side by side."""
+    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (call.q_HTD, call.k_GTD, call.v_GTE))
+    return replace(call, q_HTD=q, k_GTD=k, v_GTE=v)
 
 
 def is_known(call: AttentionCall, cache: KVCache) -> bool:

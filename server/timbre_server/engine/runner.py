@@ -94,7 +94,8 @@ class RunnerOptions:
     native_attention: bool = False
     """On a CPU, attend in C++ where that gives what PyTorch gives."""
     record_steps: bool = True
-    """On a GPU with Triton, replay decode steps as CUDA graphs."""
+    """Record decode steps and replay them: on a GPU with Triton as CUDA graphs, on a CPU with attention in
+    C++ as tapes."""
 
 
 class Runner:
