@@ -26,8 +26,8 @@ from timbre_server.engine.native_attention import NativeDecode, NativeStep
 from timbre_server.native.arena import Arena
 from timbre_server.native.tape import Recording, Tape
 
-MOST_TAPES = 64
-"""One for each number of rows; those that were not played for longest go."""
+MOST_ROWS = 64
+"""Of a step that is recorded: beside more rows Python takes little, and each number of rows has its tape."""
 
 _log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class DecodeTapes:
         self._model, self._cache, self._adapters = model, cache, adapters
         self._arena = Arena()
         self._tapes: dict[int, _DecodeTape] = {}
-        """By number of rows, those last played last."""
+        """By number of rows."""
         self._is_off = False
         self._are_proven = False
         """Whether one was compared."""
@@ -65,27 +65,24 @@ class DecodeTapes:
 
         The adapters' rows are set. Call it under ``torch.inference_mode()``.
         """
-        if self._is_off or not batch.is_decode or self._adapters.launches() is None:
-            return None
         num_rows = len(batch.token_ids)
+        is_served = not self._is_off and num_rows <= MOST_ROWS and batch.is_decode
+        if not is_served or self._adapters.launches() is None:
+            return None
         step = NativeStep(self._cache, batch.sequences)
         positions = [rows.start for rows in batch.sequences]
         numbers_2T = torch.tensor([batch.token_ids, positions])
-        own = self._tapes.pop(num_rows, None)
+        own = self._tapes.get(num_rows)
         if own is None:
-            own = self._recorded(step, numbers_2T)
-        else:
-            own.play(step, numbers_2T)
-            if not self._are_proven and not self._proves(own, batch):
-                self._turn_off("a step that was played gives other logits than the model")
-                return None
-        if own is not None:
-            self._tapes[num_rows] = own
-            return own.logits_TV
-        return None
+            return self._recorded(step, numbers_2T)
+        own.play(step, numbers_2T)
+        if not self._are_proven and not self._proves(own, batch):
+            self._turn_off("a step that was played gives other logits than the model")
+            return None
+        return own.logits_TV
 
-    def _recorded(self, step: NativeStep, numbers_2T: Tensor) -> _DecodeTape | None:
-        """The step has run; None: it cannot be recorded."""
+    def _recorded(self, step: NativeStep, numbers_2T: Tensor) -> Tensor | None:
+        """Logits of the step, which has run; None: it cannot be recorded."""
         context = NativeDecode(self._cache, numbers_2T.shape[1])
         context.begin(step)
         run = partial(run_rows, self._model, context, numbers_2T[:1], numbers_2T[1:])
@@ -93,11 +90,9 @@ class DecodeTapes:
             tape, logits_TV = Recording.of(run, self._arena)
         except RuntimeError as error:  # `NotRepeatable`, or of an operation that does not run so.
             self._turn_off(str(error))
-            self._adapters.forget_forward()
             return None
-        if len(self._tapes) == MOST_TAPES:
-            del self._tapes[next(iter(self._tapes))]
-        return _DecodeTape(numbers_2T, context, tape, logits_TV)
+        self._tapes[numbers_2T.shape[1]] = _DecodeTape(numbers_2T, context, tape, logits_TV)
+        return logits_TV
 
     def _proves(self, own: _DecodeTape, batch: Batch) -> bool:
         """Whether the step that was played is what the model makes of it."""
@@ -107,6 +102,8 @@ class DecodeTapes:
         return self._are_proven
 
     def _turn_off(self, why: str) -> None:
+        """For good; the step is run once more."""
         _log.warning("decode steps run without tapes: %s", why)
         self._is_off = True
         self._tapes.clear()
+        self._adapters.forget_forward()
