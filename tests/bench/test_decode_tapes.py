@@ -11,9 +11,11 @@ from random_adapters import FAMILIES
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
+from timbre_server.adapters.adapted_group import AdaptedGroup
 from timbre_server.engine import decode_tapes
 from timbre_server.engine.decode_tapes import DecodeTapes
 from timbre_server.engine.messages import AdapterUse, SamplingParams, Submit
+from timbre_server.engine.native_attention import NativeStep
 
 pytestmark = pytest.mark.cpp
 
@@ -30,9 +32,9 @@ def played(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     found: list[int] = []
     play = decode_tapes._DecodeTape.play
 
-    def noted(own: decode_tapes._DecodeTape, step: object, numbers_2T: Tensor) -> None:
+    def noted(own: decode_tapes._DecodeTape, step: NativeStep, numbers_2T: Tensor) -> None:
         found.append(numbers_2T.shape[1])
-        play(own, step, numbers_2T)  # type: ignore[arg-type]
+        play(own, step, numbers_2T)
 
     monkeypatch.setattr(decode_tapes._DecodeTape, "play", noted)
     return found
@@ -108,3 +110,34 @@ def test_a_model_that_reads_numbers_runs_as_usual(
     assert [len(tokens) for tokens in answers] == [6, 6, 6]
     assert not played
     assert "decode steps run without tapes" in caplog.text
+
+
+def test_a_tape_that_cannot_be_played_is_the_last(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise AttributeError("there is none")
+
+    want = logprobs(decoding_of(torch.float32, with_tapes=False), DIGESTS[:3])
+    monkeypatch.setattr(decode_tapes._DecodeTape, "play", fail)
+    with caplog.at_level(logging.WARNING):
+        assert logprobs(decoding_of(torch.float32), DIGESTS[:3]) == want
+    assert "decode steps run without tapes: there is none" in caplog.text
+
+
+def test_a_step_that_fails_anyhow_turns_no_tapes_off(
+    played: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An adapter that fails is its own affair."""
+    decoding = decoding_of(torch.float32)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("this adapter fails")
+
+    with monkeypatch.context() as failing:
+        failing.setattr(AdaptedGroup, "bound", fail)
+        with pytest.raises(RuntimeError, match="safe to try again"):
+            decoding.step_seconds(["lora-0"], 1, 3)
+    want = logprobs(decoding_of(torch.float32, with_tapes=False), DIGESTS[:3])
+    assert logprobs(decoding, DIGESTS[:3]) == want
+    assert played

@@ -29,6 +29,9 @@ from timbre_server.native.tape import Recording, Tape
 MOST_ROWS = 64
 """Of a step that is recorded: beside more rows Python takes little, and each number of rows has its tape."""
 
+_REFUSALS: tuple[type[Exception], ...] = (AttributeError, RuntimeError, TypeError, ValueError)
+"""`NotRepeatable`, and what is raised by operations that do not run so."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -73,37 +76,38 @@ class DecodeTapes:
         positions = [rows.start for rows in batch.sequences]
         numbers_2T = torch.tensor([batch.token_ids, positions])
         own = self._tapes.get(num_rows)
-        if own is None:
-            return self._recorded(step, numbers_2T)
+        if own is None or not self._are_proven:
+            return self._tried(own, step, numbers_2T, batch)
         own.play(step, numbers_2T)
-        if not self._are_proven and not self._proves(own, batch):
-            self._turn_off("a step that was played gives other logits than the model")
-            return None
         return own.logits_TV
 
-    def _recorded(self, step: NativeStep, numbers_2T: Tensor) -> Tensor | None:
-        """Logits of the step, which has run; None: it cannot be recorded."""
+    def _tried(self, own: _DecodeTape | None, step: NativeStep, numbers_2T: Tensor, batch: Batch) -> Tensor:
+        """A step that is recorded, or the first that is played; whatever comes of it, its logits."""
+        why = "a step that was played gives other logits than the model"
+        try:
+            if own is None:
+                return self._recorded(step, numbers_2T)
+            own.play(step, numbers_2T)
+        except _REFUSALS as error:
+            own, why = None, str(error)
+        self._adapters.forget_forward()
+        want_TV = forward(
+            self._model, self._cache, batch, step=NativeStep
+        )  # What fails here fails without tapes.
+        self._are_proven = own is not None and torch.allclose(
+            own.logits_TV, want_TV, rtol=0, atol=0, equal_nan=True
+        )
+        if not self._are_proven:
+            _log.warning("decode steps run without tapes: %s", why)
+            self._is_off = True
+            self._tapes.clear()
+        return want_TV
+
+    def _recorded(self, step: NativeStep, numbers_2T: Tensor) -> Tensor:
+        """Logits of the step, which has run."""
         context = NativeDecode(self._cache, numbers_2T.shape[1])
         context.begin(step)
         run = partial(run_rows, self._model, context, numbers_2T[:1], numbers_2T[1:])
-        try:
-            tape, logits_TV = Recording.of(run, self._arena)
-        except RuntimeError as error:  # `NotRepeatable`, or of an operation that does not run so.
-            self._turn_off(str(error))
-            return None
+        tape, logits_TV = Recording.of(run, self._arena)
         self._tapes[numbers_2T.shape[1]] = _DecodeTape(numbers_2T, context, tape, logits_TV)
         return logits_TV
-
-    def _proves(self, own: _DecodeTape, batch: Batch) -> bool:
-        """Whether the step that was played is what the model makes of it."""
-        self._adapters.forget_forward()
-        want_TV = forward(self._model, self._cache, batch, step=NativeStep)
-        self._are_proven = torch.allclose(own.logits_TV, want_TV, rtol=0, atol=0, equal_nan=True)
-        return self._are_proven
-
-    def _turn_off(self, why: str) -> None:
-        """For good; the step is run once more."""
-        _log.warning("decode steps run without tapes: %s", why)
-        self._is_off = True
-        self._tapes.clear()
-        self._adapters.forget_forward()

@@ -93,7 +93,7 @@ class NativeStep(PagedStep):
         return (_Sequence * len(found))(*found)
 
     def attend(self, call: AttentionCall) -> Tensor:
-        if not is_known(call, self._cache):
+        if not _is_known(call, self._cache):
             return super().attend(call)
         call = _readable(call)
         rows = _Rows(self._single_rows, self._chunk_rows, self._slots_T)
@@ -128,7 +128,7 @@ class NativeDecode:
         self._num_pairs = step.put(self._rows.singles, self._rows.slots_T)
 
     def attend(self, call: AttentionCall) -> Tensor:
-        if not is_known(call, self._cache):
+        if not _is_known(call, self._cache):
             raise NotRepeatable("attention that C++ does not compute")
         call = _readable(call)
         attention, out_THE, work = _attention(self._cache, self._rows, call)
@@ -184,7 +184,7 @@ def _readable(call: AttentionCall) -> AttentionCall:
     return replace(call, q_HTD=q, k_GTD=k, v_GTE=v)
 
 
-def is_known(call: AttentionCall, cache: KVCache) -> bool:
+def _is_known(call: AttentionCall, cache: KVCache) -> bool:
     """Whether the kernel computes this; all else is `PagedStep`'s to compute or to refuse."""
     if needs_exact(call) or call.k_GTD.shape[2] % _LANES or call.v_GTE.shape[2] % _LANES:
         return False
