@@ -157,8 +157,9 @@ def test_chunks_and_single_rows_of_one_step_agree(dtype: torch.dtype, block_size
 
 
 @pytest.mark.cpp
-def test_a_bfloat16_cache_is_as_near_to_the_truth_as_padded_groups() -> None:
-    shape = LayerShape(0, 3, 64, 64)
+@pytest.mark.parametrize("sizes", [(3, 64, 64), (2, 40, 72), (1, 8, 8), (2, 80, 24), (1, 96, 128)])
+def test_a_bfloat16_cache_is_as_near_to_the_truth_as_padded_groups(sizes: tuple[int, int, int]) -> None:
+    shape = LayerShape(0, *sizes)
     cache, tables = filled_cache(shape, LENGTHS, dtype=torch.bfloat16)
     rows, call = decodes(LENGTHS, tables), in_dtype(random_call(shape, len(LENGTHS)), torch.bfloat16)
     padded_THE, got_THE = PagedStep(cache, rows).attend(call), NativeStep(cache, rows).attend(call)
@@ -166,7 +167,8 @@ def test_a_bfloat16_cache_is_as_near_to_the_truth_as_padded_groups() -> None:
     for pool, narrow in zip(exact.pools(0), cache.pools(0), strict=True):
         pool.copy_(narrow)
     truth_THE = PagedStep(exact, rows).attend(in_dtype(call, torch.float32))
-    torch.testing.assert_close(got_THE, truth_THE.bfloat16(), rtol=2**-8, atol=1e-6)
+    # Sums in another order may round to the number beside.
+    torch.testing.assert_close(got_THE, truth_THE.bfloat16(), rtol=2**-7, atol=1e-6)
     assert (got_THE - truth_THE).abs().mean() <= (padded_THE - truth_THE).abs().mean()
 
 
