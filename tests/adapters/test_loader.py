@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -32,9 +32,6 @@ from timbre_server.errors import AdapterLoadFailed
 from timbre_server.inspection import inspector
 from timbre_server.native.formats import FORMATS
 from timbre_server.operators.catalogue import Kernels, all_operators, why_not
-from timbre_server.operators.native.low_rank_experts import BoundExperts
-from timbre_server.operators.native.uses import BoundKernels
-from timbre_server.operators.routed import _BoundRouted
 from timbre_server.operators.row_table import RowTable, Span
 from timbre_server.operators.step_routing import StepRouting
 from timbre_store.limits import StoreLimits
@@ -191,33 +188,6 @@ def changes_of(program: AdapterProgram, kernels: Kernels) -> list[Tensor]:
 
 
 GROUPS = [("layers.0.self_attn.q_proj", "layers.0.self_attn.k_proj"), ("layers.0.mlp.up_proj",)]
-
-
-def bound_factors(program: AdapterProgram, paths: Sequence[str], num_rows: int) -> list[Tensor]:
-    """What the operators of low rank in C++ multiply by, bound for rows of this adapter alone."""
-    rows = ActiveRows()
-    operators = {operator.part: operator for operator in all_operators(StepRouting(), "native")}
-    rows.begin(RowTable([Span(num_rows, ((0, 1.0),))]))
-    found: list[Tensor] = []
-    for bound in AdaptedGroup(paths, rows, {0: program}, operators).bound():
-        of_all: list[Any] = [e._bound for e in bound.of_group] if isinstance(bound, _BoundRouted) else [bound]
-        known = [each for each in of_all if isinstance(each, BoundKernels | BoundExperts)]
-        held: list[Any] = [e for each in known for m in each._members if m is not None for e in m._held]
-        found += [t for e in held for t in (e[1] if isinstance(e, tuple) else (e.a_RI, e.b_RO))]
-    return found
-
-
-@pytest.mark.cpp
-@pytest.mark.parametrize("num_rows", [1, 5])
-@pytest.mark.parametrize("method", ["lora", "arrow", "lora_mixer", "smora", "loramoe", "mixlora"])
-def test_a_bind_copies_no_loaded_factor(method: str, num_rows: int, store: Store, upload: Upload) -> None:
-    loader = AdapterLoader(store.root, BASE, sites(), groups=GROUPS)
-    program = loader.load(upload(method).digest).program
-    own = {tensor.untyped_storage().data_ptr() for tensor in all_tensors(program)}
-    groups = [*GROUPS, ("layers.0.mlp.down_proj",)]
-    found = [t for paths in groups for t in bound_factors(program, paths, num_rows)]
-    assert found
-    assert {tensor.untyped_storage().data_ptr() for tensor in found} <= own
 
 
 def test_an_unloaded_mixture_leaves_nothing_in_memory(store: Store, upload: Upload) -> None:

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from timbre_methods.contract import Site
 from timbre_methods.program import AdapterProgram, LowRank, Part, Sparse, owned_tensors
-from timbre_methods.registry import compile_adapter, methods
+from timbre_methods.registry import compile_adapter, derive, methods, sites_of
 from timbre_methods.routing import Routed
+from timbre_server.adapters.active_rows import ActiveRows
+from timbre_server.adapters.adapted_group import AdaptedGroup
 from timbre_server.adapters.placement import Layout, placed_program
 from timbre_server.adapters.transfer import Transfer
+from timbre_server.operators.catalogue import all_operators
+from timbre_server.operators.native.low_rank_experts import BoundExperts
+from timbre_server.operators.native.uses import BoundKernels, InputKernel
+from timbre_server.operators.routed import _BoundRouted
+from timbre_server.operators.row_table import RowTable, Span
 from timbre_server.operators.sliced_ellpack import sliced
+from timbre_server.operators.step_routing import StepRouting
 
-GROUP = ("layers.0.self_attn.q_proj", "layers.0.self_attn.k_proj")
+GROUP, MLP = ("layers.0.self_attn.q_proj", "layers.0.self_attn.k_proj"), "layers.0.mlp.up_proj"
 
 
 @pytest.mark.parametrize("method", ["lora", "fourierft", "shira", "mola"])
@@ -44,3 +54,37 @@ def plain_parts(program: AdapterProgram) -> Iterator[Part]:
             yield from (inner for expert in part.experts for inner in expert)
         else:
             yield part
+
+
+@pytest.mark.cpp
+@pytest.mark.parametrize("num_rows", [1, 5])
+@pytest.mark.parametrize("method", ["lora", "arrow", "lora_mixer", "smora", "loramoe", "mixlora"])
+def test_a_bind_copies_no_placed_factor(method: str, num_rows: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    sites = {path: Site(path, torch.randn(12, 12, generator=generator), None) for path in (*GROUP, MLP)}
+    sites["layers.0.mlp"] = Site("layers.0.mlp", torch.empty(12, 12, device="meta"), None, "block")
+    config, tensors = methods()[method].example(sites_of(methods()[method], sites), generator)
+    program = compile_adapter(config, tensors | derive(config, tensors, sites), sites)
+    placed = placed_program(program, Transfer(torch.device("cpu")), [GROUP])
+    own = {t.untyped_storage().data_ptr() for _, part in placed.placed_parts() for t in owned_tensors(part)}
+    found = [tensor for paths in (GROUP, (MLP,)) for tensor in bound_factors(placed, paths, num_rows)]
+    assert found
+    assert {tensor.untyped_storage().data_ptr() for tensor in found} <= own
+
+
+def bound_factors(program: AdapterProgram, paths: Sequence[str], num_rows: int) -> list[Tensor]:
+    """What the operators of low rank in C++ multiply by, bound for rows of this adapter alone."""
+    operators = {operator.part: operator for operator in all_operators(StepRouting(), "native")}
+    rows = ActiveRows()
+    rows.begin(RowTable([Span(num_rows, ((0, 1.0),))]))
+    found: list[Tensor] = []
+    for bound in AdaptedGroup(paths, rows, {0: program}, operators).bound():
+        of_all: list[Any] = [e._bound for e in bound.of_group] if isinstance(bound, _BoundRouted) else [bound]
+        known = [each for each in of_all if isinstance(each, BoundKernels | BoundExperts)]
+        members: list[Any] = [m for each in known for m in each._members if m is not None]
+        for own in members:
+            if isinstance(own, InputKernel):
+                found += [t for parts in own.uses._held.values() for held in parts.held[1] for t in held]
+            else:
+                found += [t for expert in own._held for t in (expert.a_RI, expert.b_RO)]
+    return found

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from timbre_server.operators.contract import Change
+from timbre_server.operators.live_rows import LiveRows
 from timbre_server.operators.row_table import Pairs, RowTable
 
 
@@ -29,6 +30,8 @@ class ActiveRows:
         self.are_merged = False
         """Whether these are all of the step's rows: to merged weights they are base rows."""
         self._last: RowTable | None = None
+        self.live = LiveRows()
+        """For what outlasts tables: whoever binds it shows them the one that runs."""
 
     def begin(self, table: RowTable) -> None:
         self.are_merged = bool(self.merged_pairs) and table.only_pairs == self.merged_pairs

@@ -17,7 +17,7 @@ from torch import Tensor
 from timbre_methods.program import AdapterProgram, Part
 from timbre_server.adapters.active_rows import ActiveRows, RowCopies
 from timbre_server.adapters.added import rows_of
-from timbre_server.operators.contract import Add, Bound, Change, Operator
+from timbre_server.operators.contract import Add, Bound, Change, Operator, Standing, StandingOperator
 from timbre_server.operators.row_table import RowTable
 
 Programs = Mapping[int, AdapterProgram]
@@ -59,6 +59,10 @@ class AdaptedGroup:
         self._rows = rows
         self._programs = programs
         self._operators = operators
+        self._prepared: dict[int, Mapping[type[Part], object]] = {}
+        """By slot: what operators have prepared."""
+        self._standing: dict[type[Part], Standing[Any]] = {}
+        """Of all of these."""
         self._bound_table: RowTable | None = None
         self._bound: tuple[Bound, ...] = ()
         self._in_place: tuple[InPlace | None, ...] = ()
@@ -81,10 +85,11 @@ class AdaptedGroup:
         if table is None:
             return ()
         if self._bound_table is not table:
-            self._bound = tuple(self._bind(table))
-            own = [InPlace.of(self._bound, member) for member in range(len(self.paths))]
-            self._in_place = tuple(own) if None not in own else (None,) * len(own)
-            self._bound_table = table
+            found = self._bind(table)
+            if found != self._bound:
+                own = [InPlace.of(found, member) for member in range(len(self.paths))]
+                self._in_place = tuple(own) if None not in own else (None,) * len(own)
+            self._bound, self._bound_table = found, table
         return self._bound
 
     def acts_on_none(self) -> bool:
@@ -100,21 +105,49 @@ class AdaptedGroup:
         """What the last forward with adapters ran, unless one of them was dropped since."""
         return self._bound
 
-    def _bind(self, table: RowTable) -> list[Bound]:
-        uses: dict[type[Part], list[dict[int, list[Part]]]] = {}
+    def _bind(self, table: RowTable) -> tuple[Bound, ...]:
         for slot in table.slots:
-            sites = self._programs[slot].sites
-            for member, path in enumerate(self.paths):
-                for part in sites.get(path, ()):
-                    members = uses.setdefault(type(part), [{} for _ in self.paths])
-                    members[member].setdefault(slot, []).append(part)
-        return [self._operators[kind].bind(members, table) for kind, members in uses.items()]
+            if slot not in self._prepared:
+                self._admit(slot)
+        slots: dict[type[Part], list[int]] = {}
+        for slot in table.slots:
+            for kind in self._prepared[slot]:
+                slots.setdefault(kind, []).append(slot)
+        stands = self._standing if self._rows.copies is None else {}
+        return tuple(
+            stands[kind].bound(table)
+            if kind in stands
+            else self._operators[kind].bind_prepared({s: self._prepared[s][kind] for s in own}, table)
+            for kind, own in slots.items()
+        )
 
-    def forget(self) -> None:
-        """Drop what was prepared and what is kept of a running step; called when a slot changes hands."""
+    def _admit(self, slot: int) -> None:
+        sites = self._programs[slot].sites
+        kinds: dict[type[Part], list[list[Part]]] = {}
+        for member, path in enumerate(self.paths):
+            for part in sites.get(path, ()):
+                kinds.setdefault(type(part), [[] for _ in self.paths])[member].append(part)
+        own = {kind: self._operators[kind].prepared(members) for kind, members in kinds.items()}
+        for kind, prepared in own.items():
+            operator = self._operators[kind]
+            if isinstance(operator, StandingOperator):
+                if kind not in self._standing:
+                    self._standing[kind] = operator.standing(self._rows.live)
+                self._standing[kind].admit(slot, prepared)
+        self._prepared[slot] = own
+        self._unbind()
+
+    def forget(self, slot: int) -> None:
+        """Drop what was prepared of it and what is kept of a running step; called when it changes hands."""
+        for kind in self._prepared.pop(slot, ()):
+            if kind in self._standing:
+                self._standing[kind].dismiss(slot)
+            self._unbind()
+        self.end_step()
+
+    def _unbind(self) -> None:
         self._bound_table = None
         self._bound, self._in_place = (), ()
-        self.end_step()
 
     def end_step(self) -> None:
         """Drop the input and the shares of it that no member fetched (a forward that failed half-way)."""

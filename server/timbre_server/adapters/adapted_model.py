@@ -131,7 +131,9 @@ class AdaptedModel:
 
     def set_rows(self, table: RowTable, head_table: RowTable) -> None:
         """The rows of the next forward, and those of them whose logits are kept."""
-        self._programs.use(table.slots)
+        for slot in self._programs.use(table.slots):
+            for group in self._groups:
+                group.forget(slot)
         for rows_per_token, rows in self._body_rows.items():
             rows.begin(table.times(rows_per_token))
         self._head_rows.begin(head_table)
@@ -244,7 +246,7 @@ class AdaptedModel:
         for router in router_places(self._programs.pop(slot)):
             del self._places[router]
         for group in self._groups:
-            group.forget()
+            group.forget(slot)
         for block in self._blocks.values():
             block.forget()
         for module in self._parameters:

@@ -45,10 +45,10 @@ class SlotPrograms(Mapping[int, AdapterProgram]):
         self._open.pop(slot, None)
         return self._programs.pop(slot)
 
-    def use(self, slots: Sequence[int]) -> None:
-        """A step begins that uses these, and no others."""
+    def use(self, slots: Sequence[int]) -> Sequence[int]:
+        """A step begins that uses these, and no others. Those whose parts are no longer kept."""
         for slot in slots:
             self._open[slot] = self[slot]
             self._open.move_to_end(slot)
-        while len(self._open) > len(slots) + MAX_IDLE_OPEN:
-            self._open.popitem(last=False)
+        num_closed = max(0, len(self._open) - len(slots) - MAX_IDLE_OPEN)
+        return [self._open.popitem(last=False)[0] for _ in range(num_closed)]

@@ -3,7 +3,8 @@
 ``meaning`` is the definition, in plain PyTorch, for rows that all use one part. ``bind`` prepares the
 parts of all adapters that a row table names, at one group of layers that read the same input, and gives
 a `Bound` that may be run any number of times while the table stays the same: decode steps repeat a table,
-so what a bind costs is shared by many steps. Law, tested for every operator::
+so what a bind costs is shared by many steps. Yet rows come and go: what follows from an adapter alone is
+`prepared` once for all tables, and what is `Standing` outlasts them. Law, tested for every operator::
 
     for each row t and each of its pairs (slot, w):   bound change[t] = Σ w · meaning(part[slot], x[t])
 
@@ -17,14 +18,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from torch import Tensor
 
 from timbre_methods.program import Part
+from timbre_server.operators.live_rows import LiveRows
 from timbre_server.operators.row_table import RowTable
 
 PartT = TypeVar("PartT", bound=Part)
+PreparedT = TypeVar("PreparedT")
+
+Members = Sequence[Sequence[PartT]]
+"""One adapter's parts of one kind, at each member of a group."""
 
 Uses = Sequence[Mapping[int, Sequence[PartT]]]
 """For each member of the group, in order: adapter slot -> that adapter's parts there, of one kind."""
@@ -137,3 +143,64 @@ class Operator(ABC, Generic[PartT]):
     @abstractmethod
     def bind(self, uses: Uses[PartT], table: RowTable) -> Bound:
         """Prepare the parts for a table. Parts are never modified and stay owned by their adapters."""
+
+    def prepared(self, members: Members[PartT]) -> Any:
+        """What `bind_prepared` takes of an adapter with such parts at a group."""
+        return members
+
+    def bind_prepared(self, adapters: Mapping[int, Any], table: RowTable) -> Bound:
+        """`bind`, of adapters by slot, in the order of the table's."""
+        return self.bind(uses_of(adapters), table)
+
+
+class PreparingOperator(Operator[PartT], Generic[PartT, PreparedT]):
+    """One that binds from what it has prepared."""
+
+    @abstractmethod
+    def prepared(self, members: Members[PartT]) -> PreparedT: ...
+
+    @abstractmethod
+    def bind_prepared(self, adapters: Mapping[int, PreparedT], table: RowTable) -> Bound: ...
+
+    def bind(self, uses: Uses[PartT], table: RowTable) -> Bound:
+        each = {slot: [own.get(slot, ()) for own in uses] for slot in table.slots}
+        return self.bind_prepared(
+            {slot: self.prepared(members) for slot, members in each.items() if any(members)}, table
+        )
+
+
+class Standing(ABC, Generic[PreparedT]):
+    """Adapters that come and go at one group, and what binds them to one table after another."""
+
+    @abstractmethod
+    def admit(self, slot: int, prepared: PreparedT) -> None: ...
+
+    @abstractmethod
+    def dismiss(self, slot: int) -> None:
+        """One that was admitted."""
+
+    @abstractmethod
+    def bound(self, table: RowTable) -> Bound:
+        """To a table of adapters among these. What it gave for another must not be run any more."""
+
+
+class StandingOperator(PreparingOperator[PartT, PreparedT]):
+    """One that need not begin anew when rows come and go."""
+
+    @abstractmethod
+    def standing(self, rows: LiveRows) -> Standing[PreparedT]:
+        """Of no adapter yet. ``rows``: those of all groups that run the same tables."""
+
+    def bind_prepared(self, adapters: Mapping[int, PreparedT], table: RowTable) -> Bound:
+        standing = self.standing(LiveRows())
+        for slot, prepared in adapters.items():
+            standing.admit(slot, prepared)
+        return standing.bound(table)
+
+
+def uses_of(adapters: Mapping[int, Members[PartT]]) -> Uses[PartT]:
+    num_members = len(next(iter(adapters.values())))
+    return [
+        {slot: members[member] for slot, members in adapters.items() if members[member]}
+        for member in range(num_members)
+    ]

@@ -79,7 +79,7 @@ class RowTable:
         """Equal signatures mean equal tables: what was prepared for one serves the other."""
         return self.spans
 
-    @property
+    @cached_property
     def slots(self) -> tuple[int, ...]:
         """The distinct adapter slots in use, in order of first appearance."""
         return tuple(dict.fromkeys(slot for span in self.spans for slot, _ in span.pairs))

@@ -1,24 +1,59 @@
-// y[row] += extra_gain x[row] + shift, for rows with gains of their own. x may be y.
+// y[row] += weight (extra_gain x[row] + shift), for adapters with gains and rows of their own. x may be y.
+#include <algorithm>
+
 #include "lanes.h"
 
 struct Gains {
-    int64_t row;
     const float *extra;  // [features]
     const float *shift;  // [features]; null: there is none.
 };
 
+// What the rows are that several uses change: these read copies of them, where they change what they read.
+static std::vector<const float *> inputs_of(
+    const std::vector<Use<Gains>> &uses, const float *x, int64_t features, bool are_changed, Scratch &copies
+) {
+    std::vector<int> times;
+    for (const auto &use : uses)
+        for (int64_t n = 0; n < use.rows->count; n++) {
+            const int64_t row = use.rows->rows[n];
+            if (row >= int64_t(times.size())) times.resize(row + 1);
+            times[row]++;
+        }
+    const auto is_copied = [&](int count) { return are_changed && count > 1; };
+    float *copy = copies.of(std::count_if(times.begin(), times.end(), is_copied) * features);
+    std::vector<const float *> found;
+    for (size_t row = 0; row < times.size(); row++) {
+        const float *own = x + row * features;
+        if (is_copied(times[row])) {
+            std::copy_n(own, features, copy);
+            found.push_back(copy);
+            copy += features;
+        } else {
+            found.push_back(own);
+        }
+    }
+    return found;
+}
+
 // x and y [T, features] are contiguous.
 extern "C" void timbre_diagonal(
-    const Gains *gains, int64_t count, const float *x, float *y, int64_t features, int threads
+    const Use<Gains> *all, int64_t count, const float *x, float *y, int64_t features, int threads
 ) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t n = 0; n < count; n++) {
-        const Gains &own = gains[n];
-        const float *from = x + own.row * features;
-        float *to = y + own.row * features;
-        if (own.shift == nullptr)
-            for (int64_t d = 0; d < features; d++) to[d] += own.extra[d] * from[d];
-        else
-            for (int64_t d = 0; d < features; d++) to[d] += own.extra[d] * from[d] + own.shift[d];
+    const auto uses = with_rows(all, count);
+    Scratch copies;
+    const auto inputs = inputs_of(uses, x, features, x == y, copies);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    for (const auto &use : uses) {
+        const Gains &gains = *use.part;
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < use.rows->count; n++) {
+            const int64_t row = use.rows->rows[n];
+            const float *from = inputs[row], weight = use.rows->weights[n];
+            float *to = y + row * features;
+            if (gains.shift == nullptr)
+                for (int64_t d = 0; d < features; d++) to[d] += weight * gains.extra[d] * from[d];
+            else
+                for (int64_t d = 0; d < features; d++) to[d] += weight * (gains.extra[d] * from[d] + gains.shift[d]);
+        }
     }
 }

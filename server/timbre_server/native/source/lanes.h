@@ -211,6 +211,20 @@ struct Rows {
     int64_t count;
 };
 
+// An adapter's part, and who uses it.
+template <typename Part> struct Use {
+    const Part *part;
+    const Rows *rows;
+};
+
+// Without those of nobody.
+template <typename Part> static inline std::vector<Use<Part>> with_rows(const Use<Part> *uses, int64_t count) {
+    std::vector<Use<Part>> found;
+    for (const Use<Part> *use = uses; use < uses + count; use++)
+        if (use->rows->count) found.push_back(*use);
+    return found;
+}
+
 // The share of `size` things that one of `count` threads has, in whole steps of `step`.
 struct Share {
     int64_t begin, end;

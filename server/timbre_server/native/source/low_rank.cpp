@@ -9,12 +9,13 @@
 
 #include "wide.h"
 
-struct LowRankUse {
+struct LowRank {
     Numbers a;  // [rank, in]
     Numbers b;  // [rank, out]
     int64_t rank;
-    Rows rows;
 };
+
+typedef Use<LowRank> LowRankUse;
 
 constexpr int ROWS = 4;  // Rows of one adapter that read its factors together.
 constexpr int SUMS = 8;  // That grow at once, where registers are wide: no addition waits for the last.
@@ -89,7 +90,7 @@ static void shrink(
     const Number *a[R];
     const X *v[N];
     for (int r = 0; r < R; r++) a[r] = factor + (rank + r) * in;
-    for (int n = 0; n < N; n++) v[n] = x + use.rows.rows[first + n] * in;
+    for (int n = 0; n < N; n++) v[n] = x + use.rows->rows[first + n] * in;
     int64_t i = 0;
     for (; i + STEP <= in; i += STEP)
         for (int r = 0; r < R; r++) {
@@ -100,7 +101,7 @@ static void shrink(
         for (int n = 0; n < N; n++) {
             float total = sums[r][n].total();
             for (int64_t j = i; j < in; j++) total = std::fma(value(a[r][j]), value(v[n][j]), total);
-            z[(first + n) * use.rank + rank + r] = total * use.rows.weights[first + n];
+            z[(first + n) * use.part->rank + rank + r] = total * use.rows->weights[first + n];
         }
 }
 
@@ -110,8 +111,8 @@ static void shrink_rows(
 ) {
     constexpr int R = (sizeof(X) < sizeof(float) ? SUMS : ROWS) / N;
     int64_t rank = 0;
-    for (; rank + R <= use.rank; rank += R) shrink<R, N>(use, a, first, rank, x, in, z, soon);
-    for (; rank < use.rank; rank++) shrink<1, N>(use, a, first, rank, x, in, z, soon);
+    for (; rank + R <= use.part->rank; rank += R) shrink<R, N>(use, a, first, rank, x, in, z, soon);
+    for (; rank < use.part->rank; rank++) shrink<1, N>(use, a, first, rank, x, in, z, soon);
 }
 
 // y[n, o] += b_o z_n for the outputs of a share and N rows.
@@ -120,10 +121,10 @@ static void expand_rows(
     const LowRankUse &use, const Number *b, int64_t first, const float *z, float *y, int64_t out, Share own,
     const Number *soon
 ) {
-    const int64_t rank = use.rank;
+    const int64_t rank = use.part->rank;
     const float *v = z + first * rank;
     float *to[N];
-    for (int n = 0; n < N; n++) to[n] = y + use.rows.rows[first + n] * out;
+    for (int n = 0; n < N; n++) to[n] = y + use.rows->rows[first + n] * out;
     int64_t o = own.begin;
     for (; o + STEP <= own.end; o += STEP) {
         Two sums[N] = {};
@@ -185,8 +186,8 @@ struct Input {
 static std::vector<float> prepared(const LowRankUse *uses, int64_t count, const Input &input) {
     int64_t rows = 0;
     for (int64_t u = 0; u < count; u++)
-        if (input.is_prepared(uses[u].a.format))
-            for (int64_t n = 0; n < uses[u].rows.count; n++) rows = std::max(rows, uses[u].rows.rows[n] + 1);
+        if (input.is_prepared(uses[u].part->a.format))
+            for (int64_t n = 0; n < uses[u].rows->count; n++) rows = std::max(rows, uses[u].rows->rows[n] + 1);
     const int64_t in = input.in;
     std::vector<float> found(rows * in);
     for (int64_t row = 0; row < rows; row++) {
@@ -200,21 +201,21 @@ static std::vector<float> prepared(const LowRankUse *uses, int64_t count, const 
 // z = A x of one adapter, of which `next` is the next A to be read.
 static void shrink_all(const LowRankUse &use, const Input &input, const float *made, float *z, const void *next) {
     const auto with = [&](auto a, auto x) {
-        in_blocks(use.rows.count, a, next, [&](auto n, int64_t row, auto soon) {
+        in_blocks(use.rows->count, a, next, [&](auto n, int64_t row, auto soon) {
             shrink_rows<n>(use, a, row, x, input.in, z, soon);
         });
     };
-    if (input.is_narrow() && use.a.format == BFLOAT16)
-        return with(static_cast<const BFloat16 *>(use.a.first), static_cast<const BFloat16 *>(input.x.first));
-    const float *x = input.is_prepared(use.a.format) ? made : static_cast<const float *>(input.x.first);
-    as_they_lie(use.a, [&](auto a) { with(a, x); });
+    if (input.is_narrow() && use.part->a.format == BFLOAT16)
+        return with(static_cast<const BFloat16 *>(use.part->a.first), static_cast<const BFloat16 *>(input.x.first));
+    const float *x = input.is_prepared(use.part->a.format) ? made : static_cast<const float *>(input.x.first);
+    as_they_lie(use.part->a, [&](auto a) { with(a, x); });
 }
 
 static void add_low_rank(
     const LowRankUse *uses, int64_t count, const Input &input, float *y, int64_t out, int threads
 ) {
     std::vector<int64_t> starts(count + 1, 0);
-    for (int64_t u = 0; u < count; u++) starts[u + 1] = starts[u] + uses[u].rows.count * uses[u].rank;
+    for (int64_t u = 0; u < count; u++) starts[u + 1] = starts[u] + uses[u].rows->count * uses[u].part->rank;
     std::vector<float> z(starts[count]);
     const std::vector<float> made = prepared(uses, count, input);
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -222,11 +223,11 @@ static void add_low_rank(
         const auto next = [&](int64_t u, int64_t after) -> const LowRankUse & { return uses[std::min(u + after, count - 1)]; };
 #pragma omp for schedule(dynamic, 1)
         for (int64_t u = 0; u < count; u++)
-            shrink_all(uses[u], input, made.data(), z.data() + starts[u], next(u, thread_count()).a.first);
+            shrink_all(uses[u], input, made.data(), z.data() + starts[u], next(u, thread_count()).part->a.first);
         const Share own = share(out, thread_number(), thread_count(), STEP);
         for (int64_t u = 0; u < count; u++)
-            as_they_lie(uses[u].b, [&](auto b) {
-                in_blocks(uses[u].rows.count, b, next(u, 1).b.first, [&](auto n, int64_t row, auto soon) {
+            as_they_lie(uses[u].part->b, [&](auto b) {
+                in_blocks(uses[u].rows->count, b, next(u, 1).part->b.first, [&](auto n, int64_t row, auto soon) {
                     expand_rows<n>(uses[u], b, row, z.data() + starts[u], y, out, own, soon);
                 });
             });
@@ -235,14 +236,16 @@ static void add_low_rank(
 
 // x [T, in] and y [T, out] are contiguous; x is of float32 or of bfloat16.
 extern "C" void timbre_low_rank(
-    const LowRankUse *uses, int64_t count, const void *x, int64_t format, int64_t in, float *y, int64_t out, int threads
+    const LowRankUse *all, int64_t count, const void *x, int64_t format, int64_t in, float *y, int64_t out, int threads
 ) {
-    add_low_rank(uses, count, {{x, format}, in}, y, out, threads);
+    const auto uses = with_rows(all, count);
+    add_low_rank(uses.data(), uses.size(), {{x, format}, in}, y, out, threads);
 }
 
 // An expert of low rank, and where the gates of its adapter's rows are.
 struct Expert {
-    LowRankUse use;
+    LowRank part;
+    Rows rows;
     int64_t adapter;
     int64_t column;
 };
@@ -258,23 +261,24 @@ extern "C" void timbre_low_rank_experts(
     int threads
 ) {
     int64_t size = 0;
-    for (int64_t e = 0; e < count; e++) size += experts[e].use.rows.count;
+    for (int64_t e = 0; e < count; e++) size += experts[e].rows.count;
     std::vector<int64_t> rows(size);
     std::vector<float> weights(size);
+    std::vector<Rows> kept_rows(count);
     std::vector<LowRankUse> kept;
     int64_t end = 0;
     for (int64_t e = 0; e < count; e++) {
-        const LowRankUse &use = experts[e].use;
+        const Rows &all = experts[e].rows;
         const Gates &own = gates[experts[e].adapter];
         const int64_t begin = end;
-        for (int64_t n = 0; n < use.rows.count; n++) {
+        for (int64_t n = 0; n < all.count; n++) {
             const float gate = own.values[n * own.columns + experts[e].column];
             if (gate == 0) continue;
-            rows[end] = use.rows.rows[n];
-            weights[end++] = gate * use.rows.weights[n];
+            rows[end] = all.rows[n];
+            weights[end++] = gate * all.weights[n];
         }
-        if (end > begin)
-            kept.push_back({use.a, use.b, use.rank, {rows.data() + begin, weights.data() + begin, end - begin}});
+        kept_rows[e] = {rows.data() + begin, weights.data() + begin, end - begin};
+        if (end > begin) kept.push_back({&experts[e].part, &kept_rows[e]});
     }
     add_low_rank(kept.data(), kept.size(), {{x, FLOAT32}, in}, y, out, threads);
 }

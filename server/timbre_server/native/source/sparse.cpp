@@ -11,12 +11,11 @@
 
 #include "lanes.h"
 
-struct SlicesUse {
+struct Slices {
     const uint16_t *ranks;  // [out], of each output among all slices' outputs
     const uint16_t *lengths;  // [slices], in steps
     const uint16_t *columns;  // [steps of all slices, LANES]
     Numbers values;  // like columns
-    Rows rows;
 };
 
 constexpr int VECTORS = 4;  // Of rows side by side, of which all sums stay in registers.
@@ -28,13 +27,13 @@ struct Place {
 };
 
 // Where the share of a thread begins, of shares with about as many steps; the last one's end has no step.
-static Place place_of(const SlicesUse &use, int64_t slices, int thread, int threads) {
+static Place place_of(const Slices &matrix, int64_t slices, int thread, int threads) {
     if (thread == 0) return {0, 0};
     if (thread == threads) return {slices, 0};
     int64_t total = 0;
-    for (int64_t s = 0; s < slices; s++) total += use.lengths[s];
+    for (int64_t s = 0; s < slices; s++) total += matrix.lengths[s];
     Place place = {0, 0};
-    while (place.slice < slices && place.step < total * thread / threads) place.step += use.lengths[place.slice++];
+    while (place.slice < slices && place.step < total * thread / threads) place.step += matrix.lengths[place.slice++];
     return place;
 }
 
@@ -72,21 +71,21 @@ static inline Lanes own_lanes(const Lanes sums[LANES]) {
 // meanwhile; where it has fewer, that does nothing.
 template <typename Number>
 static void multiply_row(
-    const SlicesUse &use, const SlicesUse &next, const Number *values, Place begin, Place end, const float *v,
+    const Slices &matrix, const Slices &next, const Number *values, Place begin, Place end, const float *v,
     float weight, float *sums
 ) {
-    const uint16_t *columns = use.columns + begin.step * LANES;
+    const uint16_t *columns = matrix.columns + begin.step * LANES;
     values += begin.step * LANES;
-    int64_t to_values = intptr_t(next.values.first) - intptr_t(use.values.first);
-    int64_t to_columns = intptr_t(next.columns) - intptr_t(use.columns);
+    int64_t to_values = intptr_t(next.values.first) - intptr_t(matrix.values.first);
+    int64_t to_columns = intptr_t(next.columns) - intptr_t(matrix.columns);
     const auto bring = [&] {
         __builtin_prefetch((const char *)values + to_values, 0, 2);
         __builtin_prefetch((const char *)columns + to_columns, 0, 2);
     };
     asm("" : "+r"(v), "+r"(to_values), "+r"(to_columns));  // The compiler would make them anew at each step.
     sums += begin.slice * LANES;
-    const uint16_t *const last = use.lengths + end.slice;
-    for (const uint16_t *length = use.lengths + begin.slice; length < last; length++, sums += LANES) {
+    const uint16_t *const last = matrix.lengths + end.slice;
+    for (const uint16_t *length = matrix.lengths + begin.slice; length < last; length++, sums += LANES) {
         Lanes totals[LANES] = {};
         int64_t left = *length;
         for (; left >= 2; left -= 2, values += 2 * LANES, columns += 2 * LANES) {
@@ -103,28 +102,28 @@ static void multiply_row(
     }
 }
 
-static void add_row(const SlicesUse &use, const SlicesUse &next, const float *sums, float *to, Share own) {
+static void add_row(const Slices &matrix, const Slices &next, const float *sums, float *to, Share own) {
     int64_t o = own.begin;
     for (; o + LANES <= own.end; o += LANES) {
         __builtin_prefetch(next.ranks + o, 0, 2);
-        const uint16_t *r = use.ranks + o;
+        const uint16_t *r = matrix.ranks + o;
         Lanes found;
         for (int j = 0; j < LANES; j++) found[j] = sums[r[j]];
         store(to + o, load(to + o) + found);
     }
-    for (; o < own.end; o++) to[o] += sums[use.ranks[o]];
+    for (; o < own.end; o++) to[o] += sums[matrix.ranks[o]];
 }
 
 // sums [outputs in the order of slices, V LANES] = S v of as many rows, which lie side by side.
 template <int V, typename Number>
 static void multiply_rows(
-    const SlicesUse &use, const Number *values, Place begin, Place end, const float *lanes, float *sums
+    const Slices &matrix, const Number *values, Place begin, Place end, const float *lanes, float *sums
 ) {
-    const uint16_t *columns = use.columns + begin.step * LANES;
+    const uint16_t *columns = matrix.columns + begin.step * LANES;
     values += begin.step * LANES;
     sums += begin.slice * LANES * V * LANES;
     for (int64_t s = begin.slice; s < end.slice; s++) {
-        const int64_t count = use.lengths[s] * LANES;
+        const int64_t count = matrix.lengths[s] * LANES;
         for (int j = 0; j < LANES; j++, sums += V * LANES) {
             Lanes totals[V] = {};
             for (int64_t k = j; k < count; k += LANES) {
@@ -140,11 +139,11 @@ static void multiply_rows(
 
 // Eight rows of y at a time: lines of more would drive each other out of the cache.
 template <int V>
-static void add_rows(const SlicesUse &use, const Rows &rows, const float *sums, float *y, int64_t out, Share own) {
+static void add_rows(const Slices &matrix, const Rows &rows, const float *sums, float *y, int64_t out, Share own) {
     for (int v = 0; v < V; v++, sums += LANES) {
         const Lanes scale = load(rows.weights + v * LANES);
         const int64_t *to = rows.rows + v * LANES;
-        const auto of = [&](int64_t o) { return load(sums + use.ranks[o] * V * LANES) * scale; };
+        const auto of = [&](int64_t o) { return load(sums + matrix.ranks[o] * V * LANES) * scale; };
         int64_t o = own.begin;
         for (; o + LANES <= own.end; o += LANES) {
             Lanes block[LANES];
@@ -157,21 +156,21 @@ static void add_rows(const SlicesUse &use, const Rows &rows, const float *sums, 
     }
 }
 
-// Rows of one adapter that read its entries together, and the use after it.
+// Rows of one adapter that read its entries together, and what is read after them.
 struct Block {
-    const SlicesUse *use, *next;
+    const Slices *own, *next;
     Rows rows;
 };
 
-static std::vector<Block> blocks_of(const SlicesUse *uses, int64_t count) {
+static std::vector<Block> blocks_of(const std::vector<Use<Slices>> &uses) {
     std::vector<Block> blocks;
-    for (int64_t u = 0; u < count; u++) {
-        const Rows &rows = uses[u].rows;
+    for (size_t u = 0; u < uses.size(); u++) {
+        const Rows &rows = *uses[u].rows;
         for (int64_t row = 0, width; row < rows.count; row += width) {
             const int64_t left = rows.count - row;
             width = left >= MOST_ROWS ? MOST_ROWS : left >= LANES ? LANES : 1;
             const Rows own = {rows.rows + row, rows.weights + row, width};
-            blocks.push_back({uses + u, uses + std::min(u + 1, count - 1), own});
+            blocks.push_back({uses[u].part, uses[std::min(u + 1, uses.size() - 1)].part, own});
         }
     }
     return blocks;
@@ -208,40 +207,40 @@ struct Worker {
     Scratch scratch;
 
     void multiply(const Block &block, float *sums) {
-        const SlicesUse &use = *block.use;
+        const Slices &matrix = *block.own;
         const int64_t slices = (out + LANES - 1) / LANES, width = block.rows.count;
-        const Place begin = place_of(use, slices, thread, threads), end = place_of(use, slices, thread + 1, threads);
+        const Place begin = place_of(matrix, slices, thread, threads), end = place_of(matrix, slices, thread + 1, threads);
         float *lanes = width == 1 ? nullptr : scratch.of(in * width);
         for (int64_t n = 0; lanes && n < width; n += LANES)
             side_by_side(x, in, block.rows.rows + n, LANES, lanes + n, width);
-        as_they_lie(use.values, [&](auto values) {
+        as_they_lie(matrix.values, [&](auto values) {
             if (width == 1)
                 multiply_row(
-                    use, *block.next, values, begin, end, x + block.rows.rows[0] * in, block.rows.weights[0], sums
+                    matrix, *block.next, values, begin, end, x + block.rows.rows[0] * in, block.rows.weights[0], sums
                 );
             else if (width == LANES)
-                multiply_rows<1>(use, values, begin, end, lanes, sums);
+                multiply_rows<1>(matrix, values, begin, end, lanes, sums);
             else
-                multiply_rows<VECTORS>(use, values, begin, end, lanes, sums);
+                multiply_rows<VECTORS>(matrix, values, begin, end, lanes, sums);
         });
     }
 
     void add(const Block &block, const float *sums) const {
         const Share own = share(out, thread, threads, LANES);
         if (block.rows.count == 1)
-            add_row(*block.use, *block.next, sums, y + block.rows.rows[0] * out, own);
+            add_row(*block.own, *block.next, sums, y + block.rows.rows[0] * out, own);
         else if (block.rows.count == LANES)
-            add_rows<1>(*block.use, block.rows, sums, y, out, own);
+            add_rows<1>(*block.own, block.rows, sums, y, out, own);
         else
-            add_rows<VECTORS>(*block.use, block.rows, sums, y, out, own);
+            add_rows<VECTORS>(*block.own, block.rows, sums, y, out, own);
     }
 };
 
 // x [T, in] and y [T, out] are contiguous.
 extern "C" void timbre_sparse(
-    const SlicesUse *uses, int64_t count, const float *x, int64_t in, float *y, int64_t out, int threads
+    const Use<Slices> *uses, int64_t count, const float *x, int64_t in, float *y, int64_t out, int threads
 ) {
-    const std::vector<Block> blocks = blocks_of(uses, count);
+    const std::vector<Block> blocks = blocks_of(with_rows(uses, count));
     const auto size = [out](const Block &block) { return (out + LANES - 1) / LANES * LANES * block.rows.count; };
     if (threads == 1) {
         Worker worker = {x, in, y, out, 0, 1, {}};

@@ -2,6 +2,7 @@
 //
 // Rows lie side by side in every step, in the narrowest register that has room for a group of them; S is real
 // between the parts of half spectra.
+#include <algorithm>
 #include <utility>
 
 #include "fourier.h"
@@ -11,8 +12,8 @@ constexpr int64_t AHEAD = 64;  // Entries' values that are on their way from mem
 
 // Rows with equal values share them; others have theirs side by side.
 struct SpectralRows {
-    int64_t rows[MOST_ROWS];
-    int64_t count;
+    int64_t rows[MOST_ROWS];  // Of each lane; -1: there is none.
+    int64_t count;  // Of lanes.
 };
 
 struct SpectralCore {
@@ -67,11 +68,11 @@ template <typename Visit> static inline void in_registers(int64_t count, Visit v
     else visit(Lanes{});
 }
 
-// lanes [in, side]; zeros where there is no row.
+// lanes [in, side]; where there is no row, what nobody reads.
 template <typename V, typename Number>
 static void put_side_by_side(const Number *x, int64_t in, const SpectralRows &own, float *lanes) {
     const Number *from[MOST_ROWS];
-    for (int64_t n = 0; n < own.count; n++) from[n] = x + own.rows[n] * in;
+    for (int64_t n = 0; n < own.count; n++) from[n] = x + std::max(own.rows[n], int64_t(0)) * in;
     int64_t i = 0;
     for (; i + LANES <= in; i += LANES)
         for (int64_t first = 0; first < SIDE<V>; first += LANES) {
@@ -115,6 +116,17 @@ extern "C" void timbre_spectra(const SpectralSource *source, const void *x, int6
     else spectra_of(*source, static_cast<const float *>(x), z, threads);
 }
 
+// lanes [count, side]: in each lane that has a source its values, in an order of their places; others stay.
+extern "C" void timbre_spectral_values(
+    const float *const *sources, int64_t side, const int64_t *order, int64_t count, float *lanes, int
+) {
+    int64_t own[MOST_ROWS], num_own = 0;
+    for (int64_t n = 0; n < side; n++)
+        if (sources[n]) own[num_own++] = n;
+    for (int64_t k = 0; k < count; k++)
+        for (int64_t i = 0; i < num_own; i++) lanes[k * side + own[i]] = sources[own[i]][order[k]];
+}
+
 template <bool SHARED, typename V>
 static void apply_core(const SpectralPattern &pattern, const float *values, const Complex<V> *z, Complex<V> *h) {
     const SpectralEntry *entry = pattern.entries;
@@ -143,21 +155,25 @@ static void apply_core(const SpectralPattern &pattern, const float *values, cons
 template <typename V>
 static void add_to_rows(const float *lanes, int64_t out, const SpectralRows &own, float *y) {
     float *to[MOST_ROWS];
-    for (int64_t n = 0; n < own.count; n++) to[n] = y + own.rows[n] * out;
+    for (int64_t n = 0; n < own.count; n++) to[n] = own.rows[n] < 0 ? nullptr : y + own.rows[n] * out;
     int64_t o = 0;
     for (; o + LANES <= out; o += LANES)
         for (int64_t first = 0; first < own.count; first += LANES) {
             Lanes block[LANES];
             for (int j = 0; j < LANES; j++) block[j] = load(lanes + (o + j) * SIDE<V> + first);
             transpose(block);
-            const auto add = [&](int64_t n) { store(to[first + n] + o, load(to[first + n] + o) + block[n]); };
+            const auto add = [&](int64_t n) {
+                float *row = to[first + n];
+                if (row) store(row + o, load(row + o) + block[n]);
+            };
             if (own.count - first >= LANES)
                 for (int n = 0; n < LANES; n++) add(n);
             else
                 for (int n = 0; first + n < own.count; n++) add(n);
         }
     for (; o < out; o++)
-        for (int64_t n = 0; n < own.count; n++) to[n][o] += lanes[o * SIDE<V> + n];
+        for (int64_t n = 0; n < own.count; n++)
+            if (to[n]) to[n][o] += lanes[o * SIDE<V> + n];
 }
 
 // y [T, 2 m] is contiguous; z is what `timbre_spectra` made for the same groups.

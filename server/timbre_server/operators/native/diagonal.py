@@ -1,73 +1,100 @@
-"""`Diagonal` in C++: a row's gain and shift are read where those of its mix lie.
+"""`Diagonal` in C++: gains and shifts are read where an adapter's lie.
 
-Legend: T rows of the batch, N rows that have a gain, D features (in or out).
+Legend: T rows of the batch, D features (in or out).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Literal
 
-import torch
 from torch import Tensor
 
 from timbre_methods.program import Diagonal
-from timbre_server.native.library import ADDRESS, NUMBER, kernel, num_threads
-from timbre_server.operators.contract import Adds, Bound, Change, Uses
-from timbre_server.operators.diagonal import BoundDiagonal, DiagonalOperator, Gains, gains_of
-from timbre_server.operators.native.uses import KernelChange
+from timbre_server.native.library import ADDRESS, NUMBER, kernel
+from timbre_server.operators.contract import Adds, Bound, Change, Members, Standing, StandingOperator
+from timbre_server.operators.diagonal import DiagonalOperator
+from timbre_server.operators.live_rows import LiveRows
+from timbre_server.operators.native.uses import KernelChange, Prepared, PreparedParts, Uses
 from timbre_server.operators.row_table import RowTable
 
+_Side = Literal["input", "output"]
 
-class NativeDiagonal(DiagonalOperator):
+
+class NativeDiagonal(StandingOperator[Diagonal, dict[_Side, PreparedParts]], DiagonalOperator):
     """`DiagonalOperator` by ``diagonal.cpp``."""
 
-    def bind(self, uses: Uses[Diagonal], table: RowTable) -> Bound:
-        def kernels_of(side: str) -> list[_GainsKernel | None]:
-            each = [gains_of(parts, side, table) for parts in uses]
-            return [None if gains is None else _GainsKernel(gains, table) for gains in each]
+    def prepared(self, members: Members[Diagonal]) -> dict[_Side, PreparedParts]:
+        return {
+            side: PreparedParts([[_prepared(part) for part in own if part.side == side] for own in members])
+            for side in {part.side for own in members for part in own}
+        }
 
-        return _BoundGains(kernels_of("input"), kernels_of("output"))
+    def standing(self, rows: LiveRows) -> Standing[dict[_Side, PreparedParts]]:
+        return _BoundGains(rows)
+
+
+def _prepared(part: Diagonal) -> Prepared:
+    """As ``Gains`` of ``diagonal.cpp``."""
+    extra_gain_D = part.gain - 1
+    shift_D = None if part.shift is None else part.shift.contiguous()
+    fields = extra_gain_D.data_ptr(), 0 if shift_D is None else shift_D.data_ptr()
+    size = extra_gain_D.shape[0]
+    return Prepared(fields, (size, size), size, (extra_gain_D, shift_D))
 
 
 class _GainsKernel:
-    """The gains at one side of one member: both its `GainChanges` and what they are added by, a `Kernel`."""
+    """The gains at one side of one member: what their changes are added by, a `Kernel`."""
 
-    def __init__(self, gains: Gains, table: RowTable) -> None:
-        self._held = gains
-        self.rows_N = torch.arange(table.num_rows) if gains.rows_N is None else gains.rows_N
-        self.out_features = gains.extra_gain_MD.shape[1]
-        extra_N, shift_N = (
-            _addresses(values, gains.mix_N) for values in (gains.extra_gain_MD, gains.shift_MD)
-        )
-        self._rows_N3 = torch.stack([self.rows_N, extra_N, shift_N], 1)
-        """``Gains`` of ``diagonal.cpp``."""
-        self._begin = self._rows_N3.data_ptr(), len(self._rows_N3)
-        self._work = self._rows_N3.shape[0] * self.out_features
+    def __init__(self, features: int, rows: LiveRows) -> None:
+        self.out_features = features
+        self.uses = Uses(rows)
         self._run = kernel("timbre_diagonal", ADDRESS, NUMBER, ADDRESS, ADDRESS, NUMBER)
+
+    @property
+    def rows_N(self) -> Tensor:  # noqa: N802
+        return self.uses.rows_N
 
     def change(self, v_TD: Tensor) -> Change:
         return KernelChange(self, v_TD.float().contiguous(), len(v_TD))
 
     def add(self, source: Tensor, y_TO: Tensor) -> None:
         """``y_TO`` may be the source itself."""
-        threads = num_threads(self._work)
-        self._run(*self._begin, source.data_ptr(), y_TO.data_ptr(), self.out_features, threads)
+        threads = self.uses.num_threads()
+        self._run(*self.uses.begin, source.data_ptr(), y_TO.data_ptr(), self.out_features, threads)
 
 
-class _BoundGains(BoundDiagonal):
-    def __init__(self, inputs: Sequence[_GainsKernel | None], outputs: Sequence[_GainsKernel | None]) -> None:
-        super().__init__(inputs, outputs)
-        self._adds = [
-            Adds(None if before is None else before.add, None if after is None else after.add)
-            for before, after in zip(inputs, outputs, strict=True)
-        ]
+class _BoundGains(Bound, Standing[dict[_Side, PreparedParts]]):
+    def __init__(self, rows: LiveRows) -> None:
+        self._rows = rows
+        self._kernels: dict[tuple[int, _Side], _GainsKernel] = {}
+
+    def admit(self, slot: int, prepared: dict[_Side, PreparedParts]) -> None:
+        for side, parts in prepared.items():
+            for member, own in parts.members.items():
+                if (member, side) not in self._kernels:
+                    self._kernels[member, side] = _GainsKernel(own.shape[0], self._rows)
+                self._kernels[member, side].uses.admit(slot, own)
+
+    def dismiss(self, slot: int) -> None:
+        for own in self._kernels.values():
+            own.uses.dismiss(slot)
+
+    def bound(self, table: RowTable) -> Bound:
+        self._rows.show(table)
+        return self
+
+    @property
+    def reads_input_alone(self) -> bool:
+        return False
+
+    def input_change(self, member: int, x_TI: Tensor) -> Change | None:
+        own = self._kernels.get((member, "input"))
+        return None if own is None else own.change(x_TI)
+
+    def output_change(self, member: int, y_TO: Tensor) -> Change | None:
+        own = self._kernels.get((member, "output"))
+        return None if own is None else own.change(y_TO)
 
     def adds(self, member: int) -> Adds:
-        return self._adds[member]
-
-
-def _addresses(values_MD: Tensor | None, rows_N: Tensor) -> Tensor:
-    """Of these rows; zeros where there are none."""
-    if values_MD is None:
-        return torch.zeros_like(rows_N)
-    return rows_N * (values_MD.shape[1] * values_MD.itemsize) + values_MD.data_ptr()
+        before, after = self._kernels.get((member, "input")), self._kernels.get((member, "output"))
+        return Adds(None if before is None else before.add, None if after is None else after.add)

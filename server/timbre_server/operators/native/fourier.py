@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -23,16 +23,7 @@ def most_lanes() -> int:
     return int(library().timbre_spectral_rows())
 
 
-class Rows(ctypes.Structure):
-    """``SpectralRows`` of ``spectral.cpp``."""
-
-    _fields_ = [("rows", ctypes.c_int64 * MOST_ROWS), ("count", ctypes.c_int64)]
-
-    @staticmethod
-    def of(rows: Sequence[int]) -> Rows:
-        return Rows((ctypes.c_int64 * MOST_ROWS)(*rows), len(rows))
-
-
+@cache
 def factors_of(length: int) -> list[int] | None:
     """Of half a length; None where it is odd, or has a factor that is not known."""
     if length % 2:

@@ -14,13 +14,13 @@ from torch import Tensor
 from timbre_methods.program import LowRank
 from timbre_server.native.library import ADDRESS, NUMBER, kernel, num_threads
 from timbre_server.operators.contract import Change, Uses
+from timbre_server.operators.live_rows import rows_fields
 from timbre_server.operators.low_rank import BoundGated, Gating
 from timbre_server.operators.native.uses import (
     Fields,
     KernelChange,
     address_of,
     low_rank_fields,
-    rows_fields,
     rows_of,
     structures,
 )
@@ -82,7 +82,7 @@ class _Member:
         self._held = tuple(experts)
         self.out_features, self._in_features = experts[0].b_RO.shape[1], experts[0].a_RI.shape[1]
         self._experts = structures(  # ``Expert`` of ``low_rank.cpp``.
-            [(*low_rank_fields(e.a_RI, e.b_RO, rows[e.adapter]), e.adapter, e.column) for e in experts]
+            [(*low_rank_fields(e.a_RI, e.b_RO), *rows[e.adapter], e.adapter, e.column) for e in experts]
         )
         segments = {e.segment.slot: e.segment for e in experts}
         kept = {slot: gating.num_kept[slot] / gating.num_columns[slot] for slot in segments}

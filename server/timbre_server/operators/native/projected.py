@@ -22,11 +22,11 @@ from timbre_methods.program import Projected
 from timbre_server.native.library import ADDRESS, NUMBER, kernel, num_threads
 from timbre_server.operators.contract import Bound, Uses
 from timbre_server.operators.joined_sums import JoinedSums
+from timbre_server.operators.live_rows import rows_fields
 from timbre_server.operators.native.uses import (
     BoundKernels,
     Fields,
     address_of,
-    rows_fields,
     rows_of,
     structures,
 )

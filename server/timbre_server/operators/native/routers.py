@@ -14,7 +14,8 @@ from torch import Tensor
 
 from timbre_methods.routing import Router, Rule
 from timbre_server.native.library import ADDRESS, NUMBER, kernel, num_threads
-from timbre_server.operators.native.uses import Fields, address_of, rows_fields, structures
+from timbre_server.operators.live_rows import rows_fields
+from timbre_server.operators.native.uses import Fields, address_of, structures
 from timbre_server.operators.router import Routers, router_gates
 from timbre_server.operators.row_table import RowTable, Segment, Span
 

@@ -5,43 +5,30 @@ Legend: T rows of the batch, I in, O out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
 from timbre_methods.sliced_ellpack import SlicedEllpack
-from timbre_server.operators.contract import Bound, Uses
+from timbre_server.operators.contract import Members, Standing, StandingOperator
+from timbre_server.operators.live_rows import LiveRows
 from timbre_server.operators.native.uses import (
-    BoundKernels,
-    Fields,
-    InputKernel,
+    BoundInputKernels,
+    Prepared,
+    PreparedParts,
     numbers_fields,
-    rows_fields,
 )
-from timbre_server.operators.row_table import RowTable, Segment
 from timbre_server.operators.sliced_ellpack import SlicedEllpackOperator
 
 
-class NativeSlicedEllpack(SlicedEllpackOperator):
+class NativeSlicedEllpack(StandingOperator[SlicedEllpack, PreparedParts], SlicedEllpackOperator):
     """`SlicedEllpackOperator` by ``sparse.cpp``."""
 
-    def bind(self, uses: Uses[SlicedEllpack], table: RowTable) -> Bound:
-        return BoundKernels([_kernel(parts_by_slot, table) for parts_by_slot in uses])
+    def prepared(self, members: Members[SlicedEllpack]) -> PreparedParts:
+        return PreparedParts([[_prepared(part) for part in own] for own in members])
+
+    def standing(self, rows: LiveRows) -> Standing[PreparedParts]:
+        return BoundInputKernels("timbre_sparse", rows)
 
 
-def _kernel(parts_by_slot: Mapping[int, Sequence[SlicedEllpack]], table: RowTable) -> InputKernel | None:
-    held = [(segment, part) for segment in table.segments for part in parts_by_slot.get(segment.slot, ())]
-    if not held:
-        return None
-    _, first = held[0]
-    uses = [_fields(part, segment) for segment, part in held]
-    work = sum(len(segment.rows_N) * part.values_KC.numel() for segment, part in held)
-    return InputKernel("timbre_sparse", uses, held, (len(first.ranks_O), first.in_features), work)
-
-
-def _fields(part: SlicedEllpack, segment: Segment) -> Fields:
-    """``SlicesUse`` of ``sparse.cpp``; a part's tensors are contiguous."""
+def _prepared(part: SlicedEllpack) -> Prepared:
+    """As ``Slices`` of ``sparse.cpp``; a part's tensors are contiguous."""
     numbers = part.ranks_O, part.lengths_S, part.columns_KC
-    return (
-        *(tensor.data_ptr() for tensor in numbers),
-        *numbers_fields(part.values_KC),
-        *rows_fields(segment),
-    )
+    fields = (*(tensor.data_ptr() for tensor in numbers), *numbers_fields(part.values_KC))
+    return Prepared(fields, (part.ranks_O.shape[0], part.in_features), part.values_KC.numel(), part)

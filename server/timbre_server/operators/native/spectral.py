@@ -11,8 +11,7 @@ spectrum, L rows side by side.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,10 +19,11 @@ from torch import Tensor
 
 from timbre_methods.program import Places, Spectral
 from timbre_server.native.library import ADDRESS, NUMBER, kernel, num_threads
-from timbre_server.operators.contract import Bound, Uses
-from timbre_server.operators.native.fourier import MOST_ROWS, NARROW, Plan, Rows, factors_of, most_lanes
+from timbre_server.operators.contract import Bound, Members, Standing, StandingOperator, uses_of
+from timbre_server.operators.live_rows import LiveRows
+from timbre_server.operators.native.fourier import Plan, factors_of, most_lanes
+from timbre_server.operators.native.lanes import Batch, Group, LaneValues, sum_of_mix
 from timbre_server.operators.native.uses import BoundKernels, address_of, structures
-from timbre_server.operators.pooling import PoolRoom
 from timbre_server.operators.row_table import Pairs, RowTable
 from timbre_server.operators.spectral import SpectralOperator
 from timbre_server.operators.transforms import Transform
@@ -32,43 +32,67 @@ ROW_BYTES = 8
 """Of a coefficient in a row's copy: its value, and as much for places beside it where no row is."""
 
 
-class NativeSpectral(SpectralOperator):
+class _Prepared:
+    """One adapter's parts at a group of layers."""
+
+    def __init__(self, members: Members[Spectral]) -> None:
+        self.members = members
+        self.places = [_only_places(own) for own in members]
+        """Of each member; None where it has none, or is not served."""
+        pairs = list(zip(self.places, members, strict=True))
+        self.is_served = all(places is not None for places, own in pairs if own)
+        self.values = [None if places is None else _sum(own) for places, own in pairs]
+
+
+def _only_places(parts: Sequence[Spectral]) -> Places | None:
+    """Those that all parts have in common, where they are served."""
+    found = {part.places for part in parts}
+    return next(iter(found)) if len(found) == 1 and all(map(_is_served, found)) else None
+
+
+def _is_served(places: Places) -> bool:
+    lengths = (places.in_features, places.out_features)
+    return places.transform == "dft" and all(factors_of(length) is not None for length in lengths)
+
+
+def _sum(parts: Sequence[Spectral]) -> Tensor:
+    if len(parts) == 1:
+        return parts[0].c_N.contiguous()
+    return torch.stack([part.c_N for part in parts]).sum(0)
+
+
+class NativeSpectral(StandingOperator[Spectral, _Prepared], SpectralOperator):
     """`SpectralOperator` by ``spectral.cpp``."""
 
     def __init__(self) -> None:
         super().__init__()
         self._plans: dict[int, Plan] = {}
         self._native_patterns: WeakKeyDictionary[Places, _Pattern] = WeakKeyDictionary()
-        self._batches: WeakKeyDictionary[RowTable, dict[tuple[frozenset[int], int], _Batch]]
+        self._batches: WeakKeyDictionary[RowTable, dict[tuple[frozenset[int], int], Batch]]
         self._batches = WeakKeyDictionary()
         """By what they follow from: most groups of layers have the same."""
+        self._seats: dict[int, Sequence[Pairs]] = {}
+        """The last ones, by the bytes of a row."""
 
-    def bind(self, uses: Uses[Spectral], table: RowTable) -> Bound:
-        places = [_only_places(parts_by_slot) for parts_by_slot in uses]
-        known = [each for each in places if each is not None]
-        served = all(own is not None for own, parts in zip(places, uses, strict=True) if parts)
-        if table.is_gated or not served or not all(map(_is_served, known)):
-            return super().bind(uses, table)
-        bytes_per_row = sum(ROW_BYTES * each.rows_N.numel() for each in known)
-        slots = frozenset(slot for parts_by_slot in uses for slot in parts_by_slot)
-        batches = self._batches.setdefault(table, {})
-        if (slots, bytes_per_row) not in batches:
-            batches[slots, bytes_per_row] = _Batch.of(table, slots, bytes_per_row)
-        batch = batches[slots, bytes_per_row]
-        members = [
-            None
-            if own is None
-            else _Member(batch, parts, self._plan(own.out_features), self._native_pattern(own))
-            for own, parts in zip(places, uses, strict=True)
-        ]
-        return _BoundSpectral(batch, self._plan(known[0].in_features), members)
+    def prepared(self, members: Members[Spectral]) -> _Prepared:
+        return _Prepared(members)
 
-    def _plan(self, length: int) -> Plan:
+    def standing(self, rows: LiveRows) -> Standing[_Prepared]:
+        return _StandingSpectral(self)
+
+    def batch(self, table: RowTable, slots: frozenset[int], bytes_per_row: int) -> Batch:
+        known = self._batches.setdefault(table, {})
+        if (slots, bytes_per_row) not in known:
+            found = Batch.of(table, slots, bytes_per_row, self._seats.get(bytes_per_row, ()))
+            known[slots, bytes_per_row], self._seats[bytes_per_row] = found, found.seats
+        return known[slots, bytes_per_row]
+
+    def plan(self, length: int) -> Plan:
         if length not in self._plans:
             self._plans[length] = Plan(length)
         return self._plans[length]
 
-    def _native_pattern(self, places: Places) -> _Pattern:
+    def native_pattern(self, places: Places) -> _Pattern:
         """Kept as long as the object of places."""
         if places not in self._native_patterns:
             cpu = torch.device("cpu")
@@ -79,59 +103,68 @@ class NativeSpectral(SpectralOperator):
         return self._native_patterns[places]
 
 
-def _only_places(parts_by_slot: Mapping[int, Sequence[Spectral]]) -> Places | None:
-    """Those that all parts have in common."""
-    found = {part.places for parts in parts_by_slot.values() for part in parts}
-    return found.pop() if len(found) == 1 else None
+class _StandingSpectral(Standing[_Prepared]):
+    """At one group."""
 
+    def __init__(self, operator: NativeSpectral) -> None:
+        self._operator = operator
+        self._adapters: dict[int, _Prepared] = {}
+        self._values: dict[tuple[int, int], LaneValues] = {}
+        """By member and seats, of the table that was bound last."""
 
-def _is_served(places: Places) -> bool:
-    lengths = (places.in_features, places.out_features)
-    return places.transform == "dft" and all(factors_of(length) is not None for length in lengths)
+    def admit(self, slot: int, prepared: _Prepared) -> None:
+        self._adapters[slot] = prepared
 
+    def dismiss(self, slot: int) -> None:
+        del self._adapters[slot]
+        for values in self._values.values():
+            values.forget(slot)
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Batch:
-    """Rows in groups that one register holds. Those of a group all have one mix, or each its own."""
+    def bound(self, table: RowTable) -> Bound:
+        operator = self._operator
+        adapters = {slot: self._adapters[slot] for slot in table.slots if slot in self._adapters}
+        of_members = zip(*(prepared.places for prepared in adapters.values()), strict=True)
+        found = [set(each) - {None} for each in of_members]
+        served = all(prepared.is_served for prepared in adapters.values())
+        if table.is_gated or not served or any(len(each) > 1 for each in found):
+            uses = uses_of({slot: prepared.members for slot, prepared in adapters.items()})
+            return SpectralOperator.bind(operator, uses, table)
+        places = {member: each.pop() for member, each in enumerate(found) if each}
+        bytes_per_row = sum(ROW_BYTES * own.rows_N.numel() for own in places.values() if own is not None)
+        batch = operator.batch(table, frozenset(adapters), bytes_per_row)
+        before, self._values = self._values, {}
+        members = [
+            self._member(member, places[member], batch, adapters, before) if member in places else None
+            for member in range(len(found))
+        ]
+        return _BoundSpectral(batch, operator.plan(next(iter(places.values())).in_features), members)
 
-    groups: ctypes.Array[Rows]
-    mixes: tuple[tuple[Pairs, ...], ...]
-    """Of each group: the one of all its rows, or one a row."""
-    rows_U: Tensor
-    num_rows: int
+    def _member(
+        self,
+        member: int,
+        places: Places,
+        batch: Batch,
+        adapters: Mapping[int, _Prepared],
+        before: Mapping[tuple[int, int], LaneValues],
+    ) -> _Member:
+        pattern = self._operator.native_pattern(places)
 
-    @property
-    def address(self) -> int:
-        return ctypes.addressof(self.groups)
+        def values_of(slot: int) -> Tensor | None:
+            return adapters[slot].values[member] if slot in adapters else None
 
-    @staticmethod
-    def of(table: RowTable, slots: Collection[int], bytes_per_row: int) -> _Batch:
-        """Rows beyond the last whole group of a mix are put together with those of others, where there is
-        room for a copy of their values."""
-        # Wide registers take fewer groups: as many as there are threads, at least.
-        lanes = most_lanes() if table.num_rows > NARROW * torch.get_num_threads() else NARROW
-        room = PoolRoom()
-        groups: list[tuple[list[int], tuple[Pairs, ...]]] = []
-        rest: list[tuple[int, Pairs]] = []
-        for mix, rows_N in table.by_mix(slots).items():
-            rows = rows_N.tolist() if mix else []
-            whole = len(rows) // lanes * lanes
-            groups += [(rows[start : start + lanes], (mix,)) for start in range(0, whole, lanes)]
-            if room.take(bytes_per_row * len(rows[whole:])):
-                rest += [(row, mix) for row in rows[whole:]]
-            elif rows[whole:]:
-                groups.append((rows[whole:], (mix,)))
-        for start in range(0, len(rest), lanes):
-            rows_L, mixes_L = zip(*rest[start : start + lanes], strict=True)
-            distinct = tuple(dict.fromkeys(mixes_L))
-            groups.append((list(rows_L), distinct if len(distinct) == 1 else mixes_L))
-        found = (Rows * len(groups))(*(Rows.of(rows) for rows, _ in groups))
-        rows_U = torch.tensor([row for rows, _ in groups for row in rows], dtype=torch.int64)
-        return _Batch(found, tuple(mixes for _, mixes in groups), rows_U, table.num_rows)
+        def core(group: Group) -> Tensor | None:
+            if len(group.mixes) == 1:
+                return sum_of_mix(group.mixes[0], values_of)
+            key = member, group.seats
+            own = before.get(key)
+            if own is None or not own.serves(pattern.order_N, group):
+                own = LaneValues(pattern.order_N, group.lanes)
+            own.hold(group, values_of)
+            self._values[key] = own
+            return own.values_NL
 
-
-class _Core(ctypes.Structure):
-    _fields_ = [("values", ctypes.c_void_p), ("is_shared", ctypes.c_int64)]
+        cores = [core(group) for group in batch.groups]
+        return _Member(batch, self._operator.plan(places.out_features), pattern, cores)
 
 
 class _PatternStructure(ctypes.Structure):
@@ -179,19 +212,14 @@ def _fields(first_N: Tensor, second_N: Tensor, third_N: Tensor) -> Tensor:
 class _Member:
     """The values of all adapters at one member of a group of layers."""
 
-    def __init__(
-        self, batch: _Batch, parts_by_slot: Mapping[int, Sequence[Spectral]], plan: Plan, pattern: _Pattern
-    ) -> None:
-        known = {
-            mixes: _values(mixes, parts_by_slot, pattern.order_N) for mixes in dict.fromkeys(batch.mixes)
-        }
-        own = [known[mixes] for mixes in batch.mixes]
-        self._cores = (_Core * len(own))(
-            *(_Core(None if v is None else v.data_ptr(), is_shared) for v, is_shared in own)
+    def __init__(self, batch: Batch, plan: Plan, pattern: _Pattern, cores: Sequence[Tensor | None]) -> None:
+        """``cores``: of each group of the batch, [N] where all rows have the same mix, or [N, L]."""
+        self._cores = structures(  # ``SpectralCore`` of ``spectral.cpp``.
+            [(0, 0) if core is None else (core.data_ptr(), core.dim() == 1) for core in cores]
         )
-        self._held = (plan, pattern, batch, own)
-        cores = ctypes.addressof(self._cores)
-        self._fields = structures([(plan.address, pattern.address, batch.address, cores, len(own))])
+        self._held = (plan, pattern, batch, cores)
+        own = plan.address, pattern.address, batch.address, address_of(self._cores), len(cores)
+        self._fields = structures([own])
         self._first = address_of(self._fields)
         self._work = len(batch.rows_U) * (2 * len(pattern.order_N) + 8 * plan.length)
         self._run = kernel("timbre_spectral", ADDRESS, ADDRESS, ADDRESS)
@@ -203,30 +231,8 @@ class _Member:
         self._run(self._first, z_GCL.data_ptr(), y_TO.data_ptr(), num_threads(self._work))
 
 
-def _values(
-    mixes: Sequence[Pairs], parts_by_slot: Mapping[int, Sequence[Spectral]], order_N: Tensor
-) -> tuple[Tensor | None, bool]:
-    """The values of one group of rows, and whether they share them; None where they have none here."""
-    each = [_summed(mix, parts_by_slot) for mix in mixes]
-    known = [values for values in each if values is not None]
-    if len(each) == 1 or not known:
-        return each[0], True
-    zeros_N = torch.zeros(len(known[0]))
-    lanes = [zeros_N if values is None else values for values in each]
-    lanes += [zeros_N] * ((NARROW if len(lanes) <= NARROW else MOST_ROWS) - len(lanes))
-    return torch.stack(lanes, dim=1)[order_N], False
-
-
-def _summed(mix: Pairs, parts_by_slot: Mapping[int, Sequence[Spectral]]) -> Tensor | None:
-    """``Σ w c`` of one mix; an adapter's own values where it is alone with weight 1."""
-    weighted = [(weight, part.c_N) for slot, weight in mix for part in parts_by_slot.get(slot, ())]
-    if len(weighted) == 1 and weighted[0][0] == 1:
-        return weighted[0][1].contiguous()
-    return torch.stack([weight * c_N for weight, c_N in weighted]).sum(0) if weighted else None
-
-
 class _BoundSpectral(BoundKernels):
-    def __init__(self, batch: _Batch, plan: Plan, members: Sequence[_Member | None]) -> None:
+    def __init__(self, batch: Batch, plan: Plan, members: Sequence[_Member | None]) -> None:
         super().__init__(members)
         self._held = batch, plan
         self._fields = structures([(plan.address, batch.address, len(batch.groups))])

@@ -8,8 +8,10 @@ Legend: T rows of the batch, N rows of one adapter, I in, O out, R ranks.
 from __future__ import annotations
 
 from array import array
+from bisect import bisect, bisect_left
 from collections.abc import Iterable, Sequence
-from functools import cached_property
+from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Protocol
 
@@ -18,8 +20,9 @@ from torch import Tensor
 
 from timbre_server.native.formats import format_of
 from timbre_server.native.library import ADDRESS, NUMBER, kernel, num_threads
-from timbre_server.operators.contract import Adds, Bound, Change
-from timbre_server.operators.row_table import Segment
+from timbre_server.operators.contract import Adds, Bound, Change, Standing
+from timbre_server.operators.live_rows import LiveRows
+from timbre_server.operators.row_table import RowTable, Segment
 
 Fields = tuple[int, ...]
 """Of a C structure, all of which have 64 bits; structures in it and addresses are fields like others."""
@@ -34,19 +37,20 @@ def address_of(structures: array[int]) -> int:
     return structures.buffer_info()[0]
 
 
-def rows_fields(segment: Segment) -> Fields:
-    """``Rows`` of ``lanes.h``. Weights are read at each run: a router may have written them anew."""
-    return segment.rows_N.data_ptr(), segment.weights_N.data_ptr(), segment.rows_N.shape[0]
-
-
 def numbers_fields(tensor: Tensor) -> Fields:
     """``Numbers`` of ``lanes.h``."""
     return tensor.data_ptr(), format_of(tensor)
 
 
-def low_rank_fields(a_RI: Tensor, b_RO: Tensor, rows: Fields) -> Fields:
-    """``LowRankUse`` of ``low_rank.cpp``."""
-    return *numbers_fields(a_RI), *numbers_fields(b_RO), a_RI.shape[0], *rows
+def low_rank_fields(a_RI: Tensor, b_RO: Tensor) -> Fields:
+    """``LowRank`` of ``low_rank.cpp``."""
+    return *numbers_fields(a_RI), *numbers_fields(b_RO), a_RI.shape[0]
+
+
+def addresses_of(structures: array[int], count: int) -> Sequence[int]:
+    """Of each of so many structures."""
+    first = address_of(structures)
+    return [first + n * (len(structures) // count) * structures.itemsize for n in range(count)]
 
 
 class Kernel(Protocol):
@@ -94,44 +98,111 @@ class KernelChange(Change):
         return sum_TO[self.rows_N]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Prepared:
+    """A part as a kernel reads it, without the rows that use it."""
+
+    fields: Fields
+    shape: tuple[int, int]
+    """[O, I]"""
+    work: int
+    """Multiplications for one row."""
+    held: object
+    """What ``fields`` has the addresses of."""
+
+
+class PreparedParts:
+    """Those of one adapter at a group of layers."""
+
+    def __init__(self, members: Sequence[Sequence[Prepared]]) -> None:
+        self.num_members = len(members)
+        each = [part for own in members for part in own]
+        own_structures = structures([part.fields for part in each])
+        addresses = iter(addresses_of(own_structures, len(each)))
+        held = own_structures, [part.held for part in each]
+        self.members = {
+            member: MemberParts(
+                [next(addresses) for _ in own], own[0].shape, sum(part.work for part in own), held
+            )
+            for member, own in enumerate(members)
+            if own
+        }
+        """Of those that have any."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MemberParts:
+    """An adapter's parts at one member."""
+
+    addresses: Sequence[int]
+    shape: tuple[int, int]
+    work: int
+    held: object
+    """All that lies at the addresses."""
+
+
+class Uses:
+    """Who uses which parts of one member, in the order of slots: ``Use`` of ``lanes.h``, the addresses of a
+    part and of its adapter's rows."""
+
+    def __init__(self, rows: LiveRows) -> None:
+        self._rows = rows
+        self._slots: list[int] = []
+        self._held: dict[int, MemberParts] = {}
+        self._uses = array("q")
+        self._work = 0
+        self.begin = 0, 0
+        """The address of the first, and their number."""
+
+    def admit(self, slot: int, parts: MemberParts) -> None:
+        self._held[slot], self._work = parts, max(self._work, parts.work)
+        place, rows = bisect(self._slots, slot), self._rows.address(slot)
+        self._slots[place:place] = [slot] * len(parts.addresses)
+        self._uses[2 * place : 2 * place] = array("q", [n for part in parts.addresses for n in (part, rows)])
+        self.begin = address_of(self._uses), len(self._slots)
+
+    def dismiss(self, slot: int) -> None:
+        """Nothing where it has no parts here."""
+        self._held.pop(slot, None)
+        first, end = bisect_left(self._slots, slot), bisect(self._slots, slot)
+        del self._slots[first:end], self._uses[2 * first : 2 * end]
+        self.begin = address_of(self._uses), len(self._slots)
+
+    def num_threads(self) -> int:
+        return num_threads(self._work * self._rows.num_rows)
+
+    @property
+    def rows_N(self) -> Tensor:  # noqa: N802
+        """As `Kernel.rows_N`."""
+        return self._rows.rows_of(self._slots)
+
+
 class InputKernel:
     """The `Kernel` of one member that reads x itself: ``run(uses, their number, x, I, y, O, threads)``, or
     ``run(uses, their number, x, its format, I, y, O, threads)``."""
 
-    def __init__(
-        self,
-        name: str,
-        uses: Sequence[Fields],
-        held: Sequence[tuple[Segment, object]],
-        shape: tuple[int, int],
-        work: int,
-        *,
-        is_told_format: bool = False,
-    ) -> None:
-        """``held``: whose rows and whose numbers ``uses`` has the addresses of. ``shape`` is [O, I]."""
+    def __init__(self, name: str, shape: tuple[int, int], rows: LiveRows, *, is_told_format: bool) -> None:
+        """``shape``: [O, I]."""
         told = (NUMBER,) if is_told_format else ()
         self._run = kernel(name, ADDRESS, NUMBER, ADDRESS, *told, NUMBER, ADDRESS, NUMBER)
         self._is_told_format = is_told_format
-        self._held, self._work = tuple(held), work
-        self._uses = structures(uses)
-        self._first, self._count = address_of(self._uses), len(uses)
         self.out_features, self._in_features = shape
+        self.uses = Uses(rows)
 
-    @cached_property
+    @property
     def rows_N(self) -> Tensor:  # noqa: N802
-        return rows_of([segment for segment, _ in self._held])
+        return self.uses.rows_N
 
     def add(self, source: Tensor, y_TO: Tensor) -> None:
         told = (format_of(source),) if self._is_told_format else ()
         self._run(
-            self._first,
-            self._count,
+            *self.uses.begin,
             source.data_ptr(),
             *told,
             self._in_features,
             y_TO.data_ptr(),
             self.out_features,
-            num_threads(self._work),
+            self.uses.num_threads(),
         )
 
 
@@ -154,6 +225,32 @@ class BoundKernels(Bound):
     def adds(self, member: int) -> Adds:
         own = self._members[member]
         return Adds(sums=None if own is None else own.add)
+
+
+class BoundInputKernels(BoundKernels, Standing[PreparedParts]):
+    """`InputKernel`s of one name."""
+
+    def __init__(self, name: str, rows: LiveRows, *, is_told_format: bool = False) -> None:
+        self._kernels: list[InputKernel | None] = []
+        super().__init__(self._kernels)
+        self._rows = rows
+        self._kernel_of = partial(InputKernel, name, rows=rows, is_told_format=is_told_format)
+
+    def admit(self, slot: int, prepared: PreparedParts) -> None:
+        self._kernels += [None] * (prepared.num_members - len(self._kernels))
+        for member, parts in prepared.members.items():
+            own = self._kernels[member] or self._kernel_of(parts.shape)
+            own.uses.admit(slot, parts)
+            self._kernels[member] = own
+
+    def dismiss(self, slot: int) -> None:
+        for own in self._kernels:
+            if own is not None:
+                own.uses.dismiss(slot)
+
+    def bound(self, table: RowTable) -> Bound:
+        self._rows.show(table)
+        return self
 
 
 def rows_of(segments: Iterable[Segment]) -> Tensor:

@@ -1,0 +1,191 @@
+"""Groups of layers whose rows and adapters come and go: what stands from table to table, and what it gives.
+
+Legend: T rows, I in, O out, R ranks, N coefficients.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from timbre_methods.program import AdapterProgram, Diagonal, LowRank, Part, Places, Sparse, Spectral
+from timbre_server.adapters.active_rows import ActiveRows
+from timbre_server.adapters.adapted_group import AdaptedGroup
+from timbre_server.adapters.adapted_linear import AdaptedLinear
+from timbre_server.operators.catalogue import Kernels, all_operators, why_not
+from timbre_server.operators.contract import Operator
+from timbre_server.operators.native.lanes import NO_ROW, Batch
+from timbre_server.operators.row_table import RowTable, Span
+from timbre_server.operators.sliced_ellpack import slices_of
+
+PATHS = ("q", "k")
+SIZES = {"q": 20, "k": 12}
+IN = 24
+NUM_SLOTS = 24
+
+
+def seeded(*shape: int) -> Tensor:
+    return torch.randn(*shape)
+
+
+def low_rank(out: int) -> Part:
+    rank = random.randint(1, 9)
+    return LowRank(seeded(rank, IN), seeded(out, rank))
+
+
+def sparse(out: int) -> Part:
+    is_there_OI = torch.rand(out, IN) < 0.2
+    ends = torch.cat([torch.zeros(1, dtype=torch.int64), is_there_OI.sum(1).cumsum(0)])
+    columns = is_there_OI.nonzero()[:, 1].to(torch.int32)
+    return slices_of(Sparse(ends, columns, seeded(len(columns)), IN))
+
+
+PLACES = {
+    (seed, out): Places(
+        "dft",
+        out,
+        IN,
+        *(torch.randint(n, (30,), generator=torch.Generator().manual_seed(seed)) for n in (out, IN)),
+    )
+    for seed in (0, 1)
+    for out in SIZES.values()
+}
+
+
+def spectral(out: int, seed: int = 0) -> Part:
+    return Spectral(seeded(30), PLACES[seed, out])
+
+
+def gain_on_output(out: int) -> Part:
+    return Diagonal("output", seeded(out), random.choice([None, seeded(out)]))
+
+
+def gain_on_input(out: int) -> Part:
+    return Diagonal("input", seeded(IN))
+
+
+KINDS: Mapping[str, tuple[Callable[[int], Part], ...]] = {
+    "low rank": (low_rank,),
+    "sparse": (sparse,),
+    "gains": (gain_on_output, gain_on_input),
+    "spectral": (spectral,),
+    "spectral of two seeds": (spectral, lambda out: spectral(out, 1)),
+    "all": (low_rank, sparse, gain_on_output, gain_on_input, spectral),
+}
+
+
+def program(makes: tuple[Callable[[int], Part], ...]) -> AdapterProgram:
+    """With one or two parts, at some of the layers."""
+    paths = random.choice([PATHS, PATHS[:1], PATHS[1:]])
+    return AdapterProgram(
+        {
+            path: tuple(random.choice(makes)(SIZES[path]) for _ in range(random.randint(1, 2)))
+            for path in paths
+        }
+    )
+
+
+class Group:
+    """Two layers that read the same input."""
+
+    def __init__(self, base: nn.ModuleDict, programs: Mapping[int, AdapterProgram], kernels: Kernels) -> None:
+        self.rows = ActiveRows()
+        self.operators: dict[type[Part], Operator[Any]] = {o.part: o for o in all_operators(kernels=kernels)}
+        self.group = AdaptedGroup(PATHS, self.rows, programs, self.operators)
+        self._linears = [AdaptedLinear(base[path], base[path], self.group, n) for n, path in enumerate(PATHS)]
+
+    def __call__(self, table: RowTable, x_TI: Tensor) -> list[Tensor]:
+        self.rows.begin(table)
+        found = [linear(x_TI) for linear in self._linears]
+        self.rows.end()
+        return found
+
+
+def any_table(slots: list[int]) -> RowTable:
+    """Decode rows, base rows, prompts, and mixes."""
+
+    def span() -> Span:
+        rows = random.choice([1, 1, 1, 1, 3, 19])
+        own = random.sample(slots, random.choice([0, 1, 1, 1, 1, 1, 2]))
+        weights = [random.choice([1.0, 0.25, -2.0]) for _ in own]
+        return Span(
+            rows, tuple(zip(own, weights, strict=True)) if len(own) > 1 else tuple((s, 1.0) for s in own)
+        )
+
+    return RowTable([span() for _ in range(random.randint(1, 20))])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kernels", ["torch", pytest.param("native", marks=pytest.mark.cpp)])
+@torch.inference_mode()
+def test_a_row_gets_the_bits_that_it_gets_of_a_group_that_never_saw_another(
+    kernels: Kernels, kind: str
+) -> None:
+    if (why := why_not(kernels)) is not None:
+        pytest.skip(why)
+    random.seed(kind)
+    torch.manual_seed(len(kind))
+    base = nn.ModuleDict({path: nn.Linear(IN, size) for path, size in SIZES.items()})
+    programs: dict[int, AdapterProgram] = {}
+    standing = Group(base, programs, kernels)
+    for _ in range(120):
+        for slot in random.sample(range(NUM_SLOTS), NUM_SLOTS if not programs else random.choice([0, 1, 5])):
+            if slot in programs:
+                standing.group.forget(slot)
+            programs[slot] = program(KINDS[kind])
+        table = any_table(list(programs))
+        x_TI = seeded(table.num_rows, IN)
+        new = Group(base, programs, kernels)
+        for found, expected in zip(standing(table, x_TI), new(table, x_TI), strict=True):
+            assert torch.equal(found, expected)
+
+
+@pytest.mark.cpp
+@pytest.mark.parametrize("make", [low_rank, sparse, gain_on_output, spectral])
+@torch.inference_mode()
+def test_what_follows_from_an_adapter_alone_is_prepared_once(
+    make: Callable[[int], Part], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs = {slot: AdapterProgram({path: (make(SIZES[path]),) for path in PATHS}) for slot in range(3)}
+    base = nn.ModuleDict({path: nn.Linear(IN, size) for path, size in SIZES.items()})
+    group = Group(base, programs, "native")
+    kind = type(programs[0].sites["q"][0])
+    operator, count = group.operators[kind], [0]
+    prepared = operator.prepared
+
+    def counted(members: Any) -> Any:
+        count[0] += 1
+        return prepared(members)
+
+    monkeypatch.setattr(operator, "prepared", counted)
+    expected = [1, 2, 2, 3, 3, 4]
+    for slots, total in zip([[0], [0, 1], [1], [2, 0], [0, 1, 2], [1]], expected, strict=True):
+        if total == 4:
+            group.group.forget(1)
+        group(RowTable([Span(1, ((slot, 1.0),)) for slot in slots]), seeded(len(slots), IN))
+        assert count[0] == total
+
+
+def test_rows_that_stay_keep_their_lanes_when_others_come_and_go() -> None:
+    def seated(slots: list[int], seats: Any) -> Batch:
+        return Batch.of(RowTable([Span(1, ((slot, 1.0),)) for slot in slots]), set(slots), 8, seats)
+
+    def lanes(batch: Batch, slots: list[int]) -> dict[int, int]:
+        rows = [row for group in batch.groups for row in group.rows]
+        return {slots[row]: lane for lane, row in enumerate(rows) if row != NO_ROW}
+
+    first = seated([0, 1, 2, 3, 4], ())
+    before = lanes(first, [0, 1, 2, 3, 4])
+    second = seated([4, 2, 0, 7], first.seats)
+    after = lanes(second, [4, 2, 0, 7])
+    assert all(after[slot] == before[slot] for slot in (0, 2, 4))
+    assert after[7] in (before[1], before[3])
+    third = seated([3, 1, 7], second.seats)
+    back = lanes(third, [3, 1, 7])
+    assert back[7] == after[7]
+    assert {back[1], back[3]} & {before[1], before[3]}
