@@ -33,14 +33,17 @@ class ActiveRows:
         self.live = LiveRows()
         """For what outlasts tables: whoever binds it shows them the one that runs."""
 
-    def begin(self, table: RowTable) -> None:
+    def begin(self, table: RowTable) -> bool:
+        """Whether it is another table than the last one."""
         self.are_merged = bool(self.merged_pairs) and table.only_pairs == self.merged_pairs
         if self.are_merged or not table.slots:
             self.table = None
-            return
-        if self._last is None or self._last.signature != table.signature:
+            return False
+        is_new = self._last is None or self._last.signature != table.signature
+        if is_new:
             self._last = table
         self.table = self._last
+        return is_new
 
     def end(self) -> None:
         self.table = self.copies = None

@@ -119,10 +119,10 @@ class PreparedParts:
         each = [part for own in members for part in own]
         own_structures = structures([part.fields for part in each])
         addresses = iter(addresses_of(own_structures, len(each)))
-        held = own_structures, [part.held for part in each]
+        held = own_structures, tuple(part.held for part in each)
         self.members = {
             member: MemberParts(
-                [next(addresses) for _ in own], own[0].shape, sum(part.work for part in own), held
+                tuple(next(addresses) for _ in own), own[0].shape, sum(part.work for part in own), held
             )
             for member, own in enumerate(members)
             if own
