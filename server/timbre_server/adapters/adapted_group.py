@@ -37,6 +37,10 @@ class InPlace:
     sums: tuple[tuple[int, Add], ...]
     """With the number of the operator."""
 
+    @property
+    def changes_nothing(self) -> bool:
+        return not (self.inputs or self.outputs or self.sums)
+
     @staticmethod
     def of(bounds: Sequence[Bound], member: int) -> InPlace | None:
         """None: one does not, or the output that it reads would not be the base's own."""

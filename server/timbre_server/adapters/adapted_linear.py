@@ -42,14 +42,25 @@ class WideProduct(Protocol):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class _Sums:
+    """A product on a tape, and where it reads and writes."""
+
+    product: Tape
+    x: Tensor
+    sums: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class _Places:
     """Where a layer's tensors lie on a tape, and what computes them."""
 
     base: Tape
-    in_float32: Tape
     x: Tensor
-    sums: Tensor
     y: Tensor
+    plain: _Sums
+    """In float32, where the layer can."""
+    changed: tuple[_Sums, Tensor] | None
+    """The same of another input, and float32 to make that of; None for a model in float32."""
 
 
 class AdaptedLinear(nn.Module):
@@ -86,12 +97,18 @@ class AdaptedLinear(nn.Module):
     def _on_tape(self, recorded: Recording, x: Tensor) -> Tensor:
         """The base product as it is, or what the rows of each step that is played need beside it."""
         base, y = recorded.branch(self._product, x, is_dry=True)
-        in_float32, sums = base, y
+        kept_x, kept_y = map(recorded.kept, (x, y))
+        plain, changed = _Sums(base, kept_x, kept_y), None
         if y.dtype is not torch.float32:
-            in_float32, sums = recorded.branch(self._sums, x, is_dry=True)
-        places = _Places(base, in_float32, *map(recorded.kept, (x, sums, y)))
-        repeated(partial(self._play, places))
+            plain = self._recorded_sums(recorded, x)
+            changed_x, wide = torch.empty_like(x), torch.empty_like(x, dtype=torch.float32)
+            changed = self._recorded_sums(recorded, changed_x), recorded.kept(wide)
+        repeated(partial(self._play, _Places(base, kept_x, kept_y, plain, changed)))
         return y
+
+    def _recorded_sums(self, recorded: Recording, x: Tensor) -> _Sums:
+        tape, sums = recorded.branch(self._sums, x, is_dry=True)
+        return _Sums(tape, recorded.kept(x), recorded.kept(sums))
 
     def _play(self, places: _Places) -> None:
         group = self._group
@@ -99,15 +116,24 @@ class AdaptedLinear(nn.Module):
         if not bounds and not group.rows_are_merged:
             places.base()
             return
-        is_added_to = places.sums.dtype is torch.float32 and places.sums.is_contiguous()
+        used = places.plain
+        is_added_to = used.sums.dtype is torch.float32 and used.sums.is_contiguous()
         own = group.in_place(self._member) if bounds and is_added_to else None
-        if own is None or own.inputs:
+        if own is None or len(own.inputs) > (0 if places.changed is None else 1):
             places.y.copy_(self._output(places.x))
             return
-        places.in_float32()
-        self._add_in_place(own, places.x, places.sums)
-        if places.sums is not places.y:
-            round_into(places.y, places.sums)
+        if own.changes_nothing:
+            places.base()
+            return
+        if own.inputs and places.changed is not None:
+            used, wide = places.changed
+            wide.copy_(places.x)
+            own.inputs[0](wide, wide)
+            round_into(used.x, wide)
+        used.product()
+        self._add_in_place(own, places.x, used.sums)
+        if used.sums is not places.y:
+            round_into(places.y, used.sums)
 
     def _output(self, x: Tensor) -> Tensor:
         group, member = self._group, self._member
