@@ -11,7 +11,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,12 +22,14 @@ from load import Job, figures, run
 from measured_server import CACHE, MeasuredServer
 from random_adapters import FAMILIES, write_adapters
 from scenarios import BASE, EVERY
-from stopwatch import SCHEDULING, Stopwatch
+from stopwatch import SCHEDULING, Stopwatch, replaced
 from table import options, report
 from transformers import AutoModelForCausalLM
 
+from timbre_server.adapters.active_rows import ActiveRows
 from timbre_server.engine.embedded_model import embedded_model_folder
 from timbre_server.engine.model_loader import chosen_device, chosen_dtype
+from timbre_server.operators.row_table import RowTable
 
 HTTP = "HTTP and sockets"
 KV_BYTES = 512 << 20
@@ -47,8 +50,27 @@ def engine_parts(args: argparse.Namespace, model_folder: Path) -> dict[str, floa
         decoding = Decoding.of(model, FAMILIES, args.rows, KV_BYTES)
         digests = turns({name: distinct(name, args.rows) for name in families(args.family)}, None, args.rows)
         decoding.load([digest for digest in digests if digest])
-        decoding.step_seconds(digests, args.prompt_tokens, args.steps, watch.counting())
+        decoding.step_seconds(digests, args.prompt_tokens, args.steps, measured(watch, args.changing_rows))
     return {part: seconds / args.steps for part, seconds in watch.counted.items()}
+
+
+@contextmanager
+def measured(watch: Stopwatch, changing_rows: bool) -> Iterator[None]:
+    with watch.counting(), new_tables() if changing_rows else nullcontext():
+        yield
+
+
+@contextmanager
+def new_tables() -> Iterator[None]:
+    """Every step inside has another table of rows than the last one, as when requests come and end."""
+    begin = ActiveRows.begin
+
+    def anew(rows: ActiveRows, table: RowTable) -> bool:
+        rows._last = None
+        return begin(rows, table)
+
+    with replaced(ActiveRows, "begin", anew):
+        yield
 
 
 def seen_and_spent(args: argparse.Namespace, model_folder: Path) -> tuple[float, float]:
@@ -106,6 +128,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--prompt-tokens", type=int, default=64, help="before the steps in this process")
+    parser.add_argument(
+        "--changing-rows", action="store_true", help="in this process every step has a new table of rows"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--model", type=Path, help="a model's folder; default: the embedded one")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import ModuleType
@@ -26,7 +26,19 @@ from timbre_server.engine.decode_tapes import DecodeTapes
 from timbre_server.engine.packed_linear import LinearPacker, PackedLinear
 from timbre_server.engine.runner import Runner
 from timbre_server.native.tape import recording
-from timbre_server.operators.contract import Adds, Bound, Change, Meaning, Operator, OwnProduct, Uses
+from timbre_server.operators.contract import (
+    Adds,
+    Bound,
+    Change,
+    Meaning,
+    Members,
+    Operator,
+    OwnProduct,
+    Standing,
+    StandingOperator,
+    Uses,
+)
+from timbre_server.operators.live_rows import LiveRows
 from timbre_server.operators.row_table import RowTable
 
 P = ParamSpec("P")
@@ -98,7 +110,7 @@ class Stopwatch:
 
 
 @contextmanager
-def replaced(module: ModuleType, name: str, value: object) -> Iterator[None]:
+def replaced(module: ModuleType | type, name: str, value: object) -> Iterator[None]:
     before = getattr(module, name)
     setattr(module, name, value)
     try:
@@ -119,8 +131,12 @@ def _timed_class(watch: Stopwatch, cls: type, method: str, part: str) -> Callabl
 def _timed_group(
     watch: Stopwatch, paths: Sequence[str], rows: Any, programs: Any, operators: dict[Any, Operator[Any]]
 ) -> AdaptedGroup:
-    timed = {part: _TimedOperator(watch, operator) for part, operator in operators.items()}
-    return AdaptedGroup(paths, rows, programs, timed)
+    def timed(operator: Operator[Any]) -> Operator[Any]:
+        if isinstance(operator, StandingOperator):
+            return _TimedStandingOperator(watch, operator)
+        return _TimedOperator(watch, operator)
+
+    return AdaptedGroup(paths, rows, programs, {part: timed(own) for part, own in operators.items()})
 
 
 class _TimedPacker(LinearPacker):
@@ -157,14 +173,55 @@ class _TimedOperator(Operator[Any]):
         self.part = inner.part  # type: ignore[misc]
         self._watch = watch
         self._inner = inner
+        self._name = f"adapters: {self.part.__name__}"
+        self._bind_name = f"{self._name}, prepared for a table"
 
     def meaning(self, part: Any, x_TI: Tensor, y_TO: Tensor) -> Meaning:
         return self._inner.meaning(part, x_TI, y_TO)
 
     def bind(self, uses: Uses[Any], table: RowTable) -> Bound:
-        name = f"adapters: {self.part.__name__}"
-        bound = self._watch.timed(f"{name}, prepared for a table", self._inner.bind)(uses, table)
-        return _TimedBound(self._watch, name, bound)
+        bound = self._watch.timed(self._bind_name, self._inner.bind)(uses, table)
+        return _TimedBound(self._watch, self._name, bound)
+
+    def prepared(self, members: Members[Any]) -> Any:
+        return self._watch.timed(f"{self._name}, prepared for all tables", self._inner.prepared)(members)
+
+    def bind_prepared(self, adapters: Mapping[int, Any], table: RowTable) -> Bound:
+        bound = self._watch.timed(self._bind_name, self._inner.bind_prepared)(adapters, table)
+        return _TimedBound(self._watch, self._name, bound)
+
+
+class _TimedStandingOperator(_TimedOperator, StandingOperator[Any, Any]):
+    def __init__(self, watch: Stopwatch, inner: StandingOperator[Any, Any]) -> None:
+        super().__init__(watch, inner)
+        self._standing = inner.standing
+
+    def standing(self, rows: LiveRows) -> Standing[Any]:
+        return _TimedStanding(self._watch, self._name, self._bind_name, self._standing(rows))
+
+
+class _TimedStanding(Standing[Any]):
+    def __init__(self, watch: Stopwatch, name: str, bind_name: str, inner: Standing[Any]) -> None:
+        self._admit, self._dismiss = (
+            watch.timed(bind_name, inner.admit),
+            watch.timed(bind_name, inner.dismiss),
+        )
+        self._bound_by = watch.timed(bind_name, inner.bound)
+        self._timed = partial(_TimedBound, watch, name)
+        self._last: tuple[Bound, _TimedBound] | None = None
+
+    def admit(self, slot: int, prepared: Any) -> None:
+        self._admit(slot, prepared)
+
+    def dismiss(self, slot: int) -> None:
+        self._dismiss(slot)
+
+    def bound(self, table: RowTable) -> Bound:
+        """The same one as before for the same one."""
+        found = self._bound_by(table)
+        if self._last is None or self._last[0] is not found:
+            self._last = found, self._timed(found)
+        return self._last[1]
 
 
 class _TimedBound(Bound):
