@@ -17,9 +17,13 @@ from timbre_methods.program import AdapterProgram, Diagonal, LowRank, Part, Plac
 from timbre_server.adapters.active_rows import ActiveRows
 from timbre_server.adapters.adapted_group import AdaptedGroup
 from timbre_server.adapters.adapted_linear import AdaptedLinear
+from timbre_server.adapters.adapted_model import AdaptedModel, Arithmetic
+from timbre_server.adapters.groups import LinearGroup
+from timbre_server.adapters.slot_programs import MAX_IDLE_OPEN
 from timbre_server.operators.catalogue import Kernels, all_operators, why_not
 from timbre_server.operators.contract import Operator
 from timbre_server.operators.native.lanes import NO_ROW, Batch
+from timbre_server.operators.native.uses import BoundInputKernels
 from timbre_server.operators.row_table import RowTable, Span
 from timbre_server.operators.sliced_ellpack import slices_of
 
@@ -171,6 +175,26 @@ def test_what_follows_from_an_adapter_alone_is_prepared_once(
         assert count[0] == total
 
 
+@pytest.mark.cpp
+@torch.inference_mode()
+def test_layers_keep_what_they_prepared_of_the_adapters_used_last_alone() -> None:
+    model = nn.ModuleDict({path: nn.Linear(IN, size) for path, size in SIZES.items()})
+    adapted = AdaptedModel(model, [LinearGroup(PATHS)], Arithmetic(kernels="native"))
+    count = 3 * MAX_IDLE_OPEN
+    for slot in range(count):
+        adapted.put(slot, AdapterProgram({path: (low_rank(SIZES[path]),) for path in PATHS}))
+        table = RowTable([Span(1, ((slot, 1.0),))])
+        adapted.set_rows(table, table)
+        model["q"](seeded(1, 1, IN))
+        adapted.clear_rows()
+    (group,) = adapted._groups
+    assert list(group._prepared) == list(range(count - MAX_IDLE_OPEN - 1, count))
+    (standing,) = group._standing.values()
+    assert isinstance(standing, BoundInputKernels)
+    assert all(own is not None and len(own.uses._held) == len(group._prepared) for own in standing._kernels)
+
+
+@pytest.mark.cpp
 def test_rows_that_stay_keep_their_lanes_when_others_come_and_go() -> None:
     def seated(slots: list[int], seats: Any) -> Batch:
         return Batch.of(RowTable([Span(1, ((slot, 1.0),)) for slot in slots]), set(slots), 8, seats)
