@@ -33,20 +33,20 @@ IN = 24
 NUM_SLOTS = 24
 
 
-def seeded(*shape: int) -> Tensor:
+def numbers(*shape: int) -> Tensor:
     return torch.randn(*shape)
 
 
 def low_rank(out: int) -> Part:
     rank = random.randint(1, 9)
-    return LowRank(seeded(rank, IN), seeded(out, rank))
+    return LowRank(numbers(rank, IN), numbers(out, rank))
 
 
 def sparse(out: int) -> Part:
     is_there_OI = torch.rand(out, IN) < 0.2
     ends = torch.cat([torch.zeros(1, dtype=torch.int64), is_there_OI.sum(1).cumsum(0)])
     columns = is_there_OI.nonzero()[:, 1].to(torch.int32)
-    return slices_of(Sparse(ends, columns, seeded(len(columns)), IN))
+    return slices_of(Sparse(ends, columns, numbers(len(columns)), IN))
 
 
 PLACES = {
@@ -62,15 +62,15 @@ PLACES = {
 
 
 def spectral(out: int, seed: int = 0) -> Part:
-    return Spectral(seeded(30), PLACES[seed, out])
+    return Spectral(numbers(30), PLACES[seed, out])
 
 
 def gain_on_output(out: int) -> Part:
-    return Diagonal("output", seeded(out), random.choice([None, seeded(out)]))
+    return Diagonal("output", numbers(out), random.choice([None, numbers(out)]))
 
 
 def gain_on_input(out: int) -> Part:
-    return Diagonal("input", seeded(IN))
+    return Diagonal("input", numbers(IN))
 
 
 KINDS: Mapping[str, tuple[Callable[[int], Part], ...]] = {
@@ -116,10 +116,7 @@ def any_table(slots: list[int]) -> RowTable:
     def span() -> Span:
         rows = random.choice([1, 1, 1, 1, 3, 19])
         own = random.sample(slots, random.choice([0, 1, 1, 1, 1, 1, 2]))
-        weights = [random.choice([1.0, 0.25, -2.0]) for _ in own]
-        return Span(
-            rows, tuple(zip(own, weights, strict=True)) if len(own) > 1 else tuple((s, 1.0) for s in own)
-        )
+        return Span(rows, tuple((slot, random.choice([1.0, 1.0, 0.25, -2.0])) for slot in own))
 
     return RowTable([span() for _ in range(random.randint(1, 20))])
 
@@ -143,7 +140,7 @@ def test_a_row_gets_the_bits_that_it_gets_of_a_group_that_never_saw_another(
                 standing.group.forget(slot)
             programs[slot] = program(KINDS[kind])
         table = any_table(list(programs))
-        x_TI = seeded(table.num_rows, IN)
+        x_TI = numbers(table.num_rows, IN)
         new = Group(base, programs, kernels)
         for found, expected in zip(standing(table, x_TI), new(table, x_TI), strict=True):
             assert torch.equal(found, expected)
@@ -171,8 +168,22 @@ def test_what_follows_from_an_adapter_alone_is_prepared_once(
     for slots, total in zip([[0], [0, 1], [1], [2, 0], [0, 1, 2], [1]], expected, strict=True):
         if total == 4:
             group.group.forget(1)
-        group(RowTable([Span(1, ((slot, 1.0),)) for slot in slots]), seeded(len(slots), IN))
+        group(RowTable([Span(1, ((slot, 1.0),)) for slot in slots]), numbers(len(slots), IN))
         assert count[0] == total
+
+
+@pytest.mark.cpp
+@torch.inference_mode()
+def test_an_idle_adapter_does_not_change_the_way_that_others_take() -> None:
+    makes = {0: gain_on_output, 1: gain_on_input}
+    programs = {slot: AdapterProgram({"q": (make(SIZES["q"]),)}) for slot, make in makes.items()}
+    base = nn.ModuleDict({path: nn.Linear(IN, size) for path, size in SIZES.items()})
+    group = Group(base, programs, "native")
+    for slots, sides in (([0], (0, 1)), ([0, 1], None), ([0], (0, 1)), ([1], (1, 0))):
+        group.rows.begin(RowTable([Span(1, ((slot, 1.0),)) for slot in slots]))
+        assert group.group.bound()
+        own = group.group.in_place(0)
+        assert (None if own is None else (len(own.inputs), len(own.outputs))) == sides
 
 
 @pytest.mark.cpp
@@ -185,7 +196,7 @@ def test_layers_keep_what_they_prepared_of_the_adapters_used_last_alone() -> Non
         adapted.put(slot, AdapterProgram({path: (low_rank(SIZES[path]),) for path in PATHS}))
         table = RowTable([Span(1, ((slot, 1.0),))])
         adapted.set_rows(table, table)
-        model["q"](seeded(1, 1, IN))
+        model["q"](numbers(1, 1, IN))
         adapted.clear_rows()
     (group,) = adapted._groups
     assert list(group._prepared) == list(range(count - MAX_IDLE_OPEN - 1, count))

@@ -5,6 +5,7 @@ Legend: T rows of the batch, D features (in or out).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 from torch import Tensor
@@ -18,6 +19,8 @@ from timbre_server.operators.native.uses import KernelChange, Prepared, Prepared
 from timbre_server.operators.row_table import RowTable
 
 _Side = Literal["input", "output"]
+_Place = tuple[int, _Side]
+"""A member of a group, and a side of it."""
 
 
 class NativeDiagonal(StandingOperator[Diagonal, dict[_Side, PreparedParts]], DiagonalOperator):
@@ -30,7 +33,7 @@ class NativeDiagonal(StandingOperator[Diagonal, dict[_Side, PreparedParts]], Dia
         }
 
     def standing(self, rows: LiveRows) -> Standing[dict[_Side, PreparedParts]]:
-        return _BoundGains(rows)
+        return _StandingGains(rows)
 
 
 def _prepared(part: Diagonal) -> Prepared:
@@ -63,25 +66,41 @@ class _GainsKernel:
         self._run(*self.uses.begin, source.data_ptr(), y_TO.data_ptr(), self.out_features, threads)
 
 
-class _BoundGains(Bound, Standing[dict[_Side, PreparedParts]]):
+class _StandingGains(Standing[dict[_Side, PreparedParts]]):
     def __init__(self, rows: LiveRows) -> None:
         self._rows = rows
-        self._kernels: dict[tuple[int, _Side], _GainsKernel] = {}
+        self._kernels: dict[_Place, _GainsKernel] = {}
+        self._places: dict[int, frozenset[_Place]] = {}
+        """By slot."""
+        self._bounds: dict[frozenset[_Place], _BoundGains] = {}
 
     def admit(self, slot: int, prepared: dict[_Side, PreparedParts]) -> None:
-        for side, parts in prepared.items():
-            for member, own in parts.members.items():
-                if (member, side) not in self._kernels:
-                    self._kernels[member, side] = _GainsKernel(own.shape[0], self._rows)
-                self._kernels[member, side].uses.admit(slot, own)
+        parts = {
+            (member, side): own for side, each in prepared.items() for member, own in each.members.items()
+        }
+        self._places[slot] = frozenset(parts)
+        for place, own in parts.items():
+            if place not in self._kernels:
+                self._kernels[place] = _GainsKernel(own.shape[0], self._rows)
+            self._kernels[place].uses.admit(slot, own)
 
     def dismiss(self, slot: int) -> None:
-        for own in self._kernels.values():
-            own.uses.dismiss(slot)
+        for place in self._places.pop(slot):
+            self._kernels[place].uses.dismiss(slot)
 
     def bound(self, table: RowTable) -> Bound:
+        """Of those places alone that the table's adapters change."""
         self._rows.show(table)
-        return self
+        # A change of the input takes longer, and makes that of the output do so.
+        places = frozenset[_Place]().union(*(self._places.get(slot, ()) for slot in table.slots))
+        if places not in self._bounds:
+            self._bounds[places] = _BoundGains({place: self._kernels[place] for place in places})
+        return self._bounds[places]
+
+
+class _BoundGains(Bound):
+    def __init__(self, kernels: Mapping[_Place, _GainsKernel]) -> None:
+        self._kernels = kernels
 
     @property
     def reads_input_alone(self) -> bool:
