@@ -188,6 +188,28 @@ def test_an_idle_adapter_does_not_change_the_way_that_others_take() -> None:
 
 @pytest.mark.cpp
 @torch.inference_mode()
+def test_an_adapter_that_was_admitted_in_part_is_admitted_once_when_that_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    makes = (low_rank, gain_on_output)
+    programs = {0: AdapterProgram({path: tuple(make(SIZES[path]) for make in makes) for path in PATHS})}
+    base = nn.ModuleDict({path: nn.Linear(IN, size) for path, size in SIZES.items()})
+    table, x_TI = RowTable([Span(2, ((0, 1.0),))]), numbers(2, IN)
+    expected = Group(base, programs, "native")(table, x_TI)
+    group = Group(base, programs, "native")
+
+    def no_memory(rows: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(group.operators[Diagonal], "standing", no_memory)
+        with pytest.raises(MemoryError):
+            group(table, x_TI)
+    assert all(map(torch.equal, group(table, x_TI), expected))
+
+
+@pytest.mark.cpp
+@torch.inference_mode()
 def test_layers_keep_what_they_prepared_of_the_adapters_used_last_alone() -> None:
     model = nn.ModuleDict({path: nn.Linear(IN, size) for path, size in SIZES.items()})
     adapted = AdaptedModel(model, [LinearGroup(PATHS)], Arithmetic(kernels="native"))

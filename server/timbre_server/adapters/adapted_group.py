@@ -132,14 +132,18 @@ class AdaptedGroup:
             for part in sites.get(path, ()):
                 kinds.setdefault(type(part), [[] for _ in self.paths])[member].append(part)
         own = {kind: self._operators[kind].prepared(members) for kind, members in kinds.items()}
-        for kind, prepared in own.items():
-            operator = self._operators[kind]
-            if isinstance(operator, StandingOperator):
-                if kind not in self._standing:
-                    self._standing[kind] = operator.standing(self._rows.live)
-                self._standing[kind].admit(slot, prepared)
-        self._prepared[slot] = own
         self._unbind()
+        try:
+            for kind, prepared in own.items():
+                operator = self._operators[kind]
+                if isinstance(operator, StandingOperator):
+                    if kind not in self._standing:
+                        self._standing[kind] = operator.standing(self._rows.live)
+                    self._standing[kind].admit(slot, prepared)
+        except BaseException:  # Nobody knows what stands: the next step begins anew.
+            self._standing, self._prepared = {}, {}
+            raise
+        self._prepared[slot] = own
 
     def forget(self, slot: int) -> None:
         """Drop what was prepared of it and what is kept of a running step; called when it changes hands."""

@@ -153,22 +153,6 @@ class Operator(ABC, Generic[PartT]):
         return self.bind(uses_of(adapters), table)
 
 
-class PreparingOperator(Operator[PartT], Generic[PartT, PreparedT]):
-    """One that binds from what it has prepared."""
-
-    @abstractmethod
-    def prepared(self, members: Members[PartT]) -> PreparedT: ...
-
-    @abstractmethod
-    def bind_prepared(self, adapters: Mapping[int, PreparedT], table: RowTable) -> Bound: ...
-
-    def bind(self, uses: Uses[PartT], table: RowTable) -> Bound:
-        each = {slot: [own.get(slot, ()) for own in uses] for slot in table.slots}
-        return self.bind_prepared(
-            {slot: self.prepared(members) for slot, members in each.items() if any(members)}, table
-        )
-
-
 class Standing(ABC, Generic[PreparedT]):
     """Adapters that come and go at one group, and what binds them to one table after another."""
 
@@ -184,12 +168,19 @@ class Standing(ABC, Generic[PreparedT]):
         """To a table of adapters among these. What it gave for another must not be run any more."""
 
 
-class StandingOperator(PreparingOperator[PartT, PreparedT]):
+class StandingOperator(Operator[PartT], Generic[PartT, PreparedT]):
     """One that need not begin anew when rows come and go."""
+
+    @abstractmethod
+    def prepared(self, members: Members[PartT]) -> PreparedT: ...
 
     @abstractmethod
     def standing(self, rows: LiveRows) -> Standing[PreparedT]:
         """Of no adapter yet. ``rows``: those of all groups that run the same tables."""
+
+    def bind(self, uses: Uses[PartT], table: RowTable) -> Bound:
+        each = {slot: [own.get(slot, ()) for own in uses] for slot in table.slots}
+        return self.bind_prepared({s: self.prepared(own) for s, own in each.items() if any(own)}, table)
 
     def bind_prepared(self, adapters: Mapping[int, PreparedT], table: RowTable) -> Bound:
         standing = self.standing(LiveRows())
