@@ -20,7 +20,7 @@ from timbre_server.adapters.adapted_linear import AdaptedLinear
 from timbre_server.adapters.adapted_model import AdaptedModel, Arithmetic
 from timbre_server.adapters.groups import LinearGroup
 from timbre_server.adapters.slot_programs import MAX_IDLE_OPEN
-from timbre_server.operators.catalogue import Kernels, all_operators, why_not
+from timbre_server.operators.catalogue import Kernels, all_operators
 from timbre_server.operators.contract import Operator
 from timbre_server.operators.native.lanes import NO_ROW, Batch
 from timbre_server.operators.native.uses import BoundInputKernels
@@ -127,8 +127,6 @@ def any_table(slots: list[int]) -> RowTable:
 def test_a_row_gets_the_bits_that_it_gets_of_a_group_that_never_saw_another(
     kernels: Kernels, kind: str
 ) -> None:
-    if (why := why_not(kernels)) is not None:
-        pytest.skip(why)
     random.seed(kind)
     torch.manual_seed(len(kind))
     base = nn.ModuleDict({path: nn.Linear(IN, size) for path, size in SIZES.items()})
@@ -170,6 +168,20 @@ def test_what_follows_from_an_adapter_alone_is_prepared_once(
             group.group.forget(1)
         group(RowTable([Span(1, ((slot, 1.0),)) for slot in slots]), numbers(len(slots), IN))
         assert count[0] == total
+
+
+@pytest.mark.parametrize("kernels", ["torch", pytest.param("native", marks=pytest.mark.cpp)])
+@torch.inference_mode()
+def test_a_slot_that_changes_hands_between_equal_tables_runs_the_new_adapter(kernels: Kernels) -> None:
+    """The old one does nothing in this group."""
+    base = nn.ModuleDict({path: nn.Linear(IN, size) for path, size in SIZES.items()})
+    programs = {0: AdapterProgram({})}
+    group, x_TI = Group(base, programs, kernels), numbers(3, IN)
+    before = group(RowTable([Span(3, ((0, 1.0),))]), x_TI)
+    group.group.forget(0)
+    programs[0] = AdapterProgram({path: (low_rank(size),) for path, size in SIZES.items()})
+    after = group(RowTable([Span(3, ((0, 1.0),))]), x_TI)
+    assert not any(map(torch.equal, before, after))
 
 
 @pytest.mark.cpp

@@ -54,7 +54,7 @@ class InPlace:
 
 
 class AdaptedGroup:
-    """Layers that read one input, and what is prepared for them while the row table repeats."""
+    """Layers that read one input, and what is prepared for them: of adapters, and for the table that runs."""
 
     def __init__(
         self, paths: Sequence[str], rows: ActiveRows, programs: Programs, operators: Operators
@@ -146,11 +146,13 @@ class AdaptedGroup:
         self._prepared[slot] = own
 
     def forget(self, slot: int) -> None:
-        """Drop what was prepared of it and what is kept of a running step; called when it changes hands."""
+        """Drop what was prepared of it and what is kept of a running step; called when it changes hands.
+
+        Also the bind: the next table may be equal to the last one, and not name the same adapters."""
         for kind in self._prepared.pop(slot, ()):
             if kind in self._standing:
                 self._standing[kind].dismiss(slot)
-            self._unbind()
+        self._unbind()
         self.end_step()
 
     def _unbind(self) -> None:
