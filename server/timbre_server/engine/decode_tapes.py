@@ -91,9 +91,8 @@ class DecodeTapes:
         except _REFUSALS as error:
             own, why = None, str(error)
         self._adapters.forget_forward()
-        want_TV = forward(
-            self._model, self._cache, batch, step=NativeStep
-        )  # What fails here fails without tapes.
+        # What fails here fails without tapes.
+        want_TV = forward(self._model, self._cache, batch, step=NativeStep)
         self._are_proven = own is not None and torch.allclose(
             own.logits_TV, want_TV, rtol=0, atol=0, equal_nan=True
         )
