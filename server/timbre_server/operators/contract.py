@@ -190,6 +190,7 @@ class StandingOperator(Operator[PartT], Generic[PartT, PreparedT]):
 
 
 def uses_of(adapters: Mapping[int, Members[PartT]]) -> Uses[PartT]:
+    """The same by member; of one adapter at least."""
     num_members = len(next(iter(adapters.values())))
     return [
         {slot: members[member] for slot, members in adapters.items() if members[member]}
