@@ -25,7 +25,7 @@ from timbre_server.engine.core import EngineCore
 from timbre_server.engine.decode_tapes import DecodeTapes
 from timbre_server.engine.packed_linear import LinearPacker, PackedLinear
 from timbre_server.engine.runner import Runner
-from timbre_server.native.tape import recording
+from timbre_server.native.recording import recording
 from timbre_server.operators.contract import (
     Adds,
     Bound,
@@ -240,6 +240,10 @@ class _TimedBound(Bound):
     @property
     def takes_any_type(self) -> bool:
         return self._inner.takes_any_type
+
+    @property
+    def outlasts_tables(self) -> bool:
+        return self._inner.outlasts_tables
 
     def adds(self, member: int) -> Adds | None:
         own = self._inner.adds(member)

@@ -11,11 +11,11 @@ from random_adapters import FAMILIES
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
+from timbre_server.adapters.adapted_group import AdaptedGroup
 from timbre_server.engine import decode_tapes
 from timbre_server.engine.decode_tapes import DecodeTapes
 from timbre_server.engine.messages import AdapterUse, SamplingParams, Submit
 from timbre_server.engine.native_attention import NativeStep
-from timbre_server.operators.native.uses import Uses
 
 pytestmark = pytest.mark.cpp
 
@@ -135,7 +135,7 @@ def test_a_step_that_fails_anyhow_turns_no_tapes_off(
         raise RuntimeError("this adapter fails")
 
     with monkeypatch.context() as failing:
-        failing.setattr(Uses, "num_threads", fail)
+        failing.setattr(AdaptedGroup, "sources", fail)
         with pytest.raises(RuntimeError, match="safe to try again"):
             decoding.step_seconds(["lora-0"], 1, 3)
     want = logprobs(decoding_of(torch.float32, with_tapes=False), DIGESTS[:3])

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from timbre_server.native.arena import Arena
+from timbre_server.native.recording import NotRepeatable, Recording, either, recording, repeated
 from timbre_server.native.rounding import round_into
-from timbre_server.native.tape import NotRepeatable, Recording, Tape, either, recording, repeated
+from timbre_server.native.tape import State, Tape
 
 
 @pytest.fixture(autouse=True)
@@ -147,22 +148,26 @@ def test_what_is_repeated_is_called_each_time_and_nothing_of_it_is_written_down(
     assert y == 20
 
 
-def test_either_is_decided_each_time() -> None:
-    x, is_plain = torch.ones(2), [True]
+def test_either_is_decided_when_the_state_is_another() -> None:
+    x, is_plain, state = torch.ones(2), [True], State()
 
     def choice() -> bool:
         return is_plain[0]
 
     def function() -> Tensor:
-        return either(choice, lambda v: v + 1, lambda v: torch.tensor([v.sum().item()] * 2), x) * 10
+        return either(state, choice, lambda v: v + 1, lambda v: torch.tensor([v.sum().item()] * 2), x) * 10
 
     tape, y = recorded(function)
     assert y.tolist() == [20, 20]
     is_plain[0] = False
+    state.change()
     x.fill_(4)
     tape()
     assert y.tolist() == [80, 80]
     assert function().tolist() == [80, 80]
     is_plain[0] = True
+    tape()
+    assert y.tolist() == [80, 80]
+    state.change()
     tape()
     assert y.tolist() == [50, 50]

@@ -30,20 +30,26 @@ class ActiveRows:
         self.are_merged = False
         """Whether these are all of the step's rows: to merged weights they are base rows."""
         self._last: RowTable | None = None
+        self._begun: tuple[RowTable | None, bool] | None = None
         self.live = LiveRows()
         """For what outlasts tables: whoever binds it shows them the one that runs."""
 
     def begin(self, table: RowTable) -> bool:
-        """Whether it is another table than the last one."""
+        """Whether layers see another one than in the step before."""
+        before = self._begun
         self.are_merged = bool(self.merged_pairs) and table.only_pairs == self.merged_pairs
         if self.are_merged or not table.slots:
             self.table = None
-            return False
-        is_new = self._last is None or self._last.signature != table.signature
-        if is_new:
-            self._last = table
-        self.table = self._last
-        return is_new
+        else:
+            if self._last is None or self._last.signature != table.signature:
+                self._last = table
+            self.table = self._last
+        self._begun = self.table, self.are_merged
+        return self._begun != before
+
+    def forget(self) -> None:
+        """What the next step sees is another one, whatever it is: an adapter has left."""
+        self._begun = None
 
     def end(self) -> None:
         self.table = self.copies = None

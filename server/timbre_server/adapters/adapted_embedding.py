@@ -15,7 +15,7 @@ from torch.func import functional_call
 
 from timbre_server.adapters.adapted_group import AdaptedGroup
 from timbre_server.adapters.added import added, rows_of
-from timbre_server.native.tape import either
+from timbre_server.native.recording import either
 from timbre_server.operators.contract import Change
 
 
@@ -34,7 +34,7 @@ class AdaptedEmbedding(nn.Module):
         return self.base.weight  # type: ignore[return-value]
 
     def forward(self, token_ids: Tensor) -> Tensor:
-        return either(self._group.acts_on_none, self.base, self._adapted, token_ids)
+        return either(self._group.state, self._group.acts_on_none, self.base, self._adapted, token_ids)
 
     def _adapted(self, token_ids: Tensor) -> Tensor:
         y: Tensor = self.base(token_ids)

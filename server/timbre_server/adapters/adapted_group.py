@@ -17,6 +17,7 @@ from torch import Tensor
 from timbre_methods.program import AdapterProgram, Part
 from timbre_server.adapters.active_rows import ActiveRows, RowCopies
 from timbre_server.adapters.added import rows_of
+from timbre_server.native.tape import State
 from timbre_server.operators.contract import Add, Bound, Change, Operator, Standing, StandingOperator
 from timbre_server.operators.row_table import RowTable
 
@@ -25,6 +26,10 @@ Programs = Mapping[int, AdapterProgram]
 
 Operators = Mapping[type[Part], Operator[Any]]
 """Which operator runs each kind of part."""
+
+
+_BASE, _MERGED = "the base's own", "merged weights"
+"""What a group runs where adapters add nothing to it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +75,10 @@ class AdaptedGroup:
         self._bound_table: RowTable | None = None
         self._bound: tuple[Bound, ...] = ()
         self._in_place: tuple[InPlace | None, ...] = ()
+        self.state = State()
+        """Another one whenever the members, asked by a tape, may do anything else than before."""
+        self._last_run: object = None
+        """What that was."""
         self._input: Tensor | None = None
         self._changes: list[list[Change]] = []
         self._sources: list[Tensor] = []
@@ -87,6 +96,7 @@ class AdaptedGroup:
         """The operators in use at this group, ready for the current table; empty for base rows only."""
         table = self._rows.table
         if table is None:
+            self._run(_MERGED if self._rows.are_merged else _BASE)
             return ()
         if self._bound_table is not table:
             found = self._bind(table)
@@ -94,7 +104,13 @@ class AdaptedGroup:
                 own = [InPlace.of(found, member) for member in range(len(self.paths))]
                 self._in_place = tuple(own) if None not in own else (None,) * len(own)
             self._bound, self._bound_table = found, table
+        self._run(self._in_place if self._bound else _BASE)
         return self._bound
+
+    def _run(self, what: object) -> None:
+        if what is not self._last_run:
+            self._last_run = what
+            self.state.change()
 
     def acts_on_none(self) -> bool:
         """Whether all rows are base rows here."""
@@ -103,6 +119,11 @@ class AdaptedGroup:
     def in_place(self, member: int) -> InPlace | None:
         """What `bound` does to a member; None unless it does so to all."""
         return self._in_place[member]
+
+    @property
+    def outlasts_tables(self) -> bool:
+        """As `Bound.outlasts_tables`, of `bound`."""
+        return all(bound.outlasts_tables for bound in self._bound)
 
     @property
     def last_bound(self) -> tuple[Bound, ...]:
@@ -142,6 +163,7 @@ class AdaptedGroup:
                     self._standing[kind].admit(slot, prepared)
         except BaseException:  # Nobody knows what stands: the next step begins anew.
             self._standing, self._prepared = {}, {}
+            self._drop_bound()
             raise
         self._prepared[slot] = own
 
@@ -157,7 +179,12 @@ class AdaptedGroup:
 
     def _unbind(self) -> None:
         self._bound_table = None
+        if not self.outlasts_tables:
+            self._drop_bound()
+
+    def _drop_bound(self) -> None:
         self._bound, self._in_place = (), ()
+        self._run(None)
 
     def end_step(self) -> None:
         """Drop the input and the shares of it that no member fetched (a forward that failed half-way)."""

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from timbre_server.adapters.active_rows import RowCopies
 from timbre_server.adapters.adapted_group import AdaptedGroup, InPlace
 from timbre_server.adapters.added import added, rows_of
-from timbre_server.native.rounding import round_into
-from timbre_server.native.tape import Recording, Tape, recording, repeated
+from timbre_server.native.recording import Recording, played, recording, repeated
+from timbre_server.native.rounding import round_into, widen_into
+from timbre_server.native.tape import Choice, Tape
 from timbre_server.operators.contract import Bound, Change, OwnProduct
 
 Product = Callable[[Tensor], Tensor]
@@ -103,37 +104,43 @@ class AdaptedLinear(nn.Module):
             plain = self._recorded_sums(recorded, x)
             changed_x, wide = torch.empty_like(x), torch.empty_like(x, dtype=torch.float32)
             changed = self._recorded_sums(recorded, changed_x), recorded.kept(wide)
-        repeated(partial(self._play, _Places(base, kept_x, kept_y, plain, changed)))
+        choose = partial(self._chosen, _Places(base, kept_x, kept_y, plain, changed))
+        repeated(Choice(self._group.state, choose))
         return y
 
     def _recorded_sums(self, recorded: Recording, x: Tensor) -> _Sums:
         tape, sums = recorded.branch(self._sums, x, is_dry=True)
         return _Sums(tape, recorded.kept(x), recorded.kept(sums))
 
-    def _play(self, places: _Places) -> None:
-        group = self._group
+    def _chosen(self, places: _Places) -> Tape:
+        """What gives y, for as long as the group's state is the same."""
+        group, sums = self._group, places.plain.sums
         bounds = group.bound()
         if not bounds and not group.rows_are_merged:
-            places.base()
-            return
-        used = places.plain
-        is_added_to = used.sums.dtype is torch.float32 and used.sums.is_contiguous()
+            return places.base
+        is_added_to = sums.dtype is torch.float32 and sums.is_contiguous()
         own = group.in_place(self._member) if bounds and is_added_to else None
         if own is None or len(own.inputs) > (0 if places.changed is None else 1):
-            places.y.copy_(self._output(places.x))
-            return
+            return Tape([lambda: places.y.copy_(self._output(places.x))])
         if own.changes_nothing:
-            places.base()
-            return
+            return places.base
+        write = partial(self._write, places, own)
+        is_known = group.outlasts_tables and places.y.dtype in (torch.float32, torch.bfloat16)
+        return Recording.of_kernels(write) if is_known else Tape([write])
+
+    def _write(self, places: _Places, own: InPlace) -> object:
+        """Returns what the kernels read."""
+        used = places.plain
         if own.inputs and places.changed is not None:
             used, wide = places.changed
-            wide.copy_(places.x)
+            widen_into(wide, places.x)
             own.inputs[0](wide, wide)
             round_into(used.x, wide)
-        used.product()
+        played(used.product)
         self._add_in_place(own, places.x, used.sums)
         if used.sums is not places.y:
             round_into(places.y, used.sums)
+        return places, own
 
     def _output(self, x: Tensor) -> Tensor:
         group, member = self._group, self._member

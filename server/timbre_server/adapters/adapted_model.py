@@ -132,8 +132,7 @@ class AdaptedModel:
     def set_rows(self, table: RowTable, head_table: RowTable) -> None:
         """The rows of the next forward, and those of them whose logits are kept."""
         for slot in self._programs.use(table.slots):
-            for group in self._groups:
-                group.forget(slot)
+            self._forget(slot)
         are_new = [rows.begin(table.times(count)) for count, rows in self._body_rows.items()]
         are_new.append(self._head_rows.begin(head_table))
         if any(are_new):
@@ -247,12 +246,17 @@ class AdaptedModel:
         self._listener(slot)
         for router in router_places(self._programs.pop(slot)):
             del self._places[router]
-        for group in self._groups:
-            group.forget(slot)
+        self._forget(slot)
         for block in self._blocks.values():
             block.forget()
         for module in self._parameters:
             module.forget()
+
+    def _forget(self, slot: int) -> None:
+        for group in self._groups:
+            group.forget(slot)
+        for rows in (*self._body_rows.values(), self._head_rows):
+            rows.forget()
 
 
 def _put_in_place(model: nn.Module, path: str, layer: nn.Module) -> None:

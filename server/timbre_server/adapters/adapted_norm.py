@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from timbre_server.adapters.adapted_group import AdaptedGroup
 from timbre_server.adapters.added import added, rows_of
-from timbre_server.native.tape import either
+from timbre_server.native.recording import either
 from timbre_server.operators.contract import Change
 
 _TOLERANCE = 1e-4
@@ -46,7 +46,7 @@ class AdaptedNorm(nn.Module):
         return getattr(self.base, "bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        return either(self._group.acts_on_none, self._norm, self._adapted, x)
+        return either(self._group.state, self._group.acts_on_none, self._norm, self._adapted, x)
 
     def _adapted(self, x: Tensor) -> Tensor:
         y, bounds = self._norm(x), self._group.bound()

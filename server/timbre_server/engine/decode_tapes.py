@@ -24,7 +24,8 @@ from timbre_server.engine.decode_graphs import RecordableAdapters
 from timbre_server.engine.kv_cache import KVCache
 from timbre_server.engine.native_attention import NativeDecode, NativeStep
 from timbre_server.native.arena import Arena
-from timbre_server.native.tape import Recording, Tape
+from timbre_server.native.recording import Recording
+from timbre_server.native.tape import Tape
 
 MOST_ROWS = 64
 """Of a step that is recorded: beside more rows Python takes little, and each number of rows has its tape."""

@@ -10,14 +10,13 @@ Legend: T rows, D features.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 
-from timbre_server.native.library import ADDRESS, NUMBER, LibraryUnavailable, kernel, num_threads
+from timbre_server.native.library import ADDRESS, NUMBER, REAL, LibraryUnavailable, kernel, num_threads
 
 _EPSILONS = ("variance_epsilon", "eps", "epsilon")
 """What modules call the number that is added to the mean square."""
@@ -61,7 +60,7 @@ def _in_cpp(weight_D: Tensor, epsilon: float) -> Norm | None:
     if name is None or not weight_D.is_contiguous():
         return None
     try:
-        run = kernel(name, ADDRESS, ADDRESS, ctypes.c_float, ADDRESS, NUMBER, NUMBER)
+        run = kernel(name, ADDRESS, ADDRESS, REAL, ADDRESS, NUMBER, NUMBER)
     except LibraryUnavailable:
         return None
     num_features = len(weight_D)

@@ -8,14 +8,13 @@ Legend: T rows, H query heads, G KV heads, D key dim.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from timbre_server.native.library import ADDRESS, NUMBER, kernel, num_threads
+from timbre_server.native.library import ADDRESS, NUMBER, REAL, kernel, num_threads
 
 Curve = tuple[float, float]
 """Slope and bend of ``act(v) = v σ(slope v + bend v³)``."""
@@ -41,7 +40,7 @@ class LayerKernels:
 def in_cpp() -> LayerKernels:
     """Raises: LibraryUnavailable."""
     turns = ADDRESS, NUMBER, ADDRESS, NUMBER, ADDRESS, ADDRESS, NUMBER, NUMBER
-    curves = ADDRESS, ADDRESS, ctypes.c_float, ctypes.c_float, ADDRESS, NUMBER
+    curves = ADDRESS, ADDRESS, REAL, REAL, ADDRESS, NUMBER
     rotaries = {dtype: kernel(f"timbre_rotary_{name}", *turns) for dtype, name in _IN_CPP.items()}
     activations = {dtype: kernel(f"timbre_activation_{name}", *curves) for dtype, name in _IN_CPP.items()}
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,8 +21,8 @@ from torch import Tensor
 from timbre_server.engine.context import AttentionCall
 from timbre_server.engine.kv_cache import KVCache
 from timbre_server.engine.paged_attention import PagedStep, SequenceRows, needs_exact
-from timbre_server.native.library import ADDRESS, NUMBER, kernel, num_threads
-from timbre_server.native.tape import NotRepeatable, repeated
+from timbre_server.native.library import ADDRESS, NUMBER, REAL, kernel, least_count
+from timbre_server.native.recording import NotRepeatable
 
 NUMBERS = {torch.float32: "timbre_attention_float32", torch.bfloat16: "timbre_attention_bfloat16"}
 """The kernel for each type of cache."""
@@ -69,7 +68,8 @@ class _Attention(ctypes.Structure):
         ("key_dim", NUMBER),
         ("value_dim", NUMBER),
         ("window", NUMBER),
-        ("scale", ctypes.c_float),
+        ("least_pairs", NUMBER),
+        ("scale", REAL),
     ]
 
 
@@ -81,7 +81,6 @@ class NativeStep(PagedStep):
         self._run = kernel(NUMBERS[cache.dtype], ADDRESS)
         self._single_rows = self._sequences(self._singles)
         self._chunk_rows = self._sequences(self._chunks)
-        self._num_pairs = sum(s.num_rows * s.end for s in sequences)
 
     def _sequences(self, sequences: Sequence[SequenceRows]) -> ctypes.Array[_Sequence]:
         longest_first = sorted(sequences, key=lambda s: s.end, reverse=True)  # Threads end together.
@@ -97,16 +96,15 @@ class NativeStep(PagedStep):
             return super().attend(call)
         call = _readable(call)
         rows = _Rows(self._single_rows, self._chunk_rows, self._slots_T)
-        attention, out_THE, work = _attention(self._cache, rows, call)
-        self._run(ctypes.byref(attention), num_threads(self._num_pairs * work))
+        attention, out_THE = _attention(self._cache, rows, call)
+        self._run(ctypes.addressof(attention), torch.get_num_threads())
         return out_THE
 
-    def put(self, singles: ctypes.Array[_Sequence], slots_T: Tensor) -> int:
+    def put(self, singles: ctypes.Array[_Sequence], slots_T: Tensor) -> None:
         """Tell a kernel whose rows these are, all of them single, where it looks for that; it holds while the
-        step lives. Returns the number of keys that they see."""
+        step lives."""
         ctypes.memmove(singles, self._single_rows, ctypes.sizeof(singles))
         slots_T.copy_(self._slots_T)
-        return self._num_pairs
 
 
 class NativeDecode:
@@ -119,24 +117,23 @@ class NativeDecode:
         self._rows = _Rows(
             (_Sequence * num_rows)(), (_Sequence * 0)(), torch.zeros(num_rows, dtype=torch.int64)
         )
-        self._num_pairs = 0
         self._step: NativeStep | None = None
+        self._calls: list[_Attention] = []
+        """What the kernel is told, layer by layer."""
 
     def begin(self, step: NativeStep) -> None:
         """``step`` is kept, as what the kernel reads is its."""
         self._step = step
-        self._num_pairs = step.put(self._rows.singles, self._rows.slots_T)
+        step.put(self._rows.singles, self._rows.slots_T)
 
     def attend(self, call: AttentionCall) -> Tensor:
         if not _is_known(call, self._cache):
             raise NotRepeatable("attention that C++ does not compute")
         call = _readable(call)
-        attention, out_THE, work = _attention(self._cache, self._rows, call)
-        repeated(partial(self._attend, attention, work))
+        attention, out_THE = _attention(self._cache, self._rows, call)
+        self._calls.append(attention)
+        self._run(ctypes.addressof(attention), torch.get_num_threads())
         return out_THE
-
-    def _attend(self, attention: _Attention, work: int) -> None:
-        self._run(ctypes.byref(attention), num_threads(self._num_pairs * work))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -148,9 +145,9 @@ class _Rows:
     slots_T: Tensor
 
 
-def _attention(cache: KVCache, rows: _Rows, call: AttentionCall) -> tuple[_Attention, Tensor, int]:
-    """What the kernel is told of a call that is `_readable`, and that the caller keeps; where it puts its
-    output; and how much it does for each key of a row."""
+def _attention(cache: KVCache, rows: _Rows, call: AttentionCall) -> tuple[_Attention, Tensor]:
+    """What the kernel is told of a call that is `_readable`, and that the caller keeps; and where it puts its
+    output."""
     heads, num_rows, key_dim = call.q_HTD.shape
     kv_heads, value_dim = call.k_GTD.shape[0], call.v_GTE.shape[2]
     out_THE = call.q_HTD.new_empty(num_rows, heads, value_dim)
@@ -173,9 +170,10 @@ def _attention(cache: KVCache, rows: _Rows, call: AttentionCall) -> tuple[_Atten
         key_dim,
         value_dim,
         _NO_WINDOW if call.window is None else call.window,
+        least_count(heads * (key_dim + value_dim)),
         call.scale,
     )
-    return attention, out_THE, heads * (key_dim + value_dim)
+    return attention, out_THE
 
 
 def _readable(call: AttentionCall) -> AttentionCall:

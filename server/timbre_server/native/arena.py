@@ -32,6 +32,10 @@ class Arena:
     def num_bytes(self) -> int:
         return sum(size * len(pieces) for size, pieces in self._pieces.items())
 
+    def empty(self, *shape: int) -> Tensor:
+        """Of float32."""
+        return self.like(torch.empty(shape, device="meta", dtype=torch.float32))
+
     def like(self, tensor: Tensor) -> Tensor:
         """A tensor of its shape, strides and type."""
         num_bytes = tensor.untyped_storage().nbytes()

@@ -13,9 +13,11 @@ import os
 import platform
 import shutil
 import stat
+import struct
 import subprocess
 import tempfile
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -23,7 +25,7 @@ from typing import Any
 
 import torch
 
-from timbre_server.native.tape import recordable
+from timbre_server.native.notes import KernelCall, notable
 
 COMPILERS = ("g++", "clang++")
 SOURCES = Path(__file__).with_name("source")
@@ -33,7 +35,7 @@ MIN_WORK_FOR_THREADS = 100_000
 """Multiplications below which waking other threads costs more than they do."""
 
 
-ADDRESS, NUMBER = ctypes.c_void_p, ctypes.c_int64
+ADDRESS, NUMBER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 """Of arguments of a `kernel`."""
 
 
@@ -68,19 +70,32 @@ def library() -> ctypes.CDLL:
 
 @cache
 def kernel(name: str, *types: type[Any]) -> Callable[..., None]:
-    """A function of the library, of arguments of these types and the number of threads: plain integers may be
+    """A kernel of the library, of arguments of these types and the number of threads: plain integers may be
     given for all, which takes less time than to make objects of ctypes for each call.
 
     Raises: LibraryUnavailable.
     """
     found = getattr(library(), name)
     found.argtypes, found.restype = (*types, ctypes.c_int), None
-    return recordable(found)
+    played = ctypes.cast(getattr(library(), f"{name}_played"), ADDRESS).value
+    assert played is not None
+    words = struct.Struct("".join("f4x" if each is REAL else "q" for each in found.argtypes))
+
+    def written(args: Sequence[object]) -> KernelCall:
+        own = words.pack(*(0 if each is None else each for each in args))
+        return KernelCall(played, array("q", own))
+
+    return notable(found, written)
 
 
 def num_threads(work: int) -> int:
     """For so many multiplications."""
     return torch.get_num_threads() if work >= MIN_WORK_FOR_THREADS else 1
+
+
+def least_count(work: int) -> int:
+    """Of things with so many multiplications each, for which other threads are worth waking."""
+    return -(-MIN_WORK_FOR_THREADS // max(work, 1))
 
 
 def _openmp_runtime() -> Path | None:

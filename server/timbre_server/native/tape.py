@@ -1,261 +1,136 @@
-"""What a function calls, written down to be called again without the Python between: for a CPU what a CUDA
-graph is for a GPU.
+"""What was written down, to be called again without the Python between: for a CPU what a CUDA graph is for a
+GPU.
 
 A decode step of a small model is some hundreds of short calls, and what stands around them (modules, views,
-PyTorch's dispatch) takes as long as a third of the step. A `Recording` writes down kernels with their
-arguments and PyTorch's operations with their tensors. Tensors that are made meanwhile lie in an `Arena`, at
-the same place whenever the `Tape` is played. What must be decided anew each time is one call to the tape
-(`repeated`). What looks at numbers in between, and might do something else with others, cannot be recorded.
+PyTorch's dispatch) takes as long as a third of the step. Kernels that follow each other on a `Tape` are one
+call (``tape.cpp``), with them what a `Choice` calls while nothing changes that it follows from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from functools import cache, partial
-from typing import Any, TypeVar
+import ctypes
+from array import array
+from collections.abc import Callable, Sequence
+from functools import cache, cached_property
+from itertools import count
 
-import torch
-from torch import Tensor
-from torch._ops import OpOverload
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from timbre_server.native.library import ADDRESS, NUMBER, library
+from timbre_server.native.notes import KernelCall
 
-from timbre_server.native.arena import Arena
-
-Call = Callable[[], object]
-ResultT = TypeVar("ResultT")
-
-_ALLOCATING = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
-_COPYING = ("_to_copy", "clone")
-_READING = (Tensor.tolist, Tensor.numpy, Tensor.__array__)
-"""What reads numbers without an operation of PyTorch."""
+Note = Callable[[], object]
 
 
-class NotRepeatable(RuntimeError):
-    """A function does something that may be something else the next time."""
+class State:
+    """What calls follow from: a number that is another one whenever these may be others."""
+
+    _NUMBERS = count(1)
+
+    def __init__(self) -> None:
+        self._number = array("q", [0])
+        self.change()
+
+    @property
+    def number(self) -> int:
+        return self._number[0]
+
+    @property
+    def address(self) -> int:
+        return self._number.buffer_info()[0]
+
+    def change(self) -> None:
+        self._number[0] = next(self._NUMBERS)
 
 
 class Tape:
     """Calls, in order."""
 
-    def __init__(self, calls: Sequence[Call]) -> None:
-        self._calls = tuple(calls)
+    def __init__(self, notes: Sequence[Note | KernelCall], held: object = None) -> None:
+        """``held``: what kernels are told the addresses of, and nothing else keeps."""
+        self.notes = tuple(notes)
+        self._held = held
 
     def __call__(self) -> None:
-        for call in self._calls:
-            call()
+        for step in self._steps:
+            step()
+
+    @property
+    def kernels(self) -> _Kernels | None:
+        """All that it calls, if it is nothing but kernels, one at least."""
+        if len(self._steps) != 1:
+            return None
+        only = self._steps[0]
+        return only if isinstance(only, _Kernels) and not only.choices else None
+
+    @cached_property
+    def _steps(self) -> Sequence[Note | _Kernels]:
+        steps: list[Note | _Kernels] = []
+        following: list[KernelCall | Choice] = []
+        for note in (*self.notes, None):
+            if isinstance(note, (KernelCall, Choice)):
+                following.append(note)
+                continue
+            if following:
+                steps.append(_Kernels(following))
+                following = []
+            if note is not None:
+                steps.append(note)
+        return steps
 
 
-class Recording:
-    """Of one function, on this thread."""
+class _Kernels:
+    """Calls of kernels and choices of them that follow each other: ``Call`` of ``tape.cpp``."""
 
-    def __init__(self, arena: Arena) -> None:
-        self._arena = arena
-        self._calls: list[Call] = []
-        self._is_dry = False
+    def __init__(self, calls: Sequence[KernelCall | Choice]) -> None:
+        self.choices = {n: call for n, call in enumerate(calls) if isinstance(call, Choice)}
+        self._held = tuple(calls)
+        self._calls = array("q")
+        for call in calls:
+            if isinstance(call, Choice):
+                self._calls.extend((0, call.address))
+            else:
+                self._calls.extend((call.played, _address_of(call.words)))
+        self.begin = _address_of(self._calls), len(calls)
+        self._play = _player()
 
-    @staticmethod
-    def of(function: Callable[[], Tensor], arena: Arena) -> tuple[Tape, Tensor]:
-        """Run it, under ``torch.inference_mode()``: the tape, and the tensor that holds what it gives, now
-        and after each time that the tape is played. Tapes in one arena must not be played at the same time,
-        and what one gave is lost when another is played.
-
-        Raises: NotRepeatable.
-        """
-        arena.begin()
-        own = Recording(arena)
-        with _Refusing(own), _Writing(own), _current(own):
-            found = function()
-        return Tape(own._calls), arena.uncounted(found)
-
-    def branch(
-        self, function: Callable[..., ResultT], *inputs: Tensor, is_dry: bool = False
-    ) -> tuple[Tape, ResultT]:
-        """Run it, on a tape of its own that this one does not play; ``is_dry``: without its kernels' work."""
-        outer = self._calls, self._is_dry
-        self._calls, self._is_dry = [], self._is_dry or is_dry
-        try:
-            found = function(*inputs)
-            return Tape(self._calls), found
-        finally:
-            self._calls, self._is_dry = outer
-
-    def kernel(self, function: Callable[..., None], args: tuple[object, ...]) -> None:
-        """Call it, too."""
-        if not self._is_dry:
-            function(*args)
-        self.note(partial(function, *args))
-
-    def note(self, call: Call) -> None:
-        self._calls.append(call)
-
-    def kept(self, tensor: Tensor) -> Tensor:
-        """For calls that are noted: it does not keep the tensor's place from being used again once it has
-        died, as it does in the recorded function. The same one for the same tensor."""
-        return self._arena.uncounted(tensor)
-
-    def written(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], found: Any) -> Any:
-        """What an operation of PyTorch has given, where it will be each time."""
-        kind = _kind_of(func)
-        if kind == "refused":
-            raise NotRepeatable(f"{func} reads numbers")
-        if kind == "view":
-            return found
-        if kind == "allocating":
-            return self._arena.like(found)
-        args, kwargs = tree_map_only(Tensor, self.kept, (args, kwargs))
-        if kind == "in place":
-            self.note(partial(func, *args, **kwargs))
-            return found
-        outs = tree_map_only(Tensor, self._copied, found)
-        kept = tree_map_only(Tensor, self.kept, outs)
-        into = _out_variant(func)
-        if kind == "copying":
-            self.note(partial(kept.copy_, args[0]))
-        elif into is not None:
-            self.note(partial(into, *args, **kwargs, out=kept))
-        else:
-            self.note(partial(_again, func, args, kwargs, kept))
-        return outs
-
-    def _copied(self, tensor: Tensor) -> Tensor:
-        return self._arena.like(tensor).copy_(tensor)
+    def __call__(self) -> None:
+        first, end = self.begin
+        place = self._play(first, 0, end)
+        while place < end:
+            self.choices[place]()
+            place = self._play(first, place + 1, end)
 
 
-def recording() -> Recording | None:
-    """The one that runs on this thread."""
-    return _CURRENT.get()
+class Choice:
+    """What a tape calls at one place: chosen when it gets there and the state is another than it was."""
 
+    _NEVER = 0
 
-def repeated(call: Call) -> None:
-    """Call it, and in place of all that it does let tapes call it."""
-    own = _CURRENT.get()
-    if own is not None:
-        own.note(call)
-    with _current(None):
-        call()
+    def __init__(self, state: State, choose: Callable[[], Tape]) -> None:
+        """``choose`` may change the state that it chooses for."""
+        self._state, self._choose = state, choose
+        self._fields = array("q", [state.address, self._NEVER, 0, 0])
+        """``Choice`` of ``tape.cpp``, which plays kernels alone."""
+        self.address = _address_of(self._fields)
+        self._known = self._NEVER
+        self._tape = Tape(())
 
-
-def either(
-    is_plain: Callable[[], bool],
-    plain: Callable[[Tensor], Tensor],
-    other: Callable[[Tensor], Tensor],
-    x: Tensor,
-) -> Tensor:
-    """``plain(x)``, or else ``other(x)``; a tape asks each time. Both are of one shape and type."""
-    own = _CURRENT.get()
-    if own is None:
-        return plain(x) if is_plain() else other(x)
-    tape, y = own.branch(plain, x, is_dry=True)
-    kept_x, kept_y = own.kept(x), own.kept(y)
-
-    def call() -> None:
-        if is_plain():
-            tape()
-        else:
-            kept_y.copy_(other(kept_x))
-
-    repeated(call)
-    return y
-
-
-def recordable(function: Callable[..., None]) -> Callable[..., None]:
-    """A kernel whose calls are written down."""
-
-    def call(*args: object) -> None:
-        own = _CURRENT.get()
-        if own is None:
-            function(*args)
-        else:
-            own.kernel(function, args)
-
-    return call
-
-
-_CURRENT: ContextVar[Recording | None] = ContextVar("timbre_recording", default=None)
-
-
-@contextmanager
-def _current(recording: Recording | None) -> Iterator[None]:
-    token = _CURRENT.set(recording)
-    try:
-        yield
-    finally:
-        _CURRENT.reset(token)
-
-
-class _Writing(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    def __init__(self, own: Recording) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._own = own
-
-    def __torch_dispatch__(
-        self,
-        func: OpOverload,
-        types: object,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if _CURRENT.get() is not self._own:
-            return func(*args, **kwargs)
-        if func._can_decompose():  # In inference mode operations come whole, and may read numbers within.
-            with self:
-                return func.decompose(*args, **kwargs)
-        return self._own.written(func, args, kwargs, func(*args, **kwargs))
-
-
-class _Refusing(TorchFunctionMode):
-    def __init__(self, own: Recording) -> None:
-        super().__init__()
-        self._own = own
-
-    def __torch_function__(
-        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func in _READING and _CURRENT.get() is self._own:
-            raise NotRepeatable(f"{func.__name__} reads numbers")
-        return func(*args, **(kwargs or {}))
+    def __call__(self) -> None:
+        if self._known != self._state.number:
+            self._known = self._fields[1] = self._NEVER
+            self._tape = self._choose()
+            self._known = self._state.number
+            kernels = self._tape.kernels
+            if kernels is not None:
+                self._fields[1:4] = array("q", [self._known, *kernels.begin])
+        self._tape()
 
 
 @cache
-def _kind_of(func: OpOverload) -> str:
-    schema, name = func._schema, func._overloadpacket.__name__
-    gives_tensors = all("Tensor" in str(each.type) for each in schema.returns)
-    if not gives_tensors or torch.Tag.dynamic_output_shape in func.tags:
-        return "refused"
-    if schema.is_mutable:
-        return "in place"
-    if any(each.alias_info is not None for each in schema.returns):
-        return "view"
-    if name in _ALLOCATING:
-        return "allocating"
-    return "copying" if name in _COPYING else "computing"
+def _player() -> Callable[[int, int, int], int]:
+    found = library().timbre_play
+    found.argtypes, found.restype = (ADDRESS, NUMBER, NUMBER), ctypes.c_int64
+    return found
 
 
-@cache
-def _out_variant(func: OpOverload) -> OpOverload | None:
-    """What writes the same to a tensor that it is given as ``out``."""
-
-    def asked(variant: OpOverload) -> list[tuple[str, str]]:
-        return [(each.name, str(each.type)) for each in variant._schema.arguments if not each.is_out]
-
-    packet = func._overloadpacket
-    for name in packet.overloads():  # type: ignore[no-untyped-call]
-        variant: OpOverload = getattr(packet, name)
-        outs = [each.name for each in variant._schema.arguments if each.is_out]
-        if outs == ["out"] and asked(variant) == asked(func):
-            return variant
-    return None
-
-
-def _again(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], outs: Any) -> None:
-    found = func(*args, **kwargs)
-    if isinstance(outs, Tensor):
-        outs.copy_(found)
-    else:
-        for out, each in zip(outs, found, strict=True):
-            out.copy_(each)
+def _address_of(words: array[int]) -> int:
+    return words.buffer_info()[0]

@@ -121,6 +121,12 @@ class Bound:
         """What its adding of `sums` reads, made of a contiguous x for all members."""
         return x_TI.float()
 
+    @property
+    def outlasts_tables(self) -> bool:
+        """Whether `adds` and `source` call kernels alone, for x in float32 or bfloat16, and kernels that were
+        called so may be called again for any table that this was bound to since, of as many rows."""
+        return False
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Meaning:

@@ -45,7 +45,8 @@ static void activate_all(const Number *x, const Number *factor, Curve curve, Num
     ) {                                                                                                      \
         _Pragma("omp parallel num_threads(threads) if (threads > 1)")                                        \
         activate_all(x, factor, {slope, bend}, y, share(count, thread_number(), thread_count(), WIDTH));     \
-    }
+    }                                                                                                        \
+    PLAYED(NAME)
 
 ACTIVATION(timbre_activation_float32, float)
 ACTIVATION(timbre_activation_bfloat16, BFloat16)

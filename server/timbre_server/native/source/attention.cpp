@@ -15,7 +15,8 @@ template <class Number> static void store_row(const Attention &call, int64_t row
     }
 }
 
-template <class Number> static void attend(const Attention &call, int threads) {
+template <class Number> static void attend(const Attention &call, int most_threads) {
+    const int threads = call.pairs() < call.least_pairs ? 1 : most_threads;
     const std::vector<Tile> tiles = tiles_of(call);
     const std::vector<Single> singles = singles_of(call, threads);
     const int64_t num_tiles = tiles.size(), num_singles = singles.size();
@@ -32,7 +33,8 @@ template <class Number> static void attend(const Attention &call, int threads) {
 }
 
 #define ATTENTION(NAME, NUMBER)                                                                              \
-    extern "C" void NAME(const Attention *call, int threads) { attend<NUMBER>(*call, threads); }
+    extern "C" void NAME(const Attention *call, int threads) { attend<NUMBER>(*call, threads); }             \
+    PLAYED(NAME)
 
 ATTENTION(timbre_attention_float32, float)
 ATTENTION(timbre_attention_bfloat16, BFloat16)

@@ -28,7 +28,15 @@ struct Attention {
     void *keys, *values, *out;  // Contiguous: [slot, KV head, dim] and [row, head, value_dim].
     int64_t kv_heads, group, key_dim, value_dim;  // Dims are multiples of LANES.
     int64_t window;  // Keys that a row sees, its own included.
+    int64_t least_pairs;  // Of rows and keys, for which more than one thread is worth waking.
     float scale;
+
+    int64_t pairs() const {
+        int64_t found = 0;
+        for (int64_t s = 0; s < num_singles; s++) found += singles[s].start + 1;
+        for (int64_t s = 0; s < num_chunks; s++) found += chunks[s].num_rows * (chunks[s].start + chunks[s].num_rows);
+        return found;
+    }
 
     int64_t lowest_seen(int64_t position) const { return position < window ? 0 : position - window + 1; }
 };

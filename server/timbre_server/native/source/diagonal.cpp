@@ -35,11 +35,12 @@ static std::vector<const float *> inputs_of(
     return found;
 }
 
-// x and y [T, features] are contiguous.
+// x and y [rows, features] are contiguous.
 extern "C" void timbre_diagonal(
-    const Use<Gains> *all, int64_t count, const float *x, float *y, int64_t features, int threads
+    const Uses<Gains> *all, const float *x, float *y, int64_t rows, int64_t features, int threads
 ) {
-    const auto uses = with_rows(all, count);
+    const auto uses = all->with_rows();
+    threads = all->threads(rows, threads);
     Scratch copies;
     const auto inputs = inputs_of(uses, x, features, x == y, copies);
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -57,3 +58,4 @@ extern "C" void timbre_diagonal(
         }
     }
 }
+PLAYED(timbre_diagonal)

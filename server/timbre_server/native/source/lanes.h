@@ -5,6 +5,8 @@
 #include <cstring>
 #include <vector>
 
+#include "played.h"
+
 typedef float Lanes __attribute__((vector_size(32)));
 typedef int32_t Integers __attribute__((vector_size(32)));
 typedef uint32_t Bits __attribute__((vector_size(32)));
@@ -217,13 +219,21 @@ template <typename Part> struct Use {
     const Rows *rows;
 };
 
-// Without those of nobody.
-template <typename Part> static inline std::vector<Use<Part>> with_rows(const Use<Part> *uses, int64_t count) {
-    std::vector<Use<Part>> found;
-    for (const Use<Part> *use = uses; use < uses + count; use++)
-        if (use->rows->count) found.push_back(*use);
-    return found;
-}
+template <typename Part> struct Uses {
+    const Use<Part> *first;
+    int64_t count;
+    int64_t least_rows;  // Of a table, for which more than one thread is worth waking.
+
+    int threads(int64_t rows, int most) const { return rows < least_rows ? 1 : most; }
+
+    // Without those of nobody.
+    std::vector<Use<Part>> with_rows() const {
+        std::vector<Use<Part>> found;
+        for (const Use<Part> *use = first; use < first + count; use++)
+            if (use->rows->count) found.push_back(*use);
+        return found;
+    }
+};
 
 // The share of `size` things that one of `count` threads has, in whole steps of `step`.
 struct Share {

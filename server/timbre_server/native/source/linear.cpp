@@ -198,3 +198,4 @@ extern "C" void timbre_linear(
     else if (format == BFLOAT16) linear_of<float, BFloat16>(linear, x, rows, panels, threads);
     else linear_of<float, float>(linear, x, rows, panels, threads);
 }
+PLAYED(timbre_linear)

@@ -234,13 +234,15 @@ static void add_low_rank(
     }
 }
 
-// x [T, in] and y [T, out] are contiguous; x is of float32 or of bfloat16.
+// x [rows, in] and y [rows, out] are contiguous; x is of float32 or of bfloat16.
 extern "C" void timbre_low_rank(
-    const LowRankUse *all, int64_t count, const void *x, int64_t format, int64_t in, float *y, int64_t out, int threads
+    const Uses<LowRank> *all, const void *x, int64_t format, int64_t rows, int64_t in, float *y, int64_t out,
+    int threads
 ) {
-    const auto uses = with_rows(all, count);
-    add_low_rank(uses.data(), uses.size(), {{x, format}, in}, y, out, threads);
+    const auto uses = all->with_rows();
+    add_low_rank(uses.data(), uses.size(), {{x, format}, in}, y, out, all->threads(rows, threads));
 }
+PLAYED(timbre_low_rank)
 
 // An expert of low rank, and where the gates of its adapter's rows are.
 struct Expert {
@@ -282,3 +284,4 @@ extern "C" void timbre_low_rank_experts(
     }
     add_low_rank(kept.data(), kept.size(), {{x, FLOAT32}, in}, y, out, threads);
 }
+PLAYED(timbre_low_rank_experts)

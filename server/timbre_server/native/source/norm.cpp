@@ -48,7 +48,8 @@ static void normalise(
         int threads                                                                                          \
     ) {                                                                                                      \
         normalise(x, weight, epsilon, y, rows, features, threads);                                           \
-    }
+    }                                                                                                        \
+    PLAYED(NAME)
 
 NORM(timbre_norm_float32, float)
 NORM(timbre_norm_bfloat16, BFloat16)

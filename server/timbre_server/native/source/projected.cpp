@@ -152,6 +152,7 @@ extern "C" void timbre_projected_in(
 ) {
     multiply(*p, products_of(uses, count, x, p->columns, z, nullptr, 0), threads);
 }
+PLAYED(timbre_projected_in)
 
 // y += weight after ∘ Q (before ∘ z); y [T, rows of Q] is contiguous.
 extern "C" void timbre_projected_out(
@@ -159,3 +160,4 @@ extern "C" void timbre_projected_out(
 ) {
     multiply(*q, products_of(uses, count, nullptr, 0, z, y, q->rows), threads);
 }
+PLAYED(timbre_projected_out)

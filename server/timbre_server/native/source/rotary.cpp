@@ -47,7 +47,8 @@ static void rotate_all(
         int64_t rows, int64_t dim, int threads                                                               \
     ) {                                                                                                      \
         rotate_all(q, heads, k, kv_heads, cos, sin, rows, dim, threads);                                     \
-    }
+    }                                                                                                        \
+    PLAYED(NAME)
 
 ROTARY(timbre_rotary_float32, float)
 ROTARY(timbre_rotary_bfloat16, BFloat16)

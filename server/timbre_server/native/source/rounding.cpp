@@ -1,12 +1,22 @@
-// y = x, rounded.
+// y = x in another format, which bfloat16 is rounded to.
 #include "wide.h"
 
-extern "C" void timbre_rounded(const float *x, BFloat16 *y, int64_t count, int threads) {
+template <typename From, typename To> static void convert(const From *x, To *y, int64_t count, int threads) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         const Share own = share(count, thread_number(), thread_count(), WIDTH);
         int64_t i = own.begin;
-        for (; i + WIDTH <= own.end; i += WIDTH) put(wide(x + i), y + i);
-        for (; i < own.end; i++) put(x[i], y + i);
+        for (; i + WIDTH <= own.end; i += WIDTH) {
+            Wide numbers;
+            get(numbers, x + i);
+            put(numbers, y + i);
+        }
+        for (; i < own.end; i++) put(value(x[i]), y + i);
     }
 }
+
+extern "C" void timbre_rounded(const float *x, BFloat16 *y, int64_t count, int threads) { convert(x, y, count, threads); }
+PLAYED(timbre_rounded)
+
+extern "C" void timbre_widened(const BFloat16 *x, float *y, int64_t count, int threads) { convert(x, y, count, threads); }
+PLAYED(timbre_widened)

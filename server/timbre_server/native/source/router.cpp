@@ -147,3 +147,4 @@ extern "C" void timbre_gates(
         }
     }
 }
+PLAYED(timbre_gates)

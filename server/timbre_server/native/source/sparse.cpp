@@ -236,11 +236,12 @@ struct Worker {
     }
 };
 
-// x [T, in] and y [T, out] are contiguous.
+// x [rows, in] and y [rows, out] are contiguous.
 extern "C" void timbre_sparse(
-    const Use<Slices> *uses, int64_t count, const float *x, int64_t in, float *y, int64_t out, int threads
+    const Uses<Slices> *uses, const float *x, int64_t rows, int64_t in, float *y, int64_t out, int threads
 ) {
-    const std::vector<Block> blocks = blocks_of(with_rows(uses, count));
+    const std::vector<Block> blocks = blocks_of(uses->with_rows());
+    threads = uses->threads(rows, threads);
     const auto size = [out](const Block &block) { return (out + LANES - 1) / LANES * LANES * block.rows.count; };
     if (threads == 1) {
         Worker worker = {x, in, y, out, 0, 1, {}};
@@ -278,3 +279,4 @@ extern "C" void timbre_sparse(
         }
     }
 }
+PLAYED(timbre_sparse)

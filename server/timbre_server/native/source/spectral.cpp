@@ -47,6 +47,7 @@ struct SpectralSource {
     const FourierPlan *plan;
     const SpectralRows *groups;
     int64_t count;
+    int64_t is_small;  // Too little for more than one thread.
 };
 
 struct SpectralMember {
@@ -55,6 +56,7 @@ struct SpectralMember {
     const SpectralRows *groups;
     const SpectralCore *cores;
     int64_t count;
+    int64_t is_small;
 };
 
 // How many rows of a group lie side by side in one register.
@@ -92,7 +94,7 @@ template <typename Number>
 static void spectra_of(const SpectralSource &source, const Number *x, float *z, int threads) {
     const FourierPlan &plan = *source.plan;
     const int64_t m = plan.m;
-#pragma omp parallel num_threads(threads) if (threads > 1)
+#pragma omp parallel num_threads(threads) if (threads > 1 && !source.is_small)
     {
         thread_local Scratch memory;  // Kept: fresh pages cost more than what is written to them.
         const auto transform = [&](const SpectralRows &own, float *X, auto lanes) {
@@ -115,6 +117,7 @@ extern "C" void timbre_spectra(const SpectralSource *source, const void *x, int6
     if (is_narrow) spectra_of(*source, static_cast<const BFloat16 *>(x), z, threads);
     else spectra_of(*source, static_cast<const float *>(x), z, threads);
 }
+PLAYED(timbre_spectra)
 
 // lanes [count, side]: in each lane that has a source its values, in an order of their places; others stay.
 extern "C" void timbre_spectral_values(
@@ -126,6 +129,7 @@ extern "C" void timbre_spectral_values(
     for (int64_t k = 0; k < count; k++)
         for (int64_t i = 0; i < num_own; i++) lanes[k * side + own[i]] = sources[own[i]][order[k]];
 }
+PLAYED(timbre_spectral_values)
 
 template <bool SHARED, typename V>
 static void apply_core(const SpectralPattern &pattern, const float *values, const Complex<V> *z, Complex<V> *h) {
@@ -181,7 +185,7 @@ extern "C" void timbre_spectral(const SpectralMember *member, const float *z, fl
     const FourierPlan &plan = *member->plan;
     const SpectralPattern &pattern = *member->pattern;
     const int64_t m = plan.m;
-#pragma omp parallel num_threads(threads) if (threads > 1)
+#pragma omp parallel num_threads(threads) if (threads > 1 && !member->is_small)
     {
         thread_local Scratch memory;
         const auto add = [&](const SpectralRows &own, const SpectralCore &core, const float *X, auto lanes) {
@@ -202,3 +206,4 @@ extern "C" void timbre_spectral(const SpectralMember *member, const float *z, fl
         }
     }
 }
+PLAYED(timbre_spectral)

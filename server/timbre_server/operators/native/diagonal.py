@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from timbre_methods.program import Diagonal
@@ -51,7 +52,7 @@ class _GainsKernel:
     def __init__(self, features: int, rows: LiveRows) -> None:
         self.out_features = features
         self.uses = Uses(rows)
-        self._run = kernel("timbre_diagonal", ADDRESS, NUMBER, ADDRESS, ADDRESS, NUMBER)
+        self._run = kernel("timbre_diagonal", ADDRESS, ADDRESS, ADDRESS, NUMBER, NUMBER)
 
     @property
     def rows_N(self) -> Tensor:  # noqa: N802
@@ -62,8 +63,8 @@ class _GainsKernel:
 
     def add(self, source: Tensor, y_TO: Tensor) -> None:
         """``y_TO`` may be the source itself."""
-        threads = self.uses.num_threads()
-        self._run(*self.uses.begin, source.data_ptr(), y_TO.data_ptr(), self.out_features, threads)
+        addresses, features = (self.uses.address, source.data_ptr(), y_TO.data_ptr()), self.out_features
+        self._run(*addresses, source.numel() // features, features, torch.get_num_threads())
 
 
 class _StandingGains(Standing[dict[_Side, PreparedParts]]):
@@ -106,6 +107,10 @@ class _BoundGains(Bound):
     def reads_input_alone(self) -> bool:
         return False
 
+    @property
+    def outlasts_tables(self) -> bool:
+        return True
+
     def input_change(self, member: int, x_TI: Tensor) -> Change | None:
         own = self._kernels.get((member, "input"))
         return None if own is None else own.change(x_TI)
@@ -117,3 +122,7 @@ class _BoundGains(Bound):
     def adds(self, member: int) -> Adds:
         before, after = self._kernels.get((member, "input")), self._kernels.get((member, "output"))
         return Adds(None if before is None else before.add, None if after is None else after.add)
+
+    def source(self, x_TI: Tensor) -> Tensor:
+        """Of sums, which there are none of."""
+        return x_TI

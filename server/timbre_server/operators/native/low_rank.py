@@ -17,6 +17,7 @@ from timbre_server.operators.native.uses import (
     BoundInputKernels,
     Prepared,
     PreparedParts,
+    Sources,
     low_rank_fields,
 )
 from timbre_server.operators.row_table import RowTable
@@ -25,11 +26,15 @@ from timbre_server.operators.row_table import RowTable
 class NativeLowRank(StandingOperator[LowRank, PreparedParts], LowRankOperator):
     """`LowRankOperator` by ``low_rank.cpp``."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._sources = Sources()
+
     def prepared(self, members: Members[LowRank]) -> PreparedParts:
         return PreparedParts([[_prepared(part) for part in own if part.a_RI.shape[0]] for own in members])
 
     def standing(self, rows: LiveRows) -> Standing[PreparedParts]:
-        return _BoundLowRank("timbre_low_rank", rows, is_told_format=True)
+        return _BoundLowRank("timbre_low_rank", rows, self._sources, is_told_format=True)
 
     def bind_gated(self, uses: Uses[LowRank], table: RowTable, gating: Gating) -> BoundGated:
         return BoundExperts(uses, table, gating)
@@ -38,7 +43,7 @@ class NativeLowRank(StandingOperator[LowRank, PreparedParts], LowRankOperator):
 class _BoundLowRank(BoundInputKernels):
     def source(self, x_TI: Tensor) -> Tensor:
         """Factors of bfloat16 meet rows of bfloat16 as they are."""
-        return x_TI if x_TI.dtype is torch.bfloat16 else x_TI.float()
+        return x_TI if x_TI.dtype is torch.bfloat16 else super().source(x_TI)
 
 
 def _prepared(part: LowRank) -> Prepared:

@@ -12,6 +12,7 @@ from timbre_server.operators.native.uses import (
     BoundInputKernels,
     Prepared,
     PreparedParts,
+    Sources,
     numbers_fields,
 )
 from timbre_server.operators.sliced_ellpack import SlicedEllpackOperator
@@ -20,11 +21,15 @@ from timbre_server.operators.sliced_ellpack import SlicedEllpackOperator
 class NativeSlicedEllpack(StandingOperator[SlicedEllpack, PreparedParts], SlicedEllpackOperator):
     """`SlicedEllpackOperator` by ``sparse.cpp``."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._sources = Sources()
+
     def prepared(self, members: Members[SlicedEllpack]) -> PreparedParts:
         return PreparedParts([[_prepared(part) for part in own] for own in members])
 
     def standing(self, rows: LiveRows) -> Standing[PreparedParts]:
-        return BoundInputKernels("timbre_sparse", rows)
+        return BoundInputKernels("timbre_sparse", rows, self._sources)
 
 
 def _prepared(part: SlicedEllpack) -> Prepared:

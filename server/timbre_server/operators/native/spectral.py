@@ -11,6 +11,7 @@ spectrum, L rows side by side.
 from __future__ import annotations
 
 import ctypes
+from array import array
 from collections.abc import Mapping, Sequence
 from weakref import WeakKeyDictionary
 
@@ -19,11 +20,12 @@ from torch import Tensor
 
 from timbre_methods.program import Places, Spectral
 from timbre_server.native.library import ADDRESS, NUMBER, kernel, num_threads
+from timbre_server.native.notes import current
 from timbre_server.operators.contract import Bound, Members, Standing, StandingOperator, uses_of
 from timbre_server.operators.live_rows import LiveRows
 from timbre_server.operators.native.fourier import Plan, factors_of, most_lanes
 from timbre_server.operators.native.lanes import Batch, Group, LaneValues, sum_of_mix
-from timbre_server.operators.native.uses import BoundKernels, address_of, structures
+from timbre_server.operators.native.uses import BoundKernels, Sources, address_of, structures
 from timbre_server.operators.row_table import Pairs, RowTable
 from timbre_server.operators.spectral import SpectralOperator
 from timbre_server.operators.transforms import Transform
@@ -73,6 +75,7 @@ class NativeSpectral(StandingOperator[Spectral, _Prepared], SpectralOperator):
         """By what they follow from: most groups of layers have the same."""
         self._seats: dict[int, Sequence[Pairs]] = {}
         """The last ones, by the bytes of a row."""
+        self.sources = Sources()
 
     def prepared(self, members: Members[Spectral]) -> _Prepared:
         return _Prepared(members)
@@ -111,6 +114,8 @@ class _StandingSpectral(Standing[_Prepared]):
         self._adapters: dict[int, _Prepared] = {}
         self._values: dict[tuple[int, int], LaneValues] = {}
         """By member and seats, of the table that was bound last."""
+        self._bound: _BoundSpectral | None = None
+        """To that table, or to one before."""
 
     def admit(self, slot: int, prepared: _Prepared) -> None:
         self._adapters[slot] = prepared
@@ -119,6 +124,10 @@ class _StandingSpectral(Standing[_Prepared]):
         del self._adapters[slot]
         for values in self._values.values():
             values.forget(slot)
+        if self._bound is not None:
+            self._bound.clear()
+        if not self._adapters:
+            self._bound = None
 
     def bound(self, table: RowTable) -> Bound:
         operator = self._operator
@@ -129,24 +138,29 @@ class _StandingSpectral(Standing[_Prepared]):
         if table.is_gated or not served or any(len(each) > 1 for each in found):
             uses = uses_of({slot: prepared.members for slot, prepared in adapters.items()})
             return SpectralOperator.bind(operator, uses, table)
-        places = {member: each.pop() for member, each in enumerate(found) if each}
-        bytes_per_row = sum(ROW_BYTES * own.rows_N.numel() for own in places.values() if own is not None)
+        places = tuple(each.pop() if each else None for each in found)
+        bytes_per_row = sum(ROW_BYTES * own.rows_N.numel() for own in places if own is not None)
         batch = operator.batch(table, frozenset(adapters), bytes_per_row)
+        if self._bound is None or self._bound.places != places:
+            self._bound = _BoundSpectral(operator, places)
         before, self._values = self._values, {}
-        members = [
-            self._member(member, places[member], batch, adapters, before) if member in places else None
-            for member in range(len(found))
-        ]
-        return _BoundSpectral(batch, operator.plan(next(iter(places.values())).in_features), members)
+        cores = {
+            member: self._cores(member, own, batch, adapters, before)
+            for member, own in enumerate(places)
+            if own is not None
+        }
+        self._bound.show(batch, cores)
+        return self._bound
 
-    def _member(
+    def _cores(
         self,
         member: int,
         places: Places,
         batch: Batch,
         adapters: Mapping[int, _Prepared],
         before: Mapping[tuple[int, int], LaneValues],
-    ) -> _Member:
+    ) -> Sequence[Tensor | None]:
+        """Of each group of the batch, [N] where all rows have the same mix, or [N, L]."""
         pattern = self._operator.native_pattern(places)
 
         def values_of(slot: int) -> Tensor | None:
@@ -163,8 +177,7 @@ class _StandingSpectral(Standing[_Prepared]):
             self._values[key] = own
             return own.values_NL
 
-        cores = [core(group) for group in batch.groups]
-        return _Member(batch, self._operator.plan(places.out_features), pattern, cores)
+        return [core(group) for group in batch.groups]
 
 
 class _PatternStructure(ctypes.Structure):
@@ -210,41 +223,78 @@ def _fields(first_N: Tensor, second_N: Tensor, third_N: Tensor) -> Tensor:
 
 
 class _Member:
-    """The values of all adapters at one member of a group of layers."""
+    """The `Kernel` of one member of a group of layers, for the table that is shown."""
 
-    def __init__(self, batch: Batch, plan: Plan, pattern: _Pattern, cores: Sequence[Tensor | None]) -> None:
-        """``cores``: of each group of the batch, [N] where all rows have the same mix, or [N, L]."""
-        self._cores = structures(  # ``SpectralCore`` of ``spectral.cpp``.
-            [(0, 0) if core is None else (core.data_ptr(), core.dim() == 1) for core in cores]
-        )
-        self._held = (plan, pattern, batch, cores)
-        own = plan.address, pattern.address, batch.address, address_of(self._cores), len(cores)
-        self._fields = structures([own])
-        self._first = address_of(self._fields)
-        self._work = len(batch.rows_U) * (2 * len(pattern.order_N) + 8 * plan.length)
+    def __init__(self, plan: Plan, pattern: _Pattern) -> None:
+        self._plan, self._pattern = plan, pattern
+        self._fields = array("q", bytes(8 * 6))
+        self._address = address_of(self._fields)
+        self._held: object = None
         self._run = kernel("timbre_spectral", ADDRESS, ADDRESS, ADDRESS)
-        self.rows_N = batch.rows_U
+        self.rows_N = torch.empty(0, dtype=torch.int64)
         self.out_features = plan.length
+
+    def show(self, batch: Batch, cores: Sequence[Tensor | None]) -> None:
+        """``cores``: of each group of the batch its values, for ``SpectralCore`` of ``spectral.cpp``."""
+        own = structures([(0, 0) if c is None else (c.data_ptr(), c.dim() == 1) for c in cores])
+        work = len(batch.rows_U) * (2 * len(self._pattern.order_N) + 8 * self._plan.length)
+        lies = self._plan.address, self._pattern.address, batch.address, address_of(own)
+        self._fields[:] = array("q", [*lies, len(cores), num_threads(work) == 1])
+        self._held, self.rows_N = (batch, cores, own), batch.rows_U
+
+    def clear(self) -> None:
+        self._fields[4], self._held = 0, None
 
     def add(self, z_GCL: Tensor, y_TO: Tensor) -> None:
         """What was made of x is all that it reads: the spectra of the batch's groups of rows."""
-        self._run(self._first, z_GCL.data_ptr(), y_TO.data_ptr(), num_threads(self._work))
+        self._run(self._address, z_GCL.data_ptr(), y_TO.data_ptr(), torch.get_num_threads())
 
 
 class _BoundSpectral(BoundKernels):
-    def __init__(self, batch: Batch, plan: Plan, members: Sequence[_Member | None]) -> None:
-        super().__init__(members)
-        self._held = batch, plan
-        self._fields = structures([(plan.address, batch.address, len(batch.groups))])
-        self._first = address_of(self._fields)
-        self._shape = (len(batch.groups), plan.coordinates, most_lanes())
-        self._work = len(batch.rows_U) * 8 * plan.length
+    """For one table after another."""
+
+    def __init__(self, operator: NativeSpectral, places: Sequence[Places | None]) -> None:
+        self.places = places
+        self._sources = operator.sources
+        known = [own for own in places if own is not None]
+        self._plan = operator.plan(known[0].in_features)
+        self._own = {
+            member: _Member(operator.plan(own.out_features), operator.native_pattern(own))
+            for member, own in enumerate(places)
+            if own is not None
+        }
+        super().__init__([self._own.get(member) for member in range(len(places))])
+        self._fields = array("q", bytes(8 * 4))
+        self._address = address_of(self._fields)
+        self._num_groups = 0
+        self._held: object = None
         self._run = kernel("timbre_spectra", ADDRESS, ADDRESS, NUMBER, ADDRESS)
 
+    @property
+    def outlasts_tables(self) -> bool:
+        return True
+
+    def show(self, batch: Batch, cores: Mapping[int, Sequence[Tensor | None]]) -> None:
+        """The rows of a table, and what of `_Member.show` each member has."""
+        self._num_groups, self._held = len(batch.groups), batch
+        is_small = num_threads(len(batch.rows_U) * 8 * self._plan.length) == 1
+        self._fields[:] = array("q", [self._plan.address, batch.address, self._num_groups, is_small])
+        for member, own in self._own.items():
+            own.show(batch, cores[member])
+
+    def clear(self) -> None:
+        """Hold nothing of a table, and do nothing, until the next is shown."""
+        self._num_groups = self._fields[2] = 0
+        self._held = None
+        for own in self._own.values():
+            own.clear()
+
     def source(self, x_TI: Tensor) -> Tensor:
+        """Where it is written down, with room for the groups of all tables: a row has one at most."""
         is_narrow = x_TI.dtype is torch.bfloat16
         if not is_narrow:
             x_TI = x_TI.float()
-        z_GCL = torch.empty(self._shape)
-        self._run(self._first, x_TI.data_ptr(), is_narrow, z_GCL.data_ptr(), num_threads(self._work))
+        num_groups = self._num_groups if current() is None else x_TI.numel() // self._plan.length
+        z_GCL = self._sources.empty(num_groups, self._plan.coordinates, most_lanes())
+        self._run(self._address, x_TI.data_ptr(), is_narrow, z_GCL.data_ptr(), torch.get_num_threads())
         return z_GCL

@@ -18,8 +18,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from timbre_server.native.arena import Arena
 from timbre_server.native.formats import format_of
-from timbre_server.native.library import ADDRESS, NUMBER, kernel, num_threads
+from timbre_server.native.library import ADDRESS, NUMBER, kernel, least_count
+from timbre_server.native.notes import current
+from timbre_server.native.rounding import widen_into
 from timbre_server.operators.contract import Adds, Bound, Change, Standing
 from timbre_server.operators.live_rows import LiveRows
 from timbre_server.operators.row_table import RowTable, Segment
@@ -142,8 +145,8 @@ class MemberParts:
 
 
 class Uses:
-    """Who uses which parts of one member, in the order of slots: ``Use`` of ``lanes.h``, the addresses of a
-    part and of its adapter's rows."""
+    """Who uses which parts of one member, in the order of slots: ``Uses`` of ``lanes.h``, with the addresses
+    of each part and of its adapter's rows."""
 
     def __init__(self, rows: LiveRows) -> None:
         self._rows = rows
@@ -151,25 +154,26 @@ class Uses:
         self._held: dict[int, MemberParts] = {}
         self._uses = array("q")
         self._work = 0
-        self.begin = 0, 0
-        """The address of the first, and their number."""
+        self._fields = array("q", [0, 0, 0])
+        self.address = address_of(self._fields)
+        """Where it stays."""
 
     def admit(self, slot: int, parts: MemberParts) -> None:
         self._held[slot], self._work = parts, max(self._work, parts.work)
         place, rows = bisect(self._slots, slot), self._rows.address(slot)
         self._slots[place:place] = [slot] * len(parts.addresses)
         self._uses[2 * place : 2 * place] = array("q", [n for part in parts.addresses for n in (part, rows)])
-        self.begin = address_of(self._uses), len(self._slots)
+        self._tell()
 
     def dismiss(self, slot: int) -> None:
         """Nothing where it has no parts here."""
         self._held.pop(slot, None)
         first, end = bisect_left(self._slots, slot), bisect(self._slots, slot)
         del self._slots[first:end], self._uses[2 * first : 2 * end]
-        self.begin = address_of(self._uses), len(self._slots)
+        self._tell()
 
-    def num_threads(self) -> int:
-        return num_threads(self._work * self._rows.num_rows)
+    def _tell(self) -> None:
+        self._fields[:] = array("q", [address_of(self._uses), len(self._slots), least_count(self._work)])
 
     @property
     def rows_N(self) -> Tensor:  # noqa: N802
@@ -178,13 +182,13 @@ class Uses:
 
 
 class InputKernel:
-    """The `Kernel` of one member that reads x itself: ``run(uses, their number, x, I, y, O, threads)``, or
-    ``run(uses, their number, x, its format, I, y, O, threads)``."""
+    """The `Kernel` of one member that reads x itself: ``run(uses, x, T, I, y, O, threads)``, where it is told
+    x's format ``run(uses, x, format, T, I, y, O, threads)``."""
 
     def __init__(self, name: str, shape: tuple[int, int], rows: LiveRows, *, is_told_format: bool) -> None:
         """``shape``: [O, I]."""
         told = (NUMBER,) if is_told_format else ()
-        self._run = kernel(name, ADDRESS, NUMBER, ADDRESS, *told, NUMBER, ADDRESS, NUMBER)
+        self._run = kernel(name, ADDRESS, ADDRESS, *told, NUMBER, NUMBER, ADDRESS, NUMBER)
         self._is_told_format = is_told_format
         self.out_features, self._in_features = shape
         self.uses = Uses(rows)
@@ -195,15 +199,9 @@ class InputKernel:
 
     def add(self, source: Tensor, y_TO: Tensor) -> None:
         told = (format_of(source),) if self._is_told_format else ()
-        self._run(
-            *self.uses.begin,
-            source.data_ptr(),
-            *told,
-            self._in_features,
-            y_TO.data_ptr(),
-            self.out_features,
-            self.uses.num_threads(),
-        )
+        x = source.data_ptr(), *told, source.numel() // self._in_features, self._in_features
+        threads = torch.get_num_threads()
+        self._run(self.uses.address, *x, y_TO.data_ptr(), self.out_features, threads)
 
 
 class BoundKernels(Bound):
@@ -227,14 +225,36 @@ class BoundKernels(Bound):
         return Adds(sums=None if own is None else own.add)
 
 
+class Sources:
+    """Memory for what is made of an input for all members, and read before another group's is made."""
+
+    def __init__(self) -> None:
+        self._arena = Arena()
+
+    def empty(self, *shape: int) -> Tensor:
+        """Float32; for what is written down, where it will be free each time."""
+        return torch.empty(shape) if current() is None else self._arena.empty(*shape)
+
+    def wide(self, x_TI: Tensor) -> Tensor:
+        """A contiguous x in float32."""
+        return x_TI if x_TI.dtype is torch.float32 else widen_into(self.empty(*x_TI.shape), x_TI)
+
+
 class BoundInputKernels(BoundKernels, Standing[PreparedParts]):
     """`InputKernel`s of one name."""
 
-    def __init__(self, name: str, rows: LiveRows, *, is_told_format: bool = False) -> None:
+    def __init__(self, name: str, rows: LiveRows, sources: Sources, *, is_told_format: bool = False) -> None:
         self._kernels: list[InputKernel | None] = []
         super().__init__(self._kernels)
-        self._rows = rows
+        self._rows, self._sources = rows, sources
         self._kernel_of = partial(InputKernel, name, rows=rows, is_told_format=is_told_format)
+
+    @property
+    def outlasts_tables(self) -> bool:
+        return True
+
+    def source(self, x_TI: Tensor) -> Tensor:
+        return self._sources.wide(x_TI)
 
     def admit(self, slot: int, prepared: PreparedParts) -> None:
         self._kernels += [None] * (prepared.num_members - len(self._kernels))

@@ -1,0 +1,61 @@
+"""Which recording runs on a thread, and how kernels tell it what they are called with."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KernelCall:
+    """One call of a kernel, as ``played.h`` makes it. It holds nothing that arguments are addresses of."""
+
+    played: int
+    """The address of what calls the kernel."""
+    words: array[int]
+    """The arguments, which may be written anew: the next call has those."""
+
+
+class Notes(Protocol):
+    is_dry: bool
+    """Whether kernels are written down, and do not run."""
+
+    def note(self, call: KernelCall) -> None: ...
+
+
+_CURRENT: ContextVar[Notes | None] = ContextVar("timbre_notes", default=None)
+
+
+def current() -> Notes | None:
+    """Of this thread."""
+    return _CURRENT.get()
+
+
+@contextmanager
+def noting(notes: Notes | None) -> Iterator[None]:
+    token = _CURRENT.set(notes)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
+
+
+def notable(
+    function: Callable[..., None], written: Callable[[Sequence[object]], KernelCall]
+) -> Callable[..., None]:
+    """A kernel whose calls are written down."""
+
+    def call(*args: object) -> None:
+        own = _CURRENT.get()
+        if own is None:
+            function(*args)
+            return
+        if not own.is_dry:
+            function(*args)
+        own.note(written(args))
+
+    return call
