@@ -3,8 +3,9 @@
 //
 // A panel is read from memory for the first TILE rows and from the cache for the others. Meanwhile the next
 // panel, or what comes soon where there are no other rows, is asked of memory, a few lines for every few inputs over
-// all of the rows, so that reading and arithmetic go on at once. A row's sums are the same ones in the same order
-// whatever other rows there are; of float32 rows they are the same in either format of the weights, too.
+// all of the rows, so that reading and arithmetic go on at once; with very few rows the processor does so by itself.
+// A row's sums are the same ones in the same order whatever other rows there are; of float32 rows they are the same
+// in either format of the weights, too.
 #include "wide.h"
 
 #ifdef __AVX512F__
@@ -19,6 +20,7 @@ constexpr int64_t BLOCK = 40 / TILE * TILE;  // Rows that stay in the cache whil
 constexpr int64_t MANY = 20;  // More rows of float32 than these read weights as floats.
 constexpr int INPUTS = 4;  // Inputs between two looks at what to ask for.
 constexpr int AHEAD = 6144;  // Bytes, of what is asked for where a panel is read once.
+constexpr int FEW_PAIRED = 3, FEW = 1;  // Rows of bfloat16, and others, for which reading waits for nothing: none asks.
 
 struct Linear {
     int64_t in;
@@ -159,6 +161,7 @@ static void multiply(const Linear &linear, const X *x, int64_t rows, const Numbe
     const int64_t size = (linear.in + 1) / 2 * 2 * PANEL;
     constexpr int LINES = INPUTS * PANEL * sizeof(Number) / LINE;
     constexpr bool MAY_WIDEN = sizeof(Number) < sizeof(X);
+    const int lines = rows <= (sizeof(X) < sizeof(float) ? FEW_PAIRED : FEW) ? 0 : LINES;
     Scratch scratch;
     for (int64_t row = 0; row < rows; row += BLOCK) {
         const int64_t end = row + BLOCK < rows ? row + BLOCK : rows;
@@ -168,10 +171,10 @@ static void multiply(const Linear &linear, const X *x, int64_t rows, const Numbe
             const char *soon = end - row > TILE ? after : now + AHEAD;
             if constexpr (MAY_WIDEN)
                 if (end - row > MANY) {
-                    pass(linear, x, row, end, widened(panel, size, scratch), first, soon, LINES);
+                    pass(linear, x, row, end, widened(panel, size, scratch), first, soon, lines);
                     continue;
                 }
-            pass(linear, x, row, end, panel, first, soon, LINES);
+            pass(linear, x, row, end, panel, first, soon, lines);
         }
     }
 }
