@@ -55,7 +55,7 @@ template <class Number> struct Run {
     const Number *at(int64_t key, int64_t head) const { return first + slots[key] * stride + head * dim; }
     void ask(int64_t key, int64_t head) const {
         const Number *from = at(key, head);
-        for (int64_t i = 0; i < dim; i += LINE / sizeof(Number)) __builtin_prefetch(from + i);
+        for (int64_t i = 0; i < dim; i += LINE / sizeof(Number)) __builtin_prefetch(from + i, 0, 2);
     }
 };
 

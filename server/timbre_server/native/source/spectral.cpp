@@ -144,7 +144,7 @@ static void apply_core(const SpectralPattern &pattern, const float *values, cons
                 value += values[entry->source];
             } else {
                 std::memcpy(&value, values, sizeof value);
-                __builtin_prefetch(values + AHEAD * SIDE<V>);
+                __builtin_prefetch(values + AHEAD * SIDE<V>, 0, 2);
                 values += SIDE<V>;
             }
             sum.re += value * read.re;
