@@ -11,9 +11,22 @@ from typing import Any
 
 import pytest
 import torch
+from random_parts import (
+    IN,
+    KINDS,
+    PATHS,
+    SIZES,
+    gain_on_input,
+    gain_on_output,
+    low_rank,
+    numbers,
+    program,
+    sparse,
+    spectral,
+)
 from torch import Tensor, nn
 
-from timbre_methods.program import AdapterProgram, Diagonal, LowRank, Part, Places, Sparse, Spectral
+from timbre_methods.program import AdapterProgram, Diagonal, Part
 from timbre_server.adapters.active_rows import ActiveRows
 from timbre_server.adapters.adapted_group import AdaptedGroup
 from timbre_server.adapters.adapted_linear import AdaptedLinear
@@ -25,73 +38,8 @@ from timbre_server.operators.contract import Operator
 from timbre_server.operators.native.lanes import NO_ROW, Batch
 from timbre_server.operators.native.uses import BoundInputKernels
 from timbre_server.operators.row_table import RowTable, Span
-from timbre_server.operators.sliced_ellpack import slices_of
 
-PATHS = ("q", "k")
-SIZES = {"q": 20, "k": 12}
-IN = 24
 NUM_SLOTS = 24
-
-
-def numbers(*shape: int) -> Tensor:
-    return torch.randn(*shape)
-
-
-def low_rank(out: int) -> Part:
-    rank = random.randint(1, 9)
-    return LowRank(numbers(rank, IN), numbers(out, rank))
-
-
-def sparse(out: int) -> Part:
-    is_there_OI = torch.rand(out, IN) < 0.2
-    ends = torch.cat([torch.zeros(1, dtype=torch.int64), is_there_OI.sum(1).cumsum(0)])
-    columns = is_there_OI.nonzero()[:, 1].to(torch.int32)
-    return slices_of(Sparse(ends, columns, numbers(len(columns)), IN))
-
-
-PLACES = {
-    (seed, out): Places(
-        "dft",
-        out,
-        IN,
-        *(torch.randint(n, (30,), generator=torch.Generator().manual_seed(seed)) for n in (out, IN)),
-    )
-    for seed in (0, 1)
-    for out in SIZES.values()
-}
-
-
-def spectral(out: int, seed: int = 0) -> Part:
-    return Spectral(numbers(30), PLACES[seed, out])
-
-
-def gain_on_output(out: int) -> Part:
-    return Diagonal("output", numbers(out), random.choice([None, numbers(out)]))
-
-
-def gain_on_input(out: int) -> Part:
-    return Diagonal("input", numbers(IN))
-
-
-KINDS: Mapping[str, tuple[Callable[[int], Part], ...]] = {
-    "low rank": (low_rank,),
-    "sparse": (sparse,),
-    "gains": (gain_on_output, gain_on_input),
-    "spectral": (spectral,),
-    "spectral of two seeds": (spectral, lambda out: spectral(out, 1)),
-    "all": (low_rank, sparse, gain_on_output, gain_on_input, spectral),
-}
-
-
-def program(makes: tuple[Callable[[int], Part], ...]) -> AdapterProgram:
-    """With one or two parts, at some of the layers."""
-    paths = random.choice([PATHS, PATHS[:1], PATHS[1:]])
-    return AdapterProgram(
-        {
-            path: tuple(random.choice(makes)(SIZES[path]) for _ in range(random.randint(1, 2)))
-            for path in paths
-        }
-    )
 
 
 class Group:

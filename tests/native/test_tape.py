@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from timbre_server.native.arena import Arena
 from timbre_server.native.recording import NotRepeatable, Recording, either, recording, repeated
-from timbre_server.native.rounding import round_into
-from timbre_server.native.tape import State, Tape
+from timbre_server.native.rounding import round_into, widen_into
+from timbre_server.native.sums import sum_into
+from timbre_server.native.tape import Choice, State, Tape
 
 
 @pytest.fixture(autouse=True)
@@ -146,6 +147,74 @@ def test_what_is_repeated_is_called_each_time_and_nothing_of_it_is_written_down(
     tape()
     assert calls == [0, 1]
     assert y == 20
+
+
+@pytest.mark.cpp
+def test_kernels_that_follow_each_other_are_one_call_with_what_is_chosen_between() -> None:
+    state, chosen = State(), [0]
+    sources = torch.randn(40), torch.randn(40)
+    sums, narrow, wide = torch.empty(40), torch.empty(40, dtype=torch.bfloat16), torch.empty(40)
+
+    def choose() -> Tape:
+        source = sources[chosen[0]]
+        chosen[0] += 1
+        return Recording.of_kernels(lambda: sum_into(sums, source, source))
+
+    def function() -> Tensor:
+        repeated(Choice(state, choose))
+        return widen_into(wide, round_into(narrow, sums)).view(8, 5)
+
+    tape, y = recorded(function)
+    assert len(tape._steps) == 1
+    for number, source in enumerate(sources):
+        for _ in range(2):
+            source.normal_()
+            tape()
+            assert torch.equal(y, (2 * source).bfloat16().float().view(8, 5))
+        assert chosen == [number + 1]
+        state.change()
+
+
+@pytest.mark.cpp
+def test_what_is_chosen_and_is_not_kernels_alone_is_called_each_time() -> None:
+    state, x = State(), torch.randn(40)
+    tape, y = recorded(lambda: either(state, lambda: False, lambda v: v + 1, torch.sin, x))
+    for _ in range(3):
+        x.normal_()
+        tape()
+        assert torch.equal(y, x.sin())
+
+
+@pytest.mark.cpp
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1,), (3, 7), (2, 5, 48)])
+def test_sums_have_pytorchs_bits(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    a, b = (torch.randn(shape).mul(10.0**k).to(dtype) for k in (0, 2))
+    a.view(-1)[0] = torch.inf
+    y = torch.empty_like(a)
+    assert sum_into(y, a, b)
+    assert torch.equal(y, a + b)
+
+
+@pytest.mark.cpp
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        (torch.ones(3, 4), 2.0),
+        (torch.ones(3, 4), torch.ones(4)),
+        (torch.ones(4, 3).T, torch.ones(3, 4)),
+        (torch.ones(3, 4), torch.ones(3, 4).double()),
+        (torch.ones(3, 4).half(), torch.ones(3, 4).half()),
+    ],
+    ids=["number", "broadcast", "strided", "types", "half"],
+)
+def test_other_sums_are_left_to_pytorch(a: Tensor, b: Tensor | float) -> None:
+    y = torch.zeros(3, 4, dtype=a.dtype)
+    assert not sum_into(y, a, b)
+    assert not y.any()
+    tape, found = recorded(lambda: a + b)
+    tape()
+    assert torch.equal(found, a + b)
 
 
 def test_either_is_decided_when_the_state_is_another() -> None:

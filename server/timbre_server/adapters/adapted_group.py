@@ -17,6 +17,7 @@ from torch import Tensor
 from timbre_methods.program import AdapterProgram, Part
 from timbre_server.adapters.active_rows import ActiveRows, RowCopies
 from timbre_server.adapters.added import rows_of
+from timbre_server.native.notes import current
 from timbre_server.native.tape import State
 from timbre_server.operators.contract import Add, Bound, Change, Operator, Standing, StandingOperator
 from timbre_server.operators.row_table import RowTable
@@ -82,6 +83,7 @@ class AdaptedGroup:
         self._input: Tensor | None = None
         self._changes: list[list[Change]] = []
         self._sources: list[Tensor] = []
+        self._is_written = False
         self._unread: set[int] = set()
 
     @property
@@ -219,10 +221,13 @@ class AdaptedGroup:
         return found
 
     def _is_new(self, member: int, x: Tensor) -> bool:
-        """Whether nothing is kept of x for this member; from now on something is."""
-        if self._input is x and member in self._unread:
+        """Whether nothing is kept of x for this member; from now on something is.
+
+        What a member that ran made is nothing to one that is written down, nor the other way round."""
+        is_written = current() is not None
+        if self._input is x and member in self._unread and self._is_written is is_written:
             return False
-        self._input = x
+        self._input, self._is_written = x, is_written
         self._unread = set(range(len(self.paths)))
         return True
 

@@ -1,0 +1,184 @@
+"""Tapes of layers whose rows and adapters come and go: what is played gives what is run.
+
+Legend: T rows, I in.
+"""
+
+from __future__ import annotations
+
+import random
+from functools import partial
+
+import pytest
+import torch
+from random_parts import IN, KINDS, PATHS, SIZES, numbers, program, spectral
+from torch import Tensor, nn
+
+from timbre_methods.program import AdapterProgram
+from timbre_server.adapters.adapted_model import AdaptedModel, Arithmetic
+from timbre_server.adapters.groups import LinearGroup, LoneLayer
+from timbre_server.engine.fused_norm import norm_of
+from timbre_server.engine.packed_linear import LinearPacker
+from timbre_server.native.arena import Arena
+from timbre_server.native.recording import Recording
+from timbre_server.native.tape import Choice, Tape
+from timbre_server.operators.live_rows import LiveRows
+from timbre_server.operators.native.spectral import NativeSpectral
+from timbre_server.operators.row_table import Pairs, RowTable, Span
+
+pytestmark = pytest.mark.cpp
+
+NUM_SLOTS = 12
+ROWS = (1, 5, 24)
+
+
+class Model:
+    """A norm, and two layers that read what it gives."""
+
+    def __init__(self, base: nn.ModuleDict, dtype: torch.dtype) -> None:
+        self._base = nn.ModuleDict({name: type_of(module) for name, module in base.items()})
+        self._base.load_state_dict(base.state_dict())
+        self._base.to(dtype)
+        packer = LinearPacker(dtype, torch.device("cpu"), native=True)
+        arithmetic = Arithmetic(packer.product_of, "native", partial(norm_of, native=True))
+        self.adapted = AdaptedModel(
+            self._base, [LinearGroup(PATHS)], arithmetic, lone=[LoneLayer("norm", "norm")]
+        )
+        self._dtype = dtype
+        self._arena = Arena()
+        self.tapes: dict[int, tuple[Tape, Tensor, Tensor]] = {}
+        """By number of rows, with what they read and give."""
+
+    def put(self, slot: int, own: AdapterProgram) -> None:
+        self.adapted.put(slot, own)
+
+    def merge(self, pairs: Pairs) -> None:
+        """Of other weights than the base's: what adapters make of them does not matter here."""
+        if pairs:
+            layers = dict(self.adapted.linear_layers())
+            self.adapted.merge(
+                pairs, {path: lambda x, layer=layer: layer(x) + 2 for path, layer in layers.items()}
+            )
+        else:
+            self.adapted.unmerge()
+
+    def run(self, table: RowTable, x_TI: Tensor) -> Tensor:
+        self.adapted.set_rows(table, table)
+        y = self._forward(x_TI)
+        self.adapted.clear_rows()
+        return y
+
+    def play(self, table: RowTable, x_TI: Tensor) -> Tensor:
+        self.adapted.set_rows(table, table)
+        if table.num_rows not in self.tapes:
+            own_x = torch.empty_like(x_TI)
+            tape, y = Recording.of(partial(self._forward, own_x), self._arena)
+            self.tapes[table.num_rows] = tape, own_x, y
+        tape, own_x, y = self.tapes[table.num_rows]
+        own_x.copy_(x_TI)
+        tape()
+        self.adapted.clear_rows()
+        return y.clone()
+
+    def _forward(self, x_TI: Tensor) -> Tensor:
+        h_1TI = self._base["norm"](x_TI.to(self._dtype).unsqueeze(0))
+        return torch.cat([self._base[path](h_1TI) for path in PATHS], dim=-1) + 1
+
+
+def type_of(module: nn.Module) -> nn.Module:
+    if isinstance(module, nn.Linear):
+        return nn.Linear(module.in_features, module.out_features)
+    return nn.RMSNorm(IN, 1e-6)
+
+
+def base_model() -> nn.ModuleDict:
+    return nn.ModuleDict(
+        {"norm": nn.RMSNorm(IN, 1e-6), **{path: nn.Linear(IN, size) for path, size in SIZES.items()}}
+    )
+
+
+def any_table(slots: list[int], num_rows: int) -> RowTable:
+    """Of so many rows: base rows, single ones, several of one adapter, and mixes; or base rows alone."""
+    spans: list[Span] = []
+    left = num_rows
+    is_base = random.random() < 0.15
+    while left:
+        rows = min(left, random.choice([1, 1, 1, 9]))
+        own = [] if is_base else random.sample(slots, random.choice([0, 1, 1, 1, 1, 2]))
+        spans.append(Span(rows, tuple((slot, random.choice([1.0, 1.0, 0.25])) for slot in own)))
+        left -= rows
+    return RowTable(spans)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+@torch.inference_mode()
+def test_what_is_played_has_the_bits_of_a_model_that_runs_and_never_saw_another_step(
+    kind: str, dtype: torch.dtype
+) -> None:
+    random.seed(kind)
+    torch.manual_seed(len(kind))
+    base = base_model()
+    programs: dict[int, AdapterProgram] = {}
+    model, merged, table = Model(base, dtype), Pairs(), None
+    for _ in range(80):
+        slots = list(range(NUM_SLOTS))
+        for slot in slots if not programs else random.sample(slots, random.choice([0, 0, 1, 3])):
+            if slot in programs and slot not in [own for own, _ in merged]:
+                model.adapted.drop(slot)
+                del programs[slot]
+            if slot not in programs:
+                programs[slot] = program(KINDS[kind])
+                model.put(slot, programs[slot])
+        if random.random() < 0.1:
+            merged = random.choice([(), ((0, 1.0),)])
+            model.merge(merged)
+        if table is None or random.random() < 0.7:
+            num_rows = random.choice(ROWS)
+            is_merged = merged and random.random() < 0.3
+            table = RowTable([Span(num_rows, merged)]) if is_merged else any_table(slots, num_rows)
+        x_TI = numbers(table.num_rows, IN)
+        new = Model(base, dtype)
+        for slot, own in programs.items():
+            new.put(slot, own)
+        new.merge(merged)
+        assert torch.equal(model.play(table, x_TI), new.run(table, x_TI))
+
+
+@pytest.mark.parametrize("kind", ["low rank", "sparse", "gains", "spectral"])
+@torch.inference_mode()
+def test_layers_are_not_asked_while_the_adapters_stay(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = [0]
+    choose = Choice.__call__
+
+    def counted(self: Choice) -> None:
+        chosen[0] += 1
+        choose(self)
+
+    monkeypatch.setattr(Choice, "__call__", counted)
+    random.seed(kind)
+    model = Model(base_model(), torch.float32)
+    for slot in range(4):
+        parts = {path: (KINDS[kind][0](SIZES[path]),) for path in PATHS}
+        model.put(slot, AdapterProgram(parts))
+    for order in ([0, 1, 2, 3], [3, 1, 0, 2], [2, 2, 0, 1], [1, 3, 2, 0]):
+        table, x_TI = RowTable([Span(1, ((slot, 1.0),)) for slot in order]), numbers(4, IN)
+        model.play(table, x_TI)
+        if order == [0, 1, 2, 3]:
+            chosen[0] = 0
+    assert chosen[0] == 0
+    model.play(RowTable([Span(4, ())]), numbers(4, IN))
+    assert chosen[0] == len(PATHS)
+
+
+@torch.inference_mode()
+def test_spectra_that_are_written_down_have_room_for_those_of_any_rows() -> None:
+    """A step of as many rows may put them into more groups."""
+    part, x_TI = spectral(SIZES["q"]), numbers(24, IN)
+    operator = NativeSpectral()
+    standing = operator.standing(LiveRows())
+    standing.admit(0, operator.prepared([[part]]))
+    bound = standing.bound(RowTable([Span(1, ((0, 1.0),)), Span(23, ())]))
+    assert len(bound.source(x_TI)) == 1
+    found: list[Tensor] = []
+    Recording.of_kernels(lambda: found.append(bound.source(x_TI)))
+    assert len(found[0]) == 24
