@@ -82,7 +82,7 @@ class AdaptedGroup:
         """What that was."""
         self._input: Tensor | None = None
         self._changes: list[list[Change]] = []
-        self._sources: list[Tensor] = []
+        self._sources: list[Any] = []
         self._is_written = False
         self._unread: set[int] = set()
 
@@ -212,7 +212,7 @@ class AdaptedGroup:
         self._has_read(member)
         return found
 
-    def sources(self, member: int, x: Tensor) -> Sequence[Tensor]:
+    def sources(self, member: int, x: Tensor) -> Sequence[Any]:
         """What each operator's sums are made of, from a contiguous x; made and kept as `changes` are."""
         if self._is_new(member, x):
             self._sources = [bound.source(x) for bound in self._bound]

@@ -66,9 +66,9 @@ class OwnProduct:
     rows_N: Tensor | slice | None = None
 
 
-Add = Callable[[Tensor, Tensor], None]
-"""``(source, y_TO)``: add, in place, to y what is made of a source. Both are contiguous, y is float32, and
-they may have dimensions before the last that together count rows."""
+Add = Callable[[Any, Tensor], None]
+"""``(source, y_TO)``: add, in place, to y what is made of a source. A source that is a tensor is contiguous,
+as y is, which is float32; they may have dimensions before the last that together count rows."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -117,7 +117,7 @@ class Bound:
         """The same as all methods above, for whoever has float32 to add to; None: only they do it."""
         return None
 
-    def source(self, x_TI: Tensor) -> Tensor:
+    def source(self, x_TI: Tensor) -> Any:
         """What its adding of `sums` reads, made of a contiguous x for all members."""
         return x_TI.float()
 

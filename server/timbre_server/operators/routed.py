@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from timbre_methods.program import Diagonal, FromInput, LowRank, Part, Spectral
 from timbre_methods.routing import Routed
-from timbre_server.operators.contract import Bound, Change, Meaning, Operator, Uses
+from timbre_server.operators.contract import Adds, Bound, Change, Meaning, Operator, Uses
 from timbre_server.operators.gates import Gates
 from timbre_server.operators.low_rank import LowRankOperator
 from timbre_server.operators.router import BoundRouters, Routers, router_gates
@@ -243,7 +244,18 @@ class _BoundRouted(Bound):
                 own.extend(more)
         return changes
 
+    def adds(self, member: int) -> Adds | None:
+        return Adds(sums=partial(_add, member)) if self.reads_input_alone else None
+
+    def source(self, x_TI: Tensor) -> Any:
+        return self.sums(x_TI.reshape(-1, x_TI.shape[-1]).float())
+
     def output_change(self, member: int, y_TO: Tensor) -> Change | None:
         """After `sums` of the same step, which computed the gates."""
         gains = self.gains[member]
         return None if gains is None else gains.change(y_TO)
+
+
+def _add(member: int, changes: Sequence[Sequence[Change]], y_TO: Tensor) -> None:
+    for change in changes[member]:
+        change.add_to(y_TO.reshape(-1, y_TO.shape[-1]))
