@@ -11,7 +11,17 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from timbre_methods.program import AdapterProgram, Diagonal, LowRank, Part, Places, Sparse, Spectral
+from timbre_methods.program import (
+    AdapterProgram,
+    Basis,
+    Diagonal,
+    LowRank,
+    Part,
+    Places,
+    Projected,
+    Sparse,
+    Spectral,
+)
 from timbre_server.operators.sliced_ellpack import slices_of
 
 PATHS = ("q", "k")
@@ -51,6 +61,13 @@ def spectral(out: int, seed: int = 0) -> Part:
     return Spectral(numbers(30), PLACES[seed, out])
 
 
+BASES = {out: Basis(torch.randn(1, 6, IN), torch.randn(1, out, 6)) for out in SIZES.values()}
+
+
+def projected(out: int) -> Part:
+    return Projected("diagonal", numbers(1, 6), BASES[out])
+
+
 def gain_on_output(out: int) -> Part:
     return Diagonal("output", numbers(out), random.choice([None, numbers(out)]))
 
@@ -65,7 +82,8 @@ KINDS: Mapping[str, tuple[Callable[[int], Part], ...]] = {
     "gains": (gain_on_output, gain_on_input),
     "spectral": (spectral,),
     "spectral of two seeds": (spectral, lambda out: spectral(out, 1)),
-    "all": (low_rank, sparse, gain_on_output, gain_on_input, spectral),
+    "shared basis": (projected,),
+    "all": (low_rank, sparse, gain_on_output, gain_on_input, spectral, projected),
 }
 
 

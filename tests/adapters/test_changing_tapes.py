@@ -5,7 +5,9 @@ Legend: T rows, I in.
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 from functools import partial
 
 import pytest
@@ -13,7 +15,7 @@ import torch
 from random_parts import IN, KINDS, PATHS, SIZES, numbers, program, spectral
 from torch import Tensor, nn
 
-from timbre_methods.program import AdapterProgram
+from timbre_methods.program import AdapterProgram, owned_tensors
 from timbre_server.adapters.adapted_model import AdaptedModel, Arithmetic
 from timbre_server.adapters.groups import LinearGroup, LoneLayer
 from timbre_server.engine.fused_norm import norm_of
@@ -168,6 +170,27 @@ def test_layers_are_not_asked_while_the_adapters_stay(kind: str, monkeypatch: py
     assert chosen[0] == 0
     model.play(RowTable([Span(4, ())]), numbers(4, IN))
     assert chosen[0] == len(PATHS)
+
+
+@pytest.mark.parametrize(
+    "kind", ["low rank", "sparse", "spectral", "spectral of two seeds", "shared basis", "all"]
+)
+@torch.inference_mode()
+def test_tapes_keep_nothing_of_an_adapter_that_left(kind: str) -> None:
+    random.seed(kind)
+    model = Model(base_model(), torch.float32)
+    for slot in range(8):
+        model.put(
+            slot, AdapterProgram({path: (make(SIZES[path]),) for path in PATHS for make in KINDS[kind]})
+        )
+    parts = {part for slot in range(8) for own in model.adapted.program(slot).sites.values() for part in own}
+    values = [weakref.ref(tensor) for part in parts for tensor in owned_tensors(part)]
+    model.play(any_table(list(range(8)), 24), numbers(24, IN))
+    for slot in range(8):
+        model.adapted.drop(slot)
+    del parts
+    gc.collect()
+    assert not any(own() is not None for own in values)
 
 
 @torch.inference_mode()

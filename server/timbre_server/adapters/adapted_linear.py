@@ -124,13 +124,14 @@ class AdaptedLinear(nn.Module):
             return Tape([lambda: places.y.copy_(self._output(places.x))])
         if own.changes_nothing:
             return places.base
-        write = partial(self._write, places, own)
+        write = partial(self._write, places)
         is_known = group.outlasts_tables and places.y.dtype in (torch.float32, torch.bfloat16)
         return Recording.of_kernels(write) if is_known else Tape([write])
 
-    def _write(self, places: _Places, own: InPlace) -> object:
+    def _write(self, places: _Places) -> object:
         """Returns what the kernels read."""
-        used = places.plain
+        own, used = self._group.in_place(self._member), places.plain
+        assert own is not None, "a tape that was chosen in another state"
         if own.inputs and places.changed is not None:
             used, wide = places.changed
             widen_into(wide, places.x)

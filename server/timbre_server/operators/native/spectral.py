@@ -98,10 +98,8 @@ class NativeSpectral(StandingOperator[Spectral, _Prepared], SpectralOperator):
     def native_pattern(self, places: Places) -> _Pattern:
         """Kept as long as the object of places."""
         if places not in self._native_patterns:
-            cpu = torch.device("cpu")
-            inner, outer = (
-                self._transform(places, n, cpu) for n in (places.in_features, places.out_features)
-            )
+            cpu, lengths = torch.device("cpu"), (places.in_features, places.out_features)
+            inner, outer = (self._transform(places, length, cpu) for length in lengths)
             self._native_patterns[places] = _Pattern(places, inner, outer)
         return self._native_patterns[places]
 
@@ -110,8 +108,7 @@ class _StandingSpectral(Standing[_Prepared]):
     """At one group."""
 
     def __init__(self, operator: NativeSpectral) -> None:
-        self._operator = operator
-        self._adapters: dict[int, _Prepared] = {}
+        self._operator, self._adapters = operator, dict[int, _Prepared]()
         self._values: dict[tuple[int, int], LaneValues] = {}
         """By member and seats, of the table that was bound last."""
         self._bound: _BoundSpectral | None = None
@@ -124,16 +121,18 @@ class _StandingSpectral(Standing[_Prepared]):
         del self._adapters[slot]
         for values in self._values.values():
             values.forget(slot)
+        self._clear()
+        self._bound = self._bound if self._adapters else None
+
+    def _clear(self) -> None:
+        """Let nothing of a table be kept by whoever still has what is bound."""
         if self._bound is not None:
             self._bound.clear()
-        if not self._adapters:
-            self._bound = None
 
     def bound(self, table: RowTable) -> Bound:
         operator = self._operator
         adapters = {slot: self._adapters[slot] for slot in table.slots if slot in self._adapters}
-        of_members = zip(*(prepared.places for prepared in adapters.values()), strict=True)
-        found = [set(each) - {None} for each in of_members]
+        found = [set(each) - {None} for each in zip(*(own.places for own in adapters.values()), strict=True)]
         served = all(prepared.is_served for prepared in adapters.values())
         if table.is_gated or not served or any(len(each) > 1 for each in found):
             uses = uses_of({slot: prepared.members for slot, prepared in adapters.items()})
@@ -142,6 +141,7 @@ class _StandingSpectral(Standing[_Prepared]):
         bytes_per_row = sum(ROW_BYTES * own.rows_N.numel() for own in places if own is not None)
         batch = operator.batch(table, frozenset(adapters), bytes_per_row)
         if self._bound is None or self._bound.places != places:
+            self._clear()
             self._bound = _BoundSpectral(operator, places)
         before, self._values = self._values, {}
         cores = {
@@ -292,8 +292,7 @@ class _BoundSpectral(BoundKernels):
     def source(self, x_TI: Tensor) -> Tensor:
         """Where it is written down, with room for the groups of all tables: a row has one at most."""
         is_narrow = x_TI.dtype is torch.bfloat16
-        if not is_narrow:
-            x_TI = x_TI.float()
+        x_TI = x_TI if is_narrow else x_TI.float()
         num_groups = self._num_groups if current() is None else x_TI.numel() // self._plan.length
         z_GCL = self._sources.empty(num_groups, self._plan.coordinates, most_lanes())
         self._run(self._address, x_TI.data_ptr(), is_narrow, z_GCL.data_ptr(), torch.get_num_threads())
