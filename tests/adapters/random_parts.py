@@ -22,6 +22,7 @@ from timbre_methods.program import (
     Sparse,
     Spectral,
 )
+from timbre_methods.routing import Routed, Router, Rule
 from timbre_server.operators.sliced_ellpack import slices_of
 
 PATHS = ("q", "k")
@@ -76,6 +77,17 @@ def gain_on_input(out: int) -> Part:
     return Diagonal("input", numbers(IN))
 
 
+def mixture(out: int) -> Part:
+    """Of experts of low rank; now and then of others, or of none where an expert does nothing here."""
+    count = random.randint(2, 4)
+    rule = Rule(keep="top_k", top_k=random.randint(1, count), gate="renormalised")
+    makes = random.choice([[low_rank], [low_rank], [low_rank], [low_rank, spectral]])
+    experts = tuple(
+        tuple(random.choice(makes)(out) for _ in range(random.choice([0, 1, 1, 2]))) for _ in range(count)
+    )
+    return Routed(experts, Router(numbers(count, IN), rule))
+
+
 KINDS: Mapping[str, tuple[Callable[[int], Part], ...]] = {
     "low rank": (low_rank,),
     "sparse": (sparse,),
@@ -83,7 +95,8 @@ KINDS: Mapping[str, tuple[Callable[[int], Part], ...]] = {
     "spectral": (spectral,),
     "spectral of two seeds": (spectral, lambda out: spectral(out, 1)),
     "shared basis": (projected,),
-    "all": (low_rank, sparse, gain_on_output, gain_on_input, spectral, projected),
+    "mixtures": (mixture,),
+    "all": (low_rank, sparse, gain_on_output, gain_on_input, spectral, projected, mixture),
 }
 
 

@@ -173,7 +173,7 @@ def test_layers_are_not_asked_while_the_adapters_stay(kind: str, monkeypatch: py
 
 
 @pytest.mark.parametrize(
-    "kind", ["low rank", "sparse", "spectral", "spectral of two seeds", "shared basis", "all"]
+    "kind", ["low rank", "sparse", "spectral", "spectral of two seeds", "shared basis", "mixtures", "all"]
 )
 @torch.inference_mode()
 def test_tapes_keep_nothing_of_an_adapter_that_left(kind: str) -> None:

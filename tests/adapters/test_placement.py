@@ -18,7 +18,7 @@ from timbre_server.adapters.adapted_group import AdaptedGroup
 from timbre_server.adapters.placement import Layout, placed_program
 from timbre_server.adapters.transfer import Transfer
 from timbre_server.operators.catalogue import all_operators
-from timbre_server.operators.native.low_rank_experts import BoundExperts
+from timbre_server.operators.native.low_rank_experts import BoundExperts, ExpertsKernel
 from timbre_server.operators.native.uses import BoundKernels, InputKernel
 from timbre_server.operators.routed import _BoundRouted
 from timbre_server.operators.row_table import RowTable, Span
@@ -86,5 +86,6 @@ def bound_factors(program: AdapterProgram, paths: Sequence[str], num_rows: int) 
             if isinstance(own, InputKernel):
                 found += [t for parts in own.uses._held.values() for held in parts.held[1] for t in held]
             else:
-                found += [t for expert in own._held for t in (expert.a_RI, expert.b_RO)]
+                kernel = own if isinstance(own, ExpertsKernel) else own._experts
+                found += [t for experts, _ in kernel._held for factors in experts.held[0] for t in factors]
     return found

@@ -8,6 +8,7 @@ imported when it is asked for and not before.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -22,7 +23,6 @@ from timbre_server.operators.low_rank import LowRankOperator
 from timbre_server.operators.projected import ProjectedOperator
 from timbre_server.operators.rotation import RotationOperator
 from timbre_server.operators.routed import RoutedOperator
-from timbre_server.operators.router import BoundRouters, Routers
 from timbre_server.operators.sliced_ellpack import SlicedEllpackOperator
 from timbre_server.operators.sparse import SparseOperator
 from timbre_server.operators.spectral import SpectralOperator
@@ -53,7 +53,7 @@ def all_operators(step: StepRouting | None = None, kernels: Kernels = "torch") -
     )
     faster = {operator.part: operator for operator in _operators_of(kernels)}
     chosen = tuple(faster.get(operator.part, operator) for operator in plain)
-    return (*chosen, RoutedOperator(chosen, step or StepRouting(), _routers_of(kernels)))
+    return (*chosen, _routed(chosen, step or StepRouting(), kernels))
 
 
 def why_not(kernels: Kernels) -> str | None:
@@ -87,12 +87,13 @@ def _operators_of(kernels: Kernels) -> tuple[Operator[Any], ...]:
             return triton.operators()
 
 
-def _routers_of(kernels: Kernels) -> type[Routers]:
+def _routed(inner: Sequence[Operator[Any]], step: StepRouting, kernels: Kernels) -> RoutedOperator:
     if kernels == "native":
+        from timbre_server.operators.native.routed import NativeRouted
         from timbre_server.operators.native.routers import NativeRouters
 
-        return NativeRouters
-    return BoundRouters
+        return NativeRouted(inner, step, NativeRouters)
+    return RoutedOperator(inner, step)
 
 
 def embedding_operators() -> tuple[Operator[Any], ...]:

@@ -40,7 +40,7 @@ class RoutedOperator(Operator[Routed]):
         self._routers = routers
         self._inner: Mapping[type[Part], Operator[Any]] = {operator.part: operator for operator in inner}
         self._low_rank = next(operator for operator in inner if isinstance(operator, LowRankOperator))
-        self._step = step
+        self.step = step
 
     def meaning(self, part: Routed, x_TI: Tensor, y_TO: Tensor) -> Meaning:
         router = part.own_router
@@ -57,7 +57,7 @@ class RoutedOperator(Operator[Routed]):
         return Meaning(change_TO=total_TO)
 
     def bind(self, uses: Uses[Routed], table: RowTable) -> Bound:
-        gates = Gates(uses, table, self._step, self._routers)
+        gates = Gates(uses, table, self.step, self._routers)
         experts = [_experts(parts_by_slot, gates) for parts_by_slot in uses]
         kinds = {type(part) for own in experts for expert in own for part in expert.parts}
         sums: list[_LowRankExperts | _SpectralExperts] = []

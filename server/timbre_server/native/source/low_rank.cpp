@@ -244,12 +244,18 @@ extern "C" void timbre_low_rank(
 }
 PLAYED(timbre_low_rank)
 
-// An expert of low rank, and where the gates of its adapter's rows are.
+// An expert of low rank, and which of its adapter's gates is its own.
 struct Expert {
     LowRank part;
-    Rows rows;
-    int64_t adapter;
     int64_t column;
+};
+
+// All experts of an adapter, and its rows.
+struct AdapterExperts {
+    const Expert *experts;
+    int64_t count;
+    Rows rows;
+    int64_t adapter;  // Whose gates these are.
 };
 
 struct Gates {
@@ -259,28 +265,30 @@ struct Gates {
 
 // As above, for experts: each runs, and is read, for the rows alone whose gate is not zero.
 extern "C" void timbre_low_rank_experts(
-    const Expert *experts, int64_t count, const Gates *gates, const float *x, int64_t in, float *y, int64_t out,
+    const AdapterExperts *adapters, int64_t count, const Gates *gates, const float *x, int64_t in, float *y, int64_t out,
     int threads
 ) {
-    int64_t size = 0;
-    for (int64_t e = 0; e < count; e++) size += experts[e].rows.count;
+    int64_t size = 0, experts = 0;
+    for (int64_t a = 0; a < count; a++) size += adapters[a].rows.count * adapters[a].count, experts += adapters[a].count;
     std::vector<int64_t> rows(size);
     std::vector<float> weights(size);
-    std::vector<Rows> kept_rows(count);
+    std::vector<Rows> kept_rows(experts);
     std::vector<LowRankUse> kept;
-    int64_t end = 0;
-    for (int64_t e = 0; e < count; e++) {
-        const Rows &all = experts[e].rows;
-        const Gates &own = gates[experts[e].adapter];
-        const int64_t begin = end;
-        for (int64_t n = 0; n < all.count; n++) {
-            const float gate = own.values[n * own.columns + experts[e].column];
-            if (gate == 0) continue;
-            rows[end] = all.rows[n];
-            weights[end++] = gate * all.weights[n];
+    int64_t end = 0, e = 0;
+    for (const AdapterExperts *adapter = adapters; adapter < adapters + count; adapter++) {
+        const Rows &all = adapter->rows;
+        const Gates &own = gates[adapter->adapter];
+        for (const Expert *expert = adapter->experts; expert < adapter->experts + adapter->count; expert++, e++) {
+            const int64_t begin = end;
+            for (int64_t n = 0; n < all.count; n++) {
+                const float gate = own.values[n * own.columns + expert->column];
+                if (gate == 0) continue;
+                rows[end] = all.rows[n];
+                weights[end++] = gate * all.weights[n];
+            }
+            kept_rows[e] = {rows.data() + begin, weights.data() + begin, end - begin};
+            if (end > begin) kept.push_back({&expert->part, &kept_rows[e]});
         }
-        kept_rows[e] = {rows.data() + begin, weights.data() + begin, end - begin};
-        if (end > begin) kept.push_back({&experts[e].part, &kept_rows[e]});
     }
     add_low_rank(kept.data(), kept.size(), {{x, FLOAT32}, in}, y, out, threads);
 }

@@ -46,12 +46,19 @@ class _Rule(ctypes.Structure):
         )
 
 
+def router_fields(router: Router) -> tuple[Fields, object]:
+    """What ``RouterUse`` of ``router.cpp`` begins with, before its rows; and what has to be held for it."""
+    rule, given = _Rule.of(router.rule), (router.weight_EI, router.bias_E, router.preference_E)
+    tensors = [None if tensor is None else tensor.contiguous() for tensor in given]
+    addresses = (0 if tensor is None else tensor.data_ptr() for tensor in tensors)
+    return (ctypes.addressof(rule), *addresses, router.num_experts), (rule, tensors)
+
+
 class NativeRouters(Routers):
     """`Routers` by ``router.cpp``."""
 
     def __init__(self, routers: Sequence[tuple[Segment, Sequence[Router]]]) -> None:
         self._held: list[object] = []
-        self._rules: dict[Rule, _Rule] = {}
         self._shapes = [(s.rows_N.shape[0], sum(r.num_experts for r in own)) for s, own in routers]
         self._sizes = [count * num_gates for count, num_gates in self._shapes]
         uses: list[Fields] = []
@@ -70,14 +77,9 @@ class NativeRouters(Routers):
 
     def _use(self, rows: Fields, router: Router, first: int, stride: int) -> Fields:
         """``RouterUse`` of ``router.cpp``."""
-        tensors = router.weight_EI, router.bias_E, router.preference_E
-        laid_out = [None if tensor is None else tensor.contiguous() for tensor in tensors]
-        self._held += laid_out
-        if router.rule not in self._rules:
-            self._rules[router.rule] = _Rule.of(router.rule)
-        rule = ctypes.addressof(self._rules[router.rule])
-        addresses = (0 if tensor is None else tensor.data_ptr() for tensor in laid_out)
-        return rule, *addresses, router.num_experts, *rows, first, stride
+        fields, held = router_fields(router)
+        self._held.append(held)
+        return *fields, *rows, first, stride
 
     def gates(self, x_TI: Tensor) -> Sequence[Tensor]:
         x_TI, gates = x_TI.contiguous(), torch.empty(sum(self._sizes))
