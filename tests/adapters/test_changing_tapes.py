@@ -172,6 +172,26 @@ def test_layers_are_not_asked_while_the_adapters_stay(kind: str, monkeypatch: py
     assert chosen[0] == len(PATHS)
 
 
+@pytest.mark.parametrize("kind", ["low rank", "sparse", "gains", "spectral", "shared basis", "mixtures"])
+@torch.inference_mode()
+def test_a_layer_that_nothing_changed_is_changed_by_the_next_adapter(kind: str) -> None:
+    random.seed(kind)
+    model, x_TI = Model(base_model(), torch.float32), numbers(2, IN)
+    make = KINDS[kind][0]
+    model.put(0, AdapterProgram({"q": (make(SIZES["q"]),)}))
+    table = RowTable([Span(2, ((0, 1.0),))])
+    before = model.play(table, x_TI)
+    assert torch.equal(model.run(table, x_TI), before)
+    model.put(1, AdapterProgram({path: (make(size),) for path, size in SIZES.items()}))
+    table = RowTable([Span(1, ((0, 1.0),)), Span(1, ((1, 1.0),))])
+    after = model.play(table, x_TI)
+    is_same_TO = (after == before)[0]
+    assert is_same_TO[0].all()
+    assert not is_same_TO[1, : SIZES["q"]].all()
+    assert not is_same_TO[1, SIZES["q"] :].any()
+    assert torch.equal(model.run(table, x_TI), after)
+
+
 @pytest.mark.parametrize(
     "kind", ["low rank", "sparse", "spectral", "spectral of two seeds", "shared basis", "mixtures", "all"]
 )

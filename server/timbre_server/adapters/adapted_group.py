@@ -76,6 +76,10 @@ class AdaptedGroup:
         self._bound_table: RowTable | None = None
         self._bound: tuple[Bound, ...] = ()
         self._in_place: tuple[InPlace | None, ...] = ()
+        self._has_admitted = False
+        """Since the last bind: who is bound to may act on members that nobody acted on before."""
+        self._are_copies = False
+        """Whether the last bind was to `RowCopies`: then nothing that stands is bound."""
         self.state = State()
         """Another one whenever the members, asked by a tape, may do anything else than before."""
         self._last_run: object = None
@@ -102,12 +106,19 @@ class AdaptedGroup:
             return ()
         if self._bound_table is not table:
             found = self._bind(table)
-            if found != self._bound:
-                own = [InPlace.of(found, member) for member in range(len(self.paths))]
-                self._in_place = tuple(own) if None not in own else (None,) * len(own)
-            self._bound, self._bound_table = found, table
+            if found != self._bound or self._has_admitted:
+                self._set_in_place(found)
+            self._bound, self._bound_table, self._has_admitted = found, table, False
+            self._are_copies = self._rows.copies is not None
         self._run(self._in_place if self._bound else _BASE)
         return self._bound
+
+    def _set_in_place(self, bounds: Sequence[Bound]) -> None:
+        """The very same object where all that they do is what it was."""
+        own = [InPlace.of(bounds, member) for member in range(len(self.paths))]
+        found = tuple(own) if None not in own else (None,) * len(own)
+        if found != self._in_place:
+            self._in_place = found
 
     def _run(self, what: object) -> None:
         if what is not self._last_run:
@@ -125,7 +136,7 @@ class AdaptedGroup:
     @property
     def outlasts_tables(self) -> bool:
         """As `Bound.outlasts_tables`, of `bound`."""
-        return all(bound.outlasts_tables for bound in self._bound)
+        return not self._are_copies and all(bound.outlasts_tables for bound in self._bound)
 
     @property
     def last_bound(self) -> tuple[Bound, ...]:
@@ -167,7 +178,7 @@ class AdaptedGroup:
             self._standing, self._prepared = {}, {}
             self._drop_bound()
             raise
-        self._prepared[slot] = own
+        self._prepared[slot], self._has_admitted = own, True
 
     def forget(self, slot: int) -> None:
         """Drop what was prepared of it and what is kept of a running step; called when it changes hands.
