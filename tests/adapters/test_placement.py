@@ -86,6 +86,6 @@ def bound_factors(program: AdapterProgram, paths: Sequence[str], num_rows: int) 
             if isinstance(own, InputKernel):
                 found += [t for parts in own.uses._held.values() for held in parts.held[1] for t in held]
             else:
-                kernel = own if isinstance(own, ExpertsKernel) else own._experts
+                kernel = own if isinstance(own, ExpertsKernel) else own.experts
                 found += [t for experts, _ in kernel._held for factors in experts.held[0] for t in factors]
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -173,6 +174,18 @@ def test_kernels_that_follow_each_other_are_one_call_with_what_is_chosen_between
             assert torch.equal(y, (2 * source).bfloat16().float().view(8, 5))
         assert chosen == [number + 1]
         state.change()
+
+
+@pytest.mark.cpp
+def test_a_tape_keeps_what_it_sums() -> None:
+    own = [torch.randn(40)]
+    tape, y = recorded(lambda: own[0] + own[0])
+    is_there, expected = weakref.ref(own[0]), own[0] * 2
+    own.clear()
+    y.zero_()
+    tape()
+    assert is_there() is not None
+    assert torch.equal(y, expected)
 
 
 @pytest.mark.cpp

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from timbre_server.adapters.active_rows import RowCopies
 from timbre_server.adapters.adapted_group import AdaptedGroup, InPlace
 from timbre_server.adapters.added import added, rows_of
-from timbre_server.native.recording import Recording, played, recording, repeated
+from timbre_server.native.recording import Recording, recording, repeated
 from timbre_server.native.rounding import round_into, widen_into
 from timbre_server.native.tape import Choice, Tape
 from timbre_server.operators.contract import Bound, Change, OwnProduct
@@ -137,7 +137,7 @@ class AdaptedLinear(nn.Module):
             widen_into(wide, places.x)
             own.inputs[0](wide, wide)
             round_into(used.x, wide)
-        played(used.product)
+        repeated(used.product)
         self._add_in_place(own, places.x, used.sums)
         if used.sums is not places.y:
             round_into(places.y, used.sums)

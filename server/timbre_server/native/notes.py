@@ -17,7 +17,7 @@ class KernelCall:
     played: int
     """The address of what calls the kernel."""
     words: array[int]
-    """The arguments, which may be written anew: the next call has those."""
+    """The arguments."""
 
 
 class Notes(Protocol):

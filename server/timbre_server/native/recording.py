@@ -3,7 +3,7 @@ with their tensors.
 
 Tensors that are made meanwhile lie in an `Arena`, at the same place whenever the tape is played. What must be
 decided anew each time is one call to the tape (`repeated`), or is chosen again when something has changed
-(`chosen`). What looks at numbers in between, and might do something else with others, cannot be recorded.
+(`Choice`). What looks at numbers in between, and might do something else with others, cannot be recorded.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ class Recording:
     def __init__(self, arena: Arena) -> None:
         self._arena = arena
         self._notes: list[Note | KernelCall | Choice] = []
+        self._held: list[object] = []
         self.is_dry = False
 
     @staticmethod
@@ -57,7 +58,7 @@ class Recording:
         own = Recording(arena)
         with _Refusing(own), _Writing(own), noting(own):
             found = function()
-        return Tape(own._notes), arena.uncounted(found)
+        return Tape(own._notes, own._held), arena.uncounted(found)
 
     @staticmethod
     def of_kernels(function: Callable[[], object]) -> Tape:
@@ -77,7 +78,7 @@ class Recording:
         self._notes, self.is_dry = [], self.is_dry or is_dry
         try:
             found = function(*inputs)
-            return Tape(self._notes), found
+            return Tape(self._notes, self._held), found
         finally:
             self._notes, self.is_dry = outer
 
@@ -108,6 +109,7 @@ class Recording:
             return found
         outs = tree_map_only(Tensor, self._copied, found)
         if func is _SUM and not kwargs and sum_into(outs, *args):
+            self._held.append(args)
             return outs
         kept = tree_map_only(Tensor, self.kept, outs)
         into = _out_variant(func)
@@ -131,23 +133,15 @@ def recording() -> Recording | None:
 
 
 def repeated(call: Note) -> None:
-    """Call it, and in place of all that it does let tapes call it."""
+    """Call it, and in place of all that it does let tapes call it; of a tape all that is on it."""
     own = recording()
-    if own is not None:
+    if isinstance(call, Tape) and own is not None:
+        own.splice(call)
+    elif own is not None:
         own.note(call)
     if own is None or not own.is_dry:
         with noting(None):
             call()
-
-
-def played(tape: Tape) -> None:
-    """Call what is on it, and let tapes call that."""
-    own = recording()
-    if own is not None:
-        own.splice(tape)
-    if own is None or not own.is_dry:
-        with noting(None):
-            tape()
 
 
 def either(

@@ -20,7 +20,7 @@ constexpr int64_t BLOCK = 40 / TILE * TILE;  // Rows that stay in the cache whil
 constexpr int64_t MANY = 20;  // More rows of float32 than these read weights as floats.
 constexpr int INPUTS = 4;  // Inputs between two looks at what to ask for.
 constexpr int AHEAD = 6144;  // Bytes, of what is asked for where a panel is read once.
-constexpr int FEW_PAIRED = 3, FEW = 1;  // Rows of bfloat16, and others, for which reading waits for nothing: none asks.
+constexpr int FEW_PAIRED = 3, FEW = 1;  // Rows of bfloat16, and of floats, up to which nothing is asked for.
 
 struct Linear {
     int64_t in;

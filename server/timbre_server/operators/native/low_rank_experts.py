@@ -110,26 +110,28 @@ class BoundExperts(BoundGated):
         each_NK = [gates(segment.slot).contiguous() for segment in self._segments]
         views = gate_views(each_NK)
         return [
-            () if member is None else (KernelChange(_Gated(member, each_NK, views), x_TI, len(x_TI)),)
+            () if member is None else (KernelChange(GatedExperts(member, views, each_NK), x_TI, len(x_TI)),)
             for member in self._members
         ]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Gated:
-    """The `Kernel` of one member in one step."""
+class GatedExperts:
+    """The `Kernel` of one member, whose source is x in float32."""
 
-    member: ExpertsKernel
-    held: Sequence[Tensor]
+    experts: ExpertsKernel
     gates: array[int]
+    """`gate_views`."""
+    held: Sequence[Tensor]
+    """The gates."""
 
     @property
     def rows_N(self) -> Tensor:  # noqa: N802
-        return self.member.rows_N
+        return self.experts.rows_N
 
     @property
     def out_features(self) -> int:
-        return self.member.out_features
+        return self.experts.out_features
 
     def add(self, source: Tensor, y_TO: Tensor) -> None:
-        self.member.add(self.gates, source, y_TO)
+        self.experts.add(self.gates, source, y_TO)

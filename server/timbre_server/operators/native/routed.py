@@ -19,7 +19,12 @@ from timbre_methods.routing import Routed, Router
 from timbre_server.native.library import ADDRESS, NUMBER, kernel, num_threads
 from timbre_server.operators.contract import Bound, Members, Standing, StandingOperator, uses_of
 from timbre_server.operators.live_rows import LiveRows, rows_fields
-from timbre_server.operators.native.low_rank_experts import AdapterExperts, ExpertsKernel, gate_views
+from timbre_server.operators.native.low_rank_experts import (
+    AdapterExperts,
+    ExpertsKernel,
+    GatedExperts,
+    gate_views,
+)
 from timbre_server.operators.native.routers import router_fields
 from timbre_server.operators.native.uses import BoundKernels, Fields, address_of, structures
 from timbre_server.operators.routed import RoutedOperator
@@ -135,10 +140,10 @@ class _BoundRouted(BoundKernels):
             first += size
         return structures(found)
 
-    def _member(self, member: int) -> _Member | None:
+    def _member(self, member: int) -> GatedExperts | None:
         known = enumerate(self._held)
         own = [(x, s, n, each.share) for n, (s, each) in known if (x := each.experts[member]) is not None]
-        return _Member(ExpertsKernel(own), self._views) if own else None
+        return GatedExperts(ExpertsKernel(own), self._views, (self._gates,)) if own else None
 
     def source(self, x_TI: Tensor) -> Tensor:
         """x, after the gates of its rows were computed."""
@@ -146,18 +151,3 @@ class _BoundRouted(BoundKernels):
         self._run(*self._begin, x_TI.data_ptr(), num_in, self._gates.data_ptr(), num_threads(self._work))
         self._step.note(self._calls)
         return x_TI
-
-
-class _Member:
-    """The `Kernel` of one member."""
-
-    def __init__(self, experts: ExpertsKernel, gates: array[int]) -> None:
-        self._experts, self._gates = experts, gates
-        self.out_features = experts.out_features
-
-    @property
-    def rows_N(self) -> Tensor:  # noqa: N802
-        return self._experts.rows_N
-
-    def add(self, source: Tensor, y_TO: Tensor) -> None:
-        self._experts.add(self._gates, source, y_TO)
