@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,43 @@ def vera(shapes: Shapes) -> tuple[dict[str, Any], Tensors]:
     return {"peft_type": "VERA", "r": 256, "save_projection": False}, tensors
 
 
+def oft(shapes: Shapes) -> tuple[dict[str, Any], Tensors]:
+    """Blocks of 32, PEFT's default, on every linear layer."""
+    tensors = {
+        f"base_model.model.{path}.oft_R.weight": 0.02 * torch.randn(in_features // 32, 32 * 31 // 2)
+        for path, (_, in_features) in shapes.items()
+    }
+    return {"peft_type": "OFT", "oft_block_size": 32, "peft_version": "0.21.2"}, tensors
+
+
+def c3a(shapes: Shapes) -> tuple[dict[str, Any], Tensors]:
+    """On every linear layer, with the largest blocks that fit there, of 256 (PEFT's default) at most."""
+    tensors, sizes = {}, {}
+    for path, (out_features, in_features) in shapes.items():
+        both = math.gcd(out_features, in_features)
+        b = sizes[path] = max(size for size in range(1, 257) if both % size == 0)
+        tensors[f"base_model.model.{path}.c3a_kernel"] = torch.randn(out_features // b, in_features // b, b)
+    return {"peft_type": "C3A", "block_size": 256, "block_size_pattern": sizes}, tensors
+
+
+def lokr(shapes: Shapes) -> tuple[dict[str, Any], Tensors]:
+    """Rank 8 in the larger of the two matrices, split as PEFT does by default, on every linear layer."""
+    tensors = {}
+    for path, shape in shapes.items():
+        (rows, more_rows), (columns, more_columns) = (_most_even(size) for size in shape)
+        stem = f"base_model.model.{path}.lokr"
+        tensors[f"{stem}_w1"] = 0.2 * torch.randn(rows, columns)
+        tensors[f"{stem}_w2_a"] = 0.02 * torch.randn(more_rows, 8)
+        tensors[f"{stem}_w2_b"] = 0.2 * torch.randn(8, more_columns)
+    return {"peft_type": "LOKR", "r": 8, "alpha": 8}, tensors
+
+
+def _most_even(size: int) -> tuple[int, int]:
+    """Two factors of a size, the smaller one first."""
+    small = max(number for number in range(1, math.isqrt(size) + 1) if size % number == 0)
+    return small, size // small
+
+
 def mola(shapes: Shapes) -> tuple[dict[str, Any], Tensors]:
     """A router and the top 2 of 4 LoRAs of rank 8 on every linear layer."""
     tensors = {}
@@ -106,6 +144,9 @@ FAMILIES: dict[str, Make] = {
     "shira": shira,
     "ia3": ia3,
     "vera": vera,
+    "oft": oft,
+    "c3a": c3a,
+    "lokr": lokr,
     "mola": mola,
 }
 

@@ -24,7 +24,7 @@ from peers.contract import Setting
 from peers.generate import Generate
 from peers.llamacpp import LlamaCpp
 from peers.vllm import Vllm
-from random_adapters import write_adapters
+from random_adapters import FAMILIES, write_adapters
 from scenarios import Scenario
 from table import report
 from transformers.utils import import_utils
@@ -114,9 +114,20 @@ def test_a_decode_step_is_profiled_by_part(tiny_model: Path) -> None:
 
 
 def test_rows_of_all_families_take_turns_in_a_profile(tiny_model: Path) -> None:
-    args = step_profile.arguments(["--family", "all", "--rows", "7", "--steps", "2", "--prompt-tokens", "4"])
+    rows = str(len(FAMILIES))
+    args = step_profile.arguments(["--family", "all", "--rows", rows, "--steps", "2", "--prompt-tokens", "4"])
     parts = step_profile.engine_parts(args, tiny_model)
-    operators = ("LowRank", "Spectral", "SlicedEllpack", "Diagonal", "Projected", "Routed")
+    operators = (
+        "LowRank",
+        "Spectral",
+        "SlicedEllpack",
+        "Diagonal",
+        "Projected",
+        "Rotation",
+        "Circulant",
+        "Kronecker",
+        "Routed",
+    )
     assert parts.keys() >= {f"adapters: {name}" for name in operators}
     assert step_profile.turns({"a": [1, 2], "b": [3, 4]}, 0, 3) == [1, 3, 2]
 
