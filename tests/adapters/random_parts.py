@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +25,7 @@ from timbre_methods.program import (
     Spectral,
 )
 from timbre_methods.routing import Routed, Router, Rule
+from timbre_methods.spectral.wavelets import LOW_PASS
 from timbre_server.operators.sliced_ellpack import slices_of
 
 PATHS = ("q", "k")
@@ -46,20 +49,23 @@ def sparse(out: int) -> Part:
     return slices_of(Sparse(ends, columns, numbers(len(columns)), IN))
 
 
+TRANSFORMS: tuple[Literal["dft", "dct", "hartley", "dwt"], ...] = ("dft", "dct", "hartley", "dwt")
 PLACES = {
-    (seed, out): Places(
-        "dft",
+    (transform, seed, out): Places(
+        transform,
         out,
         IN,
         *(torch.randint(n, (30,), generator=torch.Generator().manual_seed(seed)) for n in (out, IN)),
+        LOW_PASS["db2"] if transform == "dwt" else (),
     )
+    for transform in TRANSFORMS
     for seed in (0, 1)
     for out in SIZES.values()
 }
 
 
-def spectral(out: int, seed: int = 0) -> Part:
-    return Spectral(numbers(30), PLACES[seed, out])
+def spectral(out: int, transform: str = "dft", seed: int = 0) -> Part:
+    return Spectral(numbers(30), PLACES[transform, seed, out])
 
 
 BASES = {out: Basis(torch.randn(1, 6, IN), torch.randn(1, out, 6)) for out in SIZES.values()}
@@ -93,7 +99,8 @@ KINDS: Mapping[str, tuple[Callable[[int], Part], ...]] = {
     "sparse": (sparse,),
     "gains": (gain_on_output, gain_on_input),
     "spectral": (spectral,),
-    "spectral of two seeds": (spectral, lambda out: spectral(out, 1)),
+    "spectral of two seeds": (spectral, partial(spectral, seed=1)),
+    "spectral of any transform": tuple(partial(spectral, transform=each) for each in TRANSFORMS),
     "shared basis": (projected,),
     "mixtures": (mixture,),
     "all": (low_rank, sparse, gain_on_output, gain_on_input, spectral, projected, mixture),

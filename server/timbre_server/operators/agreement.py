@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import product
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -47,25 +47,32 @@ def wrong_operator(
     return next((operator for operator in operators if not _agrees(operator, device, counts)), None)
 
 
-@torch.inference_mode()
 def _agrees(operator: Operator[Any], device: torch.device, counts: Sequence[int]) -> bool:
+    """Each example alone, for so many rows, and all side by side."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device)
 
-    for example, num_rows in product(_EXAMPLES[operator.part], counts):
-        part = example(normal, device)
-        x_TI, y_TO = normal(num_rows, IN), normal(num_rows, OUT)
-        change_TO = operator.meaning(part, x_TI, y_TO).change_TO
-        assert change_TO is not None, "the examples are changes of the output"
-        found_TO = torch.zeros_like(y_TO)
-        bound = operator.bind([{0: [part]}], RowTable([Span(num_rows, ((0, 0.5),))], device))
-        for change in _changes(bound, x_TI, y_TO):
-            change.add_to(found_TO)
-        if not torch.allclose(found_TO, 0.5 * change_TO, rtol=_TOLERANCE, atol=_TOLERANCE):
-            return False
-    return True
+    parts = [example(normal, device) for example in _EXAMPLES[operator.part]]
+    tries = [([part], [Span(count, ((0, 0.5),))]) for part, count in product(parts, counts)]
+    tries.append((parts, 2 * [Span(1, ((slot, 0.5),)) for slot in range(len(parts))]))
+    return all(_is_right(operator, own, RowTable(spans, device), normal) for own, spans in tries)
+
+
+@torch.inference_mode()
+def _is_right(operator: Operator[Any], parts: Sequence[Part], table: RowTable, normal: Normal) -> bool:
+    x_TI, y_TO = normal(table.num_rows, IN), normal(table.num_rows, OUT)
+    expected_TO, found_TO = torch.zeros_like(y_TO), torch.zeros_like(y_TO)
+    for segment in table.segments:
+        rows_N = segment.rows_N
+        change_NO = operator.meaning(parts[segment.slot], x_TI[rows_N], y_TO[rows_N]).change_TO
+        assert change_NO is not None, "the examples are changes of the output"
+        expected_TO[rows_N] += segment.weights_N.unsqueeze(1) * change_NO
+    bound = operator.bind([{slot: [part] for slot, part in enumerate(parts)}], table)
+    for change in _changes(bound, x_TI, y_TO):
+        change.add_to(found_TO)
+    return torch.allclose(found_TO, expected_TO, rtol=_TOLERANCE, atol=_TOLERANCE)
 
 
 def _changes(bound: Bound, x_TI: Tensor, y_TO: Tensor) -> list[Change]:
@@ -75,16 +82,18 @@ def _changes(bound: Bound, x_TI: Tensor, y_TO: Tensor) -> list[Change]:
 
 
 Normal = Callable[..., Tensor]
+Transform = Literal["dft", "dct", "hartley", "dwt"]
 
 
 def _low_rank(normal: Normal, device: torch.device, dtype: torch.dtype) -> Part:
     return LowRank(normal(9, IN).to(dtype), normal(OUT, 9).to(dtype))
 
 
-def _spectral(normal: Normal, device: torch.device) -> Part:
+def _spectral(
+    normal: Normal, device: torch.device, transform: Transform, step: int, low_pass: tuple[float, ...] = ()
+) -> Part:
     order_N = torch.arange(30)
-    places = Places("dft", OUT, IN, order_N * 7 % OUT, order_N * 5 % IN)
-    return Spectral(normal(30), places)
+    return Spectral(normal(30), Places(transform, OUT, IN, order_N * 7 % OUT, order_N * step % IN, low_pass))
 
 
 def _sparse(normal: Normal, device: torch.device) -> Sparse:
@@ -122,7 +131,13 @@ def _diagonal(normal: Normal, device: torch.device) -> Part:
 _EXAMPLES: Mapping[type[Part], Sequence[Callable[[Normal, torch.device], Part]]] = MappingProxyType(
     {
         LowRank: [partial(_low_rank, dtype=dtype) for dtype in FORMATS],
-        Spectral: [_spectral],
+        Spectral: [
+            partial(_spectral, transform="dft", step=5),
+            partial(_spectral, transform="dft", step=11),
+            partial(_spectral, transform="dct", step=5),
+            partial(_spectral, transform="hartley", step=5),
+            partial(_spectral, transform="dwt", step=5, low_pass=(0.5**0.5, 0.5**0.5)),
+        ],
         Sparse: [_sparse],
         SlicedEllpack: [partial(_sliced_ellpack, dtype=dtype) for dtype in FORMATS],
         Block: [_block],

@@ -54,7 +54,7 @@ class SpectralOperator(Operator[Spectral]):
         for member, parts_by_slot in enumerate(uses):
             for slot in table.slots:
                 for part in parts_by_slot.get(slot, ()):
-                    own = by_name.setdefault(_name(part.places), [{} for _ in uses])
+                    own = by_name.setdefault(name_of(part.places), [{} for _ in uses])
                     own[member].setdefault(slot, []).append(part)
         room = PoolRoom()
         bounds = [self._bind_transform(own, table, room) for own in by_name.values()]
@@ -101,7 +101,7 @@ class SpectralOperator(Operator[Spectral]):
         return pattern
 
     def _transform(self, places: Places, length: int, device: torch.device) -> Transform:
-        key = (_name(places), length, device)
+        key = (name_of(places), length, device)
         if key not in self._transforms:
             self._transforms[key] = transform(places.transform, length, places.low_pass, device)
         return self._transforms[key]
@@ -116,7 +116,7 @@ class _Crowd:
     is_gated: bool
 
 
-def _name(places: Places) -> Name:
+def name_of(places: Places) -> Name:
     return places.transform, places.low_pass
 
 

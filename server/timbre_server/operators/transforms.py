@@ -77,7 +77,7 @@ def transform(name: str, length: int, low_pass: tuple[float, ...], device: torch
 class HalfSpectrum(Transform):
     """By ``rfft`` of real rows, turned by ``phase_K`` where there is one."""
 
-    _place_D: Tensor | None = None
+    place_D: Tensor | None = None
     """Where each number of a row is, of rows that are transformed in another order."""
 
     def __init__(self, length: int, phase_K: Tensor | None, device: torch.device) -> None:
@@ -103,7 +103,7 @@ class HalfSpectrum(Transform):
     def inverse(self, h_UK: Tensor, norm: str = "backward") -> Tensor:
         """[U, D]: real rows from their spectra, in phase; n times them with the ``norm`` "forward"."""
         y_UD: Tensor = torch.fft.irfft(h_UK, n=self.length, norm=norm)
-        return y_UD if self._place_D is None else y_UD.index_select(1, self._place_D)
+        return y_UD if self.place_D is None else y_UD.index_select(1, self.place_D)
 
     def _folded(self, frequency_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """k, whether it is the mirror image's, and what the inverse transform counts it: half, if twice."""
@@ -162,7 +162,7 @@ class _Dct(HalfSpectrum):
         even, odd = torch.arange(0, length, 2), torch.arange(1, length, 2)
         order_D = torch.cat([even, odd.flip(0)])
         self._order_D = order_D.to(device)
-        self._place_D = order_D.argsort().to(device)
+        self.place_D = order_D.argsort().to(device)
 
     def matrix(self) -> Tensor:
         n = self.length
@@ -190,7 +190,7 @@ def _one_part(k_N: Tensor, is_imaginary_N: Tensor, factor_N: Tensor) -> Entries:
     return Entries((2 * k_N + is_imaginary_N).unsqueeze(1), factor_N.unsqueeze(1))
 
 
-class _Dwt(Transform):
+class Wavelets(Transform):
     """Coordinates 2k and 2k + 1 are the low and the high frequency k. Both ways, then, a window of L numbers
     gives two and the next one begins two further on: windows of x give frequencies, windows of frequencies
     the places that all of them reach. One product takes `WINDOWS` of them; zeros fill the last one up."""
@@ -202,12 +202,12 @@ class _Dwt(Transform):
         low_L = torch.tensor(low_pass, dtype=torch.float64)
         high_L = low_L.flip(0)
         high_L[1::2] *= -1
-        self._filters_L2 = torch.stack([low_L, high_L], dim=1)
+        self.forward_L2 = torch.stack([low_L, high_L], dim=1)
         # Frequency k reaches place 2k + j by tap j: later ones in a window by earlier pairs of taps.
-        back_L2 = self._filters_L2.view(-1, 2, 2).flip(0).transpose(1, 2).flatten(0, 1)
+        self.back_L2 = self.forward_L2.view(-1, 2, 2).flip(0).transpose(1, 2).flatten(0, 1)
         self._forward_VW, self._back_VW = (
             _windows_at_once(filters_L2).to(device, torch.float32)
-            for filters_L2 in (self._filters_L2, back_L2)
+            for filters_L2 in (self.forward_L2, self.back_L2)
         )
         places = WINDOWS * math.ceil(length / (2 * WINDOWS))
         self.coordinates = 2 * WINDOWS * math.ceil((places + taps // 2 - 1) / WINDOWS)
@@ -217,7 +217,7 @@ class _Dwt(Transform):
         margin = self._taps - 2
         matrix = torch.zeros(2, self._half, self._length + 2 * margin + 2, dtype=torch.float64)
         for v in range(self._half):
-            matrix[:, v, 2 * v : 2 * v + self._taps] = self._filters_L2.T
+            matrix[:, v, 2 * v : 2 * v + self._taps] = self.forward_L2.T
         return matrix[:, :, margin : margin + self._length].flatten(0, 1)
 
     def forward(self, x_UD: Tensor) -> Tensor:
@@ -253,5 +253,5 @@ def _angles(length: int) -> Tensor:
 
 
 _BY_NAME: MappingProxyType[str, Callable[[int, tuple[float, ...], torch.device], Transform]] = (
-    MappingProxyType({"dft": _Dft, "dct": _Dct, "hartley": _Hartley, "dwt": _Dwt})
+    MappingProxyType({"dft": _Dft, "dct": _Dct, "hartley": _Hartley, "dwt": Wavelets})
 )

@@ -5,9 +5,6 @@
 // sums are made, in the order of slices; then outputs fetch theirs. A row's sums are the same ones in the same
 // order whatever other rows there are, and in any format of the values.
 #include <algorithm>
-#ifdef __FMA__
-#include <immintrin.h>
-#endif
 
 #include "lanes.h"
 
@@ -35,15 +32,6 @@ static Place place_of(const Slices &matrix, int64_t slices, int thread, int thre
     Place place = {0, 0};
     while (place.slice < slices && place.step < total * thread / threads) place.step += matrix.lengths[place.slice++];
     return place;
-}
-
-// Rounded once, where the processor can: compilers do so in one loop and not in the other.
-static inline void add_product(Lanes &sum, Lanes x, Lanes y) {
-#ifdef __FMA__
-    sum = (Lanes)_mm256_fmadd_ps((__m256)x, (__m256)y, (__m256)sum);
-#else
-    sum += x * y;
-#endif
 }
 
 // One step: an output's vector has its product in the output's own lane, and in the others what nobody reads.

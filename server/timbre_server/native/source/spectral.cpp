@@ -1,118 +1,87 @@
-// y[row] += irfft(S rfft(x[row])), for rows with values of their own in one sparse pattern of S.
+// y[row] += irfft(S rfft(x[row])), or with another transform, for rows with values of their own in one sparse pattern
+// of S, or in patterns of their own.
 //
-// Rows lie side by side in every step, in the narrowest register that has room for a group of them; S is real
-// between the parts of half spectra.
-#include <algorithm>
-#include <utility>
+// Rows lie side by side in every step, in the narrowest register that has room for a group of them. S is real between
+// coordinates of spectra, or between the parts of frequencies with both. A row's sums are the same ones in the same
+// order whether it shares its pattern with the others of its register or not.
+#include "spectrum.h"
 
-#include "fourier.h"
-
-constexpr int MOST_ROWS = 16;
 constexpr int64_t AHEAD = 64;  // Entries' values that are on their way from memory.
 
-// Rows with equal values share them; others have theirs side by side.
-struct SpectralRows {
-    int64_t rows[MOST_ROWS];  // Of each lane; -1: there is none.
-    int64_t count;  // Of lanes.
-};
-
-struct SpectralCore {
-    const float *values;  // [N] of all rows, or side by side in the order of entries; null: nothing is added.
-    int64_t is_shared;
-};
-
-// A coefficient: value times the frequency `column` is added to the one that it belongs to, the imaginary part with a
-// sign of its own.
+// A coefficient: value times what is at `column`, a frequency or a coordinate, is added to what it belongs to. The
+// factor is of a frequency's imaginary part alone, or of a coordinate.
 struct SpectralEntry {
     int32_t column;
-    int32_t source;  // Among the values of rows that share them.
-    float sign;
+    int32_t source;  // Among the values of rows that share them, or of one.
+    float factor;
 };
 
 // The sum of the next `count` entries, times `scale`, which holds what transforms leave out.
-struct SpectralFrequency {
+struct SpectralSum {
     int32_t row, count;
     float scale;
 };
 
 // In order of their counts: a processor foresees the end of a loop that was as long the last time.
 struct SpectralPattern {
-    const SpectralFrequency *frequencies;  // All of them.
+    const SpectralSum *sums;  // One for each frequency, or coordinate.
     int64_t count;
     const SpectralEntry *entries;
-    int64_t in_count;  // Frequencies that entries read.
+    int64_t is_complex;  // Of frequencies.
+};
+
+// One of the adapters of a row: its values [N] times `weight`, in a pattern of its own.
+struct SpectralUse {
+    int64_t lane;
+    const SpectralPattern *pattern;
+    const float *values;
+    double weight;
+};
+
+struct SpectralCore {
+    const SpectralPattern *pattern;  // That of all rows, or null.
+    const float *values;  // [N] of all rows, or side by side in the order of entries.
+    int64_t is_shared;
+    const SpectralUse *uses;  // Where rows have patterns of their own.
+    int64_t num_uses;  // Without a pattern and without these nothing is added.
 };
 
 struct SpectralSource {
-    const FourierPlan *plan;
+    const SpectralTransform *transform;
     const SpectralRows *groups;
     int64_t count;
     int64_t is_small;  // Too little for more than one thread.
 };
 
 struct SpectralMember {
-    const FourierPlan *plan;
-    const SpectralPattern *pattern;
+    const SpectralTransform *transform;
     const SpectralRows *groups;
     const SpectralCore *cores;
     int64_t count;
     int64_t is_small;
+    int64_t in_coordinates;
 };
 
 // How many rows of a group lie side by side in one register.
 extern "C" int timbre_spectral_rows() { return WIDTH; }
 
-template <typename V> constexpr int64_t SIDE = sizeof(V) / sizeof(float);  // Rows side by side.
-
-// Visits with a register of the width for so many rows.
-template <typename Visit> static inline void in_registers(int64_t count, Visit visit) {
-    if (count > LANES) visit(Wide{});
-    else visit(Lanes{});
-}
-
-// lanes [in, side]; where there is no row, what nobody reads.
-template <typename V, typename Number>
-static void put_side_by_side(const Number *x, int64_t in, const SpectralRows &own, float *lanes) {
-    const Number *from[MOST_ROWS];
-    for (int64_t n = 0; n < own.count; n++) from[n] = x + std::max(own.rows[n], int64_t(0)) * in;
-    int64_t i = 0;
-    for (; i + LANES <= in; i += LANES)
-        for (int64_t first = 0; first < SIDE<V>; first += LANES) {
-            Lanes block[LANES] = {};
-            if (own.count - first >= LANES)
-                for (int n = 0; n < LANES; n++) block[n] = load(from[first + n] + i);
-            else
-                for (int n = 0; first + n < own.count; n++) block[n] = load(from[first + n] + i);
-            transpose(block);
-            for (int j = 0; j < LANES; j++) store(lanes + (i + j) * SIDE<V> + first, block[j]);
-        }
-    for (; i < in; i++)
-        for (int64_t n = 0; n < SIDE<V>; n++) lanes[i * SIDE<V> + n] = n < own.count ? value(from[n][i]) : 0;
-}
-
 template <typename Number>
 static void spectra_of(const SpectralSource &source, const Number *x, float *z, int threads) {
-    const FourierPlan &plan = *source.plan;
-    const int64_t m = plan.m;
+    const SpectralTransform &own = *source.transform;
 #pragma omp parallel num_threads(threads) if (threads > 1 && !source.is_small)
     {
         thread_local Scratch memory;  // Kept: fresh pages cost more than what is written to them.
-        const auto transform = [&](const SpectralRows &own, float *X, auto lanes) {
-            typedef decltype(lanes) V;
-            float *numbers = memory.of(4 * m * SIDE<V>);
-            put_side_by_side<V>(x, 2 * m, own, numbers);
-            Complex<V> *packed = reinterpret_cast<Complex<V> *>(numbers);
-            spectra(plan, packed, packed + m, reinterpret_cast<Complex<V> *>(X));
-        };
 #pragma omp for schedule(static)
-        for (int64_t g = 0; g < source.count; g++) {
-            float *X = z + g * 2 * (m + 1) * WIDTH;
-            in_registers(source.groups[g].count, [&](auto lanes) { transform(source.groups[g], X, lanes); });
-        }
+        for (int64_t g = 0; g < source.count; g++)
+            in_registers(source.groups[g].count, [&](auto lanes) {
+                typedef decltype(lanes) V;
+                V *X = reinterpret_cast<V *>(z + g * own.coordinates * WIDTH);
+                transformed<V>(own, x, source.groups[g], X, memory.of(scratch_size(own) * SIDE<V>));
+            });
     }
 }
 
-// z [count, 2 (m + 1), most rows]: the half spectra of x's rows, twice. x is of bfloat16 or of floats.
+// z [count, coordinates, most rows]: the spectra of x's rows. x is of bfloat16 or of floats.
 extern "C" void timbre_spectra(const SpectralSource *source, const void *x, int64_t is_narrow, float *z, int threads) {
     if (is_narrow) spectra_of(*source, static_cast<const BFloat16 *>(x), z, threads);
     else spectra_of(*source, static_cast<const float *>(x), z, threads);
@@ -131,14 +100,27 @@ extern "C" void timbre_spectral_values(
 }
 PLAYED(timbre_spectral_values)
 
-template <bool SHARED, typename V>
-static void apply_core(const SpectralPattern &pattern, const float *values, const Complex<V> *z, Complex<V> *h) {
+// What an entry adds, with its value in each row.
+template <typename V> INLINED void add_entry(Complex<V> &sum, const SpectralEntry &entry, V value, const Complex<V> *z) {
+    const Complex<V> &read = z[entry.column];
+    add_product(sum.re, value, read.re);
+    add_product(sum.im, value * entry.factor, read.im);
+}
+template <typename V> INLINED void add_entry(V &sum, const SpectralEntry &entry, V value, const V *z) {
+    add_product(sum, value * entry.factor, z[entry.column]);
+}
+
+template <typename V> INLINED Complex<V> scaled(Complex<V> sum, float scale) { return {sum.re * scale, sum.im * scale}; }
+template <typename V> INLINED V scaled(V sum, float scale) { return sum * scale; }
+
+// Of rows with one pattern; `Number` is V, or a complex one.
+template <bool SHARED, typename V, typename Number>
+static void apply_core(const SpectralPattern &pattern, const float *values, const Number *z, Number *h) {
     const SpectralEntry *entry = pattern.entries;
     for (int64_t k = 0; k < pattern.count; k++) {
-        const SpectralFrequency &own = pattern.frequencies[k];
-        Complex<V> sum = {};
+        const SpectralSum &own = pattern.sums[k];
+        Number sum = {};
         for (const SpectralEntry *end = entry + own.count; entry < end; entry++) {
-            const Complex<V> &read = z[entry->column];
             V value = {};
             if constexpr (SHARED) {
                 value += values[entry->source];
@@ -147,62 +129,85 @@ static void apply_core(const SpectralPattern &pattern, const float *values, cons
                 __builtin_prefetch(values + AHEAD * SIDE<V>, 0, 2);
                 values += SIDE<V>;
             }
-            sum.re += value * read.re;
-            sum.im += value * entry->sign * read.im;
+            add_entry(sum, *entry, value, z);
         }
-        h[own.row] = {sum.re * own.scale, sum.im * own.scale};
+        h[own.row] = scaled(sum, own.scale);
     }
-    h[0].im = h[pattern.count - 1].im = V{};
 }
 
-// y += lanes [out, side], by rows.
-template <typename V>
-static void add_to_rows(const float *lanes, int64_t out, const SpectralRows &own, float *y) {
-    float *to[MOST_ROWS];
-    for (int64_t n = 0; n < own.count; n++) to[n] = own.rows[n] < 0 ? nullptr : y + own.rows[n] * out;
-    int64_t o = 0;
-    for (; o + LANES <= out; o += LANES)
-        for (int64_t first = 0; first < own.count; first += LANES) {
-            Lanes block[LANES];
-            for (int j = 0; j < LANES; j++) block[j] = load(lanes + (o + j) * SIDE<V> + first);
-            transpose(block);
-            const auto add = [&](int64_t n) {
-                float *row = to[first + n];
-                if (row) store(row + o, load(row + o) + block[n]);
-            };
-            if (own.count - first >= LANES)
-                for (int n = 0; n < LANES; n++) add(n);
-            else
-                for (int n = 0; first + n < own.count; n++) add(n);
+static inline int64_t bytes_between(const void *from, const void *to) { return intptr_t(to) - intptr_t(from); }
+
+// Of one row, whose numbers are `side` apart. As much of the next use is brought near meanwhile; where that is less,
+// it does nothing.
+template <bool COMPLEX>
+static void apply_use(const SpectralUse &use, const SpectralUse &next, int64_t side, const float *z, float *h) {
+    const int64_t to_sums = bytes_between(use.pattern->sums, next.pattern->sums);
+    const int64_t to_entries = bytes_between(use.pattern->entries, next.pattern->entries);
+    const auto bring = [](const void *from, int64_t bytes) { __builtin_prefetch((const char *)from + bytes, 0, 2); };
+    const float *next_values = next.values;
+    const SpectralEntry *entry = use.pattern->entries;
+    const float weight = use.weight;
+    for (const SpectralSum *own = use.pattern->sums, *last = own + use.pattern->count; own < last; own++) {
+        bring(own, to_sums);
+        if (!own->count) continue;
+        float re = 0, im = 0;
+        for (const SpectralEntry *end = entry + own->count; entry < end; entry++) {
+            bring(entry, to_entries);
+            bring(next_values++, 0);
+            const float value = use.values[entry->source] * weight;
+            if constexpr (COMPLEX) {
+                const float *read = z + int64_t(entry->column) * 2 * side;
+                add_product(re, value, read[0]);
+                add_product(im, value * entry->factor, read[side]);
+            } else {
+                add_product(re, value * entry->factor, z[entry->column * side]);
+            }
         }
-    for (; o < out; o++)
-        for (int64_t n = 0; n < own.count; n++)
-            if (to[n]) to[n][o] += lanes[o * SIDE<V> + n];
+        float *to = h + int64_t(own->row) * (COMPLEX ? 2 : 1) * side;
+        to[0] += re * own->scale;
+        if constexpr (COMPLEX) to[side] += im * own->scale;
+    }
 }
 
-// y [T, 2 m] is contiguous; z is what `timbre_spectra` made for the same groups.
+template <typename V>
+static void apply_uses(const SpectralCore &core, int64_t coordinates, const float *z, float *h) {
+    std::fill(h, h + coordinates * SIDE<V>, 0.0f);
+    for (int64_t u = 0; u < core.num_uses; u++) {
+        const SpectralUse &use = core.uses[u], &next = core.uses[std::min(u + 1, core.num_uses - 1)];
+        const auto apply = use.pattern->is_complex ? apply_use<true> : apply_use<false>;
+        apply(use, next, SIDE<V>, z + use.lane, h + use.lane);
+    }
+}
+
+// h [coordinates], of the spectra z.
+template <typename V>
+static void apply(const SpectralCore &core, int64_t coordinates, const float *z, float *h) {
+    if (!core.pattern) return apply_uses<V>(core, coordinates, z, h);
+    const auto of = [&](const auto *read, auto *to) {
+        if (core.is_shared) apply_core<true, V>(*core.pattern, core.values, read, to);
+        else apply_core<false, V>(*core.pattern, core.values, read, to);
+    };
+    if (core.pattern->is_complex) of(reinterpret_cast<const Complex<V> *>(z), reinterpret_cast<Complex<V> *>(h));
+    else of(reinterpret_cast<const V *>(z), reinterpret_cast<V *>(h));
+}
+
+// y [T, length] is contiguous; z is what `timbre_spectra` made for the same groups.
 extern "C" void timbre_spectral(const SpectralMember *member, const float *z, float *y, int threads) {
-    const FourierPlan &plan = *member->plan;
-    const SpectralPattern &pattern = *member->pattern;
-    const int64_t m = plan.m;
+    const SpectralTransform &own = *member->transform;
 #pragma omp parallel num_threads(threads) if (threads > 1 && !member->is_small)
     {
         thread_local Scratch memory;
-        const auto add = [&](const SpectralRows &own, const SpectralCore &core, const float *X, auto lanes) {
-            typedef decltype(lanes) V;
-            const Complex<V> *read = reinterpret_cast<const Complex<V> *>(X);
-            Complex<V> *h = reinterpret_cast<Complex<V> *>(memory.of((2 * m + 1) * 2 * SIDE<V>));
-            if (core.is_shared) apply_core<true>(pattern, core.values, read, h);
-            else apply_core<false>(pattern, core.values, read, h);
-            const Complex<V> *numbers = rows_of_spectra(plan, h, h + m + 1);
-            add_to_rows<V>(reinterpret_cast<const float *>(numbers), 2 * m, own, y);
-        };
 #pragma omp for schedule(static)
         for (int64_t g = 0; g < member->count; g++) {
-            const SpectralRows &own = member->groups[g];
+            const SpectralRows &rows = member->groups[g];
             const SpectralCore &core = member->cores[g];
-            const float *X = z + g * 2 * pattern.in_count * WIDTH;
-            if (core.values != nullptr) in_registers(own.count, [&](auto lanes) { add(own, core, X, lanes); });
+            if (!core.pattern && !core.num_uses) continue;
+            in_registers(rows.count, [&](auto lanes) {
+                typedef decltype(lanes) V;
+                float *h = memory.of((own.coordinates + scratch_size(own)) * SIDE<V>);
+                apply<V>(core, own.coordinates, z + g * member->in_coordinates * WIDTH, h);
+                add_transformed_back<V>(own, reinterpret_cast<V *>(h), rows, y, h + own.coordinates * SIDE<V>);
+            });
         }
     }
 }

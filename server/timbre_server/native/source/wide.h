@@ -56,6 +56,10 @@ static inline Lanes folded(Wide v) {
 }
 
 static inline float sum(Wide v) { return sum(folded(v)); }
+
+static inline void add_product(Wide &sum, Wide x, Wide y) {
+    sum = (Wide)_mm512_fmadd_ps((__m512)x, (__m512)y, (__m512)sum);
+}
 #endif
 
 // The first and the second ones of pairs of bfloat16.
