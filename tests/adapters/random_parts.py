@@ -21,6 +21,7 @@ from timbre_methods.program import (
     Part,
     Places,
     Projected,
+    Rotation,
     Sparse,
     Spectral,
 )
@@ -83,6 +84,21 @@ def gain_on_input(out: int) -> Part:
     return Diagonal("input", numbers(IN))
 
 
+def turned_output(out: int) -> Part:
+    """Of two factors, the first of which couples entries that lie apart."""
+    return Rotation("output", numbers(2, out // 4, 4, 4) / 2, (out, 4))
+
+
+def turned_input(out: int) -> Part:
+    """By one block, by a block for each half or by one for both."""
+    stored, size = random.choice([(1, IN), (2, IN // 2), (1, IN // 2)])
+    return Rotation("input", numbers(1, stored, size, size) / 4, (size,))
+
+
+def scaled_rotation(out: int) -> Part:
+    return Rotation("input", numbers(1, 6, 4, 4) / 2, (4,), numbers(out))
+
+
 def mixture(out: int) -> Part:
     """Of experts of low rank; now and then of others, or of none where an expert does nothing here."""
     count = random.randint(2, 4)
@@ -98,12 +114,24 @@ KINDS: Mapping[str, tuple[Callable[[int], Part], ...]] = {
     "low rank": (low_rank,),
     "sparse": (sparse,),
     "gains": (gain_on_output, gain_on_input),
+    "rotations": (turned_output, turned_input),
+    "rotations with scales": (turned_input, scaled_rotation),
     "spectral": (spectral,),
     "spectral of two seeds": (spectral, partial(spectral, seed=1)),
     "spectral of any transform": tuple(partial(spectral, transform=each) for each in TRANSFORMS),
     "shared basis": (projected,),
     "mixtures": (mixture,),
-    "all": (low_rank, sparse, gain_on_output, gain_on_input, spectral, projected, mixture),
+    "all": (
+        low_rank,
+        sparse,
+        gain_on_output,
+        gain_on_input,
+        turned_output,
+        turned_input,
+        spectral,
+        projected,
+        mixture,
+    ),
 }
 
 

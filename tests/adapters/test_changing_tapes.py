@@ -146,7 +146,7 @@ def test_what_is_played_has_the_bits_of_a_model_that_runs_and_never_saw_another_
         assert torch.equal(model.play(table, x_TI), new.run(table, x_TI))
 
 
-@pytest.mark.parametrize("kind", ["low rank", "sparse", "gains", "spectral"])
+@pytest.mark.parametrize("kind", ["low rank", "sparse", "gains", "rotations", "spectral"])
 @torch.inference_mode()
 def test_layers_are_not_asked_while_the_adapters_stay(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = [0]
@@ -172,7 +172,9 @@ def test_layers_are_not_asked_while_the_adapters_stay(kind: str, monkeypatch: py
     assert chosen[0] == len(PATHS)
 
 
-@pytest.mark.parametrize("kind", ["low rank", "sparse", "gains", "spectral", "shared basis", "mixtures"])
+@pytest.mark.parametrize(
+    "kind", ["low rank", "sparse", "gains", "rotations", "spectral", "shared basis", "mixtures"]
+)
 @torch.inference_mode()
 def test_a_layer_that_nothing_changed_is_changed_by_the_next_adapter(kind: str) -> None:
     random.seed(kind)
@@ -193,7 +195,18 @@ def test_a_layer_that_nothing_changed_is_changed_by_the_next_adapter(kind: str) 
 
 
 @pytest.mark.parametrize(
-    "kind", ["low rank", "sparse", "spectral", "spectral of two seeds", "shared basis", "mixtures", "all"]
+    "kind",
+    [
+        "low rank",
+        "sparse",
+        "rotations",
+        "rotations with scales",
+        "spectral",
+        "spectral of two seeds",
+        "shared basis",
+        "mixtures",
+        "all",
+    ],
 )
 @torch.inference_mode()
 def test_tapes_keep_nothing_of_an_adapter_that_left(kind: str) -> None:

@@ -124,6 +124,15 @@ def _rotation(normal: Normal, device: torch.device) -> Part:
     return Rotation("output", normal(2, 5, 4, 4) / 2, (OUT, 4))
 
 
+def _shared_rotation(normal: Normal, device: torch.device) -> Part:
+    """One block for both halves of the output."""
+    return Rotation("output", normal(1, 1, OUT // 2, OUT // 2) / 4, (OUT // 2,))
+
+
+def _whole_rotation(normal: Normal, device: torch.device) -> Part:
+    return Rotation("output", normal(1, 1, OUT, OUT) / 4, (OUT,))
+
+
 def _diagonal(normal: Normal, device: torch.device) -> Part:
     return Diagonal("output", normal(OUT), normal(OUT))
 
@@ -143,6 +152,6 @@ _EXAMPLES: Mapping[type[Part], Sequence[Callable[[Normal, torch.device], Part]]]
         Block: [_block],
         Projected: [_projected],
         Diagonal: [_diagonal],
-        Rotation: [_rotation],
+        Rotation: [_rotation, _shared_rotation, _whole_rotation],
     }
 )

@@ -13,13 +13,21 @@ from timbre_server.operators.native import routers
 from timbre_server.operators.native.diagonal import NativeDiagonal
 from timbre_server.operators.native.low_rank import NativeLowRank
 from timbre_server.operators.native.projected import NativeProjected
+from timbre_server.operators.native.rotation import NativeRotation
 from timbre_server.operators.native.sliced_ellpack import NativeSlicedEllpack
 from timbre_server.operators.native.spectral import NativeSpectral
 
 
 def operators() -> tuple[Operator[Any], ...]:
     """One new instance of each; parts that are not among theirs keep the plain operator."""
-    return (NativeLowRank(), NativeSpectral(), NativeSlicedEllpack(), NativeProjected(), NativeDiagonal())
+    return (
+        NativeLowRank(),
+        NativeSpectral(),
+        NativeSlicedEllpack(),
+        NativeProjected(),
+        NativeDiagonal(),
+        NativeRotation(),
+    )
 
 
 def why_not() -> str | None:

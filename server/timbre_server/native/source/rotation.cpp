@@ -1,0 +1,180 @@
+// y[row] += weight (R x[row] - x[row]), R of small blocks, for adapters with rotations and rows of their own; x may
+// be y.
+//
+// An adapter's blocks are read once for all of its rows, where they lie. Nothing is added before all is turned: so
+// every adapter reads what x was, whoever else changes the row. A row's sums are the same ones in the same order
+// whatever other rows there are.
+#include <algorithm>
+
+#include "wide.h"
+
+struct Rotation {
+    const float *blocks;  // [factors, stored, size, size]
+    const int64_t *chunks;  // [factors]
+    int64_t factors, stored, size;
+};
+
+constexpr int ROWS = 4;  // Of one adapter, that read a block together.
+
+// Vectors that lie in memory; null: in order.
+struct Vectors {
+    float *first;
+    const int64_t *order;
+    int64_t step;
+
+    float *operator[](int64_t n) const { return first + (order ? order[n] : n) * step; }
+
+    Vectors at(int64_t place) const { return {first + place, order, step}; }
+};
+
+// out[n, j] = sum_i block[j, i] in[n, i] for J outputs of N vectors from the n-th on. Blocks are read from their
+// first number to their last, as memory is fastest.
+template <int J, int N>
+static void turn(const float *block, int64_t size, const Vectors &all_in, const Vectors &all_out, int64_t first) {
+    const float *in[N];
+    for (int n = 0; n < N; n++) in[n] = all_in[first + n];
+    const int64_t wide_end = size / WIDTH * WIDTH, end = size / LANES * LANES;
+    Lanes parts[N][J];
+#pragma GCC unroll 8
+    for (int j = 0; j < J; j++) {
+        const float *own = block + j * size;
+        Wide sums[N] = {};
+        for (int64_t i = 0; i < wide_end; i += WIDTH)
+            for (int n = 0; n < N; n++) add_product(sums[n], wide(own + i), wide(in[n] + i));
+        for (int n = 0; n < N; n++) parts[n][j] = folded(sums[n]);
+        if (wide_end < end)
+            for (int n = 0; n < N; n++) add_product(parts[n][j], load(own + wide_end), load(in[n] + wide_end));
+    }
+    for (int n = 0; n < N; n++) {
+        float *out = all_out[first + n];
+        if constexpr (J == LANES) store(out, sums_of(parts[n]));
+        else out[0] = sum(parts[n][0]);
+        for (int j = 0; end < size && j < J; j++)
+            for (int64_t i = end; i < size; i++) add_product(out[j], block[j * size + i], in[n][i]);
+    }
+}
+
+template <int J>
+static void turn_all(const float *block, int64_t size, int64_t count, const Vectors &in, const Vectors &out) {
+    int64_t n = 0;
+    for (; n + ROWS <= count; n += ROWS) turn<J, ROWS>(block, size, in, out, n);
+    for (; n < count; n++) turn<J, 1>(block, size, in, out, n);
+}
+
+// One factor of a rotation.
+struct Factor {
+    const float *blocks;
+    int64_t stored, size, chunk;
+
+    Factor(const Rotation &all, int64_t number)
+        : blocks(all.blocks + number * all.stored * all.size * all.size), stored(all.stored), size(all.size),
+          chunk(all.chunks[number]) {}
+
+    bool is_dealt() const { return chunk > size; }
+
+    // Where a block begins in a vector: it has half its entries there, and half in the other half of the chunk.
+    int64_t begin(int64_t number) const {
+        const int64_t in_chunk = chunk / size;
+        return number / in_chunk * chunk + number % in_chunk * (size / 2);
+    }
+
+    int64_t place(int64_t entry) const { return entry < size / 2 ? entry : entry - size / 2 + chunk / 2; }
+
+    // Some outputs of one block, of so many vectors.
+    void turn_block(
+        int64_t number, Share own, int64_t count, const Vectors &from, const Vectors &to, Scratch &scratch
+    ) const {
+        const float *block = blocks + (stored > 1 ? number : 0) * size * size;
+        const int64_t first = begin(number);
+        Vectors in = from.at(first), out = to.at(first);
+        if (is_dealt()) {
+            const Vectors v = in;
+            in = {scratch.of(2 * count * size), nullptr, size}, out = in.at(count * size);
+            for (int64_t n = 0; n < count; n++)
+                for (int64_t i = 0; i < size; i++) in[n][i] = v[n][place(i)];
+        }
+        int64_t o = own.begin;
+        for (; o + LANES <= own.end; o += LANES) turn_all<LANES>(block + o * size, size, count, in, out.at(o));
+        for (; o < own.end; o++) turn_all<1>(block + o * size, size, count, in, out.at(o));
+        for (int64_t n = 0; is_dealt() && n < count; n++)
+            for (o = own.begin; o < own.end; o++) to[n][first + place(o)] = out[n][o];
+    }
+
+    // Some blocks, each smaller than a register.
+    template <int SIZE> void turn_small(Share own, int64_t count, const Vectors &from, const Vectors &to) const {
+        for (int64_t n = 0; n < count; n++)
+            for (int64_t number = own.begin; number < own.end; number++) {
+                const float *block = blocks + (stored > 1 ? number : 0) * SIZE * SIZE;
+                const float *in = from[n] + begin(number);
+                float *out = to[n] + begin(number);
+                for (int j = 0; j < SIZE; j++) {
+                    float total = 0;
+                    for (int i = 0; i < SIZE; i++) add_product(total, block[j * SIZE + i], in[place(i)]);
+                    out[place(j)] = total;
+                }
+            }
+    }
+
+    // A thread's share of all: of all blocks in steps of LANES outputs.
+    void turn_share(int64_t features, int64_t count, const Vectors &from, const Vectors &to, Scratch &scratch) const {
+        const int64_t steps = (size + LANES - 1) / LANES;
+        const Share own = share(features / size * steps, thread_number(), thread_count(), 1);
+        switch (size) {
+            case 2: return turn_small<2>(own, count, from, to);
+            case 3: return turn_small<3>(own, count, from, to);
+            case 4: return turn_small<4>(own, count, from, to);
+            case 5: return turn_small<5>(own, count, from, to);
+            case 6: return turn_small<6>(own, count, from, to);
+            case 7: return turn_small<7>(own, count, from, to);
+        }
+        for (int64_t step = own.begin, end; step < own.end; step = end) {
+            const int64_t number = step / steps, first = number * steps;
+            end = std::min(own.end, first + steps);
+            const Share outputs = {(step - first) * LANES, std::min(size, (end - first) * LANES)};
+            turn_block(number, outputs, count, from, to, scratch);
+        }
+    }
+};
+
+// x and y [rows, features] are contiguous.
+extern "C" void timbre_rotation(
+    const Uses<Rotation> *all, float *x, float *y, int64_t rows, int64_t features, int threads
+) {
+    const auto uses = all->with_rows();
+    threads = all->threads(rows, threads);
+    int64_t size = 0, most = 0;
+    for (const auto &use : uses) size += use.rows->count * features, most = std::max(most, use.part->factors);
+    Scratch first, second;
+    float *const turned[] = {first.of(size), most > 1 ? second.of(size) : nullptr};
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        Scratch scratch;
+        for (int64_t f = 0; f < most; f++) {
+            int64_t start = 0;
+            for (const auto &use : uses) {
+                const int64_t left = use.part->factors - f;  // Factors, with this one.
+                const auto lying = [&](int64_t n) { return Vectors{turned[n % 2] + start, nullptr, features}; };
+                if (left > 0) {
+                    const Vectors from = f ? lying(left) : Vectors{x, use.rows->rows, features};
+                    Factor(*use.part, f).turn_share(features, use.rows->count, from, lying(left - 1), scratch);
+                }
+                start += use.rows->count * features;
+            }
+#pragma omp barrier
+        }
+        const Share own = share(features, thread_number(), thread_count(), WIDTH);
+        const auto of_each = [&](auto visit) {
+            float *v = turned[0];
+            for (const auto &use : uses)
+                for (int64_t n = 0; n < use.rows->count; n++, v += features)
+                    visit(v, use.rows->rows[n] * features, use.rows->weights[n]);
+        };
+        of_each([&](float *v, int64_t row, float) {
+            for (int64_t d = own.begin; d < own.end; d++) v[d] -= x[row + d];
+        });
+        of_each([&](const float *v, int64_t row, float weight) {
+            for (int64_t d = own.begin; d < own.end; d++) y[row + d] += weight * v[d];
+        });
+    }
+}
+PLAYED(timbre_rotation)

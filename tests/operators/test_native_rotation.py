@@ -1,0 +1,90 @@
+"""Rotations in C++: a row's bits, in place and through any shape of blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from timbre_methods.program import Rotation
+from timbre_server.native import library
+from timbre_server.operators.native.rotation import NativeRotation
+from timbre_server.operators.row_table import RowTable, Span
+
+pytestmark = pytest.mark.cpp
+
+SHAPES = {
+    "blocks of 2, apart": ((2, 30, 2, 2), (60, 2)),
+    "blocks of 15": ((1, 4, 15, 15), (15,)),
+    "blocks of 20, apart": ((1, 3, 20, 20), (60,)),
+    "a block for all thirds": ((1, 1, 20, 20), (20,)),
+    "one block": ((1, 1, 60, 60), (60,)),
+}
+FEATURES, ROWS = 60, 45
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """For however little work."""
+    before = torch.get_num_threads()
+    monkeypatch.setattr(library, "MIN_WORK_FOR_THREADS", 0)
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+def parts() -> dict[int, list[Rotation]]:
+    """An adapter for each shape, in order; the first has another part."""
+    generator = torch.Generator().manual_seed(3)
+    found = [
+        [Rotation("input", torch.randn(shape, generator=generator) / shape[-1] ** 0.5, chunks)]
+        for shape, chunks in SHAPES.values()
+    ]
+    found[0] += found[1]
+    return dict(enumerate(found))
+
+
+def rows() -> Tensor:
+    return torch.randn(ROWS, FEATURES, generator=torch.Generator().manual_seed(4))
+
+
+def turned(spans: list[Span], x_TI: Tensor) -> Tensor:
+    """In place."""
+    adds = NativeRotation().bind([parts()], RowTable(spans)).adds(0)
+    assert adds is not None
+    assert adds.input_change is not None
+    y_TI = x_TI.clone()
+    adds.input_change(y_TI, y_TI)
+    return y_TI
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("slot", range(len(SHAPES)))
+def test_a_row_has_the_same_bits_whatever_rows_are_beside_it(slot: int) -> None:
+    x_TI = rows()
+    every_TI = turned([Span(ROWS, ((slot, 0.7),))], x_TI)
+    for row in (0, 7, ROWS - 1):
+        assert torch.equal(turned([Span(1, ((slot, 0.7),))], x_TI[row : row + 1])[0], every_TI[row])
+    others = [Span(1, ((n % len(SHAPES), 1.0),)) for n in range(7)]
+    assert torch.equal(turned([*others, Span(1, ((slot, 0.7),))], x_TI[:8])[7], every_TI[7])
+
+
+@pytest.mark.usefixtures("threads")
+def test_in_place_every_part_reads_what_the_row_was() -> None:
+    spans = [Span(3, ((0, 0.5), (4, 2.0))), Span(1), Span(1, ((1, 1.0), (2, 1.0), (3, -1.0)))]
+    x_TI, operator = rows()[:5], NativeRotation()
+    expected_TI = x_TI.clone()
+    start = 0
+    for span in spans:
+        own_TI = x_TI[start : start + span.num_rows]
+        for slot, weight in span.pairs:
+            for part in parts()[slot]:
+                change_TI = operator.meaning(part, own_TI, own_TI).input_change_TI
+                assert change_TI is not None
+                expected_TI[start : start + span.num_rows] += weight * change_TI
+        start += span.num_rows
+    found_TI = turned(spans, x_TI)
+    torch.testing.assert_close(found_TI, expected_TI, atol=2e-5, rtol=2e-5)
+    assert torch.equal(found_TI[3], x_TI[3])
