@@ -69,11 +69,31 @@ def spectral(out: int, transform: str = "dft", seed: int = 0) -> Part:
     return Spectral(numbers(30), PLACES[transform, seed, out])
 
 
-BASES = {out: Basis(torch.randn(1, 6, IN), torch.randn(1, out, 6)) for out in SIZES.values()}
+MATRICES = [torch.randn(1, size, IN) for size in (6, 9)]
+BASES = [
+    {out: Basis(p_NPI, torch.randn(1, out, p_NPI.shape[1])) for out in SIZES.values()} for p_NPI in MATRICES
+]
 
 
 def projected(out: int) -> Part:
-    return Projected("diagonal", numbers(1, 6), BASES[out])
+    outer_NO = random.choice([None, numbers(1, out)])
+    return Projected("diagonal", numbers(1, 6), BASES[0][out], outer_NO=outer_NO)
+
+
+def projected_with_inner(out: int) -> Part:
+    """Three blocks of one basis."""
+    inner_NI, outer_NO = numbers(3, IN), numbers(3, out)
+    return Projected("diagonal", numbers(3, 9), BASES[1][out], inner_NI=inner_NI, outer_NO=outer_NO)
+
+
+def projected_elsewhere(out: int) -> Part:
+    """In the other basis, or in one of its own."""
+    basis = random.choice([BASES[1][out], Basis(numbers(1, 9, IN), numbers(1, out, 9))])
+    return Projected("diagonal", numbers(1, 9), basis)
+
+
+def dense_core(out: int) -> Part:
+    return Projected("dense", numbers(6, 6), BASES[0][out])
 
 
 def gain_on_output(out: int) -> Part:
@@ -120,6 +140,8 @@ KINDS: Mapping[str, tuple[Callable[[int], Part], ...]] = {
     "spectral of two seeds": (spectral, partial(spectral, seed=1)),
     "spectral of any transform": tuple(partial(spectral, transform=each) for each in TRANSFORMS),
     "shared basis": (projected,),
+    "shared bases": (projected, projected_with_inner, projected_elsewhere),
+    "cores of any form": (projected, dense_core),
     "mixtures": (mixture,),
     "all": (
         low_rank,
@@ -130,6 +152,7 @@ KINDS: Mapping[str, tuple[Callable[[int], Part], ...]] = {
         turned_input,
         spectral,
         projected,
+        projected_with_inner,
         mixture,
     ),
 }

@@ -146,7 +146,7 @@ def test_what_is_played_has_the_bits_of_a_model_that_runs_and_never_saw_another_
         assert torch.equal(model.play(table, x_TI), new.run(table, x_TI))
 
 
-@pytest.mark.parametrize("kind", ["low rank", "sparse", "gains", "rotations", "spectral"])
+@pytest.mark.parametrize("kind", ["low rank", "sparse", "gains", "rotations", "spectral", "shared basis"])
 @torch.inference_mode()
 def test_layers_are_not_asked_while_the_adapters_stay(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = [0]
@@ -203,7 +203,7 @@ def test_a_layer_that_nothing_changed_is_changed_by_the_next_adapter(kind: str) 
         "rotations with scales",
         "spectral",
         "spectral of two seeds",
-        "shared basis",
+        "shared bases",
         "mixtures",
         "all",
     ],

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from timbre_methods.program import AdapterProgram, Dense, Diagonal, LowRank, Part, Rotation
+from timbre_methods.program import AdapterProgram, Basis, Dense, Diagonal, LowRank, Part, Projected, Rotation
 from timbre_server.adapters.adapted_model import AdaptedModel, Arithmetic
 from timbre_server.adapters.groups import LinearGroup
 from timbre_server.engine.native_linear import NativeProduct
@@ -26,7 +26,9 @@ def parts(dtype: torch.dtype) -> list[Part]:
 
     low_rank = [LowRank(normal(8, IN).to(kind), normal(OUT, 8).to(kind)) for kind in (dtype, torch.float16)]
     rotation = Rotation("input", normal(1, 5, 14, 14) / 4, (14,))
-    return [*low_rank, Diagonal("output", normal(OUT), None), rotation, Dense(normal(OUT, IN))]
+    basis = Basis(normal(1, 9, IN), normal(1, OUT, 9))
+    projected = [Projected("diagonal", normal(1, 9), basis, outer_NO=normal(1, OUT)) for _ in range(5)]
+    return [*low_rank, Diagonal("output", normal(OUT), None), rotation, *projected, Dense(normal(OUT, IN))]
 
 
 @pytest.mark.cpp
@@ -52,8 +54,9 @@ def test_a_row_has_the_same_bits_whatever_adapters_are_beside_it(dtype: torch.dt
         return found
 
     everything = list(range(len(given) + 1))
-    whole, few = outputs(everything), outputs([0, 1, 2, 3])
+    *adding, dense, base = everything
+    whole, some = outputs(everything), outputs(adding)
     assert whole.dtype is dtype
-    assert torch.equal(few, whole[:4])
-    for row in (0, 1, 2, 3, len(given)):
+    assert torch.equal(some, whole[:dense])
+    for row in (*adding, base):
         assert torch.equal(outputs([row])[0], whole[row])

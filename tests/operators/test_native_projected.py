@@ -103,6 +103,29 @@ def test_every_number_of_rows_is_served_whole(num_rows: int, monkeypatch: pytest
     agree(drawn("vera", 16, generator), "rows", generator)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_has_the_same_bits_whoever_is_beside_it(kind: str) -> None:
+    generator = torch.Generator().manual_seed(5)
+    uses, x_I = drawn(kind, 40, generator), torch.randn(IN, generator=generator)
+    others = [drawn(kind, rank, generator)[0] for rank in (40, 11)]
+    uses[0].update({20 + slot: parts for own in others for slot, parts in own.items()})
+    mine = Span(1, ((1, 0.5), (0, 2.0), (23, 1.0)))
+
+    def changed(*beside: Span) -> Tensor:
+        table = RowTable([*beside, mine])
+        x_TI = torch.randn(table.num_rows, IN, generator=generator)
+        x_TI[-1] = x_I
+        y_TO = torch.zeros(table.num_rows, OUTS[0])
+        for change in NativeProjected().bind(uses, table).sums(x_TI)[0]:
+            change.add_to(y_TO)
+        return y_TO[-1]
+
+    alone = changed()
+    for num_rows in (1, 2, 5, 17, 60):
+        assert torch.equal(changed(*(Span(1, ((n % 12, 1.0),)) for n in range(num_rows))), alone)
+        assert torch.equal(changed(Span(num_rows, ((31, 1.0), (1, 1.0)))), alone)
+
+
 def test_what_the_kernel_does_not_know_runs_beside_it() -> None:
     generator = torch.Generator().manual_seed(3)
     uses = drawn("vera", 7, generator)

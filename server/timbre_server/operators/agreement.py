@@ -114,9 +114,16 @@ def _block(normal: Normal, device: torch.device) -> Part:
     return Block("output", torch.tensor([3, 17, 4], device=device), normal(3, IN), OUT)
 
 
-def _projected(normal: Normal, device: torch.device) -> Part:
-    basis = Basis(normal(1, 5, IN) / 4, normal(1, OUT, 5) / 4)
-    return Projected("diagonal", normal(1, 5), basis, outer_NO=normal(1, OUT))
+def _projected(
+    normal: Normal, device: torch.device, blocks: tuple[int, int], size: int, has: str = ""
+) -> Part:
+    """Of so many blocks of P and of Q, with the vectors that it has."""
+    p_blocks, q_blocks = blocks
+    q_NOQ = (normal(OUT, q_blocks, size) / 4).transpose(0, 1)
+    basis, count = Basis(normal(p_blocks, size, IN) / 4, q_NOQ), max(blocks)
+    inner_NI = normal(count, IN) if has == "inner" else None
+    outer_NO = normal(count, OUT) if has == "outer" else None
+    return Projected("diagonal", normal(count, size), basis, inner_NI=inner_NI, outer_NO=outer_NO)
 
 
 def _rotation(normal: Normal, device: torch.device) -> Part:
@@ -150,7 +157,11 @@ _EXAMPLES: Mapping[type[Part], Sequence[Callable[[Normal, torch.device], Part]]]
         Sparse: [_sparse],
         SlicedEllpack: [partial(_sliced_ellpack, dtype=dtype) for dtype in FORMATS],
         Block: [_block],
-        Projected: [_projected],
+        Projected: [
+            partial(_projected, blocks=(1, 1), size=5, has="outer"),
+            partial(_projected, blocks=(1, 3), size=16, has="inner"),
+            partial(_projected, blocks=(60, 60), size=12),
+        ],
         Diagonal: [_diagonal],
         Rotation: [_rotation, _shared_rotation, _whole_rotation],
     }

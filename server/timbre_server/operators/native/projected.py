@@ -1,4 +1,4 @@
-"""`Projected` in C++, of diagonal cores: every matrix of a basis is read once for sixteen uses.
+"""`Projected` in C++, of diagonal cores: every matrix of a basis is read once for many uses.
 
 Where all blocks of P read the same input they are one matrix, as are all blocks of Q that add to the same
 output; blocks with vectors of their own between are as many uses of the one block that they have in common.
@@ -9,43 +9,62 @@ Legend: T rows of the batch, N blocks, I in, O out, P and Q sizes of the basis.
 
 from __future__ import annotations
 
-import ctypes
-from array import array
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from timbre_methods.program import Projected
-from timbre_server.native.library import ADDRESS, NUMBER, kernel, num_threads
-from timbre_server.operators.contract import Bound, Uses
+from timbre_server.native.formats import format_of
+from timbre_server.native.library import ADDRESS, NUMBER, kernel
+from timbre_server.operators.contract import Bound, Members, Standing, StandingOperator, uses_of
 from timbre_server.operators.joined_sums import JoinedSums
-from timbre_server.operators.live_rows import rows_fields
+from timbre_server.operators.live_rows import LiveRows
 from timbre_server.operators.native.uses import (
     BoundKernels,
     Fields,
-    address_of,
-    rows_of,
-    structures,
+    Prepared,
+    PreparedParts,
+    Sources,
+    Uses,
 )
 from timbre_server.operators.projected import ProjectedOperator
-from timbre_server.operators.row_table import RowTable, Segment
+from timbre_server.operators.row_table import RowTable
 
 
-class NativeProjected(ProjectedOperator):
+@dataclass(frozen=True, slots=True, eq=False)
+class _Prepared:
+    """One adapter's parts at a group of layers."""
+
+    matrices: Sequence[Fields]
+    """Every P that is multiplied by x itself, whichever members need it."""
+    shrinks: PreparedParts
+    """The same, as if they were parts of one member."""
+    parts: PreparedParts
+    others: Members[Projected]
+    """Parts that the plain operator runs; empty if there are none."""
+
+
+class NativeProjected(StandingOperator[Projected, _Prepared], ProjectedOperator):
     """`ProjectedOperator` by ``projected.cpp``."""
 
-    def bind(self, uses: Uses[Projected], table: RowTable) -> Bound:
-        served: list[dict[int, list[Projected]]] = [{} for _ in uses]
-        others: list[dict[int, list[Projected]]] = [{} for _ in uses]
-        for member, parts_by_slot in enumerate(uses):
-            for slot in table.slots:
-                for part in parts_by_slot.get(slot, ()):
-                    (served if _is_served(part) else others)[member].setdefault(slot, []).append(part)
-        bound = _BoundProjected(served, table)
-        return JoinedSums([bound, super().bind(others, table)]) if any(others) else bound
+    def __init__(self) -> None:
+        super().__init__()
+        self.sources = Sources()
+
+    def prepared(self, members: Members[Projected]) -> _Prepared:
+        served = [[part for part in own if _is_served(part)] for own in members]
+        others = [[part for part in own if not _is_served(part)] for own in members]
+        bases = [part.basis for own in served for part in own if part.inner_NI is None]
+        matrices = {_p_fields(basis.p_NPI): basis.p_NPI for basis in bases}
+        shrinks = [Prepared(p, (p[1], p[2]), p[1] * p[2], p_NPI) for p, p_NPI in matrices.items()]
+        parts = PreparedParts([[_prepared(part) for part in own] for own in served])
+        return _Prepared(tuple(matrices), PreparedParts([shrinks]), parts, others if any(others) else ())
+
+    def standing(self, rows: LiveRows) -> Standing[_Prepared]:
+        return _StandingProjected(self, rows)
 
 
 def _is_served(part: Projected) -> bool:
@@ -68,172 +87,116 @@ def _q_lies(q_NOQ: Tensor) -> bool:
     return q_NOQ.stride(2) == 1 and (q_NOQ.shape[0] == 1 or q_NOQ.stride(0) == q_NOQ.shape[2])
 
 
-class _Matrix(ctypes.Structure):
-    """``SharedMatrix`` of ``projected.cpp``."""
-
-    _fields_ = [
-        ("values", ctypes.c_void_p),
-        ("rows", ctypes.c_int64),
-        ("columns", ctypes.c_int64),
-        ("stride", ctypes.c_int64),
-    ]
-
-    @staticmethod
-    def of_p(p_NPI: Tensor) -> _Matrix:
-        num_blocks, size, in_features = p_NPI.shape
-        return _Matrix(p_NPI.data_ptr(), num_blocks * size, in_features, p_NPI.stride(1))
-
-    @staticmethod
-    def of_q(q_NOQ: Tensor) -> _Matrix:
-        num_blocks, out_features, size = q_NOQ.shape
-        return _Matrix(q_NOQ.data_ptr(), out_features, num_blocks * size, q_NOQ.stride(1))
+def _p_fields(p_NPI: Tensor) -> Fields:
+    """``Matrix`` of ``projected.cpp``."""
+    num_blocks, size, in_features = p_NPI.shape
+    return p_NPI.data_ptr(), num_blocks * size, in_features, p_NPI.stride(1)
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Where z has what one part reads after P: from ``start`` on, rows of ``width`` numbers, of the batch
-    or of one adapter alone."""
-
-    start: int
-    width: int
-    has_own: bool
-
-    def use(self, rows: Fields, before: int, after: int, first: int = 0) -> Fields:
-        """``ProjectedUse`` of ``projected.cpp``, of what lies there from a number of each row on; vectors by
-        their addresses, 0 for none."""
-        return *rows, before, after, self.start + first, self.width, self.has_own
+def _q_fields(q_NOQ: Tensor) -> Fields:
+    """``Matrix`` of ``projected.cpp``."""
+    num_blocks, out_features, size = q_NOQ.shape
+    return q_NOQ.data_ptr(), out_features, num_blocks * size, q_NOQ.stride(1)
 
 
-class _Product:
-    """Some uses of one matrix."""
-
-    def __init__(self, name: str, shared: Tensor, matrix: _Matrix) -> None:
-        """By the function of that name; ``shared`` is what ``matrix`` has the address of."""
-        self._run = kernel(name, ADDRESS, ADDRESS, NUMBER, ADDRESS, ADDRESS)
-        self._matrix = matrix
-        self._held: list[object] = [shared]
-        self._uses: list[Fields] = []
-
-    def add(self, use: Fields, *held: object) -> None:
-        """``held``: what ``use`` has the addresses of."""
-        self._uses.append(use)
-        self._held += held
-
-    @cached_property
-    def _array(self) -> array[int]:
-        return structures(self._uses)
-
-    @cached_property
-    def _work(self) -> int:
-        num_products = sum(count for _, _, count, *_ in self._uses)
-        return num_products * int(self._matrix.rows) * int(self._matrix.columns)
-
-    def __call__(self, source: Tensor, target: Tensor) -> None:
-        self._run(
-            ctypes.addressof(self._matrix),
-            address_of(self._array),
-            len(self._uses),
-            source.data_ptr(),
-            target.data_ptr(),
-            num_threads(self._work),
-        )
+def _prepared(part: Projected) -> Prepared:
+    """As ``Projected`` of ``projected.cpp``."""
+    p, q = _p_fields(part.basis.p_NPI), _q_fields(part.basis.q_NOQ)
+    vectors = [None if own is None else own.contiguous() for own in (part.core, part.inner_NI, part.outer_NO)]
+    addresses = [0 if own is None else own.data_ptr() for own in vectors]
+    (num_blocks, size), (out_features, in_features) = part.core.shape, (q[1], p[2])
+    reading = in_features if part.inner_NI is not None else 0
+    work = num_blocks * size * (reading + out_features)
+    fields = *p, *q, *addresses, num_blocks, size
+    return Prepared(fields, (out_features, in_features), work, (part.basis, vectors))
 
 
-class _BoundProjected(BoundKernels):
-    def __init__(self, uses: Uses[Projected], table: RowTable) -> None:
-        self._table, self._size = table, 0
-        self._shrinks: dict[int, _Product] = {}
-        """By the identity of their P."""
-        self._shared = self._shared_places(uses)
-        super().__init__([self._member(own) if own else None for own in uses])
+class _StandingProjected(Standing[_Prepared]):
+    def __init__(self, operator: NativeProjected, rows: LiveRows) -> None:
+        self._operator, self._rows = operator, rows
+        self._adapters: dict[int, _Prepared] = {}
+        self._num_users: Counter[Fields] = Counter()
+        """Of each P that is multiplied by x itself."""
+        self._width = 0
+        """Numbers that all of these make of a row."""
+        self._shrinks = Uses(rows)
+        self._members: dict[int, tuple[int, Uses]] = {}
+        """Of those that have parts: out features, and uses."""
+        self._bound: _BoundProjected | None = None
 
-    def _shared_places(self, uses: Uses[Projected]) -> Mapping[int, _Place]:
-        """Of each P that is multiplied by x itself, for all of its rows at once."""
-        slots: dict[int, set[int]] = {}
-        matrices: dict[int, Tensor] = {}
-        for parts_by_slot in uses:
-            for slot, parts in parts_by_slot.items():
-                for p_NPI in (part.basis.p_NPI for part in parts if part.inner_NI is None):
-                    matrices[id(p_NPI)] = p_NPI
-                    slots.setdefault(id(p_NPI), set()).add(slot)
-        places = {}
-        for key, p_NPI in matrices.items():
-            found = self._table.rows_using(slots[key])
-            rows_N = torch.arange(self._table.num_rows) if found is None else found
-            places[key] = self._place(self._table.num_rows, len(p_NPI) * p_NPI.shape[1], has_own=False)
-            self._shrink(p_NPI).add(places[key].use(_unweighted(rows_N), 0, 0), rows_N)
-        return places
+    def admit(self, slot: int, prepared: _Prepared) -> None:
+        self._adapters[slot] = prepared
+        for p in prepared.matrices:
+            self._width += 0 if self._num_users[p] else p[1]
+            self._num_users[p] += 1
+        for own in prepared.shrinks.members.values():
+            self._shrinks.admit(slot, own)
+        for member, own in prepared.parts.members.items():
+            if member not in self._members:
+                self._members[member] = own.shape[0], Uses(self._rows)
+                self._bound = None
+            self._members[member][1].admit(slot, own)
 
-    def _place(self, num_rows: int, width: int, *, has_own: bool) -> _Place:
-        start = self._size
-        self._size += num_rows * width
-        return _Place(start, width, has_own)
+    def dismiss(self, slot: int) -> None:
+        for p in self._adapters.pop(slot).matrices:
+            self._num_users[p] -= 1
+            if not self._num_users[p]:
+                del self._num_users[p]
+                self._width -= p[1]
+        self._shrinks.dismiss(slot)
+        for _, uses in self._members.values():
+            uses.dismiss(slot)
 
-    def _shrink(self, p_NPI: Tensor) -> _Product:
-        if id(p_NPI) not in self._shrinks:
-            self._shrinks[id(p_NPI)] = _Product("timbre_projected_in", p_NPI, _Matrix.of_p(p_NPI))
-        return self._shrinks[id(p_NPI)]
-
-    def _place_of(self, part: Projected, segment: Segment) -> _Place:
-        """Where P's blocks have what this part reads; where it has inner vectors, it alone."""
-        if part.inner_NI is None:
-            return self._shared[id(part.basis.p_NPI)]
-        num_blocks, size = part.core.shape
-        place = self._place(len(segment.rows_N), num_blocks * size, has_own=True)
-        rows, inner_NI = _unweighted(segment.rows_N), part.inner_NI.contiguous()
-        for number, inner in enumerate(_addresses(inner_NI)):
-            self._shrink(part.basis.p_NPI).add(place.use(rows, inner, 0, number * size), segment, inner_NI)
-        return place
-
-    def _member(self, parts_by_slot: Mapping[int, Sequence[Projected]]) -> _Member:
-        expands: dict[int, _Product] = {}
-        segments = [segment for segment in self._table.segments if segment.slot in parts_by_slot]
-        for segment in segments:
-            rows = rows_fields(segment)
-            for part in parts_by_slot[segment.slot]:
-                place, core_NP = self._place_of(part, segment), part.core.contiguous()
-                q_NOQ = part.basis.q_NOQ
-                if id(q_NOQ) not in expands:
-                    expands[id(q_NOQ)] = _Product("timbre_projected_out", q_NOQ, _Matrix.of_q(q_NOQ))
-                expand = expands[id(q_NOQ)]
-                if part.outer_NO is None:
-                    expand.add(place.use(rows, core_NP.data_ptr(), 0), segment, core_NP)
-                    continue
-                outer_NO, size = part.outer_NO.contiguous(), core_NP.shape[1]
-                vectors = zip(_addresses(core_NP), _addresses(outer_NO), strict=True)
-                for number, (core, outer) in enumerate(vectors):
-                    use = place.use(rows, core, outer, number * size)
-                    expand.add(use, segment, core_NP, outer_NO)
-        first = next(part for parts in parts_by_slot.values() for part in parts)
-        return _Member(segments, tuple(expands.values()), first.basis.q_NOQ.shape[1])
-
-    def source(self, x_TI: Tensor) -> Tensor:
-        x_TI, z = x_TI.float(), torch.zeros(self._size)
-        for shrink in self._shrinks.values():
-            shrink(x_TI, z)
-        return z
-
-
-def _addresses(vectors_ND: Tensor) -> list[int]:
-    """Of contiguous rows."""
-    first, (count, size) = vectors_ND.data_ptr(), vectors_ND.shape
-    return [first + number * size * vectors_ND.itemsize for number in range(count)]
-
-
-def _unweighted(rows_N: Tensor) -> Fields:
-    return rows_N.data_ptr(), 0, rows_N.shape[0]
+    def bound(self, table: RowTable) -> Bound:
+        self._rows.show(table)
+        adapters = {slot: self._adapters[slot] for slot in table.slots if slot in self._adapters}
+        if self._bound is None or self._bound.width < self._width:
+            num_members = next(iter(adapters.values())).parts.num_members
+            own = [self._members.get(member) for member in range(num_members)]
+            self._bound = _BoundProjected(own, self._shrinks, self._width, self._operator.sources)
+        others = {slot: own.others for slot, own in adapters.items() if own.others}
+        if not others:
+            return self._bound
+        plain = ProjectedOperator.bind(self._operator, uses_of(others), table)
+        return JoinedSums([self._bound, plain])
 
 
 class _Member:
-    """The `Kernel` of one member, whose source is z."""
+    """The `Kernel` of one member, which reads what is made of x for all of them."""
 
-    def __init__(self, segments: Sequence[Segment], expands: Sequence[_Product], out_features: int) -> None:
-        self._segments, self._expands, self.out_features = segments, expands, out_features
+    def __init__(self, out_features: int, uses: Uses, shrinks: Uses, width: int) -> None:
+        self.out_features, self._uses, self._shrinks, self._width = out_features, uses, shrinks, width
+        self._run = kernel("timbre_projected", ADDRESS, ADDRESS, ADDRESS, NUMBER, NUMBER, ADDRESS, NUMBER)
 
-    @cached_property
+    @property
     def rows_N(self) -> Tensor:  # noqa: N802
-        return rows_of(self._segments)
+        return self._uses.rows_N
 
     def add(self, source: Tensor, y_TO: Tensor) -> None:
-        for expand in self._expands:
-            expand(source, y_TO)
+        uses = self._uses.address, self._shrinks.address
+        z = source.data_ptr(), len(source), source.shape[1] - self._width
+        self._run(*uses, *z, y_TO.data_ptr(), self.out_features, torch.get_num_threads())
+
+
+class _BoundProjected(BoundKernels):
+    """For one table after another, while no more lies between P and Q than there is room for."""
+
+    def __init__(
+        self, members: Sequence[tuple[int, Uses] | None], shrinks: Uses, width: int, sources: Sources
+    ) -> None:
+        super().__init__([None if own is None else _Member(*own, shrinks, width) for own in members])
+        self._shrinks, self.width, self._sources = shrinks, width, sources
+        self._run = kernel("timbre_projected_in", ADDRESS, ADDRESS, NUMBER, NUMBER, NUMBER, ADDRESS)
+
+    @property
+    def outlasts_tables(self) -> bool:
+        return True
+
+    def source(self, x_TI: Tensor) -> Tensor:
+        """Rows of x and what P makes of them: room for both, where they lie one after the other."""
+        in_features = x_TI.shape[-1]
+        num_rows = x_TI.numel() // in_features
+        z = self._sources.empty(num_rows, in_features + self.width)
+        x = x_TI.data_ptr(), format_of(x_TI), num_rows, in_features
+        self._run(self._shrinks.address, *x, z.data_ptr(), torch.get_num_threads())
+        return z
