@@ -17,6 +17,7 @@ from timbre_methods.program import (
     AdapterProgram,
     Basis,
     Diagonal,
+    Kronecker,
     LowRank,
     Part,
     Places,
@@ -119,6 +120,14 @@ def scaled_rotation(out: int) -> Part:
     return Rotation("input", numbers(1, 6, 4, 4) / 2, (4,), numbers(out))
 
 
+def kronecker(out: int) -> Part:
+    """With w2 whole or in factors of rank 3."""
+    rows, m = random.choice([1, 2, 4]), random.choice([1, 3, 8])
+    k, n = out // rows, IN // m
+    whole, factors = (numbers(k, n),), (numbers(k, 3), numbers(3, n))
+    return Kronecker(numbers(rows, m), *random.choice([whole, factors]))
+
+
 def mixture(out: int) -> Part:
     """Of experts of low rank; now and then of others, or of none where an expert does nothing here."""
     count = random.randint(2, 4)
@@ -142,6 +151,7 @@ KINDS: Mapping[str, tuple[Callable[[int], Part], ...]] = {
     "shared basis": (projected,),
     "shared bases": (projected, projected_with_inner, projected_elsewhere),
     "cores of any form": (projected, dense_core),
+    "kronecker": (kronecker,),
     "mixtures": (mixture,),
     "all": (
         low_rank,
@@ -153,6 +163,7 @@ KINDS: Mapping[str, tuple[Callable[[int], Part], ...]] = {
         spectral,
         projected,
         projected_with_inner,
+        kronecker,
         mixture,
     ),
 }

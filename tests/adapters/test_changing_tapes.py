@@ -146,7 +146,9 @@ def test_what_is_played_has_the_bits_of_a_model_that_runs_and_never_saw_another_
         assert torch.equal(model.play(table, x_TI), new.run(table, x_TI))
 
 
-@pytest.mark.parametrize("kind", ["low rank", "sparse", "gains", "rotations", "spectral", "shared basis"])
+@pytest.mark.parametrize(
+    "kind", ["low rank", "sparse", "gains", "rotations", "spectral", "shared basis", "kronecker"]
+)
 @torch.inference_mode()
 def test_layers_are_not_asked_while_the_adapters_stay(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = [0]
@@ -173,7 +175,8 @@ def test_layers_are_not_asked_while_the_adapters_stay(kind: str, monkeypatch: py
 
 
 @pytest.mark.parametrize(
-    "kind", ["low rank", "sparse", "gains", "rotations", "spectral", "shared basis", "mixtures"]
+    "kind",
+    ["low rank", "sparse", "gains", "rotations", "spectral", "shared basis", "kronecker", "mixtures"],
 )
 @torch.inference_mode()
 def test_a_layer_that_nothing_changed_is_changed_by_the_next_adapter(kind: str) -> None:
@@ -204,6 +207,7 @@ def test_a_layer_that_nothing_changed_is_changed_by_the_next_adapter(kind: str) 
         "spectral",
         "spectral of two seeds",
         "shared bases",
+        "kronecker",
         "mixtures",
         "all",
     ],

@@ -6,7 +6,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from timbre_methods.program import AdapterProgram, Basis, Dense, Diagonal, LowRank, Part, Projected, Rotation
+from timbre_methods.program import (
+    AdapterProgram,
+    Basis,
+    Dense,
+    Diagonal,
+    Kronecker,
+    LowRank,
+    Part,
+    Projected,
+    Rotation,
+)
 from timbre_server.adapters.adapted_model import AdaptedModel, Arithmetic
 from timbre_server.adapters.groups import LinearGroup
 from timbre_server.engine.native_linear import NativeProduct
@@ -28,7 +38,9 @@ def parts(dtype: torch.dtype) -> list[Part]:
     rotation = Rotation("input", normal(1, 5, 14, 14) / 4, (14,))
     basis = Basis(normal(1, 9, IN), normal(1, OUT, 9))
     projected = [Projected("diagonal", normal(1, 9), basis, outer_NO=normal(1, OUT)) for _ in range(5)]
-    return [*low_rank, Diagonal("output", normal(OUT), None), rotation, *projected, Dense(normal(OUT, IN))]
+    kronecker = Kronecker(normal(3, 7), normal(OUT // 3, IN // 7))
+    gain = Diagonal("output", normal(OUT), None)
+    return [*low_rank, gain, rotation, *projected, kronecker, Dense(normal(OUT, IN))]
 
 
 @pytest.mark.cpp

@@ -22,6 +22,7 @@ from timbre_methods.program import (
     Basis,
     Block,
     Diagonal,
+    Kronecker,
     LowRank,
     Part,
     Places,
@@ -140,6 +141,14 @@ def _whole_rotation(normal: Normal, device: torch.device) -> Part:
     return Rotation("output", normal(1, 1, OUT, OUT) / 4, (OUT,))
 
 
+def _kronecker(normal: Normal, device: torch.device, l_size: int, m_size: int, rank: int | None) -> Part:
+    """With w2 whole or of a rank."""
+    w1_LM, k_size, n_size = normal(l_size, m_size), OUT // l_size, IN // m_size
+    if rank is None:
+        return Kronecker(w1_LM, normal(k_size, n_size))
+    return Kronecker(w1_LM, normal(k_size, rank), normal(rank, n_size))
+
+
 def _diagonal(normal: Normal, device: torch.device) -> Part:
     return Diagonal("output", normal(OUT), normal(OUT))
 
@@ -163,6 +172,11 @@ _EXAMPLES: Mapping[type[Part], Sequence[Callable[[Normal, torch.device], Part]]]
             partial(_projected, blocks=(60, 60), size=12),
         ],
         Diagonal: [_diagonal],
+        Kronecker: [
+            partial(_kronecker, l_size=l_size, m_size=m_size, rank=rank)
+            for l_size, m_size in ((1, 1), (1, 3), (4, 8), (10, 2), (20, 24))
+            for rank in (None, 1, 10)
+        ],
         Rotation: [_rotation, _shared_rotation, _whole_rotation],
     }
 )

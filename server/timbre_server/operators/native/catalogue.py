@@ -11,6 +11,7 @@ from timbre_server.operators.agreement import wrong_operator
 from timbre_server.operators.contract import Operator
 from timbre_server.operators.native import routers
 from timbre_server.operators.native.diagonal import NativeDiagonal
+from timbre_server.operators.native.kronecker import NativeKronecker
 from timbre_server.operators.native.low_rank import NativeLowRank
 from timbre_server.operators.native.projected import NativeProjected
 from timbre_server.operators.native.rotation import NativeRotation
@@ -27,6 +28,7 @@ def operators() -> tuple[Operator[Any], ...]:
         NativeProjected(),
         NativeDiagonal(),
         NativeRotation(),
+        NativeKronecker(),
     )
 
 
