@@ -16,6 +16,8 @@ from torch import Tensor
 from timbre_methods.program import (
     AdapterProgram,
     Basis,
+    Block,
+    Dense,
     Diagonal,
     Kronecker,
     LowRank,
@@ -128,6 +130,18 @@ def kronecker(out: int) -> Part:
     return Kronecker(numbers(rows, m), *random.choice([whole, factors]))
 
 
+def block(out: int) -> Part:
+    channels, size = random.randint(1, 10), random.choice([IN, out])
+    index = torch.randperm(size)[:channels]
+    if size == IN:
+        return Block("input", index, numbers(out, channels), out)
+    return Block("output", index, numbers(channels, IN), out)
+
+
+def dense(out: int) -> Part:
+    return Dense(numbers(out, IN))
+
+
 def mixture(out: int) -> Part:
     """Of experts of low rank; now and then of others, or of none where an expert does nothing here."""
     count = random.randint(2, 4)
@@ -152,6 +166,7 @@ KINDS: Mapping[str, tuple[Callable[[int], Part], ...]] = {
     "shared bases": (projected, projected_with_inner, projected_elsewhere),
     "cores of any form": (projected, dense_core),
     "kronecker": (kronecker,),
+    "blocks": (dense, block),
     "mixtures": (mixture,),
     "all": (
         low_rank,
@@ -164,6 +179,7 @@ KINDS: Mapping[str, tuple[Callable[[int], Part], ...]] = {
         projected,
         projected_with_inner,
         kronecker,
+        block,
         mixture,
     ),
 }

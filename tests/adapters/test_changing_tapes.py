@@ -147,7 +147,7 @@ def test_what_is_played_has_the_bits_of_a_model_that_runs_and_never_saw_another_
 
 
 @pytest.mark.parametrize(
-    "kind", ["low rank", "sparse", "gains", "rotations", "spectral", "shared basis", "kronecker"]
+    "kind", ["low rank", "sparse", "gains", "rotations", "spectral", "shared basis", "kronecker", "blocks"]
 )
 @torch.inference_mode()
 def test_layers_are_not_asked_while_the_adapters_stay(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +176,17 @@ def test_layers_are_not_asked_while_the_adapters_stay(kind: str, monkeypatch: py
 
 @pytest.mark.parametrize(
     "kind",
-    ["low rank", "sparse", "gains", "rotations", "spectral", "shared basis", "kronecker", "mixtures"],
+    [
+        "low rank",
+        "sparse",
+        "gains",
+        "rotations",
+        "spectral",
+        "shared basis",
+        "kronecker",
+        "blocks",
+        "mixtures",
+    ],
 )
 @torch.inference_mode()
 def test_a_layer_that_nothing_changed_is_changed_by_the_next_adapter(kind: str) -> None:
@@ -208,6 +218,7 @@ def test_a_layer_that_nothing_changed_is_changed_by_the_next_adapter(kind: str) 
         "spectral of two seeds",
         "shared bases",
         "kronecker",
+        "blocks",
         "mixtures",
         "all",
     ],

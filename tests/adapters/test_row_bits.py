@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from timbre_methods.program import (
     AdapterProgram,
     Basis,
+    Block,
     Dense,
     Diagonal,
     Kronecker,
@@ -16,6 +17,7 @@ from timbre_methods.program import (
     Part,
     Projected,
     Rotation,
+    Sparse,
 )
 from timbre_server.adapters.adapted_model import AdaptedModel, Arithmetic
 from timbre_server.adapters.groups import LinearGroup
@@ -39,8 +41,10 @@ def parts(dtype: torch.dtype) -> list[Part]:
     basis = Basis(normal(1, 9, IN), normal(1, OUT, 9))
     projected = [Projected("diagonal", normal(1, 9), basis, outer_NO=normal(1, OUT)) for _ in range(5)]
     kronecker = Kronecker(normal(3, 7), normal(OUT // 3, IN // 7))
+    block = Block("input", torch.randperm(IN, generator=generator)[:20], normal(OUT, 20), OUT)
+    sparse = Sparse(torch.arange(OUT + 1), torch.arange(OUT, dtype=torch.int32), normal(OUT), IN)
     gain = Diagonal("output", normal(OUT), None)
-    return [*low_rank, gain, rotation, *projected, kronecker, Dense(normal(OUT, IN))]
+    return [*low_rank, gain, rotation, *projected, kronecker, block, Dense(normal(OUT, IN)), sparse]
 
 
 @pytest.mark.cpp
@@ -66,9 +70,9 @@ def test_a_row_has_the_same_bits_whatever_adapters_are_beside_it(dtype: torch.dt
         return found
 
     everything = list(range(len(given) + 1))
-    *adding, dense, base = everything
+    *adding, sparse, base = everything
     whole, some = outputs(everything), outputs(adding)
     assert whole.dtype is dtype
-    assert torch.equal(some, whole[:dense])
+    assert torch.equal(some, whole[:sparse])
     for row in (*adding, base):
         assert torch.equal(outputs([row])[0], whole[row])

@@ -21,6 +21,7 @@ from torch import Tensor
 from timbre_methods.program import (
     Basis,
     Block,
+    Dense,
     Diagonal,
     Kronecker,
     LowRank,
@@ -111,8 +112,13 @@ def _sliced_ellpack(normal: Normal, device: torch.device, dtype: torch.dtype) ->
     return replace(part, values_KC=part.values_KC.to(dtype))
 
 
-def _block(normal: Normal, device: torch.device) -> Part:
-    return Block("output", torch.tensor([3, 17, 4], device=device), normal(3, IN), OUT)
+def _block(normal: Normal, device: torch.device, side: Literal["input", "output"]) -> Part:
+    index_N = torch.tensor([3, 17, 4], device=device)
+    return Block(side, index_N, normal(3, IN) if side == "output" else normal(OUT, 3), OUT)
+
+
+def _dense(normal: Normal, device: torch.device) -> Part:
+    return Dense(normal(OUT, IN))
 
 
 def _projected(
@@ -165,7 +171,8 @@ _EXAMPLES: Mapping[type[Part], Sequence[Callable[[Normal, torch.device], Part]]]
         ],
         Sparse: [_sparse],
         SlicedEllpack: [partial(_sliced_ellpack, dtype=dtype) for dtype in FORMATS],
-        Block: [_block],
+        Block: [partial(_block, side="input"), partial(_block, side="output")],
+        Dense: [_dense],
         Projected: [
             partial(_projected, blocks=(1, 1), size=5, has="outer"),
             partial(_projected, blocks=(1, 3), size=16, has="inner"),

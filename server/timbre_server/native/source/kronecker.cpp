@@ -1,9 +1,9 @@
-// y[row] += weight (w1 ⊗ w2) x[row], for adapters with w1, w2 and rows of their own: Y += weight w1 X w2ᵀ, of x[row]
-// as X [m, n] and y[row] as Y [l, k].
+// y[row] += weight (w1 ⊗ w2) x[row], for adapters with w1, w2 and rows of their own: Y += weight w1 X w2ᵀ, of x[row] as
+// X [m, n] and y[row] as Y [l, k].
 //
-// Both matrices are read where they lie, w2 once for some rows. They are small, and of any shapes: products lie in whole
-// vectors, of which the last lanes may be nobody's. A row's sums are the same ones in the same order whatever other rows
-// there are.
+// Both matrices are read where they lie, w2 once for some rows. They are small, and of any shapes: products lie in
+// whole vectors, of which the last lanes may be nobody's. A row's sums are the same ones in the same order whatever
+// other rows there are.
 #include <algorithm>
 
 #include "lanes.h"
@@ -43,8 +43,7 @@ static inline void multiply(const float *a, int64_t step, int64_t inner, Panels 
     Lanes sums[R][V] = {};
     for (int64_t i = 0; i < inner; i++) {
         Lanes own[V];
-        for (int v = 0; v < V; v++) own[v] = load(b.first + v * b.panel + i * b.row);
-        asm("" ::: "memory");  // The compiler would read them anew for each row.
+        for (int v = 0; v < V; v++) keep(own[v] = load(b.first + v * b.panel + i * b.row));
         for (int r = 0; r < R; r++)
             for (int v = 0; v < V; v++) add_product(sums[r][v], all(a[r * step + i]), own[v]);
     }

@@ -47,6 +47,15 @@ static inline void add_product(float &sum, float x, float y) {
 #endif
 }
 
+// Has it read once: compilers would read it anew for each product, and wait for that.
+static inline void keep(Lanes &lanes) {
+#ifdef __FMA__
+    asm("" : "+v"(lanes));
+#else
+    (void)lanes;
+#endif
+}
+
 // Formats of 16 bits: every number is one of float32's, too.
 struct BFloat16 {
     uint16_t bits;  // The upper half of a float's.

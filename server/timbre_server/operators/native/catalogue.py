@@ -10,6 +10,7 @@ from timbre_server.native.library import LibraryUnavailable, library
 from timbre_server.operators.agreement import wrong_operator
 from timbre_server.operators.contract import Operator
 from timbre_server.operators.native import routers
+from timbre_server.operators.native.block import NativeBlock, NativeDense
 from timbre_server.operators.native.diagonal import NativeDiagonal
 from timbre_server.operators.native.kronecker import NativeKronecker
 from timbre_server.operators.native.low_rank import NativeLowRank
@@ -29,6 +30,8 @@ def operators() -> tuple[Operator[Any], ...]:
         NativeDiagonal(),
         NativeRotation(),
         NativeKronecker(),
+        NativeBlock(),
+        NativeDense(),
     )
 
 

@@ -107,7 +107,7 @@ class Prepared:
 
     fields: Fields
     shape: tuple[int, int]
-    """[O, I]"""
+    """[O, I], or where it reads some inputs only, O and their number."""
     work: int
     """Multiplications for one row."""
     held: object
@@ -190,7 +190,7 @@ class InputKernel:
         told = (NUMBER,) if is_told_format else ()
         self._run = kernel(name, ADDRESS, ADDRESS, *told, NUMBER, NUMBER, ADDRESS, NUMBER)
         self._is_told_format = is_told_format
-        self.out_features, self._in_features = shape
+        self.out_features = shape[0]
         self.uses = Uses(rows)
 
     @property
@@ -199,7 +199,8 @@ class InputKernel:
 
     def add(self, source: Tensor, y_TO: Tensor) -> None:
         told = (format_of(source),) if self._is_told_format else ()
-        x = source.data_ptr(), *told, source.numel() // self._in_features, self._in_features
+        in_features = source.shape[-1]
+        x = source.data_ptr(), *told, source.numel() // in_features, in_features
         threads = torch.get_num_threads()
         self._run(self.uses.address, *x, y_TO.data_ptr(), self.out_features, threads)
 
