@@ -79,11 +79,11 @@ class Spectral:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Circulant:
-    """``y[m] += Σ_n irfft(g[:, m, n] · rfft(x[n]))``: blocks of b x b circulant matrices, x and y cut into
-    pieces of ``block_size`` b. ``spectrum_KMN2`` [b/2 + 1, O/b, I/b, 2] float32 holds the real and imaginary
+    """``y[m] += Σ_n irfft(g[m, n] · rfft(x[n]))``: blocks of b x b circulant matrices, x and y cut into
+    pieces of ``block_size`` b. ``spectrum_MNK2`` [O/b, I/b, b/2 + 1, 2] float32 holds the real and imaginary
     parts of g, with every scale."""
 
-    spectrum_KMN2: Tensor
+    spectrum_MNK2: Tensor
     block_size: int
 
 

@@ -5,6 +5,7 @@ Legend: O out, I in, R ranks, N coefficients.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -17,6 +18,7 @@ from timbre_methods.program import (
     AdapterProgram,
     Basis,
     Block,
+    Circulant,
     Dense,
     Diagonal,
     Kronecker,
@@ -70,6 +72,15 @@ PLACES = {
 
 def spectral(out: int, transform: str = "dft", seed: int = 0) -> Part:
     return Spectral(numbers(30), PLACES[transform, seed, out])
+
+
+def circulant(out: int, block_size: int = 4) -> Part:
+    return Circulant(numbers(out // block_size, IN // block_size, block_size // 2 + 1, 2), block_size)
+
+
+def circulant_of_any_size(out: int) -> Part:
+    largest = math.gcd(out, IN)
+    return circulant(out, random.choice([b for b in range(1, largest + 1) if largest % b == 0]))
 
 
 MATRICES = [torch.randn(1, size, IN) for size in (6, 9)]
@@ -162,6 +173,8 @@ KINDS: Mapping[str, tuple[Callable[[int], Part], ...]] = {
     "spectral": (spectral,),
     "spectral of two seeds": (spectral, partial(spectral, seed=1)),
     "spectral of any transform": tuple(partial(spectral, transform=each) for each in TRANSFORMS),
+    "circulant": (circulant,),
+    "circulant of any size": (circulant_of_any_size,),
     "shared basis": (projected,),
     "shared bases": (projected, projected_with_inner, projected_elsewhere),
     "cores of any form": (projected, dense_core),
@@ -176,6 +189,7 @@ KINDS: Mapping[str, tuple[Callable[[int], Part], ...]] = {
         turned_output,
         turned_input,
         spectral,
+        circulant,
         projected,
         projected_with_inner,
         kronecker,

@@ -146,9 +146,21 @@ def test_what_is_played_has_the_bits_of_a_model_that_runs_and_never_saw_another_
         assert torch.equal(model.play(table, x_TI), new.run(table, x_TI))
 
 
-@pytest.mark.parametrize(
-    "kind", ["low rank", "sparse", "gains", "rotations", "spectral", "shared basis", "kronecker", "blocks"]
-)
+OUTLASTING = [
+    "low rank",
+    "sparse",
+    "gains",
+    "rotations",
+    "spectral",
+    "spectral of any transform",
+    "circulant",
+    "shared basis",
+    "kronecker",
+    "blocks",
+]
+
+
+@pytest.mark.parametrize("kind", OUTLASTING)
 @torch.inference_mode()
 def test_layers_are_not_asked_while_the_adapters_stay(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = [0]
@@ -174,20 +186,7 @@ def test_layers_are_not_asked_while_the_adapters_stay(kind: str, monkeypatch: py
     assert chosen[0] == len(PATHS)
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "low rank",
-        "sparse",
-        "gains",
-        "rotations",
-        "spectral",
-        "shared basis",
-        "kronecker",
-        "blocks",
-        "mixtures",
-    ],
-)
+@pytest.mark.parametrize("kind", [*OUTLASTING, "mixtures"])
 @torch.inference_mode()
 def test_a_layer_that_nothing_changed_is_changed_by_the_next_adapter(kind: str) -> None:
     random.seed(kind)
@@ -216,6 +215,8 @@ def test_a_layer_that_nothing_changed_is_changed_by_the_next_adapter(kind: str) 
         "rotations with scales",
         "spectral",
         "spectral of two seeds",
+        "circulant",
+        "circulant of any size",
         "shared bases",
         "kronecker",
         "blocks",

@@ -10,6 +10,7 @@ from timbre_methods.program import (
     AdapterProgram,
     Basis,
     Block,
+    Circulant,
     Dense,
     Diagonal,
     Kronecker,
@@ -25,7 +26,7 @@ from timbre_server.engine.native_linear import NativeProduct
 from timbre_server.engine.packed_linear import PackedLinear
 from timbre_server.operators.row_table import RowTable, Span
 
-IN, OUT = 70, 45
+IN, OUT = 70, 60
 PATH = "layer"
 
 
@@ -38,13 +39,15 @@ def parts(dtype: torch.dtype) -> list[Part]:
 
     low_rank = [LowRank(normal(8, IN).to(kind), normal(OUT, 8).to(kind)) for kind in (dtype, torch.float16)]
     rotation = Rotation("input", normal(1, 5, 14, 14) / 4, (14,))
+    circulant = Circulant(normal(OUT // 10, IN // 10, 10 // 2 + 1, 2), 10)
     basis = Basis(normal(1, 9, IN), normal(1, OUT, 9))
     projected = [Projected("diagonal", normal(1, 9), basis, outer_NO=normal(1, OUT)) for _ in range(5)]
     kronecker = Kronecker(normal(3, 7), normal(OUT // 3, IN // 7))
     block = Block("input", torch.randperm(IN, generator=generator)[:20], normal(OUT, 20), OUT)
     sparse = Sparse(torch.arange(OUT + 1), torch.arange(OUT, dtype=torch.int32), normal(OUT), IN)
     gain = Diagonal("output", normal(OUT), None)
-    return [*low_rank, gain, rotation, *projected, kronecker, block, Dense(normal(OUT, IN)), sparse]
+    changes = circulant, kronecker, block, Dense(normal(OUT, IN))
+    return [*low_rank, gain, rotation, *projected, *changes, sparse]
 
 
 @pytest.mark.cpp

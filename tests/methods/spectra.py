@@ -29,9 +29,7 @@ def spectral_delta(part: Spectral) -> Tensor:
 def circulant_delta(part: Circulant) -> Tensor:
     """[O, I] in float64: block (m, n) has entry (i, j) from place i - j of the inverse transform."""
     b = part.block_size
-    taps_MNb = torch.fft.irfft(torch.view_as_complex(part.spectrum_KMN2.double()), n=b, dim=0).permute(
-        1, 2, 0
-    )
+    taps_MNb = torch.fft.irfft(torch.view_as_complex(part.spectrum_MNK2.double()), n=b)
     turned = [taps_MNb.roll(j, dims=2) for j in range(b)]
     return torch.stack(turned, dim=3).permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
 

@@ -56,7 +56,7 @@ def test_a_block_is_a_correlation_divided_by_the_input_size(site: Callable[..., 
 
 def test_blocks_that_do_not_fit_are_refused(site: Callable[..., Site]) -> None:
     square = site(out_features=6, in_features=6)
-    assert compiled(torch.ones(2, 2, 3), square).spectrum_KMN2.shape == (2, 2, 2, 2)
+    assert compiled(torch.ones(2, 2, 3), square).spectrum_MNK2.shape == (2, 2, 2, 2)
     with pytest.raises(InvalidTensors, match=r"found blocks of 6, the config says \[2, 3, 4\]"):
         compiled(torch.ones(1, 1, 6), square)
     with pytest.raises(InvalidTensors, match="found blocks of 4, expected a divisor of both 6 and 6"):

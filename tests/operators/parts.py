@@ -77,7 +77,7 @@ def circulant(draw: Draw) -> Part:
     largest = math.gcd(draw.in_features, draw.out_features)
     sizes = [b for b in range(1, largest + 1) if largest % b == 0]
     b = sizes[draw.count() % len(sizes)]
-    shape = (b // 2 + 1, draw.out_features // b, draw.in_features // b, 2)
+    shape = (draw.out_features // b, draw.in_features // b, b // 2 + 1, 2)
     return Circulant(draw.normal(*shape) / 4, b)
 
 

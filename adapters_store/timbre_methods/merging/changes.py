@@ -158,9 +158,9 @@ def _sparse_core(part: Projected) -> Tensor:
 def _circulant(part: Circulant) -> Tensor:
     """Block (m, n) has ``taps[(i - j) mod b]`` in row i and column j."""
     b = part.block_size
-    taps_bMN = torch.fft.irfft(torch.view_as_complex(part.spectrum_KMN2), n=b, dim=0)
+    taps_MNb = torch.fft.irfft(torch.view_as_complex(part.spectrum_MNK2), n=b)
     turn = (torch.arange(b).unsqueeze(1) - torch.arange(b)) % b
-    blocks_MbNb: Tensor = taps_bMN[turn].permute(2, 0, 3, 1)
+    blocks_MbNb: Tensor = taps_MNb[..., turn].transpose(1, 2)
     return blocks_MbNb.flatten(2).flatten(0, 1)
 
 

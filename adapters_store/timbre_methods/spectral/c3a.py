@@ -97,5 +97,4 @@ def _part(config: C3aConfig, found: SiteTensors) -> Circulant:
         )
     kernel_MNb = found.need(KEY, (site.out_features // b, site.in_features // b, b)).to(torch.float32)
     spectrum_MNK = torch.fft.rfft(kernel_MNb / site.in_features).conj()
-    spectrum_KMN = spectrum_MNK.permute(2, 0, 1).resolve_conj().contiguous()
-    return Circulant(torch.view_as_real(spectrum_KMN), b)
+    return Circulant(torch.view_as_real(spectrum_MNK.resolve_conj()), b)

@@ -21,6 +21,7 @@ from torch import Tensor
 from timbre_methods.program import (
     Basis,
     Block,
+    Circulant,
     Dense,
     Diagonal,
     Kronecker,
@@ -39,6 +40,8 @@ from timbre_server.operators.row_table import RowTable, Span
 from timbre_server.operators.sliced_ellpack import slices_of
 
 IN, OUT = 24, 20
+CIRCULANT_IN, CIRCULANT_OUT = 120, 80
+"""Pieces of 4 and of 40 fit."""
 _TOLERANCE = 1e-4
 
 
@@ -64,7 +67,8 @@ def _agrees(operator: Operator[Any], device: torch.device, counts: Sequence[int]
 
 @torch.inference_mode()
 def _is_right(operator: Operator[Any], parts: Sequence[Part], table: RowTable, normal: Normal) -> bool:
-    x_TI, y_TO = normal(table.num_rows, IN), normal(table.num_rows, OUT)
+    num_in, num_out = (CIRCULANT_IN, CIRCULANT_OUT) if operator.part is Circulant else (IN, OUT)
+    x_TI, y_TO = normal(table.num_rows, num_in), normal(table.num_rows, num_out)
     expected_TO, found_TO = torch.zeros_like(y_TO), torch.zeros_like(y_TO)
     for segment in table.segments:
         rows_N = segment.rows_N
@@ -96,6 +100,11 @@ def _spectral(
 ) -> Part:
     order_N = torch.arange(30)
     return Spectral(normal(30), Places(transform, OUT, IN, order_N * 7 % OUT, order_N * step % IN, low_pass))
+
+
+def _circulant(normal: Normal, device: torch.device, block_size: int) -> Part:
+    shape = CIRCULANT_OUT // block_size, CIRCULANT_IN // block_size, block_size // 2 + 1, 2
+    return Circulant(normal(*shape) / 4, block_size)
 
 
 def _sparse(normal: Normal, device: torch.device) -> Sparse:
@@ -169,6 +178,7 @@ _EXAMPLES: Mapping[type[Part], Sequence[Callable[[Normal, torch.device], Part]]]
             partial(_spectral, transform="hartley", step=5),
             partial(_spectral, transform="dwt", step=5, low_pass=(0.5**0.5, 0.5**0.5)),
         ],
+        Circulant: [partial(_circulant, block_size=b) for b in (4, 40)],
         Sparse: [_sparse],
         SlicedEllpack: [partial(_sliced_ellpack, dtype=dtype) for dtype in FORMATS],
         Block: [partial(_block, side="input"), partial(_block, side="output")],

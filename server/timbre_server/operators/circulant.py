@@ -1,4 +1,4 @@
-"""`Circulant`: ``y[m] += Σ_n irfft(g[:, m, n] · rfft(x[n]))``, block by block in the frequency domain.
+"""`Circulant`: ``y[m] += Σ_n irfft(g[m, n] · rfft(x[n]))``, block by block in the frequency domain.
 
 The input's pieces are transformed once for all adapters of equal block size and every member of the group,
 products of all adapters add up as spectra, and each member's sums are transformed back once. An adapter with
@@ -30,10 +30,10 @@ class CirculantOperator(Operator[Circulant]):
 
     def meaning(self, part: Circulant, x_TI: Tensor, y_TO: Tensor) -> Meaning:
         b = part.block_size
-        taps_bMN = torch.fft.irfft(torch.view_as_complex(part.spectrum_KMN2), n=b, dim=0)
+        taps_MNb = torch.fft.irfft(torch.view_as_complex(part.spectrum_MNK2), n=b)
         steps = torch.arange(b, device=x_TI.device)
-        blocks_bbMN = taps_bMN[(steps.unsqueeze(1) - steps) % b]
-        delta_OI = blocks_bbMN.permute(2, 0, 3, 1).reshape(y_TO.shape[1], x_TI.shape[1])
+        blocks_MNbb = taps_MNb[..., (steps.unsqueeze(1) - steps) % b]
+        delta_OI = blocks_MNbb.transpose(1, 2).reshape(y_TO.shape[1], x_TI.shape[1])
         return Meaning(change_TO=x_TI @ delta_OI.T)
 
     def bind(self, uses: Uses[Circulant], table: RowTable) -> Bound:
@@ -116,7 +116,7 @@ def _bind_member(
         for part in parts_by_slot.get(segment.slot, ()):
             if part.block_size != b:
                 continue
-            g_KMN = torch.view_as_complex(part.spectrum_KMN2)
+            g_KMN = torch.view_as_complex(part.spectrum_MNK2).permute(2, 0, 1)
             num_pieces = g_KMN.shape[1]
             count = len(segment.rows_N)
             if count < MIN_ROWS_ALONE and room.take(count * g_KMN.nbytes):

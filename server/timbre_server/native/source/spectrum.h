@@ -5,8 +5,7 @@
 #include <algorithm>
 
 #include "fourier.h"
-
-constexpr int MOST_ROWS = 16;
+#include "side_by_side.h"
 
 // Rows with equal values share them; others have theirs side by side.
 struct SpectralRows {
@@ -24,64 +23,13 @@ struct SpectralTransform {
     int64_t taps;
 };
 
-template <typename V> constexpr int64_t SIDE = sizeof(V) / sizeof(float);  // Rows side by side.
-
-// Visits with a register of the width for so many rows.
-template <typename Visit> static inline void in_registers(int64_t count, Visit visit) {
-    if (count > LANES) visit(Wide{});
-    else visit(Lanes{});
-}
-
-// Where a transform has the number i of a row.
-static inline int64_t place_of(const SpectralTransform &own, int64_t i) { return own.places ? own.places[i] : i; }
-
-// lanes [length, side]; where there is no row, what nobody reads.
 template <typename V, typename Number>
-static void put_side_by_side(const SpectralTransform &transform, const Number *x, const SpectralRows &own, float *lanes) {
-    const int64_t in = transform.length;
+static void put_rows_side_by_side(
+    const SpectralTransform &own, const Number *x, const SpectralRows &rows, float *lanes
+) {
     const Number *from[MOST_ROWS];
-    for (int64_t n = 0; n < own.count; n++) from[n] = x + std::max(own.rows[n], int64_t(0)) * in;
-    int64_t i = 0;
-    for (; i + LANES <= in; i += LANES)
-        for (int64_t first = 0; first < SIDE<V>; first += LANES) {
-            Lanes block[LANES] = {};
-            if (own.count - first >= LANES)
-                for (int n = 0; n < LANES; n++) block[n] = load(from[first + n] + i);
-            else
-                for (int n = 0; first + n < own.count; n++) block[n] = load(from[first + n] + i);
-            transpose(block);
-            for (int j = 0; j < LANES; j++) store(lanes + place_of(transform, i + j) * SIDE<V> + first, block[j]);
-        }
-    for (; i < in; i++) {
-        float *to = lanes + place_of(transform, i) * SIDE<V>;
-        for (int64_t n = 0; n < SIDE<V>; n++) to[n] = n < own.count ? value(from[n][i]) : 0;
-    }
-}
-
-// y += lanes [length, side], by rows.
-template <typename V>
-static void add_to_rows(const SpectralTransform &transform, const float *lanes, const SpectralRows &own, float *y) {
-    const int64_t out = transform.length;
-    float *to[MOST_ROWS];
-    for (int64_t n = 0; n < own.count; n++) to[n] = own.rows[n] < 0 ? nullptr : y + own.rows[n] * out;
-    int64_t o = 0;
-    for (; o + LANES <= out; o += LANES)
-        for (int64_t first = 0; first < own.count; first += LANES) {
-            Lanes block[LANES];
-            for (int j = 0; j < LANES; j++) block[j] = load(lanes + place_of(transform, o + j) * SIDE<V> + first);
-            transpose(block);
-            const auto add = [&](int64_t n) {
-                float *row = to[first + n];
-                if (row) store(row + o, load(row + o) + block[n]);
-            };
-            if (own.count - first >= LANES)
-                for (int n = 0; n < LANES; n++) add(n);
-            else
-                for (int n = 0; first + n < own.count; n++) add(n);
-        }
-    for (; o < out; o++)
-        for (int64_t n = 0; n < own.count; n++)
-            if (to[n]) to[n][o] += lanes[place_of(transform, o) * SIDE<V> + n];
+    for (int64_t n = 0; n < rows.count; n++) from[n] = x + std::max(rows.rows[n], int64_t(0)) * own.length;
+    put_side_by_side<V>(from, rows.count, own.length, lanes, own.places);
 }
 
 template <int SIGN, typename V> static void turn(const SpectralTransform &transform, Complex<V> *X) {
@@ -110,7 +58,7 @@ static inline int64_t scratch_size(const SpectralTransform &own) { return 2 * (o
 template <typename V, typename Number>
 static void transformed(const SpectralTransform &own, const Number *x, const SpectralRows &rows, V *X, float *scratch) {
     if (own.plan) {
-        put_side_by_side<V>(own, x, rows, scratch);
+        put_rows_side_by_side<V>(own, x, rows, scratch);
         Complex<V> *packed = reinterpret_cast<Complex<V> *>(scratch), *spectrum = reinterpret_cast<Complex<V> *>(X);
         spectra(*own.plan, packed, packed + own.plan->m, spectrum);
         return turn<-1>(own, spectrum);
@@ -118,7 +66,7 @@ static void transformed(const SpectralTransform &own, const Number *x, const Spe
     const int64_t before = own.taps - 2, after = own.coordinates - own.length;
     V *numbers = reinterpret_cast<V *>(scratch);
     std::fill(numbers, numbers + before, V{});
-    put_side_by_side<V>(own, x, rows, scratch + before * SIDE<V>);
+    put_rows_side_by_side<V>(own, x, rows, scratch + before * SIDE<V>);
     std::fill(numbers + before + own.length, numbers + before + own.length + after, V{});
     sums_of_windows(numbers, own.forward, own.taps, own.coordinates / 2, X);
 }
@@ -139,5 +87,7 @@ static void add_transformed_back(const SpectralTransform &own, V *h, const Spect
         sums_of_windows(h, own.back, own.taps, (own.length + 1) / 2, sums);
         numbers = sums;
     }
-    add_to_rows<V>(own, reinterpret_cast<const float *>(numbers), rows, y);
+    float *to[MOST_ROWS];
+    for (int64_t n = 0; n < rows.count; n++) to[n] = rows.rows[n] < 0 ? nullptr : y + rows.rows[n] * own.length;
+    add_to_rows<V>(reinterpret_cast<const float *>(numbers), to, rows.count, own.length, own.places);
 }

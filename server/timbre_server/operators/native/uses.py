@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -64,9 +64,9 @@ class Kernel(Protocol):
         """The rows that it adds to, each once."""
         ...
 
-    def add(self, source: Tensor, y_TO: Tensor) -> None:
+    def add(self, source: Any, y_TO: Tensor) -> None:
         """Add to y, in place, what the parts make of x, or of what was made of x for all members; y is
-        float32, and both are contiguous."""
+        float32, and tensors are contiguous."""
         ...
 
     @property
@@ -79,9 +79,9 @@ class KernelChange(Change):
     __slots__ = ("_kernel", "_num_rows", "_source")
     _kernel: Kernel
     _num_rows: int
-    _source: Tensor
+    _source: Any
 
-    def __init__(self, kernel: Kernel, source: Tensor, num_rows: int) -> None:
+    def __init__(self, kernel: Kernel, source: Any, num_rows: int) -> None:
         object.__setattr__(self, "_kernel", kernel)
         object.__setattr__(self, "_source", source)
         object.__setattr__(self, "_num_rows", num_rows)
