@@ -11,6 +11,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ ValuesOf = Callable[[int], Tensor | None]
 """By slot: the values of an adapter, [N]; None where it has none."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Group:
     """Rows of one register."""
 
@@ -41,6 +42,17 @@ class Group:
     @property
     def lanes(self) -> int:
         return NARROW if len(self.rows) <= NARROW else MOST_ROWS
+
+    @cached_property
+    def taken(self) -> Sequence[tuple[int, Pairs]]:
+        """The lanes with a row, each with its mix."""
+        mixes = self.mixes if len(self.mixes) > 1 else [*self.mixes] * len(self.rows)
+        return [(n, mix) for n, (row, mix) in enumerate(zip(self.rows, mixes, strict=True)) if row != NO_ROW]
+
+    @cached_property
+    def slots(self) -> Collection[int]:
+        """Of the adapters of these rows."""
+        return {slot for mix in {mix for _, mix in self.taken} for slot, _ in mix}
 
     @property
     def fields(self) -> tuple[int, ...]:
@@ -58,7 +70,7 @@ class Batch:
         self._structures = structures([group.fields for group in groups])
         self.address = address_of(self._structures)
         rows = [row for group in groups for row in group.rows if row != NO_ROW]
-        self.rows_U = torch.tensor(rows, dtype=torch.int64)
+        self.rows_U, self.num_rows = torch.tensor(rows, dtype=torch.int64), len(rows)
 
     @staticmethod
     def of(table: RowTable, slots: Collection[int], bytes_per_row: int, seats: Sequence[Pairs]) -> Batch:

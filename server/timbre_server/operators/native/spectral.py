@@ -21,7 +21,7 @@ from timbre_server.operators.contract import Bound, Members, Standing, StandingO
 from timbre_server.operators.joined_sums import JoinedSums
 from timbre_server.operators.live_rows import LiveRows
 from timbre_server.operators.native.fourier import factors_of
-from timbre_server.operators.native.lanes import NO_ROW, Batch, Group, LaneValues, sum_of_mix
+from timbre_server.operators.native.lanes import Batch, Group, LaneValues, ValuesOf, sum_of_mix
 from timbre_server.operators.native.spectral_kernels import BoundSpectral, Core, weight_bits
 from timbre_server.operators.native.spectral_patterns import LaneTransform, Pattern
 from timbre_server.operators.native.uses import Fields, Sources
@@ -130,30 +130,37 @@ class _StandingSpectral(Standing[_Prepared]):
 
     def __init__(self, operator: NativeSpectral) -> None:
         self._operator, self._adapters = operator, dict[int, _Prepared]()
+        self._others: set[int] = set()
+        """Slots of those that are not served."""
         self._transforms: dict[Name, _StandingTransform] = {}
+        """In the order of names."""
         self._joined: tuple[list[Bound], JoinedSums] | None = None
 
     def admit(self, slot: int, prepared: _Prepared) -> None:
         self._adapters[slot] = prepared
+        if not prepared.is_served:
+            self._others.add(slot)
         for name, own in prepared.own.items():
             if name not in self._transforms:
                 self._transforms[name] = _StandingTransform(self._operator, name)
+                self._transforms = dict(sorted(self._transforms.items()))
             self._transforms[name].admit(slot, own)
 
     def dismiss(self, slot: int) -> None:
+        self._others.discard(slot)
         for name in self._adapters.pop(slot).own:
             self._transforms[name].dismiss(slot)
-            if not self._transforms[name].num_adapters:
+            if not self._transforms[name].adapters:
                 del self._transforms[name]
                 self._joined = None
 
     def bound(self, table: RowTable) -> Bound:
-        adapters = {slot: self._adapters[slot] for slot in table.slots if slot in self._adapters}
-        others = {slot: own.members for slot, own in adapters.items() if table.is_gated or not own.is_served}
-        names = {name: None for slot, own in adapters.items() if slot not in others for name in own.own}
-        bounds: list[Bound] = [self._transforms[name].bound(table) for name in names]
+        if table.is_gated:
+            return self._plain(table, [slot for slot in table.slots if slot in self._adapters])
+        bounds = [own.bound(table) for own in self._transforms.values() if own.has_any(table)]
+        others = [slot for slot in table.slots if slot in self._others] if self._others else []
         if others:
-            plain = SpectralOperator.bind(self._operator, uses_of(others), table)
+            plain = self._plain(table, others)
             return JoinedSums([*bounds, plain]) if bounds else plain
         if len(bounds) == 1:
             return bounds[0]
@@ -161,113 +168,126 @@ class _StandingSpectral(Standing[_Prepared]):
             self._joined = bounds, JoinedSums(bounds)
         return self._joined[1]
 
+    def _plain(self, table: RowTable, slots: Sequence[int]) -> Bound:
+        uses = uses_of({slot: self._adapters[slot].members for slot in slots})
+        return SpectralOperator.bind(self._operator, uses, table)
+
 
 class _StandingTransform:
     """Adapters with one transform at one group."""
 
     def __init__(self, operator: NativeSpectral, name: Name) -> None:
-        self._operator, self._name, self._adapters = operator, name, dict[int, _Own]()
+        self._operator, self._name = operator, name
+        self.adapters: dict[int, _Own] = {}
+        """By slot."""
+        self._inner: LaneTransform | None = None
+        self._outer: list[LaneTransform | None] = []
+        """Of each member that an adapter has ever changed."""
+        self._places: list[set[Places | None]] = []
+        """What adapters have at each member: `_Own.only_places`."""
+        self._most: list[int] = []
         self._values: dict[tuple[int, int], LaneValues] = {}
         """By member and seats, of the table that was bound last."""
         self._bound: BoundSpectral | None = None
         """To that table, or to one before."""
 
-    @property
-    def num_adapters(self) -> int:
-        return len(self._adapters)
-
     def admit(self, slot: int, own: _Own) -> None:
-        self._adapters[slot] = own
+        self.adapters[slot] = own
+        self._outer = self._outer or [None] * len(own.most)
+        for member, places in enumerate(own.some_places):
+            if places is not None and self._outer[member] is None:
+                self._inner = self._operator.lane_transform(places, places.in_features)
+                self._outer[member] = self._operator.lane_transform(places, places.out_features)
+                self._drop_bound()
+        self._look()
 
     def dismiss(self, slot: int) -> None:
-        del self._adapters[slot]
+        del self.adapters[slot]
         for values in self._values.values():
             values.forget(slot)
         if self._bound is not None:  # Whoever still has it keeps nothing of a table.
             self._bound.clear()
+        self._look()
+
+    def _look(self) -> None:
+        owns = self.adapters.values()
+        members = range(len(self._outer))
+        self._places = [{own.only_places[n] for own in owns if own.addresses[n]} for n in members]
+        self._most = [max((own.most[n] for own in owns), default=0) for n in members]
+
+    def _drop_bound(self) -> None:
+        if self._bound is not None:
+            self._bound.clear()
+        self._bound = None
+
+    def has_any(self, table: RowTable) -> bool:
+        return any(slot in self.adapters for slot in table.slots)
 
     def bound(self, table: RowTable) -> Bound:
-        adapters = {slot: self._adapters[slot] for slot in table.slots if slot in self._adapters}
-        owns = list(adapters.values())
-        most = [max(each) for each in zip(*(own.most for own in owns), strict=True)]
-        some = [
-            next((p for p in each if p), None)
-            for each in zip(*(own.some_places for own in owns), strict=True)
-        ]
-        batch = self._operator.batch(table, frozenset(adapters), self._name, ROW_BYTES * sum(most))
-        bound = self._bound_for(some)
+        """To a table of some of these."""
+        slots = frozenset(slot for slot in table.slots if slot in self.adapters)
+        batch = self._operator.batch(table, slots, self._name, ROW_BYTES * sum(self._most))
+        if self._bound is None:
+            assert self._inner is not None, "an adapter that was admitted changes something"
+            self._bound = BoundSpectral(self._inner, self._outer, self._operator.sources_of(self._name))
         before, self._values = self._values, {}
         cores = {
-            member: [self._core(member, group, adapters, before) for group in batch.groups]
-            for member, places in enumerate(some)
-            if places is not None
+            member: [self._core(member, group, before) for group in batch.groups]
+            for member, outer in enumerate(self._outer)
+            if outer is not None
         }
-        bound.show(batch, cores, max(most))
-        return bound
-
-    def _bound_for(self, places: Sequence[Places | None]) -> BoundSpectral:
-        """The last one, where it has the same members. ``places``: some of each that has any."""
-        if self._bound is None or not self._bound.serves([own is not None for own in places]):
-            if self._bound is not None:
-                self._bound.clear()
-            known = [own for own in places if own is not None]
-            inner = self._operator.lane_transform(known[0], known[0].in_features)
-            outer = [
-                None if own is None else self._operator.lane_transform(own, own.out_features)
-                for own in places
-            ]
-            self._bound = BoundSpectral(inner, outer, self._operator.sources_of(self._name))
+        self._bound.show(batch, cores, max(self._most))
         return self._bound
 
-    def _core(
-        self,
-        member: int,
-        group: Group,
-        adapters: Mapping[int, _Own],
-        before: Mapping[tuple[int, int], LaneValues],
-    ) -> Core:
-        mixes = group.mixes if len(group.mixes) > 1 else [*group.mixes] * len(group.rows)
-        lanes = [
-            (n, mix) for n, (row, mix) in enumerate(zip(group.rows, mixes, strict=True)) if row != NO_ROW
-        ]
-        acting = {
-            mix: tuple((s, w) for s, w in mix if s in adapters and adapters[s].addresses[member])
-            for mix in {mix for _, mix in lanes}
-        }
-        found = {adapters[slot].only_places[member] for mix in acting.values() for slot, _ in mix}
+    def _core(self, member: int, group: Group, before: Mapping[tuple[int, int], LaneValues]) -> Core:
+        found = self._places[member]
+        if len(found) > 1:
+            found = {own.only_places[member] for own in self._of(group) if own.addresses[member]}
         if not found:
             return Core()
-
-        def values_of(slot: int) -> Tensor | None:
-            return adapters[slot].values[member] if slot in adapters else None
-
         places = _only(found)
         if places is None:
-            told = {mix: self._told(member, own, adapters) for mix, own in acting.items()}
-            uses = [(lane, *use) for lane, mix in lanes for use in told[mix][0]]
-            return Core.of_each(uses, (adapters, told))
+            return self._core_of_each(member, group)
         pattern = self._operator.lane_pattern(places)
         if len(group.mixes) == 1:
-            values = sum_of_mix(group.mixes[0], values_of)
-            assert values is not None, "an adapter that acts here has values"
-            return Core.of_all(pattern, values)
+            values = sum_of_mix(group.mixes[0], self._values_at(member))
+            return Core() if values is None else Core.of_all(pattern, values)
         key = member, group.seats
         own = before.get(key)
         if own is None or not own.serves(pattern.order_N, group):
             own = LaneValues(pattern.order_N, group.lanes)
-        own.hold(group, values_of)
+        own.hold(group, self._values_at(member))
         self._values[key] = own
         return Core.of_all(pattern, own.values_NL)
 
-    def _told(
-        self, member: int, acting: Pairs, adapters: Mapping[int, _Own]
-    ) -> tuple[Sequence[Fields], object]:
-        """``SpectralUse`` of a row of these, without its lane; and what it has the addresses of."""
-        places = _only({adapters[slot].only_places[member] for slot, _ in acting})
-        if len(acting) == 1 or places is None:
-            each = [(a, weight) for slot, weight in acting for a in adapters[slot].addresses[member]]
-            return [(*addresses, weight_bits(weight)) for addresses, weight in each], None
+    def _values_at(self, member: int) -> ValuesOf:
+        return lambda slot: self.adapters[slot].values[member] if slot in self.adapters else None
+
+    def _of(self, group: Group) -> Sequence[_Own]:
+        return [self.adapters[slot] for slot in group.slots if slot in self.adapters]
+
+    def _core_of_each(self, member: int, group: Group) -> Core:
+        uses: list[Fields] = []
+        held: list[object] = [self._of(group)]
+        for lane, mix in group.taken:
+            if len(mix) == 1 and mix[0][0] in self.adapters:
+                own, weight = self.adapters[mix[0][0]], weight_bits(mix[0][1])
+                uses += [(lane, *addresses, weight) for addresses in own.addresses[member]]
+            elif len(mix) > 1:
+                told, values = self._told(member, mix)
+                uses += [(lane, *use) for use in told]
+                held.append(values)
+        return Core.of_each(uses, held)
+
+    def _told(self, member: int, mix: Pairs) -> tuple[Sequence[Fields], object]:
+        """``SpectralUse`` of a row of this mix, without its lane; and what it has the addresses of."""
+        acting = [
+            (s, weight) for s, weight in mix if s in self.adapters and self.adapters[s].addresses[member]
+        ]
+        owns = [(self.adapters[slot], weight) for slot, weight in acting]
+        places = _only({own.only_places[member] for own, _ in owns}) if len(owns) > 1 else None
+        values = None if places is None else sum_of_mix(tuple(acting), self._values_at(member))
+        if places is None or values is None:
+            return [(*a, weight_bits(weight)) for own, weight in owns for a in own.addresses[member]], None
         # As where all rows have the same places: a row's bits are its own.
-        values = sum_of_mix(acting, lambda slot: adapters[slot].values[member])
-        assert values is not None, "adapters that act here have values"
         return [(self._operator.lane_pattern(places).address, values.data_ptr(), weight_bits(1.0))], values

@@ -64,7 +64,7 @@ class _Member:
     def show(self, batch: Batch, cores: Sequence[Core], num_values: int) -> None:
         """``cores``: of each group of the batch."""
         own = structures([core.fields for core in cores])
-        is_small = num_threads(len(batch.rows_U) * (2 * num_values + 8 * self._outer.length)) == 1
+        is_small = num_threads(batch.num_rows * (2 * num_values + 8 * self._outer.length)) == 1
         lies = self._outer.address, batch.address, address_of(own)
         self._fields[:] = array("q", [*lies, len(cores), is_small, self._inner.coordinates])
         self._held, self.rows_N = (batch, cores, own), batch.rows_U
@@ -91,10 +91,6 @@ class BoundSpectral(BoundKernels):
         self._held: object = None
         self._run = kernel("timbre_spectra", ADDRESS, ADDRESS, NUMBER, ADDRESS)
 
-    def serves(self, members: Sequence[bool]) -> bool:
-        """Whether it adds to these."""
-        return [n in self._own for n in range(len(members))] == list(members)
-
     @property
     def outlasts_tables(self) -> bool:
         return True
@@ -102,7 +98,7 @@ class BoundSpectral(BoundKernels):
     def show(self, batch: Batch, cores: Mapping[int, Sequence[Core]], num_values: int) -> None:
         """The rows of a table, and what of `_Member.show` each member has."""
         self._num_groups, self._held = len(batch.groups), batch
-        is_small = num_threads(len(batch.rows_U) * 8 * self._inner.length) == 1
+        is_small = num_threads(batch.num_rows * 8 * self._inner.length) == 1
         self._fields[:] = array("q", [self._inner.address, batch.address, self._num_groups, is_small])
         for member, own in self._own.items():
             own.show(batch, cores[member], num_values)
