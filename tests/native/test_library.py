@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import stat
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +23,16 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     native.library.cache_clear()
     yield tmp_path
     native.library.cache_clear()
+
+
+def test_no_two_sources_have_a_type_of_one_name() -> None:
+    """The linker would take what is inline in one for the other's."""
+    defined = re.compile(
+        r"^(?:template <[^<>]*> )?(?:struct|class)(?: alignas\(\w+\))? (\w+) (?:final )?\{", re.M
+    )
+    names = Counter(name for path in native.SOURCES.iterdir() for name in defined.findall(path.read_text()))
+    assert {"Uses", "Slices"} <= set(names)
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 @pytest.mark.cpp

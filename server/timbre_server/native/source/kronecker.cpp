@@ -9,14 +9,14 @@
 #include "lanes.h"
 
 // Of rows that follow one another.
-struct Matrix {
+struct SmallMatrix {
     const float *first;
     int64_t rows, columns;
 };
 
 struct Kronecker {
-    Matrix w1;
-    Matrix w2[2];  // Itself, or the factors whose product it is, in the order in which x meets them; else of no rows.
+    SmallMatrix w1;
+    SmallMatrix w2[2];  // Itself, or the factors whose product it is, as x meets them; else of no rows.
     int64_t count;  // Of them.
     int64_t before;  // Of them, those that x meets before w1.
 };
@@ -53,7 +53,7 @@ static inline void multiply(const float *a, int64_t step, int64_t inner, Panels 
 
 // c [rows, V lanes] = a b, of a's rows `step` numbers apart.
 template <int V>
-static void multiply_rows(Matrix a, int64_t step, Panels b, float *c, int64_t c_step) {
+static void multiply_rows(SmallMatrix a, int64_t step, Panels b, float *c, int64_t c_step) {
     int64_t row = 0;
     const auto many = [&](auto count) {
         for (; row + count <= a.rows; row += count)
@@ -75,13 +75,13 @@ template <typename Visit> static void abreast(int64_t columns, Visit visit) {
 
 // A matrix of each of some rows of the batch, below one another.
 struct Stack {
-    Matrix each;
+    SmallMatrix each;
     int64_t step;  // From one row to the next.
     int64_t count;
 };
 
 // What a thread makes of them.
-class Worker {
+class KroneckerWorker {
   public:
     // All factors times x.
     Stack product(const Kronecker &part, Stack x) {
@@ -94,11 +94,11 @@ class Worker {
 
   private:
     // X wᵀ.
-    Stack times(const Stack &x, const Matrix &w) {
+    Stack times(const Stack &x, const SmallMatrix &w) {
         float *to = other(x.count * x.each.rows * in_lanes(w.rows));
         float *lanes = panels.of(MOST_ABREAST * LANES * w.columns);
         const Stack made = {{to, x.each.rows, w.rows}, in_lanes(w.rows), x.count};
-        const Matrix all_rows = {x.each.first, x.count * x.each.rows, x.each.columns};
+        const SmallMatrix all_rows = {x.each.first, x.count * x.each.rows, x.each.columns};
         const int64_t panel = w.columns * LANES, order[LANES] = {0, 1, 2, 3, 4, 5, 6, 7};
         abreast(w.rows, [&](auto vectors, int64_t first) {
             for (int64_t v = 0, o = first; v < vectors; v++, o += LANES)
@@ -111,7 +111,7 @@ class Worker {
     }
 
     // w1 X.
-    Stack times_w1(const Matrix &w1, Stack x) {
+    Stack times_w1(const SmallMatrix &w1, Stack x) {
         if (x.step % LANES) x = spread(x);
         float *to = other(x.count * w1.rows * x.step);
         const Stack made = {{to, w1.rows, x.each.columns}, x.step, x.count};
@@ -154,7 +154,7 @@ static void add(Stack product, const float *weights, float *y) {
 
 // Brings near what is read first of the next adapter's matrices. As a call it would be left out: it changes nothing.
 __attribute__((always_inline)) static inline void ask(const Kronecker &next) {
-    for (const Matrix &matrix : {next.w1, next.w2[0], next.w2[1]}) {
+    for (const SmallMatrix &matrix : {next.w1, next.w2[0], next.w2[1]}) {
         const int64_t size = std::min<int64_t>(matrix.rows * matrix.columns * sizeof(float), MOST_ASKED);
         for (int64_t i = 0; i < size; i += LINE)
             __builtin_prefetch(reinterpret_cast<const char *>(matrix.first) + i, 0, 2);
@@ -169,7 +169,7 @@ extern "C" void timbre_kronecker(
     threads = all->threads(rows, threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        Worker worker;
+        KroneckerWorker worker;
         const Share own = share(rows, thread_number(), thread_count(), 1);
         for (const auto &use : uses) {
             const Kronecker &part = *use.part;

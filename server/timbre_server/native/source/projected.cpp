@@ -82,7 +82,7 @@ static inline void add_products(
 #ifdef __x86_64__
         asm("" : "+v"(row));
 #endif
-        for (int n = 0; n < N; n++) sums[n][r] += row * from[n];
+        for (int n = 0; n < N; n++) add_product(sums[n][r], row, from[n]);
     }
 }
 

@@ -145,13 +145,13 @@ static void add_rows(const Slices &matrix, const Rows &rows, const float *sums, 
 }
 
 // Rows of one adapter that read its entries together, and what is read after them.
-struct Block {
+struct RowBlock {
     const Slices *own, *next;
     Rows rows;
 };
 
-static std::vector<Block> blocks_of(const std::vector<Use<Slices>> &uses) {
-    std::vector<Block> blocks;
+static std::vector<RowBlock> blocks_of(const std::vector<Use<Slices>> &uses) {
+    std::vector<RowBlock> blocks;
     for (size_t u = 0; u < uses.size(); u++) {
         const Rows &rows = *uses[u].rows;
         for (int64_t row = 0, width; row < rows.count; row += width) {
@@ -165,10 +165,10 @@ static std::vector<Block> blocks_of(const std::vector<Use<Slices>> &uses) {
 }
 
 // A thread for each block, so that no row is added to by two of them; none where some thread would have nothing.
-static std::vector<int> threads_of(const std::vector<Block> &blocks, int threads) {
+static std::vector<int> threads_of(const std::vector<RowBlock> &blocks, int threads) {
     std::vector<int> of_rows, found;
     std::vector<int64_t> loads(threads, 0);
-    for (const Block &block : blocks) {
+    for (const RowBlock &block : blocks) {
         const int64_t *rows = block.rows.rows, *end = rows + block.rows.count;
         int own = -1;
         for (const int64_t *row = rows; row < end; row++) {
@@ -186,7 +186,7 @@ static std::vector<int> threads_of(const std::vector<Block> &blocks, int threads
 }
 
 // What one of so many threads does of a block.
-struct Worker {
+struct SparseWorker {
     const float *x;
     int64_t in;
     float *y;
@@ -194,10 +194,11 @@ struct Worker {
     int thread, threads;
     Scratch scratch;
 
-    void multiply(const Block &block, float *sums) {
+    void multiply(const RowBlock &block, float *sums) {
         const Slices &matrix = *block.own;
         const int64_t slices = (out + LANES - 1) / LANES, width = block.rows.count;
-        const Place begin = place_of(matrix, slices, thread, threads), end = place_of(matrix, slices, thread + 1, threads);
+        const Place begin = place_of(matrix, slices, thread, threads);
+        const Place end = place_of(matrix, slices, thread + 1, threads);
         float *lanes = width == 1 ? nullptr : scratch.of(in * width);
         for (int64_t n = 0; lanes && n < width; n += LANES)
             side_by_side(x, in, block.rows.rows + n, LANES, lanes + n, width);
@@ -213,7 +214,7 @@ struct Worker {
         });
     }
 
-    void add(const Block &block, const float *sums) const {
+    void add(const RowBlock &block, const float *sums) const {
         const Share own = share(out, thread, threads, LANES);
         if (block.rows.count == 1)
             add_row(*block.own, *block.next, sums, y + block.rows.rows[0] * out, own);
@@ -228,30 +229,30 @@ struct Worker {
 extern "C" void timbre_sparse(
     const Uses<Slices> *uses, const float *x, int64_t rows, int64_t in, float *y, int64_t out, int threads
 ) {
-    const std::vector<Block> blocks = blocks_of(uses->with_rows());
+    const std::vector<RowBlock> blocks = blocks_of(uses->with_rows());
     threads = uses->threads(rows, threads);
-    const auto size = [out](const Block &block) { return (out + LANES - 1) / LANES * LANES * block.rows.count; };
+    const auto size = [out](const RowBlock &block) { return (out + LANES - 1) / LANES * LANES * block.rows.count; };
     if (threads == 1) {
-        Worker worker = {x, in, y, out, 0, 1, {}};
+        SparseWorker worker = {x, in, y, out, 0, 1, {}};
         Scratch sums;
-        for (const Block &block : blocks) {
+        for (const RowBlock &block : blocks) {
             worker.multiply(block, sums.of(size(block)));
             worker.add(block, sums.of(size(block)));
         }
         return;
     }
     int64_t most = 0;
-    for (const Block &block : blocks) most = std::max(most, size(block));
+    for (const RowBlock &block : blocks) most = std::max(most, size(block));
     Scratch shared;
     float *sums = shared.of(most);
 #pragma omp parallel num_threads(threads)
     {
         const int thread = thread_number(), others = thread_count();
         const std::vector<int> owners = threads_of(blocks, others);
-        Worker together = {x, in, y, out, thread, others, {}}, alone = {x, in, y, out, 0, 1, {}};
+        SparseWorker together = {x, in, y, out, thread, others, {}}, alone = {x, in, y, out, 0, 1, {}};
         Scratch own;
         for (size_t b = 0; b < blocks.size(); b++) {
-            const Block &block = blocks[b];
+            const RowBlock &block = blocks[b];
             if (!owners.empty()) {
                 if (owners[b] != thread) continue;
                 alone.multiply(block, own.of(size(block)));
