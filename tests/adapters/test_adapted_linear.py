@@ -9,11 +9,10 @@ from torch import Tensor, nn
 from timbre_methods.program import AdapterProgram, Diagonal, LowRank, Part, Places, Rotation, Spectral
 from timbre_server.adapters.adapted_model import AdaptedModel, Arithmetic
 from timbre_server.adapters.groups import LinearGroup
-from timbre_server.operators.catalogue import Kernels, why_not
+from timbre_server.operators.catalogue import Kernels
 from timbre_server.operators.row_table import RowTable, Span
 
 IN, OUT = 10, 12
-MISSING = why_not("native")
 
 
 def programs() -> list[AdapterProgram]:
@@ -51,7 +50,7 @@ SPANS = {
 }
 
 
-@pytest.mark.skipif(MISSING is not None, reason=f"no native kernels here: {MISSING}")
+@pytest.mark.cpp
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("crowd", SPANS)
 def test_gains_in_cpp_read_the_output_before_anything_is_added(crowd: str, dtype: torch.dtype) -> None:
@@ -87,7 +86,7 @@ def outputs_of_group(kernels: Kernels, xs: list[Tensor]) -> list[Tensor]:
     return found
 
 
-@pytest.mark.skipif(MISSING is not None, reason=f"no native kernels here: {MISSING}")
+@pytest.mark.cpp
 def test_members_of_a_group_share_what_is_made_of_their_input_and_of_no_other() -> None:
     generator = torch.Generator().manual_seed(4)
     xs = [torch.randn(1, 5, IN, generator=generator) for _ in range(2)]

@@ -1,5 +1,8 @@
+"""Tests here import `crowds` from their folder."""
+
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -9,6 +12,8 @@ import torch
 
 from timbre_methods.program import Part
 from timbre_server.native import library
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(scope="session")

@@ -13,14 +13,13 @@ from timbre_methods.sliced_ellpack import SlicedEllpack
 from timbre_server.native import library as shared
 from timbre_server.native.formats import FORMATS
 from timbre_server.operators.agreement import wrong_operator
-from timbre_server.operators.catalogue import all_operators, why_not
+from timbre_server.operators.catalogue import all_operators
 from timbre_server.operators.contract import Operator
 from timbre_server.operators.native.catalogue import operators
 from timbre_server.operators.row_table import RowTable, Span
 from timbre_server.operators.sliced_ellpack import slices_of
 
-MISSING = why_not("native")
-pytestmark = pytest.mark.skipif(MISSING is not None, reason=f"no native kernels here: {MISSING}")
+pytestmark = pytest.mark.cpp
 
 CROWDS = {
     "decode": [Span(1, ((slot, 1.0),)) for slot in range(11)],

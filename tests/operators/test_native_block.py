@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from crowds import CROWDS
 from torch import Tensor
 
 from timbre_methods.program import Block, Dense, Part
 from timbre_server.operators.block import BlockOperator
-from timbre_server.operators.catalogue import why_not
 from timbre_server.operators.contract import Operator
 from timbre_server.operators.dense import DenseOperator
 from timbre_server.operators.native.block import NativeBlock, NativeDense
 from timbre_server.operators.row_table import RowTable, Span
 
-MISSING = why_not("native")
-pytestmark = pytest.mark.skipif(MISSING is not None, reason=f"no native kernels here: {MISSING}")
+pytestmark = pytest.mark.cpp
 
-CROWDS = {
-    "decode": [Span(1, ((slot, 1.0),)) for slot in range(11)],
-    "prefill": [Span(1, ((1, 1.0),)), Span(45, ((2, 1.0),)), Span(1), Span(21, ((0, 0.5),))],
-    "mixes": [Span(2, ((0, 0.7), (1, 0.3))), Span(1), Span(9, ((2, 0.25), (0, 2.0), (3, -0.5)))],
-}
 PAIRS: dict[str, tuple[Operator[Block], Operator[Block]] | tuple[Operator[Dense], Operator[Dense]]] = {
     "input": (NativeBlock(), BlockOperator()),
     "output": (NativeBlock(), BlockOperator()),
@@ -67,11 +61,12 @@ def test_matrices_are_added_and_base_rows_keep_their_bits(
 ) -> None:
     """One adapter has two parts."""
     generator, spans = torch.Generator().manual_seed(sum(sizes)), CROWDS[crowd]
-    parts = {slot: [drawn(kind, sizes, generator)] for slot in range(11)}
+    parts = {slot: [drawn(kind, sizes, generator)] for slot in range(12)}
     parts[0].append(drawn(kind, sizes, generator))
     x_TI = torch.randn(RowTable(spans).num_rows, sizes[1], generator=generator)
     native, plain = (added(each, parts, spans, x_TI, sizes[0]) for each in PAIRS[kind])
-    torch.testing.assert_close(native, plain, atol=2e-5, rtol=2e-5)
+    # Of 40,000 columns PyTorch's own sums are off by 4e-5 with two threads, those in C++ by 1e-5.
+    torch.testing.assert_close(native, plain, atol=5e-5 if sizes[1] > 1000 else 2e-5, rtol=2e-5)
     row = 0
     for span in spans:
         if not span.pairs:

@@ -8,13 +8,12 @@ from torch import Tensor
 
 from timbre_methods.program import LowRank
 from timbre_methods.routing import Routed, Router, Rule
-from timbre_server.operators.catalogue import all_operators, why_not
+from timbre_server.operators.catalogue import all_operators
 from timbre_server.operators.routed import RoutedOperator
 from timbre_server.operators.row_table import RowTable, Span
 from timbre_server.operators.step_routing import StepRouting
 
-MISSING = why_not("native")
-pytestmark = pytest.mark.skipif(MISSING is not None, reason=f"no native kernels here: {MISSING}")
+pytestmark = pytest.mark.cpp
 
 IN, OUTPUTS = 30, (40, 13)
 RULES = {

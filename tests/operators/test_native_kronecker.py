@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from crowds import CROWDS as CROWDS_OF_TWELVE
 from torch import Tensor
 
 from timbre_methods.program import Kronecker
-from timbre_server.operators.catalogue import why_not
 from timbre_server.operators.contract import Operator
 from timbre_server.operators.kronecker import KroneckerOperator
 from timbre_server.operators.native.kronecker import NativeKronecker, _prepared
 from timbre_server.operators.row_table import RowTable, Span
 
-MISSING = why_not("native")
-pytestmark = pytest.mark.skipif(MISSING is not None, reason=f"no native kernels here: {MISSING}")
+pytestmark = pytest.mark.cpp
 
-CROWDS = {
-    "decode": [Span(1, ((slot, 1.0),)) for slot in range(11)],
-    "prefill": [Span(1, ((1, 1.0),)), Span(45, ((2, 1.0),)), Span(1), Span(21, ((0, 0.5),))],
-    "mixes": [Span(2, ((0, 0.7), (1, 0.3))), Span(1), Span(9, ((2, 0.25), (0, 2.0), (3, -0.5)))],
-    "one by one": [Span(1, ((row % 3, 1.0),)) for row in range(20)],
-}
+CROWDS = CROWDS_OF_TWELVE | {"one by one": [Span(1, ((row % 3, 1.0),)) for row in range(20)]}
 SHAPES = [
     ((1, 1), (40, 50)),
     ((50, 40), (1, 1)),
@@ -67,7 +61,7 @@ def test_products_of_any_shapes_are_added_and_base_rows_keep_their_bits(
 ) -> None:
     """One adapter has two parts, the other one of another shape of matrices."""
     generator, spans = torch.Generator().manual_seed(sum(w1 + w2)), CROWDS[crowd]
-    parts = {slot: [drawn(w1, w2, rank, generator)] for slot in range(11)}
+    parts = {slot: [drawn(w1, w2, rank, generator)] for slot in range(12)}
     parts[0].append(drawn(w2, w1, rank, generator))
     x_TI = torch.randn(RowTable(spans).num_rows, w1[1] * w2[1], generator=generator)
     native, plain = (added(each, parts, spans, x_TI) for each in (NativeKronecker(), KroneckerOperator()))

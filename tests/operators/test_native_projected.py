@@ -4,27 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+from crowds import CROWDS
 from torch import Tensor
 
 from timbre_methods.program import Basis, Projected
-from timbre_server.operators.catalogue import why_not
 from timbre_server.operators.native.projected import NativeProjected, _is_served
 from timbre_server.operators.projected import ProjectedOperator
 from timbre_server.operators.row_table import RowTable, Span
 
-MISSING = why_not("native")
-pytestmark = pytest.mark.skipif(MISSING is not None, reason=f"no native kernels here: {MISSING}")
+pytestmark = pytest.mark.cpp
 
 IN, OUTS, BLOCKS = 45, (67, 12), 3
 Uses = list[dict[int, list[Projected]]]
 
-CROWDS = {
-    "one row": [Span(1, ((2, 1.0),))],
-    "distinct": [Span(1, ((slot, 1.0),)) for slot in range(12)],
-    "some of many": [Span(3), *(Span(1, ((slot, 1.0),)) for slot in (5, 0, 9)), Span(4)],
-    "mixes": [Span(2, ((0, 0.7), (1, 0.3))), Span(1), Span(9, ((2, 0.25), (0, 2.0), (3, -0.5)))],
-    "prefill": [Span(1, ((1, 1.0),)), Span(38, ((2, 1.0),)), Span(1), Span(21, ((0, 0.5),))],
-}
 
 # Blocks of P and of Q, and whether there are inner and outer vectors.
 KINDS = {

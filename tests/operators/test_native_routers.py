@@ -10,13 +10,11 @@ import torch
 from torch import Tensor
 
 from timbre_methods.routing import Router, Rule
-from timbre_server.operators.catalogue import why_not
 from timbre_server.operators.native.routers import NativeRouters
 from timbre_server.operators.router import BoundRouters
 from timbre_server.operators.row_table import RowTable, Span
 
-MISSING = why_not("native")
-pytestmark = pytest.mark.skipif(MISSING is not None, reason=f"no native kernels here: {MISSING}")
+pytestmark = pytest.mark.cpp
 
 IN = 45
 KEPT = (Rule(), Rule(keep="top_k", top_k=2), Rule(keep="top_k", top_k=99), Rule(keep="top_p", top_p=0.7))

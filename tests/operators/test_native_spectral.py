@@ -7,6 +7,7 @@ from typing import Literal
 
 import pytest
 import torch
+from crowds import CROWDS
 from torch import Tensor
 
 from timbre_methods.program import Places, Spectral
@@ -20,16 +21,6 @@ pytestmark = pytest.mark.cpp
 
 Transform = Literal["dft", "dct", "hartley", "dwt"]
 TRANSFORMS: tuple[Transform, ...] = ("dft", "dct", "hartley", "dwt")
-CROWDS = {
-    "decode": [Span(1, ((slot, 1.0),)) for slot in range(11)],
-    "prefill beside decode": [Span(45, ((1, 1.0),)), Span(1), Span(1, ((2, 1.0),)), Span(9, ((0, 0.5),))],
-    "mixes": [
-        Span(1, ((0, 0.7), (1, 0.3))),
-        Span(19, ((2, 0.25), (0, 2.0))),
-        Span(1, ((10, -1.0),)),
-        Span(1),
-    ],
-}
 
 
 def places_of(transform: Transform, outer: int, inner: int, generator: torch.Generator) -> Places:
@@ -82,7 +73,7 @@ def test_adapters_with_places_of_their_own_add_what_each_would_alone(
     inner: int, outer: int, crowd: str, same: bool
 ) -> None:
     """The second member is changed by some of them, and the first one by one of them twice."""
-    check([(outer, range(11)), (outer, (0, 2, 7))], inner, crowd, same=same)
+    check([(outer, range(12)), (outer, (0, 2, 7))], inner, crowd, same=same)
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
@@ -94,7 +85,7 @@ def test_a_row_has_the_same_bits_whether_those_beside_it_share_its_places_or_not
     places = [places_of(transform, 96, 576, generator) for _ in range(12)]
     values = [torch.randn(60, generator=generator) for _ in range(12)]
     x_TI = torch.randn(12, 576, generator=generator)
-    table = RowTable(CROWDS["decode"] + [Span(1, ((11, 1.0),))])
+    table = RowTable(CROWDS["distinct"])
 
     def first_row(places: Sequence[Places]) -> Tensor:
         parts = {slot: [Spectral(values[slot], own)] for slot, own in enumerate(places)}
