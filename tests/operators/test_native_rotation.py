@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
 
 from timbre_methods.program import Rotation
-from timbre_server.native import library
 from timbre_server.operators.native.rotation import NativeRotation
 from timbre_server.operators.row_table import RowTable, Span
 
@@ -23,16 +20,6 @@ SHAPES = {
     "one block": ((1, 1, 60, 60), (60,)),
 }
 FEATURES, ROWS = 60, 45
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """For however little work."""
-    before = torch.get_num_threads()
-    monkeypatch.setattr(library, "MIN_WORK_FOR_THREADS", 0)
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
 
 
 def parts() -> dict[int, list[Rotation]]:
