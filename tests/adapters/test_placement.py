@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -18,7 +18,7 @@ from timbre_server.adapters.adapted_group import AdaptedGroup
 from timbre_server.adapters.placement import Layout, placed_program
 from timbre_server.adapters.transfer import Transfer
 from timbre_server.operators.catalogue import all_operators
-from timbre_server.operators.native.low_rank_experts import BoundExperts, ExpertsKernel
+from timbre_server.operators.native.low_rank_experts import BoundExperts
 from timbre_server.operators.native.uses import BoundKernels, InputKernel
 from timbre_server.operators.routed import _BoundRouted
 from timbre_server.operators.row_table import RowTable, Span
@@ -80,12 +80,20 @@ def bound_factors(program: AdapterProgram, paths: Sequence[str], num_rows: int) 
     found: list[Tensor] = []
     for bound in AdaptedGroup(paths, rows, {0: program}, operators).bound():
         of_all: list[Any] = [e._bound for e in bound.of_group] if isinstance(bound, _BoundRouted) else [bound]
-        known = [each for each in of_all if isinstance(each, BoundKernels | BoundExperts)]
-        members: list[Any] = [m for each in known for m in each._members if m is not None]
+        bounds = [each.kernels if isinstance(each, BoundExperts) else each for each in of_all]
+        members: list[Any] = [m for each in bounds if isinstance(each, BoundKernels) for m in each._members]
         for own in members:
             if isinstance(own, InputKernel):
-                found += [t for parts in own.uses._held.values() for held in parts.held[1] for t in held]
-            else:
-                kernel = own if isinstance(own, ExpertsKernel) else own.experts
-                found += [t for experts, _ in kernel._held for factors in experts.held[0] for t in factors]
+                found += factors_of(parts for held in own.uses._held.values() for parts in held.held[1])
+    return found
+
+
+def factors_of(held: Iterable[Any]) -> list[Tensor]:
+    """Of parts of low rank as they are prepared, or of experts that are: those below."""
+    found: list[Tensor] = []
+    for parts in held:
+        if isinstance(parts, Tensor):
+            found.append(parts)
+        elif isinstance(parts, tuple | list):
+            found += factors_of(parts)
     return found

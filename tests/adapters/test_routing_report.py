@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from timbre_methods.program import AdapterProgram, LowRank
 from timbre_methods.routing import Routed, RoutedBlock, Router, Rule
-from timbre_server.adapters.adapted_model import AdaptedModel
+from timbre_server.adapters.adapted_model import AdaptedModel, Arithmetic
 from timbre_server.adapters.groups import Block, LinearGroup
 from timbre_server.adapters.routing_report import Choice
 from timbre_server.operators.row_table import RowTable, Span
@@ -37,13 +37,16 @@ def factors() -> LowRank:
     return LowRank(torch.randn(2, SIZE), torch.randn(SIZE, 2))
 
 
-@pytest.fixture
-def model() -> tuple[Net, AdaptedModel]:
+@pytest.fixture(params=["torch", pytest.param("native", marks=pytest.mark.cpp)])
+def model(request: pytest.FixtureRequest) -> tuple[Net, AdaptedModel]:
     """Slot 0 copies rows in the block; slot 1 routes at the layer in it; slot 2 is plain."""
     torch.manual_seed(0)
     net = Net()
     adapted = AdaptedModel(
-        net, [LinearGroup(("first",)), LinearGroup(("mlp.0",))], blocks=[Block("mlp", SIZE)]
+        net,
+        [LinearGroup(("first",)), LinearGroup(("mlp.0",))],
+        Arithmetic(kernels=request.param),
+        blocks=[Block("mlp", SIZE)],
     )
     block, site = (
         one_hot_router(0, 1, 2, rule=TOP_2),
@@ -102,6 +105,21 @@ def test_a_slot_that_changes_hands_takes_its_places_along(model: tuple[Net, Adap
         net(torch.ones(1, 2, SIZE))
 
     assert adapted.choices_of([1]) == {1: [Choice(0, "mlp.0", (0,), (1.0,))]}
+    assert adapted.expert_tokens() == {0: [2]}
+    adapted.clear_rows()
+
+
+def test_a_forward_that_runs_once_more_counts_once(model: tuple[Net, AdaptedModel]) -> None:
+    net, adapted = model
+    table = RowTable([Span(2, ((1, 1.0),)), Span(1)])
+    adapted.set_rows(table, table)
+    with torch.inference_mode():
+        net(torch.ones(1, 3, SIZE))
+        adapted.forget_forward()
+        assert adapted.expert_tokens() == {}
+        assert adapted.choices_of([0]) == {0: []}
+        net(torch.ones(1, 3, SIZE))
+    assert adapted.expert_tokens() == {1: [2, 0]}
     adapted.clear_rows()
 
 

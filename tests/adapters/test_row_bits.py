@@ -20,6 +20,7 @@ from timbre_methods.program import (
     Rotation,
     Sparse,
 )
+from timbre_methods.routing import Routed, Router, Rule
 from timbre_server.adapters.adapted_model import AdaptedModel, Arithmetic
 from timbre_server.adapters.groups import LinearGroup
 from timbre_server.engine.native_linear import NativeProduct
@@ -46,7 +47,9 @@ def parts(dtype: torch.dtype) -> list[Part]:
     block = Block("input", torch.randperm(IN, generator=generator)[:20], normal(OUT, 20), OUT)
     sparse = Sparse(torch.arange(OUT + 1), torch.arange(OUT, dtype=torch.int32), normal(OUT), IN)
     gain = Diagonal("output", normal(OUT), None)
-    changes = circulant, kronecker, block, Dense(normal(OUT, IN))
+    experts = tuple((LowRank(normal(3, IN).to(dtype), normal(OUT, 3).to(dtype)),) for _ in range(5))
+    mixture = Routed(experts, Router(normal(5, IN), Rule(keep="top_k", top_k=2, gate="renormalised")))
+    changes = circulant, kronecker, block, Dense(normal(OUT, IN)), mixture, mixture
     return [*low_rank, gain, rotation, *projected, *changes, sparse]
 
 

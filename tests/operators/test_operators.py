@@ -106,9 +106,9 @@ def check_against_meaning(
     weights = [torch.randn(out, in_features, generator=generator) / 4 for out in members]
 
     bound = operator.bind(uses, table)
-    sums = bound.sums(x_TI)
 
     for member, y_TO in enumerate(outputs):
+        sums = bound.sums(x_TI)
         shared = list(sums[member]) if sums else []
         own_product = produced(bound.own_product(member, x_TI), weights[member])
         change = summed([*shared, bound.output_change(member, y_TO), own_product], y_TO)

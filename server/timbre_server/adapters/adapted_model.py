@@ -60,8 +60,7 @@ class RecordedForward:
     prepared: Sequence[Sequence[Bound]]
 
     def __call__(self) -> None:
-        self.step.calls[:] = self.calls
-        self.step.rows_of_copies = dict(self.rows_of_copies)
+        self.step.repeat(self.calls, self.rows_of_copies)
 
 
 class AdaptedModel:
@@ -133,6 +132,7 @@ class AdaptedModel:
         """The rows of the next forward, and those of them whose logits are kept."""
         for slot in self._programs.use(table.slots):
             self._forget(slot)
+        self._step.begin(table.slots)
         are_new = [rows.begin(table.times(count)) for count, rows in self._body_rows.items()]
         are_new.append(self._head_rows.begin(head_table))
         if any(are_new):
@@ -161,7 +161,7 @@ class AdaptedModel:
 
     def expert_tokens(self) -> dict[int, list[int]]:
         """By slot: how often each expert acted in the forward that has just run. Before `clear_rows`."""
-        return expert_tokens(self._step.calls)
+        return expert_tokens(self._step.noted, self._step.counts())
 
     def choices_of(self, rows: Sequence[int]) -> dict[int, list[Choice]]:
         """Which experts acted on these rows of the forward that has just run. Before `clear_rows`."""
@@ -194,8 +194,7 @@ class AdaptedModel:
 
     def forget_forward(self) -> None:
         """Another forward of the same rows follows: what this one left does not count."""
-        self._step.calls.clear()
-        self._step.rows_of_copies = {}
+        self._step.restart()
 
     def when_dropped(self, listener: Callable[[int | None], None]) -> None:
         """Told each slot that is dropped, and None when all layers' weights change: what was kept of their
@@ -253,6 +252,7 @@ class AdaptedModel:
             module.forget()
 
     def _forget(self, slot: int) -> None:
+        self._step.forget(slot)
         for group in self._groups:
             group.forget(slot)
         for rows in (*self._body_rows.values(), self._head_rows):

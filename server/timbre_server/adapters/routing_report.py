@@ -44,16 +44,16 @@ def router_places(program: AdapterProgram) -> dict[Router | Scouted, str]:
     return places
 
 
-def expert_tokens(calls: Iterable[RouterCall]) -> dict[int, list[int]]:
-    """By slot: how often each expert acted on a row, over all places."""
+def expert_tokens(calls: Iterable[RouterCall], counted: Mapping[int, Sequence[int]]) -> dict[int, list[int]]:
+    """By slot: how often each expert acted on a row, over all places; ``counted``: on which others."""
+    counts = {slot: list(own) for slot, own in counted.items()}
     gates: dict[tuple[int, tuple[int, ...]], list[Tensor]] = {}
     for asked, gates_NK in calls:
         gates.setdefault((asked.segment.slot, asked.sizes), []).append(gates_NK)
     if not gates:
-        return {}
+        return counts
     acted = torch.cat([torch.cat(found).ne(0).sum(0) for found in gates.values()])
     numbers = iter(acted.tolist())  # All at once: a GPU is waited for a single time.
-    counts: dict[int, list[int]] = {}
     for slot, sizes in gates:
         own = counts.setdefault(slot, [])
         own += [0] * (max(sizes) - len(own))

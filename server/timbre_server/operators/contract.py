@@ -102,7 +102,8 @@ class Bound:
 
     def sums(self, x_TI: Tensor) -> Sequence[Sequence[Change]]:
         """What to add to the output of every member, from the input alone; computed together so that
-        members share transforms and shrinks. Empty, or one sequence for each member."""
+        members share transforms and shrinks. Empty, or one sequence for each member. All are to be added
+        before this runs again."""
         return ()
 
     def output_change(self, member: int, y_TO: Tensor) -> Change | None:
@@ -118,7 +119,7 @@ class Bound:
         return None
 
     def source(self, x_TI: Tensor) -> Any:
-        """What its adding of `sums` reads, made of a contiguous x for all members."""
+        """What its adding of `sums` reads, made of a contiguous x for all members, until another is made."""
         return x_TI.float()
 
     @property

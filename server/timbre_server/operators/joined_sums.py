@@ -11,10 +11,18 @@ from timbre_server.operators.contract import Adds, Bound, Change
 
 
 class JoinedSums(Bound):
-    """What each adds from the input alone, one after the other."""
+    """What each adds, one after the other: from the input alone, but for one at most."""
 
     def __init__(self, bounds: Sequence[Bound]) -> None:
         self._bounds = bounds
+
+    @property
+    def reads_input_alone(self) -> bool:
+        return all(bound.reads_input_alone for bound in self._bounds)
+
+    def output_change(self, member: int, y_TO: Tensor) -> Change | None:
+        changes = (bound.output_change(member, y_TO) for bound in self._bounds)
+        return next((change for change in changes if change is not None), None)
 
     def sums(self, x_TI: Tensor) -> Sequence[Sequence[Change]]:
         each = [bound.sums(x_TI) for bound in self._bounds]

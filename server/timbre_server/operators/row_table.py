@@ -49,10 +49,14 @@ class Segment:
     first: int | None = None
     """Where the rows are consecutive, the first of them."""
 
+    @cached_property
+    def num_rows(self) -> int:
+        return len(self.rows_N)
+
     @property
     def index(self) -> slice | Tensor:
         """What picks the rows: a view of consecutive ones, else a gather."""
-        return self.rows_N if self.first is None else slice(self.first, self.first + len(self.rows_N))
+        return self.rows_N if self.first is None else slice(self.first, self.first + self.num_rows)
 
     def moved(self, position_T: Tensor) -> Segment:
         """The same where row t is row ``position_T[t]`` of fewer; what was consecutive stays so."""

@@ -6,8 +6,13 @@ Legend: N rows of one adapter, E experts, K gates of several routers, P copies o
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from abc import ABC, abstractmethod
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
+from operator import itemgetter
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -36,14 +41,34 @@ RouterCall = tuple[SegmentRouters, Tensor]
 """With the gates ``[N, K]`` that they gave, those of all side by side."""
 
 
+class LastingRouters(ABC):
+    """Those at one group of layers that run without telling a step of it."""
+
+    @property
+    @abstractmethod
+    def called_at(self) -> int:
+        """When they ran last, by `StepRouting.clock`."""
+
+    @abstractmethod
+    def calls(self) -> Iterable[RouterCall]:
+        """What they gave then."""
+
+
 class StepRouting:
     """Empty between steps."""
 
     def __init__(self) -> None:
+        self._clock = array("q", [0])
+        self.clock = self._clock.buffer_info()[0]
+        """The address of a number that counts calls of routers."""
+        self._began_at = 0
+        self._slots: Sequence[int] = ()
+        self._acted: dict[int, list[array[int]]] = {}
+        self._lasting: WeakSet[LastingRouters] = WeakSet()
+        self._noted: list[tuple[int, RouterCall]] = []
         self._chosen: dict[Router, Tensor] = {}
         self._scouted: dict[Scouted, tuple[Tensor, Tensor]] = {}
         self._rows_of_head: dict[RowTable, Tensor] = {}
-        self.calls: list[RouterCall] = []
         self.rows_of_copies: dict[RowTable, Tensor] = {}
         """Of tables that count copies of the step's rows: the row of each, [P]."""
 
@@ -87,11 +112,63 @@ class StepRouting:
 
     def note(self, calls: Iterable[RouterCall]) -> None:
         """Keeps what routers gave until the step ends; nothing is computed."""
-        self.calls.extend(calls)
+        self._clock[0] += 1
+        self._noted.extend((self._clock[0], call) for call in calls)
+
+    def follow(self, routers: LastingRouters) -> None:
+        """Ask them, for as long as there are any, what they gave in a step."""
+        self._lasting.add(routers)
+
+    def acted(self, slot: int, num_experts: int) -> array[int]:
+        """Where `LastingRouters` count on how many rows of an adapter each expert acted in a step."""
+        known = self._acted.setdefault(slot, [])
+        found = next((counts for counts in known if len(counts) >= num_experts), None)
+        if found is None:
+            found = array("q", bytes(8 * num_experts))
+            known.append(found)
+        return found
+
+    @property
+    def noted(self) -> list[RouterCall]:
+        return [call for _, call in self._noted]
+
+    @property
+    def calls(self) -> list[RouterCall]:
+        """All of the step, in order."""
+        lasting = (own for own in self._lasting if own.called_at > self._began_at)
+        found = [*self._noted, *((own.called_at, call) for own in lasting for call in own.calls())]
+        return [call for _, call in sorted(found, key=itemgetter(0))]
+
+    def counts(self) -> dict[int, list[int]]:
+        """By slot, what `LastingRouters` have counted in the step."""
+        each = {slot: self._acted[slot] for slot in self._slots if any(map(any, self._acted.get(slot, ())))}
+        return {slot: [sum(of) for of in zip_longest(*own, fillvalue=0)] for slot, own in each.items()}
+
+    def begin(self, slots: Sequence[int]) -> None:
+        """A step of rows of these adapters."""
+        self._slots = slots
+        self.restart()
+
+    def restart(self) -> None:
+        """The forward of the step is to run once more: nothing of it has run."""
+        self._began_at = self._clock[0]
+        self._noted.clear()
+        self.rows_of_copies = {}
+        for counts in (counts for slot in self._slots for counts in self._acted.get(slot, ())):
+            counts[:] = array("q", bytes(8 * len(counts)))
+
+    def repeat(self, calls: Iterable[RouterCall], rows_of_copies: Mapping[RowTable, Tensor]) -> None:
+        """The forward was one that gave this."""
+        self.restart()
+        self.note(calls)
+        self.rows_of_copies = dict(rows_of_copies)
+
+    def forget(self, slot: int) -> None:
+        """It changes hands."""
+        self._acted.pop(slot, None)
 
     def end_step(self) -> None:
+        self.restart()
         self._chosen.clear()
         self._scouted.clear()
         self._rows_of_head.clear()
-        self.calls.clear()
-        self.rows_of_copies.clear()

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <type_traits>
 
+#include "gates.h"
 #include "wide.h"
 
 struct LowRank {
@@ -250,46 +251,40 @@ struct Expert {
     int64_t column;
 };
 
-// All experts of an adapter, and its rows.
+// All experts of an adapter at one layer.
 struct AdapterExperts {
     const Expert *experts;
     int64_t count;
-    Rows rows;
-    int64_t adapter;  // Whose gates these are.
-};
-
-struct Gates {
-    const float *values;  // [rows of the adapter, columns]
-    int64_t columns;
+    const Gates *gates;
 };
 
 // As above, for experts: each runs, and is read, for the rows alone whose gate is not zero.
 extern "C" void timbre_low_rank_experts(
-    const AdapterExperts *adapters, int64_t count, const Gates *gates, const float *x, int64_t in, float *y, int64_t out,
+    const Uses<AdapterExperts> *all, const void *x, int64_t format, int64_t rows, int64_t in, float *y, int64_t out,
     int threads
 ) {
+    const auto uses = all->with_rows();
     int64_t size = 0, experts = 0;
-    for (int64_t a = 0; a < count; a++) size += adapters[a].rows.count * adapters[a].count, experts += adapters[a].count;
-    std::vector<int64_t> rows(size);
+    for (const auto &use : uses) size += use.rows->count * use.part->count, experts += use.part->count;
+    std::vector<int64_t> numbers(size);
     std::vector<float> weights(size);
     std::vector<Rows> kept_rows(experts);
     std::vector<LowRankUse> kept;
     int64_t end = 0, e = 0;
-    for (const AdapterExperts *adapter = adapters; adapter < adapters + count; adapter++) {
-        const Rows &all = adapter->rows;
-        const Gates &own = gates[adapter->adapter];
+    for (const auto &[adapter, own] : uses) {
+        const Gates &gates = *adapter->gates;
         for (const Expert *expert = adapter->experts; expert < adapter->experts + adapter->count; expert++, e++) {
             const int64_t begin = end;
-            for (int64_t n = 0; n < all.count; n++) {
-                const float gate = own.values[n * own.columns + expert->column];
+            for (int64_t n = 0; n < own->count; n++) {
+                const float gate = gates.values[n * gates.columns + expert->column];
                 if (gate == 0) continue;
-                rows[end] = all.rows[n];
-                weights[end++] = gate * all.weights[n];
+                numbers[end] = own->rows[n];
+                weights[end++] = gate * own->weights[n];
             }
-            kept_rows[e] = {rows.data() + begin, weights.data() + begin, end - begin};
+            kept_rows[e] = {numbers.data() + begin, weights.data() + begin, end - begin};
             if (end > begin) kept.push_back({&expert->part, &kept_rows[e]});
         }
     }
-    add_low_rank(kept.data(), kept.size(), {{x, FLOAT32}, in}, y, out, threads);
+    add_low_rank(kept.data(), kept.size(), {{x, format}, in}, y, out, all->threads(rows, threads));
 }
 PLAYED(timbre_low_rank_experts)

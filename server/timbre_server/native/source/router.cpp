@@ -1,8 +1,10 @@
 // Gates of experts from logits R x + c, for rows whose adapters have routers and rules of their own.
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
-#include "lanes.h"
+#include "gates.h"
+#include "wide.h"
 
 enum Logits { PLAIN, ABSOLUTE, UNIT };
 enum Keep { ALL, TOP_K, TOP_P };
@@ -13,25 +15,46 @@ struct RouterRule {
     float scale, top_p, floor;
 };
 
-struct RouterUse {
+struct Router {
     const RouterRule *rule;
     const float *weight;      // [experts, in]
     const float *bias;        // [experts], or null
     const float *preference;  // [experts], or null
     int64_t experts;
-    Rows rows;
-    int64_t gates;  // Where those of its first row begin; each row has `stride`.
-    int64_t stride;
+    int64_t column;  // Of its first expert's gate.
 };
 
-static float dot(const float *a, const float *b, int64_t count) {
-    Lanes sums[4] = {};
+// Those of an adapter at a group of layers, and where they write.
+struct AdapterRouters {
+    const Router *routers;
+    int64_t count;
+    const Gates *gates;
+};
+
+// When routers ran last, by a clock that counts such calls.
+struct Called {
+    int64_t *clock;
+    int64_t at;
+};
+
+constexpr int EXPERTS = 4;  // That read a row together.
+
+// The products of E rows of a weight with x. The next weight is asked of memory meanwhile, from `soon` on.
+template <int E> static void products(const float *weight, const float *x, int64_t in, const float *soon, float *to) {
+    Wide sums[E][2] = {};
     int64_t i = 0;
-    for (; i + 4 * LANES <= count; i += 4 * LANES)
-        for (int j = 0; j < 4; j++) sums[j] += load(a + i + j * LANES) * load(b + i + j * LANES);
-    float total = sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
-    for (; i < count; i++) total += a[i] * b[i];
-    return total;
+    for (; i + 2 * WIDTH <= in; i += 2 * WIDTH)
+        for (int e = 0; e < E; e++)
+            for (int j = 0; j < 2; j++) {
+                const int64_t place = e * in + i + j * WIDTH;
+                __builtin_prefetch(soon + place);
+                add_product(sums[e][j], wide(weight + place), wide(x + i + j * WIDTH));
+            }
+    for (int e = 0; e < E; e++) {
+        float total = sum(sums[e][0] + sums[e][1]);
+        for (int64_t j = i; j < in; j++) add_product(total, weight[e * in + j], x[j]);
+        to[e] = total;
+    }
 }
 
 // Mean 0 and variance 1.
@@ -70,40 +93,47 @@ static void sort(const float *values, int64_t count, int32_t *order) {
 
 // What one thread writes to on the way.
 struct RowGates {
-    std::vector<float> x, logits, scaled, preferred;
+    std::vector<float> x, normalised, logits, scaled, preferred;
     std::vector<int32_t> order;
     std::vector<uint8_t> is_kept, every;
 
     RowGates(int64_t in, int64_t experts)
-        : x(in), logits(experts), scaled(experts), preferred(experts), order(experts), is_kept(experts),
-          every(experts, 1) {}
+        : x(in), normalised(in), logits(experts), scaled(experts), preferred(experts), order(experts),
+          is_kept(experts), every(experts, 1) {}
 };
 
-static void keep(const RouterUse &use, RowGates &own, float *mass) {
-    const int64_t experts = use.experts;
-    if (use.rule->keep == ALL) {
+static void keep(const Router &router, RowGates &own, float *mass) {
+    const int64_t experts = router.experts;
+    if (router.rule->keep == ALL) {
         own.is_kept = own.every;
         return;
     }
     for (int64_t e = 0; e < experts; e++)
-        own.preferred[e] = own.scaled[e] + (use.preference ? use.preference[e] : 0);
+        own.preferred[e] = own.scaled[e] + (router.preference ? router.preference[e] : 0);
     sort(own.preferred.data(), experts, own.order.data());
-    if (use.rule->keep == TOP_P) softmax(own.scaled.data(), own.every.data(), experts, mass);
+    if (router.rule->keep == TOP_P) softmax(own.scaled.data(), own.every.data(), experts, mass);
     float before = 0;
     for (int64_t place = 0; place < experts; place++) {
         const int32_t e = own.order[place];
-        own.is_kept[e] = use.rule->keep == TOP_K ? place < use.rule->top_k : before <= use.rule->top_p;
+        own.is_kept[e] = router.rule->keep == TOP_K ? place < router.rule->top_k : before <= router.rule->top_p;
         before += mass[e];
     }
 }
 
-static void gate_row(const RouterUse &use, const float *x, int64_t in, RowGates &own, float *gates) {
-    const RouterRule &rule = *use.rule;
-    const int64_t experts = use.experts;
-    if (rule.is_normalised) normalise(x, in, own.x.data()), x = own.x.data();
+static void gate_row(
+    const Router &router, const float *x, int64_t in, const float *soon, RowGates &own, float *gates
+) {
+    const RouterRule &rule = *router.rule;
+    const int64_t experts = router.experts;
+    if (rule.is_normalised) normalise(x, in, own.normalised.data()), x = own.normalised.data();
+    int64_t first = 0;
+    for (; first + EXPERTS <= experts; first += EXPERTS)
+        products<EXPERTS>(router.weight + first * in, x, in, soon + first * in, own.logits.data() + first);
+    for (; first < experts; first++)
+        products<1>(router.weight + first * in, x, in, soon + first * in, own.logits.data() + first);
     float squares = 0;
     for (int64_t e = 0; e < experts; e++) {
-        const float logit = dot(use.weight + e * in, x, in) + (use.bias ? use.bias[e] : 0);
+        const float logit = own.logits[e] + (router.bias ? router.bias[e] : 0);
         own.logits[e] = rule.logits == ABSOLUTE ? std::fabs(logit) : logit;
         squares += logit * logit;
         gates[e] = 0;
@@ -113,7 +143,7 @@ static void gate_row(const RouterUse &use, const float *x, int64_t in, RowGates 
         if (rule.logits == UNIT) own.logits[e] /= length < least ? least : length;
         own.scaled[e] = own.logits[e] * rule.scale;
     }
-    keep(use, own, gates);
+    keep(router, own, gates);
     if (rule.gate == SOFTMAX || rule.gate == RENORMALISED) {
         const auto &among = rule.gate == SOFTMAX ? own.every : own.is_kept;
         softmax(own.scaled.data(), among.data(), experts, gates);
@@ -130,20 +160,51 @@ static void gate_row(const RouterUse &use, const float *x, int64_t in, RowGates 
     }
 }
 
-// x [T, in] is contiguous.
-extern "C" void timbre_gates(
-    const RouterUse *uses, int64_t count, const float *x, int64_t in, float *gates, int threads
+// `next`: whose first router is read after these.
+static void gate_row(
+    const AdapterRouters &adapter, const AdapterRouters &next, const float *x, int64_t in, RowGates &own, float *values
 ) {
-    int64_t experts = 0;
-    for (int64_t u = 0; u < count; u++) experts = uses[u].experts > experts ? uses[u].experts : experts;
-#pragma omp parallel num_threads(threads) if (threads > 1)
+    int64_t *acted = adapter.gates->acted;
+    const Router *end = adapter.routers + adapter.count;
+    for (const Router *router = adapter.routers; router < end; router++) {
+        const Router *following = router + 1 < end ? router + 1 : next.routers;
+        float *gates = values + router->column;
+        gate_row(*router, x, in, following->weight, own, gates);
+        for (int64_t e = 0; e < router->experts && acted; e++)
+            if (gates[e] != 0) {
+#pragma omp atomic
+                acted[e]++;
+            }
+    }
+}
+
+// x [rows, in] is contiguous, of float32 or of bfloat16; `called` may be null.
+extern "C" void timbre_gates(
+    const Uses<AdapterRouters> *all, const void *x, int64_t format, int64_t rows, int64_t in, Called *called,
+    int threads
+) {
+    if (called) called->at = ++*called->clock;
+    const auto uses = all->with_rows();
+    std::vector<int64_t> ends;
+    int64_t count = 0, experts = 0;
+    for (const auto &use : uses) {
+        ends.push_back(count += use.rows->count);
+        for (int64_t r = 0; r < use.part->count; r++) experts = std::max(experts, use.part->routers[r].experts);
+    }
+    const int used = all->threads(rows, threads);
+#pragma omp parallel num_threads(used) if (used > 1)
     {
         RowGates own(in, experts);
-        for (int64_t u = 0; u < count; u++) {
-            const RouterUse &use = uses[u];
-#pragma omp for schedule(static) nowait
-            for (int64_t n = 0; n < use.rows.count; n++)
-                gate_row(use, x + use.rows.rows[n] * in, in, own, gates + use.gates + n * use.stride);
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < count; i++) {
+            const int64_t u = std::upper_bound(ends.begin(), ends.end(), i) - ends.begin();
+            const AdapterRouters &adapter = *uses[u].part;
+            const AdapterRouters &next = i + 1 < ends[u] || i + 1 == count ? adapter : *uses[u + 1].part;
+            const int64_t n = i - (u ? ends[u - 1] : 0);
+            as_they_lie({x, format}, [&](auto first) {
+                const float *row = floats(first + uses[u].rows->rows[n] * in, in, own.x.data());
+                gate_row(adapter, next, row, in, own, adapter.gates->values + n * adapter.gates->columns);
+            });
         }
     }
 }

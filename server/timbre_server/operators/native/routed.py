@@ -1,60 +1,65 @@
 """`Routed` in C++, where every expert is of low rank and every router reads the group's own input, as in most
-mixtures: what follows from an adapter alone is prepared once, and a table adds where its rows are.
+mixtures. All else is the plain operator's, whose meaning this is.
 
-All else is the plain operator's, whose meaning this is.
-
-Legend: T rows of the batch, N rows of one adapter, I in, O out, K gates of one adapter at a group.
+Legend: T rows of the batch, N rows of one adapter, I in, K gates of one adapter at a group.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from timbre_methods.program import LowRank
 from timbre_methods.routing import Routed, Router
-from timbre_server.native.library import ADDRESS, NUMBER, kernel, num_threads
-from timbre_server.operators.contract import Bound, Members, Standing, StandingOperator, uses_of
-from timbre_server.operators.live_rows import LiveRows, rows_fields
-from timbre_server.operators.native.low_rank_experts import (
-    AdapterExperts,
-    ExpertsKernel,
-    GatedExperts,
-    gate_views,
+from timbre_server.operators.contract import (
+    Bound,
+    Members,
+    Operator,
+    Standing,
+    StandingOperator,
+    uses_of,
 )
-from timbre_server.operators.native.routers import router_fields
-from timbre_server.operators.native.uses import BoundKernels, Fields, address_of, structures
+from timbre_server.operators.joined_sums import JoinedSums
+from timbre_server.operators.live_rows import LiveRows
+from timbre_server.operators.native.low_rank_experts import KERNEL, Experts, prepared_experts
+from timbre_server.operators.native.routers import AdapterRouters, write_gates
+from timbre_server.operators.native.uses import (
+    BoundInputKernels,
+    Sources,
+    Uses,
+    address_of,
+)
 from timbre_server.operators.routed import RoutedOperator
+from timbre_server.operators.router import Routers
 from timbre_server.operators.row_table import RowTable, Segment
-from timbre_server.operators.step_routing import SegmentRouters, StepRouting
+from timbre_server.operators.step_routing import (
+    LastingRouters,
+    RouterCall,
+    SegmentRouters,
+    StepRouting,
+)
 
 
-class _Prepared:
-    """One adapter's mixtures at a group of layers."""
+class _Served:
+    """One adapter's mixtures at a group of layers, as the kernels take them."""
 
     def __init__(self, members: Members[Routed]) -> None:
-        self.members = members
-        self.is_served = all(_is_served(part) for own in members for part in own)
-        if self.is_served:
-            self._lay_out(members)
+        own = (router for parts in members for part in parts if (router := part.own_router) is not None)
+        self.routers = AdapterRouters(list(dict.fromkeys(own)))
+        each, sizes = self.routers.routers, self.routers.sizes
+        columns = dict(zip(each, accumulate(sizes, initial=0), strict=False))
+        share = sum(router.num_kept for router in each) / sum(sizes)
+        experts = [_experts(parts, columns) for parts in members]
+        self.experts = prepared_experts(experts, self.routers.gates, share)
+        self.max_experts = max(sizes)
 
-    def _lay_out(self, members: Members[Routed]) -> None:
-        columns: dict[Router, int] = {}
-        count = 0
-        for router in (own for parts in members for part in parts if (own := part.own_router)):
-            if router not in columns:
-                columns[router], count = count, count + router.num_experts
-        self.routers = tuple(columns)
-        self.sizes = tuple(router.num_experts for router in columns)
-        self.num_gates = count
-        self.share = sum(router.num_kept for router in columns) / count
-        self.work = sum(router.weight_EI.numel() for router in columns)
-        self.router_fields, self._held = zip(*map(router_fields, columns), strict=True)
-        self.first_columns = tuple(columns.values())
-        self.experts = [_experts(own, columns) for own in members]
+
+_Prepared = _Served | Members[Routed]
 
 
 def _is_served(part: Routed) -> bool:
@@ -62,8 +67,8 @@ def _is_served(part: Routed) -> bool:
     return part.own_router is not None and all(type(inner) is LowRank for inner in experts)
 
 
-def _experts(parts: Sequence[Routed], columns: Mapping[Router, int]) -> AdapterExperts | None:
-    found = [
+def _experts(parts: Sequence[Routed], columns: Mapping[Router, int]) -> Experts:
+    return [
         (inner, columns[router] + number)
         for part in parts
         if (router := part.own_router) is not None
@@ -71,83 +76,96 @@ def _experts(parts: Sequence[Routed], columns: Mapping[Router, int]) -> AdapterE
         for inner in expert
         if isinstance(inner, LowRank) and inner.a_RI.shape[0]
     ]
-    return (
-        AdapterExperts.of([inner for inner, _ in found], [column for _, column in found]) if found else None
-    )
 
 
 class NativeRouted(StandingOperator[Routed, _Prepared], RoutedOperator):
     """`RoutedOperator` by ``router.cpp`` and ``low_rank.cpp``."""
 
+    def __init__(self, inner: Sequence[Operator[Any]], step: StepRouting, routers: type[Routers]) -> None:
+        super().__init__(inner, step, routers)
+        self.sources = Sources()
+
     def prepared(self, members: Members[Routed]) -> _Prepared:
-        return _Prepared(members)
+        return _Served(members) if all(_is_served(part) for own in members for part in own) else members
 
     def standing(self, rows: LiveRows) -> Standing[_Prepared]:
-        return _StandingRouted(self)
+        return _StandingRouted(self, rows)
 
 
 class _StandingRouted(Standing[_Prepared]):
     """At one group."""
 
-    def __init__(self, operator: NativeRouted) -> None:
+    def __init__(self, operator: NativeRouted, rows: LiveRows) -> None:
         self._operator = operator
-        self._adapters: dict[int, _Prepared] = {}
+        self._served = _BoundRouted(operator.step, rows, operator.sources)
+        self._others: dict[int, Members[Routed]] = {}
 
     def admit(self, slot: int, prepared: _Prepared) -> None:
-        self._adapters[slot] = prepared
+        if isinstance(prepared, _Served):
+            self._served.admit_mixture(slot, prepared)
+        else:
+            self._others[slot] = prepared
 
     def dismiss(self, slot: int) -> None:
-        del self._adapters[slot]
+        if self._others.pop(slot, None) is None:
+            self._served.dismiss(slot)
 
     def bound(self, table: RowTable) -> Bound:
-        segments = [segment for segment in table.segments if segment.slot in self._adapters]
-        adapters = [self._adapters[segment.slot] for segment in segments]
-        if table.is_gated or not all(own.is_served for own in adapters):
-            members = {s.slot: own.members for s, own in zip(segments, adapters, strict=True)}
-            return RoutedOperator.bind(self._operator, uses_of(members), table)
-        return _BoundRouted(self._operator.step, table, list(zip(segments, adapters, strict=True)))
+        others = {slot: self._others[slot] for slot in table.slots if slot in self._others}
+        is_served = self._served.begin(table)
+        if not others:
+            return self._served
+        plain = RoutedOperator.bind(self._operator, uses_of(others), table)
+        return JoinedSums([self._served, plain]) if is_served else plain
 
 
-class _BoundRouted(BoundKernels):
-    """To one table. Its gates lie where they are written anew at each step."""
+class _BoundRouted(BoundInputKernels, LastingRouters):
+    """Experts' kernels, and the routers whose gates they read."""
 
-    def __init__(
-        self, step: StepRouting, table: RowTable, adapters: Sequence[tuple[Segment, _Prepared]]
-    ) -> None:
-        sizes = [segment.rows_N.shape[0] * own.num_gates for segment, own in adapters]
-        self._gates = torch.empty(sum(sizes))
-        pieces = self._gates.split_with_sizes(sizes)
-        each_NK = [piece.view(-1, own.num_gates) for piece, (_, own) in zip(pieces, adapters, strict=True)]
-        self._held, self._views, self._step = adapters, gate_views(each_NK), step
-        self._calls = [
-            (SegmentRouters(own.routers, own.sizes, table, segment), gates_NK)
-            for (segment, own), gates_NK in zip(adapters, each_NK, strict=True)
-        ]
-        self._uses = self._router_uses(sizes)
-        self._begin = address_of(self._uses), sum(len(own.routers) for _, own in adapters)
-        self._work = sum(segment.rows_N.shape[0] * own.work for segment, own in adapters)
-        self._run = kernel("timbre_gates", ADDRESS, NUMBER, ADDRESS, NUMBER, ADDRESS)
-        super().__init__([self._member(member) for member in range(len(adapters[0][1].experts))])
+    def __init__(self, step: StepRouting, rows: LiveRows, sources: Sources) -> None:
+        super().__init__(KERNEL, rows, sources, is_told_format=True)
+        self._step = step
+        self._mixtures: dict[int, _Served] = {}
+        self._routers = Uses(rows)
+        self._called = array("q", [step.clock, 0])  # ``Called`` of ``router.cpp``.
+        self._table: RowTable | None = None
+        step.follow(self)
 
-    def _router_uses(self, sizes: Sequence[int]) -> array[int]:
-        """``RouterUse`` of ``router.cpp``."""
-        found: list[Fields] = []
-        first = 0
-        for (segment, own), size in zip(self._held, sizes, strict=True):
-            rows = rows_fields(segment)
-            for fields, column in zip(own.router_fields, own.first_columns, strict=True):
-                found.append((*fields, *rows, first + column, own.num_gates))
-            first += size
-        return structures(found)
+    def admit_mixture(self, slot: int, mixture: _Served) -> None:
+        mixture.routers.gates.count_at(self._step.acted(slot, mixture.max_experts))
+        self._mixtures[slot] = mixture
+        self._routers.admit(slot, mixture.routers.parts)
+        self.admit(slot, mixture.experts)
 
-    def _member(self, member: int) -> GatedExperts | None:
-        known = enumerate(self._held)
-        own = [(x, s, n, each.share) for n, (s, each) in known if (x := each.experts[member]) is not None]
-        return GatedExperts(ExpertsKernel(own), self._views, (self._gates,)) if own else None
+    def dismiss(self, slot: int) -> None:
+        super().dismiss(slot)
+        self._routers.dismiss(slot)
+        del self._mixtures[slot]
+
+    def begin(self, table: RowTable) -> bool:
+        """For its rows, if any of these mixtures has some."""
+        self.bound(table)
+        self._table, own = table, self._of_table(table)
+        for mixture, segment in own:
+            mixture.routers.gates.make_room(segment.num_rows)
+        return bool(own)
 
     def source(self, x_TI: Tensor) -> Tensor:
-        """x, after the gates of its rows were computed."""
-        x_TI, num_in = x_TI.float(), x_TI.shape[-1]
-        self._run(*self._begin, x_TI.data_ptr(), num_in, self._gates.data_ptr(), num_threads(self._work))
-        self._step.note(self._calls)
+        """x, after the gates of its rows were written; of bfloat16 as it is, as for `LowRank`."""
+        x_TI = x_TI if x_TI.dtype is torch.bfloat16 else super().source(x_TI)
+        write_gates(self._routers.address, x_TI, address_of(self._called), torch.get_num_threads())
         return x_TI
+
+    def _of_table(self, table: RowTable) -> list[tuple[_Served, Segment]]:
+        return [(own, each) for each in table.segments if (own := self._mixtures.get(each.slot)) is not None]
+
+    @property
+    def called_at(self) -> int:
+        return self._called[1]
+
+    def calls(self) -> Iterator[RouterCall]:
+        assert self._table is not None
+        for mixture, segment in self._of_table(self._table):
+            own = mixture.routers
+            asked = SegmentRouters(own.routers, own.sizes, self._table, segment)
+            yield asked, own.gates.gates_NK[: segment.num_rows]

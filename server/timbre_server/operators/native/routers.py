@@ -7,15 +7,25 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import get_args, get_type_hints
 
 import torch
 from torch import Tensor
 
 from timbre_methods.routing import Router, Rule
+from timbre_server.native.formats import format_of
 from timbre_server.native.library import ADDRESS, NUMBER, kernel, num_threads
 from timbre_server.operators.live_rows import rows_fields
-from timbre_server.operators.native.uses import Fields, address_of, structures
+from timbre_server.operators.native.low_rank_experts import AdapterGates
+from timbre_server.operators.native.uses import (
+    Fields,
+    Prepared,
+    PreparedParts,
+    address_of,
+    addresses_of,
+    structures,
+)
 from timbre_server.operators.router import Routers, router_gates
 from timbre_server.operators.row_table import RowTable, Segment, Span
 
@@ -46,53 +56,59 @@ class _Rule(ctypes.Structure):
         )
 
 
-def router_fields(router: Router) -> tuple[Fields, object]:
-    """What ``RouterUse`` of ``router.cpp`` begins with, before its rows; and what has to be held for it."""
+class AdapterRouters:
+    """Those of one adapter at a group side by side, without its rows."""
+
+    def __init__(self, routers: Sequence[Router]) -> None:
+        self.routers = tuple(routers)
+        self.sizes = tuple(router.num_experts for router in routers)
+        self.gates = AdapterGates(sum(self.sizes))
+        columns = accumulate(self.sizes, initial=0)
+        fields, held = zip(*map(_router_fields, routers, columns), strict=False)
+        own_routers = structures(fields)
+        work = sum(router.weight_EI.numel() for router in routers)
+        part = Prepared(  # ``AdapterRouters`` of ``router.cpp``.
+            (address_of(own_routers), len(fields), self.gates.address),
+            (0, routers[0].weight_EI.shape[1]),
+            work,
+            (held, own_routers, self.gates),
+        )
+        self.parts = PreparedParts([[part]]).members[0]
+
+
+def _router_fields(router: Router, column: int) -> tuple[Fields, object]:
+    """``Router`` of ``router.cpp``, and what has to be held for it."""
     rule, given = _Rule.of(router.rule), (router.weight_EI, router.bias_E, router.preference_E)
     tensors = [None if tensor is None else tensor.contiguous() for tensor in given]
     addresses = (0 if tensor is None else tensor.data_ptr() for tensor in tensors)
-    return (ctypes.addressof(rule), *addresses, router.num_experts), (rule, tensors)
+    return (ctypes.addressof(rule), *addresses, router.num_experts, column), (rule, tensors)
+
+
+def write_gates(uses: int, x_TI: Tensor, called: int, threads: int) -> None:
+    """The gates of all that use them. ``uses``: the address of ``Uses`` of ``lanes.h``, ``called``: of
+    ``Called`` of ``router.cpp``, or 0; x is contiguous, in float32 or bfloat16."""
+    in_features = x_TI.shape[-1]
+    x = x_TI.data_ptr(), format_of(x_TI), x_TI.numel() // in_features, in_features
+    kernel("timbre_gates", ADDRESS, ADDRESS, NUMBER, NUMBER, NUMBER, ADDRESS)(uses, *x, called, threads)
 
 
 class NativeRouters(Routers):
     """`Routers` by ``router.cpp``."""
 
     def __init__(self, routers: Sequence[tuple[Segment, Sequence[Router]]]) -> None:
-        self._held: list[object] = []
-        self._shapes = [(s.rows_N.shape[0], sum(r.num_experts for r in own)) for s, own in routers]
-        self._sizes = [count * num_gates for count, num_gates in self._shapes]
-        uses: list[Fields] = []
-        first, work = 0, 0
-        for (segment, own), (count, num_gates) in zip(routers, self._shapes, strict=True):
-            self._held.append(segment)
-            column, rows = first, rows_fields(segment)
-            for router in own:
-                uses.append(self._use(rows, router, column, num_gates))
-                column += router.num_experts
-                work += count * router.weight_EI.numel()
-            first += count * num_gates
-        self._uses, self._work = structures(uses), work
-        self._first, self._count = address_of(self._uses), len(uses)
-        self._run = kernel("timbre_gates", ADDRESS, NUMBER, ADDRESS, NUMBER, ADDRESS)
-
-    def _use(self, rows: Fields, router: Router, first: int, stride: int) -> Fields:
-        """``RouterUse`` of ``router.cpp``."""
-        fields, held = router_fields(router)
-        self._held.append(held)
-        return *fields, *rows, first, stride
+        self._adapters = [(segment, AdapterRouters(own)) for segment, own in routers]
+        self._rows = structures([rows_fields(segment) for segment, _ in self._adapters])
+        rows = addresses_of(self._rows, len(self._adapters))
+        parts = (own.parts.addresses[0] for _, own in self._adapters)
+        self._each = structures(list(zip(parts, rows, strict=True)))
+        self._uses = structures([(address_of(self._each), len(rows), 0)])
+        self._work = sum(len(segment.rows_N) * own.parts.work for segment, own in self._adapters)
 
     def gates(self, x_TI: Tensor) -> Sequence[Tensor]:
-        x_TI, gates = x_TI.contiguous(), torch.empty(sum(self._sizes))
-        self._run(
-            self._first,
-            self._count,
-            x_TI.data_ptr(),
-            x_TI.shape[1],
-            gates.data_ptr(),
-            num_threads(self._work),
-        )
-        pieces = gates.split_with_sizes(self._sizes)
-        return [piece.view(shape) for piece, shape in zip(pieces, self._shapes, strict=True)]
+        for segment, own in self._adapters:
+            own.gates.put(torch.empty(len(segment.rows_N), sum(own.sizes)))
+        write_gates(address_of(self._uses), x_TI.contiguous(), 0, num_threads(self._work))
+        return [own.gates.gates_NK for _, own in self._adapters]
 
 
 def agree() -> bool:
