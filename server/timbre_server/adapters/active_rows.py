@@ -31,8 +31,7 @@ class ActiveRows:
         """Whether these are all of the step's rows: to merged weights they are base rows."""
         self._last: RowTable | None = None
         self._begun: tuple[RowTable | None, bool] | None = None
-        self.live = LiveRows()
-        """For what outlasts tables: whoever binds it shows them the one that runs."""
+        self._live, self._live_copies = LiveRows(), LiveRows()
 
     def begin(self, table: RowTable) -> bool:
         """Whether layers see another one than in the step before."""
@@ -50,6 +49,21 @@ class ActiveRows:
     def forget(self) -> None:
         """What the next step sees is another one, whatever it is: an adapter has left."""
         self._begun = None
+
+    @property
+    def live(self) -> LiveRows:
+        """For what outlasts tables: whoever binds it shows them the one that runs. Of copies other ones."""
+        return self._live if self.copies is None else self._live_copies
+
+    def enter(self, copies: RowCopies, table: RowTable) -> None:
+        """A block begins, in which rows are copies, and the table is of those."""
+        self.copies, self.table = copies, table
+        # Blocks may have tables of their own, and what is bound there may be so since a step before.
+        self.live.show(table)
+
+    def leave(self, table: RowTable | None) -> None:
+        """It ends, and the table is again of the rows."""
+        self.copies, self.table = None, table
 
     def end(self) -> None:
         self.table = self.copies = None

@@ -20,6 +20,7 @@ from timbre_server.adapters.added import rows_of
 from timbre_server.native.notes import current
 from timbre_server.native.tape import State
 from timbre_server.operators.contract import Add, Bound, Change, Operator, Standing, StandingOperator
+from timbre_server.operators.live_rows import LiveRows
 from timbre_server.operators.row_table import RowTable
 
 Programs = Mapping[int, AdapterProgram]
@@ -59,6 +60,35 @@ class InPlace:
         return InPlace(inputs, outputs, sums) if is_all else None
 
 
+class _Standing:
+    """Adapters that come and go, by the kinds of their parts."""
+
+    def __init__(self, operators: Operators) -> None:
+        self._operators = operators
+        self.by_kind: dict[type[Part], Standing[Any]] = {}
+        """Of operators that have it."""
+        self.slots: set[int] = set()
+
+    def admit(self, slot: int, prepared: Mapping[type[Part], object], rows: LiveRows) -> None:
+        for kind, own in prepared.items():
+            operator = self._operators[kind]
+            if isinstance(operator, StandingOperator):
+                if kind not in self.by_kind:
+                    self.by_kind[kind] = operator.standing(rows)
+                self.by_kind[kind].admit(slot, own)
+        self.slots.add(slot)
+
+    def dismiss(self, slot: int, prepared: Mapping[type[Part], object]) -> None:
+        """Nothing where it was not admitted."""
+        if slot in self.slots:
+            self.slots.remove(slot)
+            for kind in prepared.keys() & self.by_kind.keys():
+                self.by_kind[kind].dismiss(slot)
+
+    def clear(self) -> None:
+        self.by_kind, self.slots = {}, set()
+
+
 class AdaptedGroup:
     """Layers that read one input, and what is prepared for them: of adapters, and for the table that runs."""
 
@@ -71,15 +101,15 @@ class AdaptedGroup:
         self._operators = operators
         self._prepared: dict[int, Mapping[type[Part], object]] = {}
         """By slot: what operators have prepared."""
-        self._standing: dict[type[Part], Standing[Any]] = {}
-        """Of all of these."""
+        self._standing, self._standing_copies = _Standing(operators), _Standing(operators)
+        """Of these; where rows are copies another one."""
         self._bound_table: RowTable | None = None
         self._bound: tuple[Bound, ...] = ()
         self._in_place: tuple[InPlace | None, ...] = ()
         self._has_admitted = False
         """Since the last bind: who is bound to may act on members that nobody acted on before."""
         self._are_copies = False
-        """Whether the last bind was to `RowCopies`: then nothing that stands is bound."""
+        """Whether the last bind was to `RowCopies`, which no tape has."""
         self.state = State()
         """Another one whenever the members, asked by a tape, may do anything else than before."""
         self._last_run: object = None
@@ -144,49 +174,48 @@ class AdaptedGroup:
         return self._bound
 
     def _bind(self, table: RowTable) -> tuple[Bound, ...]:
+        stands = self._standing if self._rows.copies is None else self._standing_copies
         for slot in table.slots:
             if slot not in self._prepared:
-                self._admit(slot)
-        slots: dict[type[Part], list[int]] = {}
+                self._prepared[slot] = self._prepare(slot)
+            if slot not in stands.slots:
+                self._admit(slot, stands)
+        kinds: dict[type[Part], list[int]] = {}
         for slot in table.slots:
             for kind in self._prepared[slot]:
-                slots.setdefault(kind, []).append(slot)
-        stands = self._standing if self._rows.copies is None else {}
+                kinds.setdefault(kind, []).append(slot)
         return tuple(
-            stands[kind].bound(table)
-            if kind in stands
+            stands.by_kind[kind].bound(table)
+            if kind in stands.by_kind
             else self._operators[kind].bind_prepared({s: self._prepared[s][kind] for s in own}, table)
-            for kind, own in slots.items()
+            for kind, own in kinds.items()
         )
 
-    def _admit(self, slot: int) -> None:
+    def _prepare(self, slot: int) -> Mapping[type[Part], object]:
         sites = self._programs[slot].sites
         kinds: dict[type[Part], list[list[Part]]] = {}
         for member, path in enumerate(self.paths):
             for part in sites.get(path, ()):
                 kinds.setdefault(type(part), [[] for _ in self.paths])[member].append(part)
-        own = {kind: self._operators[kind].prepared(members) for kind, members in kinds.items()}
+        return {kind: self._operators[kind].prepared(members) for kind, members in kinds.items()}
+
+    def _admit(self, slot: int, stands: _Standing) -> None:
         self._unbind()
         try:
-            for kind, prepared in own.items():
-                operator = self._operators[kind]
-                if isinstance(operator, StandingOperator):
-                    if kind not in self._standing:
-                        self._standing[kind] = operator.standing(self._rows.live)
-                    self._standing[kind].admit(slot, prepared)
+            stands.admit(slot, self._prepared[slot], self._rows.live)
         except BaseException:  # Nobody knows what stands: the next step begins anew.
-            self._standing, self._prepared = {}, {}
+            stands.clear()
             self._drop_bound()
             raise
-        self._prepared[slot], self._has_admitted = own, True
+        self._has_admitted = True
 
     def forget(self, slot: int) -> None:
         """Drop what was prepared of it and what is kept of a running step; called when it changes hands.
 
         Also the bind: the next table may be equal to the last one, and not name the same adapters."""
-        for kind in self._prepared.pop(slot, ()):
-            if kind in self._standing:
-                self._standing[kind].dismiss(slot)
+        prepared = self._prepared.pop(slot, {})
+        for stands in (self._standing, self._standing_copies):
+            stands.dismiss(slot, prepared)
         self._unbind()
         self.end_step()
 

@@ -6,14 +6,14 @@ rows use which slots.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor, nn
 
 from timbre_methods.program import AdapterProgram
-from timbre_methods.routing import RoutedBlock, Router, Scout, Scouted
+from timbre_methods.routing import Routed, RoutedBlock, Router, Scout, Scouted
 from timbre_server.adapters.active_rows import ActiveRows
 from timbre_server.adapters.adapted_embedding import AdaptedEmbedding
 from timbre_server.adapters.adapted_group import AdaptedGroup
@@ -23,12 +23,13 @@ from timbre_server.adapters.adapted_parameters import AdaptedParameters
 from timbre_server.adapters.groups import Block, LinearGroup, LoneLayer, ParameterModule
 from timbre_server.adapters.packed_sites import PackedSites
 from timbre_server.adapters.prompts import StepPrompts
-from timbre_server.adapters.routed_block import RoutedBlockLayer
+from timbre_server.adapters.routed_block import BlockRouting, RoutedBlockLayer
 from timbre_server.adapters.routing_report import Choice, choices_of, expert_tokens, router_places
 from timbre_server.adapters.scouting import read_scouts, scouted_of
 from timbre_server.adapters.slot_programs import SlotPrograms
 from timbre_server.operators.catalogue import Kernels, all_operators, embedding_operators
 from timbre_server.operators.contract import Bound
+from timbre_server.operators.routed import RoutedOperator
 from timbre_server.operators.row_table import Pairs, RowTable
 from timbre_server.operators.step_routing import RouterCall, StepRouting
 
@@ -108,14 +109,17 @@ class AdaptedModel:
             base = model.get_submodule(layer.path)
             make = AdaptedEmbedding if is_embedding else partial(AdaptedNorm, norm=arithmetic.norm_of(base))
             _put_in_place(model, layer.path, make(base, adapted))
+        routed = operators[Routed]
+        assert isinstance(routed, RoutedOperator)
+        routing = BlockRouting(routed.routers)
         self._blocks = {
             block.path: RoutedBlockLayer(
-                model.get_submodule(block.path), block, self._body_rows[1], self._programs, self._step
+                model.get_submodule(block.path), block, self._body_rows[1], self._step, routing
             )
             for block in blocks
         }
         self._parameters = [self._adapted_parameters(model, facts) for facts in parameters]
-        self._untold_paths = {*self._blocks, *(path for each in self._parameters for path in each.paths)}
+        self._parameter_paths = {path for each in self._parameters for path in each.paths}
 
     def _adapted_parameters(self, model: nn.Module, facts: ParameterModule) -> AdaptedParameters:
         base = model.get_submodule(facts.path)
@@ -136,9 +140,16 @@ class AdaptedModel:
         are_new = [rows.begin(table.times(count)) for count, rows in self._body_rows.items()]
         are_new.append(self._head_rows.begin(head_table))
         if any(are_new):
-            for group in self._groups:  # One after the other, which takes half as long as between products.
-                group.bound()
+            self._bind()
         self._prompts.begin(table)
+
+    def _bind(self) -> None:
+        """All groups one after the other, which takes half as long as between products: but for those that
+        will see copies of the rows."""
+        not_yet = tuple(f"{path}." for path, block in self._blocks.items() if block.copies_rows)
+        for group in self._groups:
+            if not group.paths[0].startswith(not_yet):
+                group.bound()
 
     def scout(self, rows_S: Tensor, hidden_SD: Tensor, kept_rows_T: Tensor) -> None:
         """Give the scouts what the base alone made of the rows ``rows_S``, increasing, of those that are set;
@@ -173,16 +184,23 @@ class AdaptedModel:
     def launches(self) -> tuple[Hashable, frozenset[int]] | None:
         """Of the rows that are set: a key that is equal for steps that launch the same on the same tensors,
         and the slots of the adapters that act. None where that is not told beforehand: of adapters of routed
-        blocks, of parameters, and in attention."""
+        blocks, and where `act_beside_layers`."""
         body, head = self._body_rows[1], self._head_rows
         if body.table is None:
             return body.are_merged, frozenset()
-        programs = (self._programs[slot] for slot in body.table.slots)
-        if self._prompts.act_in_attention or not all(
-            program.sites.keys().isdisjoint(self._untold_paths) for program in programs
-        ):
+        if self.act_beside_layers or self._act_on(self._blocks.keys()):
             return None
         return (body.table, head.table), frozenset(body.table.slots)
+
+    @property
+    def act_beside_layers(self) -> bool:
+        """Whether adapters of the rows that are set act on parameters, or in attention."""
+        return self._prompts.act_in_attention or self._act_on(self._parameter_paths)
+
+    def _act_on(self, paths: Set[str]) -> bool:
+        table = self._body_rows[1].table
+        slots = () if table is None else table.slots
+        return not all(self._programs[slot].sites.keys().isdisjoint(paths) for slot in slots)
 
     def recorded(self) -> RecordedForward:
         """Of the forward that has just run. Before `clear_rows`."""
@@ -209,6 +227,10 @@ class AdaptedModel:
             if any(isinstance(part, RoutedBlock) for part in parts)
         ), "a router for a block that the model does not have"
         self._programs.put(slot, program)
+        for path in program.sites.keys() & self._blocks.keys():
+            for part in program.sites[path]:
+                if isinstance(part, RoutedBlock):
+                    self._blocks[path].put(slot, part)
         self._places |= router_places(program)
         if program.scout is not None:
             self._scouts[slot] = program.scout, scouted_of(program)
@@ -247,7 +269,7 @@ class AdaptedModel:
             del self._places[router]
         self._forget(slot)
         for block in self._blocks.values():
-            block.forget()
+            block.drop(slot)
         for module in self._parameters:
             module.forget()
 

@@ -6,7 +6,7 @@ copies' outputs are summed with the gates. In a mix with other adapters these ac
 adapters each copy has one expert of both, and the product of their gates: the effective weights under a
 choice are exactly ``W + Σ w_k (W_k - W)``.
 
-The module stays where and what it is: hooks before and after its forward do all this.
+The module stays where and what it is, and its forward does all this around what it was.
 
 Legend: T rows, N rows of one adapter, P copies of all rows, M copies of one adapter's rows, E experts, K kept
 experts, D features.
@@ -17,18 +17,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
-from typing import Any
+from itertools import accumulate, islice, takewhile
 
 import torch
 from torch import Tensor, nn
 
-from timbre_methods.program import AdapterProgram
-from timbre_methods.routing import RoutedBlock
+from timbre_methods.routing import RoutedBlock, Router
 from timbre_server.adapters.active_rows import ActiveRows, RowCopies
 from timbre_server.adapters.groups import Block
-from timbre_server.operators.router import BoundRouters
-from timbre_server.operators.row_table import RowTable, Span
+from timbre_server.native.recording import either
+from timbre_server.native.tape import State
+from timbre_server.operators.router import Routers
+from timbre_server.operators.row_table import RowTable, Segment, Span
 from timbre_server.operators.step_routing import SegmentRouters, StepRouting
 
 
@@ -36,84 +36,99 @@ class RoutedBlockLayer:
     """One block, while the row table repeats."""
 
     def __init__(
-        self,
-        module: nn.Module,
-        block: Block,
-        rows: ActiveRows,
-        programs: Mapping[int, AdapterProgram],
-        step: StepRouting,
+        self, module: nn.Module, block: Block, rows: ActiveRows, step: StepRouting, routing: BlockRouting
     ) -> None:
-        self._block = block
-        self._rows = rows
-        self._programs = programs
-        self._step = step
+        self.path = block.path
+        self._last = block.last
+        self._rows, self._step, self._routing = rows, step, routing
+        self._parts: dict[int, RoutedBlock] = {}
+        """By slot, of adapters that route here."""
         self._table: RowTable | None = None
         self._choices: _Choices | None = None
-        module.register_forward_pre_hook(self._enter)
-        module.register_forward_hook(self._leave)
+        self._state = State()
+        """Another one whenever rows begin to be routed here, or cease."""
+        self._plain = module.forward
+        module.forward = self._forward
 
-    def forget(self) -> None:
-        """Drop what was prepared; called when a slot changes hands."""
-        self._table = self._choices = None
+    def put(self, slot: int, part: RoutedBlock) -> None:
+        self._parts[slot] = part
 
-    def _choices_of(self, table: RowTable | None) -> _Choices | None:
-        """None where no adapter of the table routes here."""
-        if table is not None and table is not self._table:
-            parts = {
-                slot: part
-                for slot in table.slots
-                for part in self._programs[slot].sites.get(self._block.path, ())
-                if isinstance(part, RoutedBlock)
-            }
-            self._table = table
-            self._choices = _Choices(parts, table) if parts else None
-        return None if table is None else self._choices
+    def drop(self, slot: int) -> None:
+        """Also what was prepared, whoever it was for."""
+        self._parts.pop(slot, None)
+        self._table = None
+        self._set_choices(None)
 
-    def _enter(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        choices = self._choices_of(self._rows.table)
-        if choices is None:
-            return None
-        (x_1TD,) = args
+    @property
+    def copies_rows(self) -> bool:
+        """Whether layers in it see copies of the rows that are set."""
+        return not self._acts_on_none() and self._choices is not None and self._choices.layout.are_copied
+
+    def _acts_on_none(self) -> bool:
+        table = self._rows.table
+        if table is None or not self._parts:
+            self._set_choices(None)
+        elif table is not self._table or self._choices is None:
+            parts = {slot: self._parts[slot] for slot in table.slots if slot in self._parts}
+            self._set_choices(self._routing.choices(parts, table) if parts else None)
+        self._table = table
+        return self._choices is None
+
+    def _set_choices(self, choices: _Choices | None) -> None:
+        if (choices is None) != (self._choices is None):
+            self._state.change()
+        self._choices = choices
+
+    def _forward(self, x: Tensor) -> Tensor:
+        return either(self._state, self._acts_on_none, self._plain, self._routed, x)
+
+    def _routed(self, x_1TD: Tensor) -> Tensor:
+        choices, table = self._choices, self._table
+        assert choices is not None
         gate_P = choices.choose(x_1TD.flatten(0, -2).float(), self._step)
-        if not choices.are_copied:
-            return None
-        x_1PD = x_1TD.index_select(1, choices.row_P)
-        self._step.rows_of_copies[choices.table] = choices.row_P
-        self._rows.table = choices.table
-        self._rows.copies = RowCopies(x_1TD, x_1PD, choices.row_P, gate_P, self._block.last)
-        return (x_1PD,)
-
-    def _leave(self, module: nn.Module, args: Any, y: Tensor) -> Tensor | None:
+        if not choices.layout.are_copied:
+            y: Tensor = self._plain(x_1TD)
+            self._step.block_ends()
+            return y
+        layout = choices.layout
+        copies = RowCopies(x_1TD, x_1TD.index_select(1, layout.row_P), layout.row_P, gate_P, self._last)
+        self._step.rows_of_copies[layout.table] = layout.row_P
+        self._rows.enter(copies, layout.table)
+        y = self._plain(copies.x_1PD)
         self._step.block_ends()
-        copies = self._rows.copies
-        if copies is None:
-            return None
-        self._rows.table, self._rows.copies = self._table, None
+        self._rows.leave(table)
         return y if copies.have_met else copies.meet(y).to(y.dtype)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Chooser:
-    """One adapter that routes here."""
+class _Alike:
+    """Adapters whose routers choose among as many experts, and keep as many: all their rows one after the
+    other, and all their copies."""
 
-    part: RoutedBlock
+    segments: Sequence[Segment]
+    num_kept: int
     row_M: Tensor
-    """Of each copy, the row of this adapter that it is of, counted among its own."""
+    """Of each copy, the row that it is of, counted among these."""
     nth_M: Tensor
     """Of each copy, which of the kept experts it has, from 0, where each has one."""
     copy_M: Tensor
     """Which of all copies these are."""
+    sizes: Sequence[int]
+    """How many copies each adapter's rows have."""
 
 
-class _Choices:
-    """Who chooses in a block, ready for one table."""
+Kind = tuple[int, int]
+"""How many experts an adapter has at a block, and how many copies of each of its rows."""
 
-    def __init__(self, parts: Mapping[int, RoutedBlock], table: RowTable) -> None:
-        self._base_table = table
-        self._routing = [segment for segment in table.segments if segment.slot in parts]
-        self._routers = BoundRouters([(segment, [parts[segment.slot].router]) for segment in self._routing])
-        self.are_copied = any(part.copies > 1 for part in parts.values())
-        copies = [_copies_by_slot(span, parts) for span in table.spans]
+
+class _Layout:
+    """Of the copies of a table's rows, where adapters choose so."""
+
+    def __init__(self, kinds: Mapping[int, Kind], table: RowTable) -> None:
+        """``kinds``: by slot."""
+        counts = {slot: copies for slot, (_, copies) in kinds.items()}
+        self.are_copied = any(count > 1 for count in counts.values())
+        copies = [{slot: counts[slot] for slot, _ in span.pairs if slot in counts} for span in table.spans]
         spans = [
             Span(span.num_rows * math.prod(own.values()), span.pairs)
             for span, own in zip(table.spans, copies, strict=True)
@@ -126,36 +141,84 @@ class _Choices:
         self.row_P = rows_T.repeat_interleave(per_row.repeat_interleave(num_rows))
         """Of each copy, the row."""
         after = {segment.slot: segment.rows_N for segment in self.table.segments}
-        self._choosers = [
-            _Chooser(
-                parts[segment.slot],
-                torch.searchsorted(segment.rows_N, self.row_P[after[segment.slot]]),
-                _nth(segment.slot, table.spans, copies).to(table.device),
-                after[segment.slot],
-            )
-            for segment in self._routing
-        ]
+        by_kind: dict[Kind, list[Segment]] = {}
+        for segment in table.segments:
+            if segment.slot in kinds:
+                by_kind.setdefault(kinds[segment.slot], []).append(segment)
+        self.alike: list[_Alike] = []
+        for (_, num_kept), segments in by_kind.items():
+            firsts = accumulate((segment.num_rows for segment in segments), initial=0)
+            own_copies = [after[segment.slot] for segment in segments]
+            rows = [
+                torch.searchsorted(segment.rows_N, self.row_P[copy_M]) + first
+                for segment, copy_M, first in zip(segments, own_copies, firsts, strict=False)
+            ]
+            nth = [_nth(segment.slot, table.spans, copies).to(table.device) for segment in segments]
+            row_M, nth_M, copy_M = map(torch.cat, (rows, nth, own_copies))
+            sizes = [len(own) for own in own_copies]
+            self.alike.append(_Alike(segments, num_kept, row_M, nth_M, copy_M, sizes))
+
+
+class BlockRouting:
+    """What blocks share: they mostly have the same adapters, which choose as many experts in each."""
+
+    def __init__(self, routers: type[Routers]) -> None:
+        self._routers = routers
+        self._table: RowTable | None = None
+        self._layouts: dict[tuple[tuple[int, Kind], ...], _Layout] = {}
+        """Of the last table."""
+
+    def choices(self, parts: Mapping[int, RoutedBlock], table: RowTable) -> _Choices:
+        """Of adapters that route at a block."""
+        if table is not self._table:
+            self._table, self._layouts = table, {}
+        kinds = {slot: (part.router.num_experts, part.copies) for slot, part in parts.items()}
+        key = tuple(kinds.items())
+        if key not in self._layouts:
+            self._layouts[key] = _Layout(kinds, table)
+        layout = self._layouts[key]
+        each = [(segment, [parts[segment.slot].router]) for own in layout.alike for segment in own.segments]
+        return _Choices(
+            table, layout, self._routers(each), {slot: part.router for slot, part in parts.items()}
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Choices:
+    """Who chooses in a block, ready for one table."""
+
+    table: RowTable
+    layout: _Layout
+    routers: Routers
+    """Of the layout's segments, in order."""
+    by_slot: Mapping[int, Router]
 
     def choose(self, x_TD: Tensor, step: StepRouting) -> Tensor:
         """Tells the sites below their gates, and returns how much each copy's output counts, [P]."""
-        gate_P = torch.ones(len(self.row_P), device=x_TD.device)
-        found = zip(self._routing, self._choosers, self._routers.gates(x_TD), strict=True)
-        for segment, chooser, gates_NE in found:
-            asked = SegmentRouters.of([chooser.part.router], self._base_table, segment)
-            step.note([(asked, gates_NE)])
-            gates_ME = gates_NE.index_select(0, chooser.row_M) if self.are_copied else gates_NE
-            if chooser.part.copies > 1:
-                best_NE = torch.sort(gates_NE, dim=1, descending=True, stable=True).indices
-                expert_M1 = best_NE[chooser.row_M, chooser.nth_M].unsqueeze(1)
-                gate_P[chooser.copy_M] *= gates_ME.gather(1, expert_M1).squeeze(1)
-                gates_ME = torch.zeros_like(gates_ME).scatter_(1, expert_M1, 1.0)
-            step.choose(chooser.part.router, gates_ME)
+        gate_P = torch.ones(len(self.layout.row_P), device=x_TD.device)
+        gates = iter(self.routers.gates(x_TD))
+        for own in self.layout.alike:
+            each_NE: Sequence[Tensor] = tuple(islice(gates, len(own.segments)))
+            routers = [self.by_slot[segment.slot] for segment in own.segments]
+            for router, segment, gates_NE in zip(routers, own.segments, each_NE, strict=True):
+                step.note([(SegmentRouters.of([router], self.table, segment), gates_NE)])
+            if self.layout.are_copied:
+                each_NE = self._of_copies(own, torch.cat(list(each_NE)), gate_P)
+            for router, gates_NE in zip(routers, each_NE, strict=True):
+                step.choose(router, gates_NE)
         return gate_P
 
-
-def _copies_by_slot(span: Span, parts: Mapping[int, RoutedBlock]) -> dict[int, int]:
-    """How many experts each adapter of a span keeps; their product is how often each row is there."""
-    return {slot: parts[slot].copies for slot, _ in span.pairs if slot in parts}
+    def _of_copies(self, own: _Alike, gates_NE: Tensor, gate_P: Tensor) -> Sequence[Tensor]:
+        """The gates of each adapter's copies; of those with one expert each, that one's is left for after the
+        block."""
+        gates_ME = gates_NE.index_select(0, own.row_M)
+        if own.num_kept > 1:
+            best_NE = torch.sort(gates_NE, dim=1, descending=True, stable=True).indices
+            expert_M1 = best_NE[own.row_M, own.nth_M].unsqueeze(1)
+            # A copy that is of two adapters is here twice.
+            gate_P.scatter_reduce_(0, own.copy_M, gates_ME.gather(1, expert_M1).squeeze(1), "prod")
+            gates_ME = torch.zeros_like(gates_ME).scatter_(1, expert_M1, 1.0)
+        return gates_ME.split_with_sizes(own.sizes)
 
 
 def _nth(slot: int, spans: Sequence[Span], copies: Sequence[Mapping[int, int]]) -> Tensor:

@@ -63,6 +63,11 @@ class RecordableAdapters(Protocol):
         cannot be told beforehand what they launch."""
         ...
 
+    @property
+    def act_beside_layers(self) -> bool:
+        """Whether they change more than what layers and blocks give."""
+        ...
+
     def when_dropped(self, listener: Callable[[int | None], None]) -> None:
         """To be told each slot that is dropped, and None when weights change."""
         ...

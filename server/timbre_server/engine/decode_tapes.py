@@ -2,9 +2,9 @@
 those of as many rows.
 
 Tokens and positions lie in tensors that stay where they are, and attention is told anew whose rows a step
-has. What adapters do is decided each time that a tape is played, so one tape serves any of them: those of
-blocks, of parameters and in attention alone run as usual. The first step that is played also runs as usual,
-and if the two differ in a bit there are no tapes.
+has. What adapters do is decided each time that a tape is played, so one tape serves any of them: those on
+parameters and in attention alone run as usual. The first step that is played also runs as usual, and if the
+two differ in a bit there are no tapes.
 
 Legend: T rows, V vocabulary.
 """
@@ -71,7 +71,7 @@ class DecodeTapes:
         """
         num_rows = len(batch.token_ids)
         is_served = not self._is_off and num_rows <= MOST_ROWS and batch.is_decode
-        if not is_served or self._adapters.launches() is None:
+        if not is_served or self._adapters.act_beside_layers:
             return None
         step = NativeStep(self._cache, batch.sequences)
         positions = [rows.start for rows in batch.sequences]

@@ -158,11 +158,16 @@ def either(
         return plain(x) if is_plain() else other(x)
     tape, y = own.branch(plain, x, is_dry=True)
     kept_x, kept_y = own.kept(x), own.kept(y)
-
-    def choose() -> Tape:
-        return tape if is_plain() else Tape([lambda: kept_y.copy_(other(kept_x))])
-
-    repeated(Choice(state, choose))
+    instead = Tape([lambda: kept_y.copy_(other(kept_x))])
+    if not tape.is_one_call:
+        repeated(Choice(state, lambda: tape if is_plain() else instead))
+        return y
+    # Then so is the whole tape, while all is plain.
+    repeated(Choice(state, lambda: None if is_plain() else instead, len(tape.notes)))
+    if is_plain():
+        repeated(tape)
+    else:
+        own.splice(tape)
     return y
 
 

@@ -54,12 +54,17 @@ class Tape:
             step()
 
     @property
-    def kernels(self) -> _Kernels | None:
-        """All that it calls, if it is nothing but kernels, one at least."""
+    def begin(self) -> tuple[int, int] | None:
+        """The address and number of all that it calls, if it is nothing but kernels, one at least."""
         if len(self._steps) != 1:
             return None
         only = self._steps[0]
-        return only if isinstance(only, _Kernels) and not only.choices else None
+        return only.begin if isinstance(only, _Kernels) and not only.choices else None
+
+    @property
+    def is_one_call(self) -> bool:
+        """Whether it is nothing but kernels and choices."""
+        return all(isinstance(note, (KernelCall, Choice)) for note in self.notes)
 
     @cached_property
     def _steps(self) -> Sequence[Note | _Kernels]:
@@ -96,8 +101,9 @@ class _Kernels:
         first, end = self.begin
         place = self._play(first, 0, end)
         while place < end:
-            self.choices[place]()
-            place = self._play(first, place + 1, end)
+            choice = self.choices[place]
+            choice()
+            place = self._play(first, place + 1 + choice.replaced, end)
 
 
 class Choice:
@@ -105,24 +111,35 @@ class Choice:
 
     _NEVER = 0
 
-    def __init__(self, state: State, choose: Callable[[], Tape]) -> None:
-        """``choose`` may change the state that it chooses for."""
-        self._state, self._choose = state, choose
+    def __init__(self, state: State, choose: Callable[[], Tape | None], num_plain: int = 0) -> None:
+        """``choose`` may change the state that it chooses for. What it gives takes the place of so many calls
+        that follow; None: those are to be made."""
+        self._state, self._choose, self._num_plain = state, choose, num_plain
         self._fields = array("q", [state.address, self._NEVER, 0, 0])
         """``Choice`` of ``tape.cpp``, which plays kernels alone."""
         self.address = _address_of(self._fields)
         self._known = self._NEVER
-        self._tape = Tape(())
+        self._tape: Tape | None = None
+
+    @property
+    def replaced(self) -> int:
+        """How many of the calls that follow are not made."""
+        return 0 if self._tape is None else self._num_plain
 
     def __call__(self) -> None:
         if self._known != self._state.number:
             self._known = self._fields[1] = self._NEVER
             self._tape = self._choose()
             self._known = self._state.number
-            kernels = self._tape.kernels
-            if kernels is not None:
-                self._fields[1:4] = array("q", [self._known, *kernels.begin])
-        self._tape()
+            begin = _NOTHING if self._tape is None else self._tape.begin
+            if begin is not None and not self.replaced:
+                self._fields[1:] = array("q", [self._known, *begin])
+        if self._tape is not None:
+            self._tape()
+
+
+_NOTHING = 0, 0
+"""As `Tape.begin`, of no kernels."""
 
 
 @cache

@@ -37,7 +37,7 @@ class RoutedOperator(Operator[Routed]):
         self, inner: Sequence[Operator[Any]], step: StepRouting, routers: type[Routers] = BoundRouters
     ) -> None:
         """``inner`` run the experts; ``step`` has what blocks choose for the sites below them."""
-        self._routers = routers
+        self.routers = routers
         self._inner: Mapping[type[Part], Operator[Any]] = {operator.part: operator for operator in inner}
         self._low_rank = next(operator for operator in inner if isinstance(operator, LowRankOperator))
         self.step = step
@@ -57,7 +57,7 @@ class RoutedOperator(Operator[Routed]):
         return Meaning(change_TO=total_TO)
 
     def bind(self, uses: Uses[Routed], table: RowTable) -> Bound:
-        gates = Gates(uses, table, self.step, self._routers)
+        gates = Gates(uses, table, self.step, self.routers)
         experts = [_experts(parts_by_slot, gates) for parts_by_slot in uses]
         kinds = {type(part) for own in experts for expert in own for part in expert.parts}
         sums: list[_LowRankExperts | _SpectralExperts] = []

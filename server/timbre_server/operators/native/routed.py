@@ -1,5 +1,6 @@
-"""`Routed` in C++, where every expert is of low rank and every router reads the group's own input, as in most
-mixtures. All else is the plain operator's, whose meaning this is.
+"""`Routed` in C++, where every expert is of low rank, as in most mixtures, and an adapter's routers all read
+the group's own input, or one elsewhere gives all gates. All else is the plain operator's, whose meaning this
+is.
 
 Legend: T rows of the batch, N rows of one adapter, I in, K gates of one adapter at a group.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -15,9 +17,11 @@ import torch
 from torch import Tensor
 
 from timbre_methods.program import LowRank
-from timbre_methods.routing import Routed, Router
+from timbre_methods.routing import Routed, Router, Scouted
 from timbre_server.operators.contract import (
+    Adds,
     Bound,
+    Change,
     Members,
     Operator,
     Standing,
@@ -26,7 +30,7 @@ from timbre_server.operators.contract import (
 )
 from timbre_server.operators.joined_sums import JoinedSums
 from timbre_server.operators.live_rows import LiveRows
-from timbre_server.operators.native.low_rank_experts import KERNEL, Experts, prepared_experts
+from timbre_server.operators.native.low_rank_experts import KERNEL, AdapterGates, Experts, prepared_experts
 from timbre_server.operators.native.routers import AdapterRouters, write_gates
 from timbre_server.operators.native.uses import (
     BoundInputKernels,
@@ -52,29 +56,47 @@ class _Served:
         own = (router for parts in members for part in parts if (router := part.own_router) is not None)
         self.routers = AdapterRouters(list(dict.fromkeys(own)))
         each, sizes = self.routers.routers, self.routers.sizes
-        columns = dict(zip(each, accumulate(sizes, initial=0), strict=False))
+        firsts = accumulate(sizes, initial=0)
+        columns: dict[Router | Scouted, int] = dict(zip(each, firsts, strict=False))
         share = sum(router.num_kept for router in each) / sum(sizes)
-        experts = [_experts(parts, columns) for parts in members]
-        self.experts = prepared_experts(experts, self.routers.gates, share)
+        self.experts = prepared_experts(_experts(members, columns), self.routers.gates, share)
         self.max_experts = max(sizes)
 
 
-_Prepared = _Served | Members[Routed]
+class _Given:
+    """The same of mixtures whose gates come from one router elsewhere: of a block, or a scout."""
+
+    def __init__(self, members: Members[Routed]) -> None:
+        self.router = next(part.router for own in members for part in own)
+        self.gates = AdapterGates(self.router.num_experts)
+        share = self.router.num_kept / self.router.num_experts
+        self.experts = prepared_experts(_experts(members, {self.router: 0}), self.gates, share)
 
 
-def _is_served(part: Routed) -> bool:
-    experts = (inner for expert in part.experts for inner in expert)
-    return part.own_router is not None and all(type(inner) is LowRank for inner in experts)
+_Prepared = _Served | _Given | Members[Routed]
 
 
-def _experts(parts: Sequence[Routed], columns: Mapping[Router, int]) -> Experts:
+def _prepared(members: Members[Routed]) -> _Prepared:
+    parts = [part for own in members for part in own]
+    experts = (inner for part in parts for expert in part.experts for inner in expert)
+    if any(type(inner) is not LowRank for inner in experts):
+        return members
+    if all(part.own_router is not None for part in parts):
+        return _Served(members)
+    is_one = all(part.own_router is None and part.router == parts[0].router for part in parts)
+    return _Given(members) if is_one else members
+
+
+def _experts(members: Members[Routed], columns: Mapping[Router | Scouted, int]) -> list[Experts]:
     return [
-        (inner, columns[router] + number)
-        for part in parts
-        if (router := part.own_router) is not None
-        for number, expert in enumerate(part.experts)
-        for inner in expert
-        if isinstance(inner, LowRank) and inner.a_RI.shape[0]
+        [
+            (inner, columns[part.router] + number)
+            for part in parts
+            for number, expert in enumerate(part.experts)
+            for inner in expert
+            if isinstance(inner, LowRank) and inner.a_RI.shape[0]
+        ]
+        for parts in members
     ]
 
 
@@ -86,7 +108,7 @@ class NativeRouted(StandingOperator[Routed, _Prepared], RoutedOperator):
         self.sources = Sources()
 
     def prepared(self, members: Members[Routed]) -> _Prepared:
-        return _Served(members) if all(_is_served(part) for own in members for part in own) else members
+        return _prepared(members)
 
     def standing(self, rows: LiveRows) -> Standing[_Prepared]:
         return _StandingRouted(self, rows)
@@ -98,25 +120,66 @@ class _StandingRouted(Standing[_Prepared]):
     def __init__(self, operator: NativeRouted, rows: LiveRows) -> None:
         self._operator = operator
         self._served = _BoundRouted(operator.step, rows, operator.sources)
+        self._given: dict[int, _Given] = {}
         self._others: dict[int, Members[Routed]] = {}
 
     def admit(self, slot: int, prepared: _Prepared) -> None:
         if isinstance(prepared, _Served):
             self._served.admit_mixture(slot, prepared)
+        elif isinstance(prepared, _Given):
+            self._served.admit(slot, prepared.experts)
+            self._given[slot] = prepared
         else:
             self._others[slot] = prepared
 
     def dismiss(self, slot: int) -> None:
         if self._others.pop(slot, None) is None:
+            self._given.pop(slot, None)
             self._served.dismiss(slot)
 
     def bound(self, table: RowTable) -> Bound:
-        others = {slot: self._others[slot] for slot in table.slots if slot in self._others}
         is_served = self._served.begin(table)
+        given = [(self._given[each.slot], each) for each in table.segments if each.slot in self._given]
+        others = {slot: self._others[slot] for slot in table.slots if slot in self._others}
+        bound: Bound = _BoundGiven(self._served, self._operator.step, table, given) if given else self._served
         if not others:
-            return self._served
+            return bound
         plain = RoutedOperator.bind(self._operator, uses_of(others), table)
-        return JoinedSums([self._served, plain]) if is_served else plain
+        return JoinedSums([bound, plain]) if is_served or given else plain
+
+
+class _BoundGiven(Bound):
+    """Experts some of whose gates are known when their layer runs, and not before."""
+
+    def __init__(
+        self,
+        experts: _BoundRouted,
+        step: StepRouting,
+        table: RowTable,
+        given: Sequence[tuple[_Given, Segment]],
+    ) -> None:
+        self._experts, self._step, self._table, self._given = experts, step, table, given
+
+    @property
+    def takes_any_type(self) -> bool:
+        return True
+
+    def sums(self, x_TI: Tensor) -> Sequence[Sequence[Change]]:
+        self._put_gates()
+        return self._experts.sums(x_TI)
+
+    def adds(self, member: int) -> Adds:
+        own = self._experts.adds(member).sums
+        return Adds(sums=None if own is None else partial(own))  # Another one than of other tables.
+
+    def source(self, x_TI: Tensor) -> Tensor:
+        self._put_gates()
+        return self._experts.source(x_TI)
+
+    def _put_gates(self) -> None:
+        for mixture, segment in self._given:
+            gates_NE = self._step.chosen(mixture.router, self._table, segment)
+            mixture.gates.put(gates_NE.contiguous())
 
 
 class _BoundRouted(BoundInputKernels, LastingRouters):
@@ -140,7 +203,7 @@ class _BoundRouted(BoundInputKernels, LastingRouters):
     def dismiss(self, slot: int) -> None:
         super().dismiss(slot)
         self._routers.dismiss(slot)
-        del self._mixtures[slot]
+        self._mixtures.pop(slot, None)
 
     def begin(self, table: RowTable) -> bool:
         """For its rows, if any of these mixtures has some."""
