@@ -24,6 +24,7 @@ def programs() -> list[AdapterProgram]:
         (gain, LowRank(torch.randn(3, IN), torch.randn(OUT, 3))),
         (Diagonal("input", torch.randn(IN), None), gain),
         (Rotation("output", torch.randn(2, 3, 4, 4), (OUT, 4)), gain),
+        (Rotation("input", torch.randn(1, 5, 2, 2), (2,)), Diagonal("input", torch.randn(IN), None)),
     ]
     return [AdapterProgram({"linear": own}) for own in parts]
 
@@ -46,6 +47,8 @@ SPANS = {
     "all rows of one": [Span(5, ((0, 1.0),))],
     "gains and low rank": [Span(1, ((1, 1.0),)), Span(2), Span(2, ((0, 0.5), (1, 2.0)))],
     "both sides": [Span(3, ((2, 1.0),)), Span(2, ((0, 1.0), (2, -0.5)))],
+    "sides of different rows": [Span(1, ((4, 1.0),)), Span(2, ((0, 1.0),)), Span(2, ((3, 0.3), (1, 2.0)))],
+    "two changes of the input": [Span(2, ((4, 1.0),)), Span(3, ((4, 0.5), (2, 0.7), (1, 1.0)))],
     "two changes of the output": [Span(2, ((3, 1.0),)), Span(1), Span(2, ((1, 0.3), (3, 0.7)))],
 }
 

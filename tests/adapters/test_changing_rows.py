@@ -139,11 +139,28 @@ def test_an_idle_adapter_does_not_change_the_way_that_others_take() -> None:
     programs = {slot: AdapterProgram({"q": (make(SIZES["q"]),)}) for slot, make in makes.items()}
     base = nn.ModuleDict({path: nn.Linear(IN, size) for path, size in SIZES.items()})
     group = Group(base, programs, "native")
-    for slots, sides in (([0], (0, 1)), ([0, 1], None), ([0], (0, 1)), ([1], (1, 0))):
+    for slots, sides in (([0], (0, 1)), ([0, 1], (1, 1)), ([0], (0, 1)), ([1], (1, 0))):
         group.rows.begin(RowTable([Span(1, ((slot, 1.0),)) for slot in slots]))
         assert group.group.bound()
         own = group.group.in_place(0)
-        assert (None if own is None else (len(own.inputs), len(own.outputs))) == sides
+        assert own is not None
+        assert (len(own.inputs), len(own.outputs)) == sides
+
+
+@pytest.mark.cpp
+@torch.inference_mode()
+def test_the_output_of_the_unchanged_input_is_asked_for_where_a_row_needs_it() -> None:
+    makes = {0: gain_on_output, 1: gain_on_input}
+    programs = {slot: AdapterProgram({"q": (make(SIZES["q"]),)}) for slot, make in makes.items()}
+    base = nn.ModuleDict({path: nn.Linear(IN, size) for path, size in SIZES.items()})
+    group = Group(base, programs, "native")
+    apart, mixed = [((0, 1.0),), ((1, 1.0),)], [((0, 1.0), (1, 1.0)), ()]
+    for uses, is_hidden in ((apart, False), (mixed, True), (apart, False)):
+        group.rows.begin(RowTable([Span(1, pairs) for pairs in uses]))
+        assert group.group.bound()
+        own = group.group.in_place(0)
+        assert own is not None
+        assert own.is_hidden == is_hidden
 
 
 @pytest.mark.cpp

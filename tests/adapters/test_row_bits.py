@@ -25,7 +25,7 @@ from timbre_server.adapters.adapted_model import AdaptedModel, Arithmetic
 from timbre_server.adapters.groups import LinearGroup
 from timbre_server.engine.native_linear import NativeProduct
 from timbre_server.engine.packed_linear import PackedLinear
-from timbre_server.operators.row_table import RowTable, Span
+from timbre_server.operators.row_table import Pairs, RowTable, Span
 
 IN, OUT = 70, 60
 PATH = "layer"
@@ -65,20 +65,23 @@ def test_a_row_has_the_same_bits_whatever_adapters_are_beside_it(dtype: torch.dt
     given = parts(dtype)
     for slot, part in enumerate(given):
         adapted.put(slot, AdapterProgram({PATH: (part,)}))
-    x_1TI = torch.randn(1, len(given) + 1, IN).to(dtype)
+    of_both_sides = [slot for slot, part in enumerate(given) if isinstance(part, Diagonal | Rotation)]
+    mix = tuple((slot, 0.5) for slot in of_both_sides)
+    uses: list[Pairs] = [mix, *(((slot, 1.0),) for slot in range(len(given))), ()]
+    x_1TI = torch.randn(1, len(uses), IN).to(dtype)
 
     def outputs(rows: list[int]) -> Tensor:
-        """Row n uses adapter n, the last one none."""
-        table = RowTable([Span(1, ((row, 1.0),) if row < len(given) else ()) for row in rows])
+        table = RowTable([Span(1, uses[row]) for row in rows])
         adapted.set_rows(table, table)
         found: Tensor = model[PATH](x_1TI[:, rows])[0]
         adapted.clear_rows()
         return found
 
-    everything = list(range(len(given) + 1))
+    everything = list(range(len(uses)))
     *adding, sparse, base = everything
     whole, some = outputs(everything), outputs(adding)
     assert whole.dtype is dtype
     assert torch.equal(some, whole[:sparse])
+    assert torch.equal(outputs(adding[1:]), some[1:])
     for row in (*adding, base):
         assert torch.equal(outputs([row])[0], whole[row])

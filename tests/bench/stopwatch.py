@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from types import ModuleType
 from typing import Any, ParamSpec, TypeVar
@@ -249,8 +250,12 @@ class _TimedBound(Bound):
         own = self._inner.adds(member)
         if own is None:
             return None
-        each = (own.input_change, own.output_change, own.sums)
-        return Adds(*(None if add is None else self._watch.timed(self._part, add) for add in each))
+        timed = partial(self._watch.timed, self._part)
+        sides = [
+            None if side is None else replace(side, add=timed(side.add))
+            for side in (own.input_change, own.output_change)
+        ]
+        return Adds(*sides, None if own.sums is None else timed(own.sums))
 
     def source(self, x_TI: Tensor) -> Tensor:
         return self._watch.timed(self._part, self._inner.source)(x_TI)

@@ -43,7 +43,7 @@ def turned(spans: list[Span], x_TI: Tensor) -> Tensor:
     assert adds is not None
     assert adds.input_change is not None
     y_TI = x_TI.clone()
-    adds.input_change(y_TI, y_TI)
+    adds.input_change.add(y_TI, y_TI)
     return y_TI
 
 

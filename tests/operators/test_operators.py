@@ -135,12 +135,12 @@ def check_adds(
     (x_TI, input_change), (y_TO, change) = x_and_change, y_and_change
     changed_TI, changed_TO = x_TI.clone(), y_TO.clone()
     if adds.input_change is not None:
-        adds.input_change(x_TI, changed_TI)
+        adds.input_change.add(x_TI, changed_TI)
         alone_TI = x_TI.clone()
-        adds.input_change(alone_TI, alone_TI)
+        adds.input_change.add(alone_TI, alone_TI)
         assert torch.equal(alone_TI, changed_TI)
     if adds.output_change is not None:
-        adds.output_change(changed_TO, changed_TO)
+        adds.output_change.add(changed_TO, changed_TO)
     if adds.sums is not None:
         adds.sums(bound.source(x_TI), changed_TO)
         narrow_TI = x_TI.bfloat16()

@@ -19,7 +19,7 @@ from timbre_server.adapters.active_rows import ActiveRows, RowCopies
 from timbre_server.adapters.added import rows_of
 from timbre_server.native.notes import current
 from timbre_server.native.tape import State
-from timbre_server.operators.contract import Add, Bound, Change, Operator, Standing, StandingOperator
+from timbre_server.operators.contract import Add, Bound, Change, Operator, SideAdd, Standing, StandingOperator
 from timbre_server.operators.live_rows import LiveRows
 from timbre_server.operators.row_table import RowTable
 
@@ -38,9 +38,11 @@ _BASE, _MERGED = "the base's own", "merged weights"
 class InPlace:
     """All that operators do to one layer, where each adds it by itself: the changes lie nowhere else."""
 
-    inputs: tuple[Add, ...]
-    outputs: tuple[Add, ...]
-    """One at most, to the base's own output."""
+    inputs: tuple[SideAdd, ...]
+    outputs: tuple[SideAdd, ...]
+    """To the base's own output."""
+    is_hidden: bool
+    """Whether a row needs that, whose input is changed; else all who do have the same with changed inputs."""
     sums: tuple[tuple[int, Add], ...]
     """With the number of the operator."""
 
@@ -48,16 +50,30 @@ class InPlace:
     def changes_nothing(self) -> bool:
         return not (self.inputs or self.outputs or self.sums)
 
+    @property
+    def follows_from_table(self) -> bool:
+        """Whether it may be something else for other rows of the same adapters."""
+        return bool(self.inputs and self.outputs)
+
     @staticmethod
-    def of(bounds: Sequence[Bound], member: int) -> InPlace | None:
-        """None: one does not, or the output that it reads would not be the base's own."""
+    def of(bounds: Sequence[Bound], member: int, table: RowTable) -> InPlace | None:
+        """None: one does not."""
         each = [bound.adds(member) for bound in bounds]
         known = [adds for adds in each if adds is not None]
+        if len(known) < len(each):
+            return None
         inputs = tuple(own.input_change for own in known if own.input_change is not None)
         outputs = tuple(own.output_change for own in known if own.output_change is not None)
         sums = tuple((n, own.sums) for n, own in enumerate(known) if own.sums is not None)
-        is_all = len(known) == len(each) and len(outputs) < (1 if inputs else 2)
-        return InPlace(inputs, outputs, sums) if is_all else None
+        return InPlace(inputs, outputs, _is_one_of_each(inputs, outputs, table), sums)
+
+
+def _is_one_of_each(some: Sequence[SideAdd], others: Sequence[SideAdd], table: RowTable) -> bool:
+    """Whether a row is changed by one of these and by one of those."""
+    if not (some and others):
+        return False
+    slots = [{slot for own in side for slot in own.slots} for side in (some, others)]
+    return any(all(any(slot in own for slot, _ in span.pairs) for own in slots) for span in table.spans)
 
 
 class _Standing:
@@ -136,16 +152,17 @@ class AdaptedGroup:
             return ()
         if self._bound_table is not table:
             found = self._bind(table)
-            if found != self._bound or self._has_admitted:
-                self._set_in_place(found)
+            own = self._in_place
+            if found != self._bound or self._has_admitted or any(o and o.follows_from_table for o in own):
+                self._set_in_place(found, table)
             self._bound, self._bound_table, self._has_admitted = found, table, False
             self._are_copies = self._rows.copies is not None
         self._run(self._in_place if self._bound else _BASE)
         return self._bound
 
-    def _set_in_place(self, bounds: Sequence[Bound]) -> None:
+    def _set_in_place(self, bounds: Sequence[Bound], table: RowTable) -> None:
         """The very same object where all that they do is what it was."""
-        own = [InPlace.of(bounds, member) for member in range(len(self.paths))]
+        own = [InPlace.of(bounds, member, table) for member in range(len(self.paths))]
         found = tuple(own) if None not in own else (None,) * len(own)
         if found != self._in_place:
             self._in_place = found

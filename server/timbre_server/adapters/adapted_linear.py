@@ -60,8 +60,10 @@ class _Places:
     y: Tensor
     plain: _Sums
     """In float32, where the layer can."""
-    changed: tuple[_Sums, Tensor] | None
-    """The same of another input, and float32 to make that of; None for a model in float32."""
+    changed: _Sums
+    """The same of another input."""
+    wides: tuple[Tensor, Tensor]
+    """Float32 to make that of: for x, and for what it becomes."""
 
 
 class AdaptedLinear(nn.Module):
@@ -98,19 +100,22 @@ class AdaptedLinear(nn.Module):
     def _on_tape(self, recorded: Recording, x: Tensor) -> Tensor:
         """The base product as it is, or what the rows of each step that is played need beside it."""
         base, y = recorded.branch(self._product, x, is_dry=True)
-        kept_x, kept_y = map(recorded.kept, (x, y))
-        plain, changed = _Sums(base, kept_x, kept_y), None
-        if y.dtype is not torch.float32:
-            plain = self._recorded_sums(recorded, x)
-            changed_x, wide = torch.empty_like(x), torch.empty_like(x, dtype=torch.float32)
-            changed = self._recorded_sums(recorded, changed_x), recorded.kept(wide)
-        choose = partial(self._chosen, _Places(base, kept_x, kept_y, plain, changed))
-        repeated(Choice(self._group.state, choose))
+        is_rounded = y.dtype is not torch.float32
+        plain, sums = recorded.branch(self._sums, x, is_dry=True) if is_rounded else (base, y)
+        changed_x = torch.empty_like(x)
+        changed, changed_sums = recorded.branch(self._sums, changed_x, is_dry=True)
+        wides = [torch.empty_like(x, dtype=torch.float32) for _ in range(2)] if is_rounded else [x, changed_x]
+        kept = recorded.kept
+        places = _Places(
+            base,
+            kept(x),
+            kept(y),
+            _Sums(plain, kept(x), kept(sums)),
+            _Sums(changed, kept(changed_x), kept(changed_sums)),
+            (kept(wides[0]), kept(wides[1])),
+        )
+        repeated(Choice(self._group.state, partial(self._chosen, places)))
         return y
-
-    def _recorded_sums(self, recorded: Recording, x: Tensor) -> _Sums:
-        tape, sums = recorded.branch(self._sums, x, is_dry=True)
-        return _Sums(tape, recorded.kept(x), recorded.kept(sums))
 
     def _chosen(self, places: _Places) -> Tape:
         """What gives y, for as long as the group's state is the same."""
@@ -120,7 +125,7 @@ class AdaptedLinear(nn.Module):
             return places.base
         is_added_to = sums.dtype is torch.float32 and sums.is_contiguous()
         own = group.in_place(self._member) if bounds and is_added_to else None
-        if own is None or len(own.inputs) > (0 if places.changed is None else 1):
+        if own is None:
             return Tape([lambda: places.y.copy_(self._output(places.x))])
         if own.changes_nothing:
             return places.base
@@ -130,18 +135,34 @@ class AdaptedLinear(nn.Module):
 
     def _write(self, places: _Places) -> object:
         """Returns what the kernels read."""
-        own, used = self._group.in_place(self._member), places.plain
+        own = self._group.in_place(self._member)
         assert own is not None, "a tape that was chosen in another state"
-        if own.inputs and places.changed is not None:
-            used, wide = places.changed
-            widen_into(wide, places.x)
-            own.inputs[0](wide, wide)
-            round_into(used.x, wide)
+        used, other = places.plain, places.changed
+        if own.is_hidden:  # First, as it was recorded: meanwhile it may use what was taken after.
+            repeated(places.plain.product)
+        if own.inputs:
+            used, other = other, used
+            self._change_input(own, places)
         repeated(used.product)
-        self._add_in_place(own, places.x, used.sums)
+        y0 = used.sums
+        if own.is_hidden:
+            y0 = other.sums
+        elif len(own.outputs) > 1:
+            y0 = widen_into(other.sums, used.sums)
+        self._add_in_place(own, places.x, y0, used.sums)
         if used.sums is not places.y:
             round_into(places.y, used.sums)
         return places, own
+
+    def _change_input(self, own: InPlace, places: _Places) -> None:
+        source, wide = places.wides
+        if source is not places.x:
+            widen_into(source, places.x)
+        widen_into(wide, places.x)
+        for each in own.inputs:
+            each.add(source, wide)
+        if wide is not places.changed.x:
+            round_into(places.changed.x, wide)
 
     def _output(self, x: Tensor) -> Tensor:
         group, member = self._group, self._member
@@ -174,16 +195,21 @@ class AdaptedLinear(nn.Module):
         if own.inputs:
             changed = x.to(torch.float32, copy=True)
             source = changed if len(own.inputs) == 1 else x.float()
-            for add in own.inputs:
-                add(source, changed)
+            for each in own.inputs:
+                each.add(source, changed)
             changed = changed.to(x.dtype)
         y = self._sums(changed).float().contiguous()
-        self._add_in_place(own, x, y)
+        y0 = y
+        if own.is_hidden:
+            y0 = self._sums(x).float().contiguous()
+        elif len(own.outputs) > 1:
+            y0 = y.clone()
+        self._add_in_place(own, x, y0, y)
         return y.to(x.dtype)
 
-    def _add_in_place(self, own: InPlace, x: Tensor, y: Tensor) -> None:
-        for add in own.outputs:
-            add(y, y)
+    def _add_in_place(self, own: InPlace, x: Tensor, y0: Tensor, y: Tensor) -> None:
+        for each in own.outputs:
+            each.add(y0, y)
         if own.sums:
             sources = self._group.sources(self._member, x)
             for number, add in own.sums:

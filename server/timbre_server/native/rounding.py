@@ -1,4 +1,4 @@
-"""Numbers of bfloat16 as float32, and back."""
+"""Numbers of bfloat16 as float32, and back; and copies."""
 
 from __future__ import annotations
 
@@ -7,19 +7,27 @@ from torch import Tensor
 
 from timbre_server.native.library import ADDRESS, NUMBER, kernel, num_threads
 
+_NAMES = {
+    (torch.float32, torch.bfloat16): "timbre_rounded",
+    (torch.bfloat16, torch.float32): "timbre_widened",
+    (torch.float32, torch.float32): "timbre_copied",
+}
+"""By the types of x and y."""
+
 
 def round_into(y: Tensor, sums: Tensor) -> Tensor:
     """``y``, which becomes what the float32 ``sums`` round to; both are contiguous."""
-    return _converted("timbre_rounded", y, sums, is_served=y.dtype is torch.bfloat16)
+    return _converted(y, sums)
 
 
 def widen_into(y: Tensor, x: Tensor) -> Tensor:
     """The float32 ``y``, which becomes what x is; both are contiguous."""
-    return _converted("timbre_widened", y, x, is_served=x.dtype is torch.bfloat16)
+    return _converted(y, x)
 
 
-def _converted(name: str, y: Tensor, x: Tensor, *, is_served: bool) -> Tensor:
-    if not is_served:
+def _converted(y: Tensor, x: Tensor) -> Tensor:
+    name = _NAMES.get((x.dtype, y.dtype))
+    if name is None:
         return y.copy_(x)
     run, count = kernel(name, ADDRESS, ADDRESS, NUMBER), x.numel()
     run(x.data_ptr(), y.data_ptr(), count, num_threads(count))

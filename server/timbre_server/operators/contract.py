@@ -16,8 +16,8 @@ Legend: T rows of the batch, N some of them, I in features, O out features, G me
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
 
 from torch import Tensor
@@ -71,14 +71,23 @@ Add = Callable[[Any, Tensor], None]
 as y is, which is float32; they may have dimensions before the last that together count rows."""
 
 
+@dataclass(frozen=True, slots=True)
+class SideAdd:
+    """What adds an operator's change of one side: ``add(v, v)`` or, to a copy, ``add(v, copy)``."""
+
+    add: Add
+    slots: Collection[int] = field(compare=False)
+    """Of the adapters that change it, whatever table runs: as they come and go."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Adds:
     """All that a bound operator does to one member, each as what adds it where it belongs."""
 
-    input_change: Add | None = None
-    """From x, to itself or to a copy."""
-    output_change: Add | None = None
-    """From y0, to itself or to a copy."""
+    input_change: SideAdd | None = None
+    """From x."""
+    output_change: SideAdd | None = None
+    """From y0."""
     sums: Add | None = None
     """From what `Bound.source` makes of x."""
 

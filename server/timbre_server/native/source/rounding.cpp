@@ -1,4 +1,4 @@
-// y = x in another format, which bfloat16 is rounded to.
+// y = x, in another format, which bfloat16 is rounded to, or in the same.
 #include "wide.h"
 
 template <typename From, typename To> static void convert(const From *x, To *y, int64_t count, int threads) {
@@ -20,3 +20,6 @@ PLAYED(timbre_rounded)
 
 extern "C" void timbre_widened(const BFloat16 *x, float *y, int64_t count, int threads) { convert(x, y, count, threads); }
 PLAYED(timbre_widened)
+
+extern "C" void timbre_copied(const float *x, float *y, int64_t count, int threads) { convert(x, y, count, threads); }
+PLAYED(timbre_copied)

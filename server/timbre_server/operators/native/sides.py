@@ -13,7 +13,7 @@ from torch import Tensor
 
 from timbre_methods.program import Diagonal, Rotation
 from timbre_server.native.library import ADDRESS, NUMBER, kernel
-from timbre_server.operators.contract import Adds, Bound, Change, Members, Standing
+from timbre_server.operators.contract import Adds, Bound, Change, Members, SideAdd, Standing
 from timbre_server.operators.live_rows import LiveRows
 from timbre_server.operators.native.uses import KernelChange, MemberParts, Prepared, PreparedParts, Uses
 from timbre_server.operators.row_table import RowTable
@@ -112,8 +112,11 @@ class _BoundSides(Bound):
         return None if own is None else own.change(y_TO)
 
     def adds(self, member: int) -> Adds:
-        before, after = self._kernels.get((member, "input")), self._kernels.get((member, "output"))
-        return Adds(None if before is None else before.add, None if after is None else after.add)
+        return Adds(self._add((member, "input")), self._add((member, "output")))
+
+    def _add(self, place: _Place) -> SideAdd | None:
+        own = self._kernels.get(place)
+        return None if own is None else SideAdd(own.add, own.uses.slots)
 
     def source(self, x_TI: Tensor) -> Tensor:
         """Of sums, which there are none of."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect, bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -174,6 +174,11 @@ class Uses:
 
     def _tell(self) -> None:
         self._fields[:] = array("q", [address_of(self._uses), len(self._slots), least_count(self._work)])
+
+    @property
+    def slots(self) -> Collection[int]:
+        """Whose parts these are, as they come and go."""
+        return self._held.keys()
 
     @property
     def rows_N(self) -> Tensor:  # noqa: N802
