@@ -110,6 +110,11 @@ def dense_core(out: int) -> Part:
     return Projected("dense", numbers(6, 6), BASES[0][out])
 
 
+def sparse_core(out: int) -> Part:
+    rows_K, columns_K = torch.randint(9, (2, 14))
+    return Projected("sparse", numbers(14), BASES[1][out], rows_K, columns_K)
+
+
 def gain_on_output(out: int) -> Part:
     return Diagonal("output", numbers(out), random.choice([None, numbers(out)]))
 
@@ -177,7 +182,9 @@ KINDS: Mapping[str, tuple[Callable[[int], Part], ...]] = {
     "circulant of any size": (circulant_of_any_size,),
     "shared basis": (projected,),
     "shared bases": (projected, projected_with_inner, projected_elsewhere),
-    "cores of any form": (projected, dense_core),
+    "dense cores": (dense_core,),
+    "sparse cores": (sparse_core,),
+    "cores of any form": (projected, projected_with_inner, dense_core, sparse_core),
     "kronecker": (kronecker,),
     "blocks": (dense, block),
     "mixtures": (mixture,),
@@ -192,6 +199,8 @@ KINDS: Mapping[str, tuple[Callable[[int], Part], ...]] = {
         circulant,
         projected,
         projected_with_inner,
+        dense_core,
+        sparse_core,
         kronecker,
         block,
         mixture,

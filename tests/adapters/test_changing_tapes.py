@@ -155,6 +155,8 @@ OUTLASTING = [
     "spectral of any transform",
     "circulant",
     "shared basis",
+    "dense cores",
+    "sparse cores",
     "kronecker",
     "blocks",
 ]
@@ -220,6 +222,7 @@ def test_a_layer_that_nothing_changed_is_changed_by_the_next_adapter(kind: str) 
         "circulant",
         "circulant of any size",
         "shared bases",
+        "cores of any form",
         "kronecker",
         "blocks",
         "mixtures",

@@ -43,6 +43,10 @@ def parts(dtype: torch.dtype) -> list[Part]:
     circulant = Circulant(normal(OUT // 10, IN // 10, 10 // 2 + 1, 2), 10)
     basis = Basis(normal(1, 9, IN), normal(1, OUT, 9))
     projected = [Projected("diagonal", normal(1, 9), basis, outer_NO=normal(1, OUT)) for _ in range(5)]
+    square = Basis(normal(1, 9, IN), normal(1, OUT, 9))
+    projected += [Projected("dense", normal(9, 9), square) for _ in range(2)]
+    every = torch.arange(9)
+    projected.append(Projected("sparse", normal(9), square, every, every * 2 % 9))
     kronecker = Kronecker(normal(3, 7), normal(OUT // 3, IN // 7))
     block = Block("input", torch.randperm(IN, generator=generator)[:20], normal(OUT, 20), OUT)
     sparse = Sparse(torch.arange(OUT + 1), torch.arange(OUT, dtype=torch.int32), normal(OUT), IN)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from crowds import CROWDS
@@ -18,7 +20,7 @@ IN, OUTS, BLOCKS = 45, (67, 12), 3
 Uses = list[dict[int, list[Projected]]]
 
 
-# Blocks of P and of Q, and whether there are inner and outer vectors.
+# Of diagonal cores: blocks of P and of Q, and whether there are inner and outer vectors.
 KINDS = {
     "plain": (1, 1, False, False),
     "vera": (1, 1, False, True),
@@ -29,8 +31,13 @@ KINDS = {
 }
 
 
+FORMS = [*KINDS, "dense", "sparse", "of all forms"]
+
+
 def drawn(kind: str, rank: int, generator: torch.Generator) -> Uses:
     """Twelve adapters in one basis at two members, whose P is the same; slices of larger tensors."""
+    if kind not in KINDS:
+        return with_cores(kind, rank, generator)
     p_blocks, q_blocks, has_inner, has_outer = KINDS[kind]
     blocks = max(p_blocks, q_blocks)
 
@@ -60,6 +67,37 @@ def drawn(kind: str, rank: int, generator: torch.Generator) -> Uses:
     return uses
 
 
+def with_cores(kind: str, rank: int, generator: torch.Generator) -> Uses:
+    """Of bases with one more direction in P than in Q."""
+    wide_PI = torch.randn(rank + 1, IN, generator=generator) / 2
+    bases = [Basis(wide_PI[None], torch.randn(1, out, rank, generator=generator) / 2) for out in OUTS]
+    square = drawn("plain", rank, generator)
+
+    def cores(slot: int, member: int) -> list[Projected]:
+        own = [dense_core(bases[member], generator), sparse_core(bases[member], generator)]
+        if kind == "of all forms":
+            basis = square[member][slot][0].basis
+            return [*own, *square[member][slot], dense_core(basis, generator), own[0]]
+        return [own[kind == "sparse"]]
+
+    return [{slot: cores(slot, member) for slot in own} for member, own in enumerate(square)]
+
+
+def dense_core(basis: Basis, generator: torch.Generator) -> Projected:
+    shape = basis.p_NPI.shape[1], basis.q_NOQ.shape[2]
+    return Projected("dense", torch.randn(*shape, generator=generator).T, basis)
+
+
+def sparse_core(basis: Basis, generator: torch.Generator) -> Projected:
+    """Of entries in any order, some of them at one place."""
+    count = 3 * basis.p_NPI.shape[1]
+    places = [
+        torch.randint(size, (count,), generator=generator)
+        for size in (basis.q_NOQ.shape[2], basis.p_NPI.shape[1])
+    ]
+    return Projected("sparse", torch.randn(count, generator=generator), basis, *places)
+
+
 def agree(uses: Uses, crowd: str, generator: torch.Generator) -> None:
     table = RowTable(CROWDS[crowd])
     x_TI = torch.randn(IN, table.num_rows, generator=generator).T
@@ -80,7 +118,7 @@ def agree(uses: Uses, crowd: str, generator: torch.Generator) -> None:
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("rank", [1, 7, 40])
 @pytest.mark.parametrize("crowd", CROWDS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FORMS)
 def test_every_crowd_gets_what_pytorch_gives(kind: str, crowd: str, rank: int) -> None:
     generator = torch.Generator().manual_seed(rank)
     uses = drawn(kind, rank, generator)
@@ -95,7 +133,7 @@ def test_every_number_of_rows_is_served_whole(num_rows: int, monkeypatch: pytest
     agree(drawn("vera", 16, generator), "rows", generator)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FORMS)
 def test_a_row_has_the_same_bits_whoever_is_beside_it(kind: str) -> None:
     generator = torch.Generator().manual_seed(5)
     uses, x_I = drawn(kind, 40, generator), torch.randn(IN, generator=generator)
@@ -121,7 +159,8 @@ def test_a_row_has_the_same_bits_whoever_is_beside_it(kind: str) -> None:
 def test_what_the_kernel_does_not_know_runs_beside_it() -> None:
     generator = torch.Generator().manual_seed(3)
     uses = drawn("vera", 7, generator)
-    dense = Projected("dense", torch.randn(7, 7, generator=generator), uses[0][2][0].basis)
+    outer_NO = torch.randn(1, OUTS[0], generator=generator)
+    dense = replace(dense_core(uses[0][2][0].basis, generator), outer_NO=outer_NO)
     p_NIP = uses[0][2][0].basis.p_NPI.transpose(1, 2).contiguous()
     turned = Basis(p_NIP.transpose(1, 2), uses[0][2][0].basis.q_NOQ)
     uses[0][2] += [dense, Projected("diagonal", torch.randn(1, 7, generator=generator), turned)]

@@ -18,6 +18,7 @@ Paper: doi.org/10.1609/aaai.v40i31.39813.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -205,9 +206,9 @@ def _part(own: SiteTensors, right: Matrix, places_2N: Tensor) -> Projected:
 
 
 def _side(matrix: Tensor) -> Matrix:
-    """One side of a basis of one block."""
+    """One side of a basis of one block, laid out row by row, as it is read."""
     block = matrix.unsqueeze(0)
-    return Matrix(content_key(block), block.clone)
+    return Matrix(content_key(block), partial(block.clone, memory_format=torch.contiguous_format))
 
 
 def _drawn_places(config: FrodConfig, right_II: Tensor, generator: torch.Generator) -> Tensor:

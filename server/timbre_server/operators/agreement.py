@@ -142,6 +142,15 @@ def _projected(
     return Projected("diagonal", normal(count, size), basis, inner_NI=inner_NI, outer_NO=outer_NO)
 
 
+def _core(normal: Normal, device: torch.device, form: Literal["dense", "sparse"]) -> Part:
+    """From five directions to nine; some entries of a sparse one share a place."""
+    basis = Basis(normal(1, 5, IN) / 4, normal(1, OUT, 9) / 4)
+    if form == "dense":
+        return Projected(form, normal(9, 5), basis)
+    order_K = torch.arange(16, device=device)
+    return Projected(form, normal(16), basis, order_K * 5 % 9, order_K % 9 % 5)
+
+
 def _rotation(normal: Normal, device: torch.device) -> Part:
     """Of pairs of entries that lie apart."""
     return Rotation("output", normal(2, 5, 4, 4) / 2, (OUT, 4))
@@ -187,6 +196,8 @@ _EXAMPLES: Mapping[type[Part], Sequence[Callable[[Normal, torch.device], Part]]]
             partial(_projected, blocks=(1, 1), size=5, has="outer"),
             partial(_projected, blocks=(1, 3), size=16, has="inner"),
             partial(_projected, blocks=(60, 60), size=12),
+            partial(_core, form="dense"),
+            partial(_core, form="sparse"),
         ],
         Diagonal: [_diagonal],
         Kronecker: [

@@ -1,10 +1,10 @@
-"""`Projected` in C++, of diagonal cores: every matrix of a basis is read once for many uses.
+"""`Projected` in C++: every matrix of a basis is read once for many uses.
 
 Where all blocks of P read the same input they are one matrix, as are all blocks of Q that add to the same
 output; blocks with vectors of their own between are as many uses of the one block that they have in common.
-Dense and sparse cores, and matrices that are laid out in another way, run in the plain operator.
+Matrices that are laid out in another way run in the plain operator.
 
-Legend: T rows of the batch, N blocks, I in, O out, P and Q sizes of the basis.
+Legend: T rows of the batch, N blocks, I in, O out, P and Q sizes of the basis, K places of a sparse core.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from timbre_methods.program import Projected
+from timbre_methods.program import Projected, Sparse
 from timbre_server.native.formats import format_of
 from timbre_server.native.library import ADDRESS, NUMBER, kernel
 from timbre_server.operators.contract import Bound, Members, Standing, StandingOperator, uses_of
 from timbre_server.operators.joined_sums import JoinedSums
 from timbre_server.operators.live_rows import LiveRows
+from timbre_server.operators.native.sliced_ellpack import prepared_slices
 from timbre_server.operators.native.uses import (
     BoundKernels,
     Fields,
@@ -29,9 +30,14 @@ from timbre_server.operators.native.uses import (
     PreparedParts,
     Sources,
     Uses,
+    address_of,
+    structures,
 )
 from timbre_server.operators.projected import ProjectedOperator
 from timbre_server.operators.row_table import RowTable
+from timbre_server.operators.sliced_ellpack import MAX_NUMBER, slices_of
+
+_FORMS = ("diagonal", "dense", "sparse")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,11 +74,17 @@ class NativeProjected(StandingOperator[Projected, _Prepared], ProjectedOperator)
 
 
 def _is_served(part: Projected) -> bool:
-    if part.form != "diagonal":
+    p_NPI, q_NOQ = part.basis.p_NPI, part.basis.q_NOQ
+    if not (_p_lies(p_NPI) and _q_lies(q_NOQ)):
         return False
-    num_blocks, p_NPI, q_NOQ = part.core.shape[0], part.basis.p_NPI, part.basis.q_NOQ
+    has_blocks = len(p_NPI), len(q_NOQ)
+    if part.form != "diagonal":
+        has_vectors = part.inner_NI is not None or part.outer_NO is not None
+        is_small = part.form == "dense" or max(p_NPI.shape[1], q_NOQ.shape[2]) <= MAX_NUMBER
+        return has_blocks == (1, 1) and is_small and not has_vectors
+    num_blocks = len(part.core)
     blocks = 1 if part.inner_NI is not None else num_blocks, 1 if part.outer_NO is not None else num_blocks
-    return blocks == (p_NPI.shape[0], q_NOQ.shape[0]) and _p_lies(p_NPI) and _q_lies(q_NOQ)
+    return blocks == has_blocks
 
 
 def _p_lies(p_NPI: Tensor) -> bool:
@@ -101,14 +113,36 @@ def _q_fields(q_NOQ: Tensor) -> Fields:
 
 def _prepared(part: Projected) -> Prepared:
     """As ``Projected`` of ``projected.cpp``."""
-    p, q = _p_fields(part.basis.p_NPI), _q_fields(part.basis.q_NOQ)
-    vectors = [None if own is None else own.contiguous() for own in (part.core, part.inner_NI, part.outer_NO)]
+    p, q, core = _p_fields(part.basis.p_NPI), _q_fields(part.basis.q_NOQ), _prepared_core(part)
+    vectors = [None if own is None else own.contiguous() for own in (part.inner_NI, part.outer_NO)]
     addresses = [0 if own is None else own.data_ptr() for own in vectors]
-    (num_blocks, size), (out_features, in_features) = part.core.shape, (q[1], p[2])
+    num_blocks, size = part.core.shape if part.form == "diagonal" else (1, p[1])
+    out_features, in_features = q[1], p[2]
     reading = in_features if part.inner_NI is not None else 0
-    work = num_blocks * size * (reading + out_features)
-    fields = *p, *q, *addresses, num_blocks, size
-    return Prepared(fields, (out_features, in_features), work, (part.basis, vectors))
+    work = core.work + num_blocks * size * reading + q[2] * out_features
+    fields = *p, *q, *core.fields, *addresses, num_blocks, size, _FORMS.index(part.form)
+    return Prepared(fields, (out_features, in_features), work, (part.basis, core, vectors))
+
+
+def _prepared_core(part: Projected) -> Prepared:
+    """With the address of its numbers, or of ``Slices``."""
+    shape = part.basis.q_NOQ.shape[2], part.basis.p_NPI.shape[1]
+    if part.form == "sparse":
+        slices = prepared_slices(slices_of(_in_rows(part, shape)))
+        own = structures([slices.fields])
+        return Prepared((address_of(own),), shape, slices.work, (own, slices))
+    core = part.core.contiguous()
+    return Prepared((core.data_ptr(),), shape, core.numel(), core)
+
+
+def _in_rows(part: Projected, shape: tuple[int, int]) -> Sparse:
+    """A sparse core [Q, P]."""
+    assert part.rows_K is not None
+    assert part.columns_K is not None
+    order_K = part.rows_K.argsort(stable=True)
+    counts_Q = torch.bincount(part.rows_K, minlength=shape[0])
+    row_ends = torch.cat([counts_Q.new_zeros(1), counts_Q.cumsum(0)])
+    return Sparse(row_ends, part.columns_K[order_K].to(torch.int32), part.core[order_K], shape[1])
 
 
 class _StandingProjected(Standing[_Prepared]):

@@ -26,13 +26,13 @@ class NativeSlicedEllpack(StandingOperator[SlicedEllpack, PreparedParts], Sliced
         self._sources = Sources()
 
     def prepared(self, members: Members[SlicedEllpack]) -> PreparedParts:
-        return PreparedParts([[_prepared(part) for part in own] for own in members])
+        return PreparedParts([[prepared_slices(part) for part in own] for own in members])
 
     def standing(self, rows: LiveRows) -> Standing[PreparedParts]:
         return BoundInputKernels("timbre_sparse", rows, self._sources)
 
 
-def _prepared(part: SlicedEllpack) -> Prepared:
+def prepared_slices(part: SlicedEllpack) -> Prepared:
     """As ``Slices`` of ``sparse.cpp``; a part's tensors are contiguous."""
     numbers = part.ranks_O, part.lengths_S, part.columns_KC
     fields = (*(tensor.data_ptr() for tensor in numbers), *numbers_fields(part.values_KC))
