@@ -294,7 +294,7 @@ def owned_tensors(part: AnyPart | Router) -> Iterator[Tensor]:
 
 
 def pattern_bytes(part: AnyPart) -> int:
-    """What operators keep beside own places: S of half spectra in CSR, 12 bytes for each entry."""
+    """What operators keep beside own places, at most: 12 bytes for each entry of S and each of its rows."""
     inner = [each for expert in part.experts for each in expert] if isinstance(part, Routed) else [part]
     own = [each.places for each in inner if isinstance(each, Spectral) and each.places.is_own]
-    return sum(4 * (3 * len(each.rows_N) + 2 * (each.out_features // 2 + 1) + 1) for each in own)
+    return sum(12 * (len(each.rows_N) + 2 * (each.out_features // 2 + 1)) for each in own)

@@ -123,8 +123,9 @@ def test_places_that_only_one_adapter_has_count_as_its_own_with_what_is_kept_of_
 ) -> None:
     method, tensors = method_for(raw()), adapter(VALUES, ROWS, COLUMNS)
     program: AdapterProgram = method.compile(method.parse(raw()), tensors, {PATH: site()})
-    # A coefficient, its row and column; its column, source and factor in the operator; 8 coordinates' ends.
-    assert program.prepared_bytes == 5 * (4 + 8 + 8) + 5 * (4 + 4 + 4) + 4 * (8 + 1)
+    # A coefficient, its row and column; in the operator its column, source and factor, and of each of 8
+    # coordinates its place, count and scale.
+    assert program.prepared_bytes == 5 * (4 + 8 + 8) + 5 * (4 + 4 + 4) + 8 * (4 + 4 + 4)
 
 
 @pytest.mark.parametrize(("key", "value"), [("transform", "dct"), ("transform", None), ("scale", "1")])

@@ -10,7 +10,7 @@ import torch
 from crowds import CROWDS
 from torch import Tensor
 
-from timbre_methods.program import Places, Spectral
+from timbre_methods.program import Places, Spectral, pattern_bytes
 from timbre_methods.spectral.wavelets import LOW_PASS
 from timbre_server.operators.contract import Uses
 from timbre_server.operators.native.spectral import NativeSpectral
@@ -96,3 +96,19 @@ def test_a_row_has_the_same_bits_whether_those_beside_it_share_its_places_or_not
     )[0][0]
     assert torch.equal(first_row(places[:1] * 12), alone)
     assert torch.equal(first_row(places), alone)
+
+
+@pytest.mark.parametrize("name", ["dct", "hartley"])
+def test_no_more_is_kept_of_an_adapters_own_places_than_counts(name: Transform) -> None:
+    index_N = torch.tensor([0, 3, 11, 3, 7])
+    places = Places(name, 20, 12, index_N, index_N, is_own=True)
+    pattern = NativeSpectral().lane_pattern(places)
+    kept = sum(tensor.nbytes for tensor in (pattern._sums_K3, pattern._entries_N3))
+    assert kept == pattern_bytes(Spectral(torch.ones(5), places))
+
+
+@pytest.mark.parametrize(("row", "column"), [(-1, 0), (20, 0), (0, -1), (0, 12)])
+def test_a_frequency_that_a_transform_does_not_have_is_refused(row: int, column: int) -> None:
+    wrong = Places("dct", 20, 12, torch.tensor([3, row]), torch.tensor([5, column]), is_own=True)
+    with pytest.raises(ValueError, match=r"not in \[0, 20\) or \[0, 12\)"):
+        NativeSpectral().lane_pattern(wrong)

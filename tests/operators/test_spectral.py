@@ -82,12 +82,11 @@ def test_a_pattern_is_laid_out_once_for_all_and_for_no_longer_than_it_is_used() 
 
 @pytest.mark.parametrize("name", ["dct", "hartley"])
 @pytest.mark.parametrize("out_features", [20, 21])
-def test_what_is_kept_of_an_adapters_own_places_is_what_counts(name: str, out_features: int) -> None:
+def test_no_more_is_kept_of_an_adapters_own_places_than_counts(name: str, out_features: int) -> None:
     index_N, values_N = torch.tensor([0, 3, 11, 3, 7]), torch.ones(5)
     places = Places(name, out_features, 12, index_N, index_N, is_own=True)
     pattern = SpectralOperator()._pattern(places, torch.device("cpu"))
     kept = (pattern.row_ends, pattern.columns, pattern.source, pattern.factor)
-    assert sum(tensor.untyped_storage().nbytes() for tensor in kept) == pattern_bytes(
-        Spectral(values_N, places)
-    )
+    counted = pattern_bytes(Spectral(values_N, places))
+    assert sum(tensor.untyped_storage().nbytes() for tensor in kept) <= counted
     assert pattern_bytes(Spectral(values_N, replace(places, is_own=False))) == 0

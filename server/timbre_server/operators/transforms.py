@@ -46,6 +46,7 @@ class Transform(ABC):
     """T for rows of one length on one device."""
 
     coordinates: int
+    frequencies: int
 
     @abstractmethod
     def matrix(self) -> Tensor:
@@ -81,7 +82,7 @@ class HalfSpectrum(Transform):
     """Where each number of a row is, of rows that are transformed in another order."""
 
     def __init__(self, length: int, phase_K: Tensor | None, device: torch.device) -> None:
-        self.length = length
+        self.length = self.frequencies = length
         self.phase_K = None if phase_K is None else phase_K.to(device, torch.complex64)
         self.coordinates = 2 * (length // 2 + 1)
 
@@ -199,6 +200,7 @@ class Wavelets(Transform):
         self._length = length
         self._taps = taps = len(low_pass)
         self._half = (length + taps - 1) // 2
+        self.frequencies = 2 * self._half
         low_L = torch.tensor(low_pass, dtype=torch.float64)
         high_L = low_L.flip(0)
         high_L[1::2] *= -1

@@ -4,31 +4,10 @@
 // Rows lie side by side in every step, in the narrowest register that has room for a group of them. S is real between
 // coordinates of spectra, or between the parts of frequencies with both. A row's sums are the same ones in the same
 // order whether it shares its pattern with the others of its register or not.
+#include "pattern.h"
 #include "spectrum.h"
 
 constexpr int64_t AHEAD = 64;  // Entries' values that are on their way from memory.
-
-// A coefficient: value times what is at `column`, a frequency or a coordinate, is added to what it belongs to. The
-// factor is of a frequency's imaginary part alone, or of a coordinate.
-struct SpectralEntry {
-    int32_t column;
-    int32_t source;  // Among the values of rows that share them, or of one.
-    float factor;
-};
-
-// The sum of the next `count` entries, times `scale`, which holds what transforms leave out.
-struct SpectralSum {
-    int32_t row, count;
-    float scale;
-};
-
-// In order of their counts: a processor foresees the end of a loop that was as long the last time.
-struct SpectralPattern {
-    const SpectralSum *sums;  // One for each frequency, or coordinate.
-    int64_t count;
-    const SpectralEntry *entries;
-    int64_t is_complex;  // Of frequencies.
-};
 
 // One of the adapters of a row: its values [N] times `weight`, in a pattern of its own.
 struct SpectralUse {

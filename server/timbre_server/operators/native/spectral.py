@@ -116,8 +116,9 @@ class NativeSpectral(StandingOperator[Spectral, _Prepared], SpectralOperator):
     def lane_pattern(self, places: Places) -> Pattern:
         """Kept as long as the object of places."""
         if places not in self._lane_patterns:
-            cpu, lengths = torch.device("cpu"), (places.in_features, places.out_features)
-            inner, outer = (self._transform(places, length, cpu) for length in lengths)
+            inner, outer = (
+                self.lane_transform(places, length) for length in (places.in_features, places.out_features)
+            )
             self._lane_patterns[places] = Pattern(places, inner, outer)
         return self._lane_patterns[places]
 

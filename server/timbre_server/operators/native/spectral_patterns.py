@@ -1,19 +1,43 @@
 """What ``spectral.cpp`` is told of transforms, and of which coordinates of one add to which of another.
 
-Legend: N coefficients, K frequencies or coordinates, D features, L taps of a filter.
+Legend: N coefficients, F frequencies, E coordinates of one, K frequencies or coordinates that are summed, D
+features, L taps of a filter.
 """
 
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
 
 from timbre_methods.program import Places
+from timbre_server.native.library import ADDRESS, NUMBER, kernel
 from timbre_server.operators.native.fourier import Plan
 from timbre_server.operators.native.uses import address_of
-from timbre_server.operators.transforms import HalfSpectrum, Transform, Wavelets
+from timbre_server.operators.transforms import Entries, HalfSpectrum, Transform, Wavelets
+
+
+class Frequencies:
+    """Where those of a transform are read, or written: of each a ``Frequency`` of ``pattern.cpp``."""
+
+    def __init__(self, entries: Entries, coordinates: int, *, times: float | None) -> None:
+        """``times``: of what is written, how often it is there; None of what is read."""
+        index_FE, factor_FE = entries
+        self.count, step = index_FE.shape
+        self.is_complex = step == 2  # A frequency's real part is followed by its imaginary one.
+        self.num_places = coordinates // step
+        factor_F, size_F = torch.ones(self.count, dtype=torch.float64), factor_FE[:, 0]
+        if self.is_complex:
+            factor_F = factor_FE.prod(1).sign()
+        elif times is None:
+            factor_F, size_F = size_F, factor_F
+        size_F = size_F if times is None else size_F / times
+        fields = index_FE[:, 0] // step, factor_F.view(torch.int64), size_F.view(torch.int64)
+        self._fields_F3 = torch.stack(fields, 1)
+        self.address = self._fields_F3.data_ptr()
 
 
 class LaneTransform:
@@ -21,6 +45,11 @@ class LaneTransform:
 
     def __init__(self, transform: Transform, length: int) -> None:
         self.length, self.coordinates = length, transform.coordinates
+        every_F = torch.arange(transform.frequencies)
+        # Half spectra come doubled, and go back times their length.
+        times = 2 * length if isinstance(transform, HalfSpectrum) else 1
+        self.read = Frequencies(transform.reads(every_F), self.coordinates, times=None)
+        self.written = Frequencies(transform.writes(every_F), self.coordinates, times=times)
         plan, phases_K2, places_D = None, None, None
         filters_L2: tuple[Tensor | None, Tensor | None] = None, None
         if isinstance(transform, HalfSpectrum):
@@ -44,33 +73,31 @@ class LaneTransform:
 
 class Pattern:
     """Which frequencies (of `dft`) or coordinates of one spectrum coefficients add to which of another:
-    ``SpectralPattern``, of ``SpectralSum`` and ``SpectralEntry``, of ``spectral.cpp``."""
+    ``SpectralPattern``, of ``SpectralSum`` and ``SpectralEntry``, of ``pattern.h``."""
 
-    def __init__(self, places: Places, inner: Transform, outer: Transform) -> None:
-        # A frequency's real part is followed by its imaginary one.
-        reads, writes = inner.reads(places.columns_N), outer.writes(places.rows_N)
-        step = reads.index_NE.shape[1]
-        column_N, row_N = (own.index_NE[:, 0] // step for own in (reads, writes))
-        counts_K = row_N.bincount(minlength=outer.coordinates // step)
-        row_K = counts_K.argsort(stable=True)
-        self.order_N = row_K.argsort()[row_N].argsort(stable=True)
-        """Of the coefficients: that in which they are read."""
-        # Half spectra come doubled, and go back times their length.
-        scale_N = writes.factor_NE[:, 0] / (2 * places.out_features if isinstance(outer, HalfSpectrum) else 1)
-        factor_N = reads.factor_NE[:, 0]
-        if step == 2:
-            scale_N = scale_N * factor_N  # All frequencies have the same one.
-            factor_N = (reads.factor_NE * writes.factor_NE).prod(1).sign()
-        scale_K = torch.zeros(len(counts_K))
-        scale_K[row_N] = scale_N.float()
-        self._sums_K3 = _fields(row_K, counts_K[row_K], scale_K[row_K])
-        entries_N3 = _fields(column_N, torch.arange(len(row_N)), factor_N.float())
-        self._entries_N3 = entries_N3[self.order_N]
-        lies = self._sums_K3.data_ptr(), len(row_K), self._entries_N3.data_ptr(), step == 2
-        self._fields = array("q", lies)
+    def __init__(self, places: Places, inner: LaneTransform, outer: LaneTransform) -> None:
+        rows_N, columns_N = places.rows_N.contiguous(), places.columns_N.contiguous()
+        num_sums, count = outer.written.num_places, len(rows_N)
+        self._sums_K3 = torch.empty(num_sums, 3, dtype=torch.int32)
+        self._entries_N3 = torch.empty(count, 3, dtype=torch.int32)
+        sums, entries, is_wrong = self._sums_K3.data_ptr(), self._entries_N3.data_ptr(), array("q", [0])
+        _make_pattern()(
+            *(rows_N.data_ptr(), columns_N.data_ptr(), count),
+            *(outer.written.address, outer.written.count, inner.read.address, inner.read.count),
+            *(num_sums, sums, entries, address_of(is_wrong), 1),
+        )
+        if is_wrong[0]:
+            raise ValueError(f"a frequency is not in [0, {outer.written.count}) or [0, {inner.read.count})")
+        self._fields = array("q", [sums, num_sums, entries, outer.written.is_complex])
         self.address = address_of(self._fields)
 
+    @cached_property
+    def order_N(self) -> Tensor:  # noqa: N802
+        """Of the coefficients: that in which they are read."""
+        return self._entries_N3[:, 1].long()
 
-def _fields(first_N: Tensor, second_N: Tensor, third_N: Tensor) -> Tensor:
-    """Structures of two integers and a float."""
-    return torch.stack([first_N.int(), second_N.int(), third_N.view(torch.int32)], 1)
+
+@cache
+def _make_pattern() -> Callable[..., None]:
+    places, table = (ADDRESS, ADDRESS, NUMBER), (ADDRESS, NUMBER)
+    return kernel("timbre_spectral_pattern", *places, *table, *table, NUMBER, *[ADDRESS] * 3)
