@@ -131,7 +131,7 @@ def histograms(max_model_len: int) -> dict[str, HistogramSpec]:
             "Bringing one adapter into memory, by phase.",
             FINE_S,
             ("phase",),
-            (("verify",), ("compile",), ("place",)),
+            (("verify",), ("compile",), ("place",), ("prepare",)),
         ),
     }
 

@@ -204,6 +204,32 @@ def test_layers_keep_what_they_prepared_of_the_adapters_used_last_alone() -> Non
     assert all(own is not None and len(own.uses._held) == len(group._prepared) for own in standing._kernels)
 
 
+@pytest.mark.parametrize("kernels", ["torch", pytest.param("native", marks=pytest.mark.cpp)])
+@torch.inference_mode()
+def test_what_is_prepared_beforehand_is_not_prepared_again_and_kept_of_the_last_alone(
+    kernels: Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.ModuleDict({path: nn.Linear(IN, size) for path, size in SIZES.items()})
+    adapted = AdaptedModel(model, [LinearGroup(PATHS)], Arithmetic(kernels=kernels))
+    count = 3 * MAX_IDLE_OPEN
+    for slot in range(count):
+        own = AdapterProgram({path: (low_rank(SIZES[path]),) for path in PATHS})
+        adapted.put(slot, own, adapted.prepared(own))
+    (group,) = adapted._groups
+    assert list(group._expected) == list(range(count - MAX_IDLE_OPEN, count))
+
+    asked = []
+    prepared = AdaptedGroup.prepared
+    monkeypatch.setattr(AdaptedGroup, "prepared", lambda *own: asked.append(own) or prepared(*own))
+    for slots, times in (([count - 1, count - 2], 0), ([count - 1, 0], 1)):
+        table = RowTable([Span(1, ((slot, 1.0),)) for slot in slots])
+        adapted.set_rows(table, table)
+        adapted.clear_rows()
+        assert len(asked) == times
+    adapted.drop(count - 3)
+    assert count - 3 not in group._expected
+
+
 @pytest.mark.cpp
 def test_rows_that_stay_keep_their_lanes_when_others_come_and_go() -> None:
     def seated(slots: list[int], seats: Any) -> Batch:

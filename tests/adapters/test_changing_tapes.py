@@ -51,7 +51,8 @@ class Model:
         """By number of rows, with what they read and give."""
 
     def put(self, slot: int, own: AdapterProgram) -> None:
-        self.adapted.put(slot, own)
+        """Prepared beforehand, or when a row uses it."""
+        self.adapted.put(slot, own, self.adapted.prepared(own) if random.random() < 0.5 else None)
 
     def merge(self, pairs: Pairs) -> None:
         """Of other weights than the base's: what adapters make of them does not matter here."""

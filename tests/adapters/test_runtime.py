@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from timbre_methods.program import AdapterProgram, Basis, Diagonal, Projected
-from timbre_server.adapters.adapted_model import AdaptedModel
+from timbre_server.adapters.adapted_model import AdaptedModel, PreparedProgram
 from timbre_server.adapters.loader import LoadedAdapter
 from timbre_server.adapters.runtime import AdapterRuntime, Arrival
 from timbre_server.errors import AdapterLoadFailed
@@ -73,6 +73,23 @@ def test_a_load_never_blocks_a_poll_and_ends_in_a_slot() -> None:
     assert (arrival.digest, arrival.method, arrival.prepared_bytes) == ("a", "ia3", ADAPTER_BYTES)
     assert runtime.try_acquire("a") == 0
     assert runtime.resident_bytes == ADAPTER_BYTES
+    runtime.close()
+
+
+def test_an_adapter_is_prepared_where_it_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = []
+    prepared = AdaptedModel.prepared
+
+    def noted(model: AdaptedModel, program: AdapterProgram) -> PreparedProgram:
+        threads.append(threading.current_thread().name)
+        return prepared(model, program)
+
+    monkeypatch.setattr(AdaptedModel, "prepared", noted)
+    runtime, _ = runtime_of(4)
+    assert runtime.try_acquire("a") is None
+    [arrival] = poll_until(runtime, bool)
+    assert set(arrival.seconds_by_phase) == {"verify", "prepare"}
+    assert [name.startswith("adapter-load") for name in threads] == [True]
     runtime.close()
 
 

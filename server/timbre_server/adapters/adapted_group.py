@@ -29,6 +29,8 @@ Programs = Mapping[int, AdapterProgram]
 Operators = Mapping[type[Part], Operator[Any]]
 """Which operator runs each kind of part."""
 
+PreparedKinds = Mapping[type[Part], object]
+"""Of one adapter at one group: what operators have prepared of each kind."""
 
 _BASE, _MERGED = "the base's own", "merged weights"
 """What a group runs where adapters add nothing to it."""
@@ -85,7 +87,7 @@ class _Standing:
         """Of operators that have it."""
         self.slots: set[int] = set()
 
-    def admit(self, slot: int, prepared: Mapping[type[Part], object], rows: LiveRows) -> None:
+    def admit(self, slot: int, prepared: PreparedKinds, rows: LiveRows) -> None:
         for kind, own in prepared.items():
             operator = self._operators[kind]
             if isinstance(operator, StandingOperator):
@@ -94,7 +96,7 @@ class _Standing:
                 self.by_kind[kind].admit(slot, own)
         self.slots.add(slot)
 
-    def dismiss(self, slot: int, prepared: Mapping[type[Part], object]) -> None:
+    def dismiss(self, slot: int, prepared: PreparedKinds) -> None:
         """Nothing where it was not admitted."""
         if slot in self.slots:
             self.slots.remove(slot)
@@ -115,7 +117,7 @@ class AdaptedGroup:
         self._rows = rows
         self._programs = programs
         self._operators = operators
-        self._prepared: dict[int, Mapping[type[Part], object]] = {}
+        self._prepared: dict[int, PreparedKinds] = {}
         """By slot: what operators have prepared."""
         self._standing, self._standing_copies = _Standing(operators), _Standing(operators)
         """Of these; where rows are copies another one."""
@@ -194,7 +196,7 @@ class AdaptedGroup:
         stands = self._standing if self._rows.copies is None else self._standing_copies
         for slot in table.slots:
             if slot not in self._prepared:
-                self._prepared[slot] = self._prepare(slot)
+                self._prepared[slot] = self.prepared(self._programs[slot])
             if slot not in stands.slots:
                 self._admit(slot, stands)
         kinds: dict[type[Part], list[int]] = {}
@@ -208,13 +210,17 @@ class AdaptedGroup:
             for kind, own in kinds.items()
         )
 
-    def _prepare(self, slot: int) -> Mapping[type[Part], object]:
-        sites = self._programs[slot].sites
+    def prepared(self, program: AdapterProgram) -> PreparedKinds:
+        """What `expect` takes. On any thread."""
         kinds: dict[type[Part], list[list[Part]]] = {}
         for member, path in enumerate(self.paths):
-            for part in sites.get(path, ()):
+            for part in program.sites.get(path, ()):
                 kinds.setdefault(type(part), [[] for _ in self.paths])[member].append(part)
         return {kind: self._operators[kind].prepared(members) for kind, members in kinds.items()}
+
+    def expect(self, slot: int, prepared: PreparedKinds) -> None:
+        """What is prepared of the slot's program need not be when a row uses it."""
+        self._prepared[slot] = prepared
 
     def _admit(self, slot: int, stands: _Standing) -> None:
         self._unbind()
@@ -230,7 +236,7 @@ class AdaptedGroup:
         """Drop what was prepared of it and what is kept of a running step; called when it changes hands.
 
         Also the bind: the next table may be equal to the last one, and not name the same adapters."""
-        prepared = self._prepared.pop(slot, {})
+        prepared: PreparedKinds = self._prepared.pop(slot, {})
         for stands in (self._standing, self._standing_copies):
             stands.dismiss(slot, prepared)
         self._unbind()

@@ -10,13 +10,14 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from timbre_methods.program import AdapterProgram
 from timbre_methods.routing import Routed, RoutedBlock, Router, Scout, Scouted
 from timbre_server.adapters.active_rows import ActiveRows
 from timbre_server.adapters.adapted_embedding import AdaptedEmbedding
-from timbre_server.adapters.adapted_group import AdaptedGroup
+from timbre_server.adapters.adapted_group import AdaptedGroup, PreparedKinds
 from timbre_server.adapters.adapted_linear import AdaptedLinear, Product
 from timbre_server.adapters.adapted_norm import AdaptedNorm
 from timbre_server.adapters.adapted_parameters import AdaptedParameters
@@ -26,7 +27,7 @@ from timbre_server.adapters.prompts import StepPrompts
 from timbre_server.adapters.routed_block import BlockRouting, RoutedBlockLayer
 from timbre_server.adapters.routing_report import Choice, choices_of, expert_tokens, router_places
 from timbre_server.adapters.scouting import read_scouts, scouted_of
-from timbre_server.adapters.slot_programs import SlotPrograms
+from timbre_server.adapters.slot_programs import SlotPrograms, opened
 from timbre_server.operators.catalogue import Kernels, all_operators, embedding_operators
 from timbre_server.operators.contract import Bound
 from timbre_server.operators.routed import RoutedOperator
@@ -62,6 +63,14 @@ class RecordedForward:
 
     def __call__(self) -> None:
         self.step.repeat(self.calls, self.rows_of_copies)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PreparedProgram:
+    """A program with its parts made, and what operators have prepared of them at each group."""
+
+    program: AdapterProgram
+    groups: Sequence[PreparedKinds]
 
 
 class AdaptedModel:
@@ -109,23 +118,16 @@ class AdaptedModel:
             base = model.get_submodule(layer.path)
             make = AdaptedEmbedding if is_embedding else partial(AdaptedNorm, norm=arithmetic.norm_of(base))
             _put_in_place(model, layer.path, make(base, adapted))
+        rows, programs = self._body_rows[1], self._programs
         routed = operators[Routed]
         assert isinstance(routed, RoutedOperator)
         routing = BlockRouting(routed.routers)
         self._blocks = {
-            block.path: RoutedBlockLayer(
-                model.get_submodule(block.path), block, self._body_rows[1], self._step, routing
-            )
+            block.path: RoutedBlockLayer(model.get_submodule(block.path), block, rows, self._step, routing)
             for block in blocks
         }
-        self._parameters = [self._adapted_parameters(model, facts) for facts in parameters]
+        self._parameters = [_adapted_parameters(model, facts, rows, programs) for facts in parameters]
         self._parameter_paths = {path for each in self._parameters for path in each.paths}
-
-    def _adapted_parameters(self, model: nn.Module, facts: ParameterModule) -> AdaptedParameters:
-        base = model.get_submodule(facts.path)
-        adapted = AdaptedParameters(base, facts, self._body_rows[1], self._programs)
-        _put_in_place(model, facts.path, adapted)
-        return adapted
 
     @property
     def attention_prompts(self) -> StepPrompts | None:
@@ -219,8 +221,15 @@ class AdaptedModel:
         launches must go."""
         self._listener = listener
 
-    def put(self, slot: int, program: AdapterProgram) -> None:
-        """Let a free slot hold a program whose tensors are on the model's device."""
+    @torch.inference_mode()
+    def prepared(self, program: AdapterProgram) -> PreparedProgram:
+        """What `put` takes, of a program whose tensors are on the model's device. On any thread."""
+        opened_program = opened(program)
+        return PreparedProgram(opened_program, [group.prepared(opened_program) for group in self._groups])
+
+    def put(self, slot: int, program: AdapterProgram, prepared: PreparedProgram | None = None) -> None:
+        """Let a free slot hold a program whose tensors are on the model's device. What is not `prepared` is
+        when a row uses it first."""
         assert isinstance(program.sites, PackedSites) or all(
             path in self._blocks
             for path, parts in program.sites.items()
@@ -234,6 +243,11 @@ class AdaptedModel:
         self._places |= router_places(program)
         if program.scout is not None:
             self._scouts[slot] = program.scout, scouted_of(program)
+        if prepared is not None:
+            for closed in self._programs.open(slot, prepared.program):
+                self._forget(closed)
+            for group, own in zip(self._groups, prepared.groups, strict=True):
+                group.expect(slot, own)
 
     def linear_layers(self) -> Iterator[tuple[str, nn.Module]]:
         """The base's own, by path."""
@@ -279,6 +293,14 @@ class AdaptedModel:
             group.forget(slot)
         for rows in (*self._body_rows.values(), self._head_rows):
             rows.forget()
+
+
+def _adapted_parameters(
+    model: nn.Module, facts: ParameterModule, rows: ActiveRows, programs: SlotPrograms
+) -> AdaptedParameters:
+    adapted = AdaptedParameters(model.get_submodule(facts.path), facts, rows, programs)
+    _put_in_place(model, facts.path, adapted)
+    return adapted
 
 
 def _put_in_place(model: nn.Module, path: str, layer: nn.Module) -> None:

@@ -3,10 +3,11 @@
 The scheduler acquires and releases digests and gets slot numbers. The loop calls `poll` between steps,
 the only moment when a loaded adapter enters or an evicted one leaves: no step sees a slot change hands.
 
-One load runs at a time, on a thread of its own. Its result waits, and so do the wishes behind it, while
-adapters in use fill the budget; requests for resident adapters go on meanwhile. It is put off where it would
-keep a favoured adapter waiting (`residency`). Of those favoured that can never be in memory together it is
-remembered so: they are favoured no more, and no load waits for their request to hear of it.
+One load runs at a time, on a thread of its own, where the adapter is also prepared for the operators. Its
+result waits, and so do the wishes behind it, while adapters in use fill the budget; requests for resident
+adapters go on meanwhile. It is put off where it would keep a favoured adapter waiting (`residency`). Of those
+favoured that can never be in memory together it is remembered so: they are favoured no more, and no load
+waits for their request to hear of it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Protocol
 
 from timbre_methods.contract import Sites
 from timbre_methods.prompt_contract import Frame
-from timbre_server.adapters.adapted_model import AdaptedModel
+from timbre_server.adapters.adapted_model import AdaptedModel, PreparedProgram
 from timbre_server.adapters.loader import LoadedAdapter
 from timbre_server.adapters.residency import Departure, Residency
 from timbre_server.errors import AdapterLoadFailed
@@ -73,7 +74,7 @@ class AdapterRuntime:
         self._on_load_ended = on_load_ended
         self._failures: dict[str, tuple[float, str]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="adapter-load")
-        self._loading: tuple[str, Future[LoadedAdapter]] | None = None
+        self._loading: tuple[str, Future[tuple[LoadedAdapter, PreparedProgram]]] | None = None
         self._departed: list[Departure] = []
         self._misfits: dict[frozenset[str], str] = {}
         """Neither an adapter's bytes nor the budget change: what is found is true while no other is held."""
@@ -175,7 +176,7 @@ class AdapterRuntime:
         arrivals = self._finish_load()
         digest = self._residency.next_wish
         if self._loading is None and digest is not None:
-            future = self._thread.submit(self._loader.load, digest)
+            future = self._thread.submit(_loaded, self._loader, self._model, digest)
             future.add_done_callback(lambda _: self._on_load_ended())
             self._loading = digest, future
         departed, self._departed = self._departed, []
@@ -201,7 +202,7 @@ class AdapterRuntime:
         if error is not None:
             _log.error("the load of adapter %s failed unexpectedly", digest, exc_info=error)
             return [self._failed(digest, f"adapter {digest} could not be prepared: {error!r}")]
-        loaded = future.result()
+        loaded, prepared = future.result()
         prepared_bytes, shared = loaded.prepared_bytes, loaded.shared_bytes
         needed_bytes = self._residency.bytes_with_held(prepared_bytes, shared)
         if needed_bytes > self._residency.budget_bytes:
@@ -223,7 +224,7 @@ class AdapterRuntime:
             return []
         for departure in departures:
             self._leave(departure)
-        self._model.put(self._residency.place(digest, prepared_bytes, shared), loaded.program)
+        self._model.put(self._residency.place(digest, prepared_bytes, shared), loaded.program, prepared)
         self._loading = None
         return [Arrival(digest, loaded.method, prepared_bytes, loaded.seconds_by_phase)]
 
@@ -253,3 +254,11 @@ class AdapterRuntime:
         if departure is not None:
             self._model.drop(departure.slot)
             self._departed.append(departure)
+
+
+def _loaded(loader: Loader, model: AdaptedModel, digest: str) -> tuple[LoadedAdapter, PreparedProgram]:
+    loaded = loader.load(digest)
+    began_s = time.perf_counter()
+    prepared = model.prepared(loaded.program)
+    loaded.seconds_by_phase["prepare"] = time.perf_counter() - began_s
+    return loaded, prepared

@@ -19,12 +19,13 @@ class SlotPrograms(Mapping[int, AdapterProgram]):
         self._programs: dict[int, AdapterProgram] = {}
         self._open: OrderedDict[int, AdapterProgram] = OrderedDict()
         """Used last, last."""
+        self._num_used = 0
+        """By the last step."""
 
     def __getitem__(self, slot: int) -> AdapterProgram:
         found = self._open.get(slot)
         if found is None:
-            program = self._programs[slot]
-            found = self._open[slot] = replace(program, sites=dict(program.sites))
+            found = self._open[slot] = opened(self._programs[slot])
         return found
 
     def __iter__(self) -> Iterator[int]:
@@ -40,6 +41,11 @@ class SlotPrograms(Mapping[int, AdapterProgram]):
     def put(self, slot: int, program: AdapterProgram) -> None:
         self._programs[slot] = program
 
+    def open(self, slot: int, program: AdapterProgram) -> Sequence[int]:
+        """Let a slot give what was `opened` of its program. Those whose parts are no longer kept."""
+        self._open[slot] = program
+        return self._closed()
+
     def pop(self, slot: int) -> AdapterProgram:
         """As it was put."""
         self._open.pop(slot, None)
@@ -50,5 +56,14 @@ class SlotPrograms(Mapping[int, AdapterProgram]):
         for slot in slots:
             self._open[slot] = self[slot]
             self._open.move_to_end(slot)
-        num_closed = max(0, len(self._open) - len(slots) - MAX_IDLE_OPEN)
+        self._num_used = len(slots)
+        return self._closed()
+
+    def _closed(self) -> Sequence[int]:
+        num_closed = max(0, len(self._open) - self._num_used - MAX_IDLE_OPEN)
         return [self._open.popitem(last=False)[0] for _ in range(num_closed)]
+
+
+def opened(program: AdapterProgram) -> AdapterProgram:
+    """With its parts made."""
+    return replace(program, sites=dict(program.sites))

@@ -161,7 +161,7 @@ class Operator(ABC, Generic[PartT]):
         """Prepare the parts for a table. Parts are never modified and stay owned by their adapters."""
 
     def prepared(self, members: Members[PartT]) -> Any:
-        """What `bind_prepared` takes of an adapter with such parts at a group."""
+        """What `bind_prepared` takes of an adapter with such parts at a group. Runs beside steps, too."""
         return members
 
     def bind_prepared(self, adapters: Mapping[int, Any], table: RowTable) -> Bound:
