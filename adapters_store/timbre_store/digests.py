@@ -21,7 +21,7 @@ def digest_of_hash(running: hashlib._Hash) -> str:
     return _PREFIX + running.hexdigest()
 
 
-def digest_of_bytes(content: bytes | bytearray) -> str:
+def digest_of_bytes(content: bytes | bytearray | memoryview) -> str:
     return digest_of_hash(hashlib.sha256(content))
 
 
@@ -38,7 +38,7 @@ def hex_of(digest: str) -> str:
     return digest.removeprefix(_PREFIX)
 
 
-def verify_bytes(content: bytes | bytearray, digest: str) -> None:
+def verify_bytes(content: bytes | bytearray | memoryview, digest: str) -> None:
     """Raises: DigestMismatch if these are not the digest's bytes."""
     _compare(digest_of_bytes(content), digest)
 

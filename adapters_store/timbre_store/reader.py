@@ -62,15 +62,21 @@ def verify_blob(path: Path, digest: str) -> None:
     verify_file(path, digest)
 
 
-def read_blob(path: Path, digest: str) -> bytearray:
-    """The whole file, in memory of the caller's own: what is used is what was verified.
+def read_blob(path: Path, digest: str, room: bytearray | None = None) -> memoryview:
+    """The whole file, in memory of the caller's own: what is used is what was verified. Read into ``room``,
+    or, where that is too small, into a new one.
 
     Raises: DigestMismatch.
     """
-    with path.open("rb") as file:
-        content = bytearray(os.fstat(file.fileno()).st_size)
-        file.readinto(content)
-    verify_bytes(content, digest)
+    with path.open("rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        if room is None or len(room) < size:
+            room = bytearray(size)
+        content = memoryview(room)[:size]
+        num_read = 0
+        while num_read < size and (count := file.readinto(content[num_read:])):
+            num_read += count
+    verify_bytes(content[:num_read], digest)
     return content
 
 

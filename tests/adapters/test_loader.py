@@ -127,9 +127,12 @@ def test_a_loaded_adapter_holds_exactly_its_own_bytes_and_needs_its_file_no_more
     method: str, store: Store, upload: Upload
 ) -> None:
     record = upload(method)
-    program = loader_of(store).load(record.digest).program
+    loader = loader_of(store)
+    program = loader.load(record.digest).program
     tensors = all_tensors(program)
     before = [tensor.clone() for tensor in tensors]
+    (room,) = loader._rooms  # That the next load reads into.
+    room[:] = bytes(len(room))
 
     path = store.blob_path(record.manifest.tensors_digest)
     path.chmod(0o600)
@@ -141,6 +144,19 @@ def test_a_loaded_adapter_holds_exactly_its_own_bytes_and_needs_its_file_no_more
     patterns = sum(pattern_bytes(part) for _, part in program.placed_parts())
     held = sum(storages.values()) + patterns
     assert held == program.prepared_bytes == record.manifest.prepared_bytes - saved_bytes(program)
+
+
+def test_a_file_is_read_where_a_larger_one_was(store: Store, upload: Upload) -> None:
+    digests = [upload(method).digest for method in ("lora", "ia3", "lora")]
+    loader = loader_of(store)
+    rooms = []
+    for digest in digests:
+        program = loader.load(digest).program
+        expected = loader_of(store).load(digest).program
+        assert all(map(torch.equal, all_tensors(program), all_tensors(expected)))
+        rooms += map(id, loader._rooms)
+    assert len(rooms) == 3
+    assert len(set(rooms)) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

@@ -21,7 +21,7 @@ OF_EVERY_SIZE = {
 
 def test_views_are_what_the_library_reads() -> None:
     content = save(OF_EVERY_SIZE, metadata={"format": "pt"})
-    found, expected = tensors_in(bytearray(content)), load(content)
+    found, expected = tensors_in(memoryview(bytearray(content))), load(content)
     assert found.keys() == expected.keys() == OF_EVERY_SIZE.keys()
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype
@@ -30,7 +30,7 @@ def test_views_are_what_the_library_reads() -> None:
 
 def test_views_lie_in_the_file_itself() -> None:
     content = bytearray(save({"lone": torch.tensor([1, 2], dtype=torch.int8)}))
-    found = tensors_in(content)["lone"]
+    found = tensors_in(memoryview(content))["lone"]
     content[-1] = 7
     assert found.tolist() == [1, 7]
 
@@ -43,7 +43,7 @@ def test_numbers_at_odd_places_are_read_where_numbers_may_lie() -> None:
     }
     header = json.dumps(entries).encode().ljust(256)
     content = len(header).to_bytes(8, "little") + header + b"\1\0\1" + values.numpy().tobytes()
-    found = tensors_in(bytearray(content))
+    found = tensors_in(memoryview(bytearray(content)))
     assert found["is"].tolist() == [True, False, True]
     assert torch.equal(found["values"], values)
     assert found["values"].data_ptr() % values.itemsize == 0

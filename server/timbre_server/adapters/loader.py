@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Thread
+from typing import cast
+from weakref import ref
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load
 from torch import Tensor
 
 from timbre_methods.contract import Sites
@@ -31,7 +33,12 @@ from timbre_server.adapters.transfer import transfer_to
 from timbre_server.errors import AdapterLoadFailed
 from timbre_store.errors import StoreError
 from timbre_store.manifest import Manifest
-from timbre_store.reader import open_adapter, read_blob
+from timbre_store.reader import AdapterFiles, open_adapter, read_blob
+
+MAX_ROOM_BYTES = 64 << 20
+"""Of what is kept to read files into."""
+TOGETHER = 1 << 18
+"""Numbers that are copied to be looked at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +85,8 @@ class AdapterLoader:
         self._frame = frame
         self._transfer = transfer_to(torch.device(device))
         self._groups, self._layout = groups, layout
+        self._rooms: deque[bytearray] = deque(maxlen=1)
+        """What a file was read into, if nothing is there any more."""
         # A second of imports, that no load shall wait for.
         Thread(target=methods, name="read-methods").start()
 
@@ -93,27 +102,43 @@ class AdapterLoader:
                         f"adapter {digest} was made for the base {files.manifest.base_model_digest}, "
                         f"this server runs {self._base_model_digest}: upload it to this server"
                     )
-                tensors = tensors_in(read_blob(files.tensors_path, files.manifest.tensors_digest))
-                if files.derived_path is not None:
-                    derived = read_blob(files.derived_path, files.manifest.derived_digest or "")
-                    tensors |= load(bytes(derived))
-            # Methods read the base's own weights on its device, too.
-            with _timed(seconds, "compile"), torch.inference_mode(), self._transfer.aside():
-                program = compile_adapter(files.config, tensors, self._sites, self._frame)
-                _check_promises(files.manifest, program)
-                _check_finite(digest, program)
-            with _timed(seconds, "place"), torch.inference_mode(), self._transfer.aside():
-                program = placed_program(program, self._transfer, self._groups, self._layout)
+            with self._tensors(files, seconds) as tensors:
+                # Methods read the base's own weights on its device, too.
+                with _timed(seconds, "compile"), torch.inference_mode(), self._transfer.aside():
+                    program = compile_adapter(files.config, tensors, self._sites, self._frame)
+                    _check_promises(files.manifest, program)
+                    _check_finite(digest, program)
+                with _timed(seconds, "place"), torch.inference_mode(), self._transfer.aside():
+                    program = placed_program(program, self._transfer, self._groups, self._layout)
         except (StoreError, MethodError, SafetensorError, OSError) as error:
             raise AdapterLoadFailed(f"adapter {digest} could not be loaded: {error}") from error
         return LoadedAdapter(digest, method_for(files.config).name, program, seconds)
+
+    @contextmanager
+    def _tensors(self, files: AdapterFiles, seconds: dict[str, float]) -> Iterator[dict[str, Tensor]]:
+        """Verified. Where nothing holds on to any of them afterwards, the next load reads into their memory:
+        a file's worth of fresh pages takes longer than to read it."""
+        with _timed(seconds, "verify"):
+            room: bytearray | None = None
+            with suppress(IndexError):
+                room = self._rooms.pop()
+            content = read_blob(files.tensors_path, files.manifest.tensors_digest, room)
+            tensors = tensors_in(content)
+            if files.derived_path is not None:
+                tensors |= tensors_in(read_blob(files.derived_path, files.manifest.derived_digest or ""))
+        yield tensors
+        tensors.clear()
+        room, held = cast(bytearray, content.obj), ref(content)
+        del content
+        if held() is None and len(room) <= MAX_ROOM_BYTES:
+            self._rooms.append(room)
 
 
 @contextmanager
 def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
-    seconds[phase] = time.perf_counter() - start
+    seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
 def _check_promises(manifest: Manifest, program: AdapterProgram) -> None:
@@ -148,8 +173,13 @@ def _check_finite(digest: str, program: AdapterProgram) -> None:
 
 def _are_finite(tensors: Sequence[Tensor]) -> bool:
     """Looked at together: hundreds of small tensors take long one by one. A NaN is the least and the most."""
-    values_N = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    if not len(values_N):  # Of factors whose ranks are all zero.
-        return True
-    least, most = torch.aminmax(values_N)
-    return math.isfinite(least) and math.isfinite(most)
+    together: list[Tensor] = []
+    count = 0
+    for number, tensor in enumerate(tensors, 1):
+        together.append(tensor.reshape(-1))
+        count += tensor.numel()
+        if count >= TOGETHER or (count and number == len(tensors)):
+            if not all(map(math.isfinite, torch.aminmax(torch.cat(together)))):
+                return False
+            together, count = [], 0
+    return True

@@ -17,11 +17,11 @@ from timbre_methods.registry import DTYPES
 _LENGTH_BYTES = 8
 
 
-def tensors_in(content: bytearray) -> dict[str, Tensor]:
+def tensors_in(content: memoryview) -> dict[str, Tensor]:
     """Views by name, in the header's order. They keep the content alive. Numbers that do not lie at a whole
     number of their own sizes, as other writers than the library may put them, are copied."""
     start = _LENGTH_BYTES + int.from_bytes(content[:_LENGTH_BYTES], "little")
-    header = json.loads(content[_LENGTH_BYTES:start])
+    header = json.loads(bytes(content[_LENGTH_BYTES:start]))
     header.pop("__metadata__", None)
     return {
         name: _view(content, DTYPES[entry["dtype"]], entry["shape"], start + entry["data_offsets"][0])
@@ -29,8 +29,8 @@ def tensors_in(content: bytearray) -> dict[str, Tensor]:
     }
 
 
-def _view(content: bytearray, dtype: torch.dtype, shape: Sequence[int], offset: int) -> Tensor:
+def _view(content: memoryview, dtype: torch.dtype, shape: Sequence[int], offset: int) -> Tensor:
     count = math.prod(shape)
     if offset % dtype.itemsize:
-        content, offset = content[offset : offset + count * dtype.itemsize], 0
+        content, offset = memoryview(bytearray(content[offset : offset + count * dtype.itemsize])), 0
     return torch.frombuffer(content, dtype=dtype, count=count, offset=offset).view(shape)

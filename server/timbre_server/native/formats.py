@@ -39,6 +39,11 @@ def narrowed(values: Tensor, rounded_to: torch.dtype | None = None) -> Tensor:
             narrow = values.to(dtype)
             if torch.equal(narrow.to(values.dtype), values):
                 return narrow
-    if rounded_to is not None and bool((rounded := values.to(rounded_to)).isfinite().all()):
-        return rounded
-    return values
+    return values if rounded_to is None or not _fit(values, rounded_to) else values.to(rounded_to)
+
+
+def _fit(values: Tensor, dtype: torch.dtype) -> bool:
+    if not values.numel():
+        return True
+    least, most = torch.aminmax(values)
+    return bool(-torch.finfo(dtype).max <= least) and bool(most <= torch.finfo(dtype).max)
