@@ -97,12 +97,12 @@ def derive_in_engine(engine: Engine, loop: asyncio.AbstractEventLoop) -> Derive:
 
 
 def _refuse_too_large(found: MethodInspection, budget_bytes: int, max_derived_bytes: int | None) -> None:
-    needed = found.prepared_bytes + found.shared_bytes
+    needed = found.least_bytes + found.shared_bytes  # How much more, the engine finds when it loads it.
     if needed > budget_bytes:
         shared = f", {found.shared_bytes} of them for its basis" if found.shared_bytes else ""
         raise InvalidAdapter(
-            f"the adapter takes up to {needed} bytes of memory{shared}, but {budget_bytes} are there for all "
-            "adapters together; the server's setting is adapter_memory_mib"
+            f"the adapter takes {needed} bytes of memory{shared}, or more, but {budget_bytes} are there for "
+            "all adapters together; the server's setting is adapter_memory_mib"
         )
     if max_derived_bytes is not None and found.derived_bytes > max_derived_bytes:
         raise InvalidAdapter(

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from timbre_methods.contract import Site
 from timbre_methods.program import AdapterProgram, LowRank, Projected, owned_tensors, pattern_bytes
-from timbre_methods.registry import compile_adapter, methods, sites_of
+from timbre_methods.registry import check_adapter, compile_adapter, methods, sites_of
 from timbre_methods.sliced_ellpack import SlicedEllpack
 from timbre_server.adapters.active_rows import ActiveRows
 from timbre_server.adapters.adapted_group import AdaptedGroup
@@ -35,6 +35,7 @@ from timbre_server.operators.catalogue import Kernels, all_operators, why_not
 from timbre_server.operators.row_table import RowTable, Span
 from timbre_server.operators.step_routing import StepRouting
 from timbre_store.limits import StoreLimits
+from timbre_store.reader import open_adapter
 from timbre_store.records import AdapterRecord
 from timbre_store.store import Store
 
@@ -119,6 +120,9 @@ def test_an_adapter_is_loaded_as_its_manifest_says(method: str, store: Store, up
     assert (loaded.digest, loaded.method) == (record.digest, method)
     assert tuple(loaded.program.sites) == record.manifest.sites
     assert loaded.program.prepared_bytes + saved_bytes(loaded.program) == record.manifest.prepared_bytes
+    files = open_adapter(store.root, record.digest)
+    found = check_adapter(files.config, load_file(files.tensors_path), sites())
+    assert found.least_bytes <= loaded.prepared_bytes <= found.prepared_bytes
     assert set(loaded.seconds_by_phase) == {"verify", "compile", "place"}
 
 

@@ -139,10 +139,11 @@ def summable(mix: Sequence[WeightedAdapter], budget_bytes: int, param: str) -> t
             f"adapters' routers; expected at most {MAX_ROW_COPIES}; mix fewer of those that route",
             param=param,
         )
-    needed = sum(each.adapter.manifest.prepared_bytes for each in acting)
+    # Manifests count float32, half of which lies in 16 bits at best: the engine, too, knows how many do.
+    needed = math.ceil(sum(each.adapter.manifest.prepared_bytes for each in acting) / 2)
     if len(acting) > 1 and needed > budget_bytes:
         raise MixNotServed(
-            f"the {len(acting)} adapters need up to {needed} bytes in memory together, and the budget for "
+            f"the {len(acting)} adapters need {needed} bytes in memory together, or more, and the budget for "
             f"all adapters is {budget_bytes}; mix fewer or smaller ones, or raise the server's adapter "
             "memory setting",
             param=param,

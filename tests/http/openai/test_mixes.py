@@ -189,7 +189,7 @@ async def test_virtual_tokens_are_neither_mixed_nor_weighted(shelved: Any) -> No
 
 async def test_a_mix_that_can_never_be_in_memory_is_refused_with_both_figures(shelved: Any) -> None:
     for index in (1, 2):
-        manifest_with(shelved, index, prepared_bytes=BUDGET // 2)
+        manifest_with(shelved, index, prepared_bytes=BUDGET)
     two = [{"name": "pirate"}, {"name": "json"}]
     await shelved.complete(adapters=two)
     status, error = await shelved.refused(adapters=[*two, {"name": "extra-0", "weight": 0.1}])
@@ -293,7 +293,7 @@ async def test_named_mixes_are_held_to_the_limits_of_every_mix(shelved: Any) -> 
     )
     assert (status, error["code"], error["param"]) == (422, "mix_not_served", "adapters")
     assert "9 adapters; at most 8" in error["message"]
-    manifest_with(shelved, 0, prepared_bytes=BUDGET)
+    manifest_with(shelved, 0, prepared_bytes=2 * BUDGET)
     named_mix(shelved, "large", (0, 0.5), (2, 0.5))
     status, error = await shelved.refused(model="large")
     assert (status, error["code"], error["param"]) == (422, "mix_not_served", "model")

@@ -1,0 +1,24 @@
+"""What an adapter takes in memory at least, where its values and the server's settings are not known."""
+
+from __future__ import annotations
+
+from timbre_methods.program import AdapterProgram, AnyPart, LowRank, Sparse, owned_tensors
+from timbre_methods.routing import Routed
+
+
+def least_bytes(program: AdapterProgram) -> int:
+    """`AdapterProgram.prepared_bytes`, with factors of low rank in 16 bits, and sparse matrices in slices of
+    16 bits for each column and value, without any gaps. Exact on the meta device too."""
+    return program.prepared_bytes - sum(_spared_bytes(part) for _, part in program.placed_parts())
+
+
+def _spared_bytes(part: AnyPart) -> int:
+    if isinstance(part, Routed):
+        return sum(_spared_bytes(inner) for expert in part.experts for inner in expert)
+    own = sum(tensor.nbytes for tensor in owned_tensors(part))
+    if isinstance(part, LowRank):
+        return own - 2 * (part.a_RI.numel() + part.b_OR.numel())
+    if isinstance(part, Sparse):
+        # Each slice of outputs has its length there, too.
+        return own - 4 * part.values_N.numel() - 2 * part.row_ends.numel()
+    return 0
