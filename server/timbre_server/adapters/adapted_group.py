@@ -9,7 +9,6 @@ Legend: T rows of the batch, I in features.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -17,9 +16,10 @@ from torch import Tensor
 from timbre_methods.program import AdapterProgram, Part
 from timbre_server.adapters.active_rows import ActiveRows, RowCopies
 from timbre_server.adapters.added import rows_of
+from timbre_server.adapters.in_place import InPlace
 from timbre_server.native.notes import current
 from timbre_server.native.tape import State
-from timbre_server.operators.contract import Add, Bound, Change, Operator, SideAdd, Standing, StandingOperator
+from timbre_server.operators.contract import Bound, Change, Operator, Standing, StandingOperator
 from timbre_server.operators.live_rows import LiveRows
 from timbre_server.operators.row_table import RowTable
 
@@ -34,48 +34,6 @@ PreparedKinds = Mapping[type[Part], object]
 
 _BASE, _MERGED = "the base's own", "merged weights"
 """What a group runs where adapters add nothing to it."""
-
-
-@dataclass(frozen=True, slots=True)
-class InPlace:
-    """All that operators do to one layer, where each adds it by itself: the changes lie nowhere else."""
-
-    inputs: tuple[SideAdd, ...]
-    outputs: tuple[SideAdd, ...]
-    """To the base's own output."""
-    is_hidden: bool
-    """Whether a row needs that, whose input is changed; else all who do have the same with changed inputs."""
-    sums: tuple[tuple[int, Add], ...]
-    """With the number of the operator."""
-
-    @property
-    def changes_nothing(self) -> bool:
-        return not (self.inputs or self.outputs or self.sums)
-
-    @property
-    def follows_from_table(self) -> bool:
-        """Whether it may be something else for other rows of the same adapters."""
-        return bool(self.inputs and self.outputs)
-
-    @staticmethod
-    def of(bounds: Sequence[Bound], member: int, table: RowTable) -> InPlace | None:
-        """None: one does not."""
-        each = [bound.adds(member) for bound in bounds]
-        known = [adds for adds in each if adds is not None]
-        if len(known) < len(each):
-            return None
-        inputs = tuple(own.input_change for own in known if own.input_change is not None)
-        outputs = tuple(own.output_change for own in known if own.output_change is not None)
-        sums = tuple((n, own.sums) for n, own in enumerate(known) if own.sums is not None)
-        return InPlace(inputs, outputs, _is_one_of_each(inputs, outputs, table), sums)
-
-
-def _is_one_of_each(some: Sequence[SideAdd], others: Sequence[SideAdd], table: RowTable) -> bool:
-    """Whether a row is changed by one of these and by one of those."""
-    if not (some and others):
-        return False
-    slots = [{slot for own in side for slot in own.slots} for side in (some, others)]
-    return any(all(any(slot in own for slot, _ in span.pairs) for own in slots) for span in table.spans)
 
 
 class _Standing:

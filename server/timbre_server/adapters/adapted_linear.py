@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from timbre_server.adapters.active_rows import RowCopies
-from timbre_server.adapters.adapted_group import AdaptedGroup, InPlace
+from timbre_server.adapters.adapted_group import AdaptedGroup
 from timbre_server.adapters.added import added, rows_of
+from timbre_server.adapters.in_place import InPlace
 from timbre_server.native.recording import Recording, recording, repeated
 from timbre_server.native.rounding import round_into, widen_into
 from timbre_server.native.tape import Choice, Tape

@@ -24,7 +24,7 @@ from timbre_server.adapters.adapted_parameters import AdaptedParameters
 from timbre_server.adapters.groups import Block, LinearGroup, LoneLayer, ParameterModule
 from timbre_server.adapters.packed_sites import PackedSites
 from timbre_server.adapters.prompts import StepPrompts
-from timbre_server.adapters.routed_block import BlockRouting, RoutedBlockLayer
+from timbre_server.adapters.routed_block import RoutedBlocks
 from timbre_server.adapters.routing_report import Choice, choices_of, expert_tokens, router_places
 from timbre_server.adapters.scouting import read_scouts, scouted_of
 from timbre_server.adapters.slot_programs import SlotPrograms, opened
@@ -121,11 +121,7 @@ class AdaptedModel:
         rows, programs = self._body_rows[1], self._programs
         routed = operators[Routed]
         assert isinstance(routed, RoutedOperator)
-        routing = BlockRouting(routed.routers)
-        self._blocks = {
-            block.path: RoutedBlockLayer(model.get_submodule(block.path), block, rows, self._step, routing)
-            for block in blocks
-        }
+        self._blocks = RoutedBlocks(model, blocks, rows, self._step, routed.routers)
         self._parameters = [_adapted_parameters(model, facts, rows, programs) for facts in parameters]
         self._parameter_paths = {path for each in self._parameters for path in each.paths}
 
@@ -148,7 +144,7 @@ class AdaptedModel:
     def _bind(self) -> None:
         """All groups one after the other, which takes half as long as between products: but for those that
         will see copies of the rows."""
-        not_yet = tuple(f"{path}." for path, block in self._blocks.items() if block.copies_rows)
+        not_yet = self._blocks.see_copies()
         for group in self._groups:
             if not group.paths[0].startswith(not_yet):
                 group.bound()
@@ -190,7 +186,7 @@ class AdaptedModel:
         body, head = self._body_rows[1], self._head_rows
         if body.table is None:
             return body.are_merged, frozenset()
-        if self.act_beside_layers or self._act_on(self._blocks.keys()):
+        if self.act_beside_layers or self._act_on(self._blocks.paths):
             return None
         return (body.table, head.table), frozenset(body.table.slots)
 
@@ -231,15 +227,12 @@ class AdaptedModel:
         """Let a free slot hold a program whose tensors are on the model's device. What is not `prepared` is
         when a row uses it first."""
         assert isinstance(program.sites, PackedSites) or all(
-            path in self._blocks
+            path in self._blocks.paths
             for path, parts in program.sites.items()
             if any(isinstance(part, RoutedBlock) for part in parts)
         ), "a router for a block that the model does not have"
         self._programs.put(slot, program)
-        for path in program.sites.keys() & self._blocks.keys():
-            for part in program.sites[path]:
-                if isinstance(part, RoutedBlock):
-                    self._blocks[path].put(slot, part)
+        self._blocks.put(slot, program)
         self._places |= router_places(program)
         if program.scout is not None:
             self._scouts[slot] = program.scout, scouted_of(program)
@@ -282,8 +275,7 @@ class AdaptedModel:
         for router in router_places(self._programs.pop(slot)):
             del self._places[router]
         self._forget(slot)
-        for block in self._blocks.values():
-            block.drop(slot)
+        self._blocks.drop(slot)
         for module in self._parameters:
             module.forget()
 

@@ -15,13 +15,14 @@ experts, D features.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import accumulate, islice, takewhile
 
 import torch
 from torch import Tensor, nn
 
+from timbre_methods.program import AdapterProgram
 from timbre_methods.routing import RoutedBlock, Router
 from timbre_server.adapters.active_rows import ActiveRows, RowCopies
 from timbre_server.adapters.groups import Block
@@ -32,15 +33,65 @@ from timbre_server.operators.row_table import RowTable, Segment, Span
 from timbre_server.operators.step_routing import SegmentRouters, StepRouting
 
 
-class RoutedBlockLayer:
+class RoutedBlocks:
+    """All blocks of a model, and what they share: they mostly have the same adapters, which choose alike."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[Block],
+        rows: ActiveRows,
+        step: StepRouting,
+        routers: type[Routers],
+    ) -> None:
+        self._routers = routers
+        self._table: RowTable | None = None
+        self._layouts: dict[tuple[tuple[int, Kind], ...], _Layout] = {}
+        """Of the last table."""
+        self._layers = {
+            block.path: _RoutedBlockLayer(model.get_submodule(block.path), block, rows, step, self)
+            for block in blocks
+        }
+
+    @property
+    def paths(self) -> Set[str]:
+        return self._layers.keys()
+
+    def put(self, slot: int, program: AdapterProgram) -> None:
+        """Let a free slot hold what a program has for blocks."""
+        for path in program.sites.keys() & self.paths:
+            self._layers[path].put(slot, next(p for p in program.sites[path] if isinstance(p, RoutedBlock)))
+
+    def drop(self, slot: int) -> None:
+        """Also what was prepared, whoever it was for."""
+        for layer in self._layers.values():
+            layer.drop(slot)
+
+    def see_copies(self) -> tuple[str, ...]:
+        """What paths of layers begin with that will see copies of the rows that are set."""
+        return tuple(f"{path}." for path, layer in self._layers.items() if layer.copies_rows)
+
+    def choices(self, parts: Mapping[int, RoutedBlock], table: RowTable) -> _Choices:
+        """Of adapters that route at a block."""
+        if table is not self._table:
+            self._table, self._layouts = table, {}
+        kinds = {slot: (part.router.num_experts, part.copies) for slot, part in parts.items()}
+        key = tuple(kinds.items())
+        if key not in self._layouts:
+            self._layouts[key] = _Layout(kinds, table)
+        layout, by_slot = self._layouts[key], {slot: part.router for slot, part in parts.items()}
+        each = [(segment, [by_slot[segment.slot]]) for own in layout.alike for segment in own.segments]
+        return _Choices(table, layout, self._routers(each), by_slot)
+
+
+class _RoutedBlockLayer:
     """One block, while the row table repeats."""
 
     def __init__(
-        self, module: nn.Module, block: Block, rows: ActiveRows, step: StepRouting, routing: BlockRouting
+        self, module: nn.Module, block: Block, rows: ActiveRows, step: StepRouting, blocks: RoutedBlocks
     ) -> None:
-        self.path = block.path
         self._last = block.last
-        self._rows, self._step, self._routing = rows, step, routing
+        self._rows, self._step, self._blocks = rows, step, blocks
         self._parts: dict[int, RoutedBlock] = {}
         """By slot, of adapters that route here."""
         self._table: RowTable | None = None
@@ -54,7 +105,6 @@ class RoutedBlockLayer:
         self._parts[slot] = part
 
     def drop(self, slot: int) -> None:
-        """Also what was prepared, whoever it was for."""
         self._parts.pop(slot, None)
         self._table = None
         self._set_choices(None)
@@ -70,7 +120,7 @@ class RoutedBlockLayer:
             self._set_choices(None)
         elif table is not self._table or self._choices is None:
             parts = {slot: self._parts[slot] for slot in table.slots if slot in self._parts}
-            self._set_choices(self._routing.choices(parts, table) if parts else None)
+            self._set_choices(self._blocks.choices(parts, table) if parts else None)
         self._table = table
         return self._choices is None
 
@@ -157,30 +207,6 @@ class _Layout:
             row_M, nth_M, copy_M = map(torch.cat, (rows, nth, own_copies))
             sizes = [len(own) for own in own_copies]
             self.alike.append(_Alike(segments, num_kept, row_M, nth_M, copy_M, sizes))
-
-
-class BlockRouting:
-    """What blocks share: they mostly have the same adapters, which choose as many experts in each."""
-
-    def __init__(self, routers: type[Routers]) -> None:
-        self._routers = routers
-        self._table: RowTable | None = None
-        self._layouts: dict[tuple[tuple[int, Kind], ...], _Layout] = {}
-        """Of the last table."""
-
-    def choices(self, parts: Mapping[int, RoutedBlock], table: RowTable) -> _Choices:
-        """Of adapters that route at a block."""
-        if table is not self._table:
-            self._table, self._layouts = table, {}
-        kinds = {slot: (part.router.num_experts, part.copies) for slot, part in parts.items()}
-        key = tuple(kinds.items())
-        if key not in self._layouts:
-            self._layouts[key] = _Layout(kinds, table)
-        layout = self._layouts[key]
-        each = [(segment, [parts[segment.slot].router]) for own in layout.alike for segment in own.segments]
-        return _Choices(
-            table, layout, self._routers(each), {slot: part.router for slot, part in parts.items()}
-        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
