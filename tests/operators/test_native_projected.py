@@ -164,7 +164,11 @@ def test_what_the_kernel_does_not_know_runs_beside_it() -> None:
     p_NIP = uses[0][2][0].basis.p_NPI.transpose(1, 2).contiguous()
     turned = Basis(p_NIP.transpose(1, 2), uses[0][2][0].basis.q_NOQ)
     uses[0][2] += [dense, Projected("diagonal", torch.randn(1, 7, generator=generator), turned)]
-    assert [_is_served(part) for part in uses[0][2]] == [True, False, False]
+    places = torch.zeros(1 << 16, dtype=torch.int64)
+    crowded = Projected("sparse", torch.ones(1 << 16), uses[0][2][0].basis, places, places)
+    assert _is_served(replace(crowded, rows_K=torch.arange(1 << 16) % 2))
+    uses[0][2].append(crowded)
+    assert [_is_served(part) for part in uses[0][2]] == [True, False, False, False]
     agree(uses, "mixes", generator)
 
 

@@ -80,11 +80,19 @@ def _is_served(part: Projected) -> bool:
     has_blocks = len(p_NPI), len(q_NOQ)
     if part.form != "diagonal":
         has_vectors = part.inner_NI is not None or part.outer_NO is not None
-        is_small = part.form == "dense" or max(p_NPI.shape[1], q_NOQ.shape[2]) <= MAX_NUMBER
-        return has_blocks == (1, 1) and is_small and not has_vectors
+        return has_blocks == (1, 1) and not has_vectors and (part.form == "dense" or _is_sliced(part))
     num_blocks = len(part.core)
     blocks = 1 if part.inner_NI is not None else num_blocks, 1 if part.outer_NO is not None else num_blocks
     return blocks == has_blocks
+
+
+def _is_sliced(part: Projected) -> bool:
+    """Whether numbers of 16 bits say all of a sparse core; places may be equal."""
+    assert part.rows_K is not None
+    counts = [part.basis.p_NPI.shape[1], part.basis.q_NOQ.shape[2]]
+    if len(part.rows_K) > MAX_NUMBER:
+        counts.append(int(torch.bincount(part.rows_K).max()))
+    return max(counts) <= MAX_NUMBER
 
 
 def _p_lies(p_NPI: Tensor) -> bool:
