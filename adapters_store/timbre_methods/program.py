@@ -179,8 +179,8 @@ class Diagonal:
 class Rotation:
     """Small blocks that turn the input or the output, as a change; R need not be orthogonal.
 
-    ``input``: ``x' = x + (R x − x)`` before the base product, and with ``scale_O`` also
-    ``y += (scale − 1) ∘ (W R x)``, so that alone ``y = scale ∘ (W R x) + b``.
+    ``input``: ``x' = x + (R x − x)`` before the base product, and with ``scale_O``, which no part of another
+    kind that changes the input is beside, ``y += (scale − 1) ∘ (W R x)``; alone ``y = scale ∘ (W R x) + b``.
     ``output``: ``y += R y0 − y0``, y0 with the base's bias, no scale.
 
     R is a product of factors, the first of which acts first. Factor f cuts the vector into chunks of

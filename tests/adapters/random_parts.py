@@ -174,7 +174,7 @@ KINDS: Mapping[str, tuple[Callable[[int], Part], ...]] = {
     "sparse": (sparse,),
     "gains": (gain_on_output, gain_on_input),
     "rotations": (turned_output, turned_input),
-    "rotations with scales": (turned_input, scaled_rotation),
+    "rotations with scales": (scaled_rotation, turned_input),
     "spectral": (spectral,),
     "spectral of two seeds": (spectral, partial(spectral, seed=1)),
     "spectral of any transform": tuple(partial(spectral, transform=each) for each in TRANSFORMS),

@@ -16,7 +16,8 @@ IN, OUT = 10, 12
 
 
 def programs() -> list[AdapterProgram]:
-    """Gains on both sides, with a shift and without; low rank; a second change of the base's output."""
+    """Gains on both sides, with a shift and without; low rank; a second change of the base's output; a turned
+    input, with a scale and without."""
     torch.manual_seed(0)
     gain = Diagonal("output", torch.randn(OUT), None)
     parts: list[tuple[Part, ...]] = [
@@ -26,6 +27,7 @@ def programs() -> list[AdapterProgram]:
         (Rotation("output", torch.randn(2, 3, 4, 4), (OUT, 4)), gain),
         (Rotation("input", torch.randn(1, 5, 2, 2), (2,)), Diagonal("input", torch.randn(IN), None)),
     ]
+    parts.append((Rotation("input", torch.randn(1, 5, 2, 2), (2,), torch.randn(OUT)),))
     return [AdapterProgram({"linear": own}) for own in parts]
 
 
@@ -49,6 +51,8 @@ SPANS = {
     "both sides": [Span(3, ((2, 1.0),)), Span(2, ((0, 1.0), (2, -0.5)))],
     "sides of different rows": [Span(1, ((4, 1.0),)), Span(2, ((0, 1.0),)), Span(2, ((3, 0.3), (1, 2.0)))],
     "two changes of the input": [Span(2, ((4, 1.0),)), Span(3, ((4, 0.5), (2, 0.7), (1, 1.0)))],
+    "a scale": [Span(2, ((5, 1.0),)), Span(2, ((1, 1.0),)), Span(1)],
+    "scales of mixes": [Span(1, ((5, 1.0),)), Span(2, ((5, 0.5), (4, 0.3))), Span(2, ((5, 1.0), (1, 1.0)))],
     "two changes of the output": [Span(2, ((3, 1.0),)), Span(1), Span(2, ((1, 0.3), (3, 0.7)))],
 }
 

@@ -21,6 +21,7 @@ from random_parts import (
     low_rank,
     numbers,
     program,
+    scaled_rotation,
     sparse,
     spectral,
 )
@@ -161,6 +162,18 @@ def test_the_output_of_the_unchanged_input_is_asked_for_where_a_row_needs_it() -
         own = group.group.in_place(0)
         assert own is not None
         assert own.is_hidden == is_hidden
+
+
+@pytest.mark.cpp
+@torch.inference_mode()
+def test_a_scale_takes_a_product_of_its_own_where_its_row_is_a_mix() -> None:
+    programs = {slot: AdapterProgram({"q": (scaled_rotation(SIZES["q"]),)}) for slot in range(2)}
+    base = nn.ModuleDict({path: nn.Linear(IN, size) for path, size in SIZES.items()})
+    group = Group(base, programs, "native")
+    for pairs in (((0, 1.0),), ((0, 0.5),), ((0, 1.0), (1, 1.0))):
+        group.rows.begin(RowTable([Span(1, ((1, 1.0),)), Span(2, pairs), Span(1)]))
+        assert group.group.bound()
+        assert (group.group.in_place(0) is not None) == (pairs == ((0, 1.0),))
 
 
 @pytest.mark.cpp

@@ -152,6 +152,7 @@ OUTLASTING = [
     "sparse",
     "gains",
     "rotations",
+    "rotations with scales",
     "spectral",
     "spectral of any transform",
     "circulant",

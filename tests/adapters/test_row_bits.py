@@ -40,6 +40,7 @@ def parts(dtype: torch.dtype) -> list[Part]:
 
     low_rank = [LowRank(normal(8, IN).to(kind), normal(OUT, 8).to(kind)) for kind in (dtype, torch.float16)]
     rotation = Rotation("input", normal(1, 5, 14, 14) / 4, (14,))
+    scaled = Rotation("input", normal(1, 5, 14, 14) / 4, (14,), normal(OUT))
     circulant = Circulant(normal(OUT // 10, IN // 10, 10 // 2 + 1, 2), 10)
     basis = Basis(normal(1, 9, IN), normal(1, OUT, 9))
     projected = [Projected("diagonal", normal(1, 9), basis, outer_NO=normal(1, OUT)) for _ in range(5)]
@@ -54,7 +55,7 @@ def parts(dtype: torch.dtype) -> list[Part]:
     experts = tuple((LowRank(normal(3, IN).to(dtype), normal(OUT, 3).to(dtype)),) for _ in range(5))
     mixture = Routed(experts, Router(normal(5, IN), Rule(keep="top_k", top_k=2, gate="renormalised")))
     changes = circulant, kronecker, block, Dense(normal(OUT, IN)), mixture, mixture
-    return [*low_rank, gain, rotation, *projected, *changes, sparse]
+    return [*low_rank, gain, rotation, scaled, *projected, *changes, sparse]
 
 
 @pytest.mark.cpp

@@ -253,9 +253,10 @@ class _TimedBound(Bound):
         timed = partial(self._watch.timed, self._part)
         sides = [
             None if side is None else replace(side, add=timed(side.add))
-            for side in (own.input_change, own.output_change)
+            for side in (own.input_change, own.output_change, own.product_change)
         ]
-        return Adds(*sides, None if own.sums is None else timed(own.sums))
+        sums = None if own.sums is None else timed(own.sums)
+        return Adds(sides[0], sides[1], sums, sides[2])
 
     def source(self, x_TI: Tensor) -> Tensor:
         return self._watch.timed(self._part, self._inner.source)(x_TI)
@@ -265,6 +266,9 @@ class _TimedBound(Bound):
 
     def output_change(self, member: int, y_TO: Tensor) -> Change | None:
         return self._watch.timed(self._part, self._inner.output_change)(member, y_TO)
+
+    def product_change(self, member: int, y_TO: Tensor) -> Change | None:
+        return self._watch.timed(self._part, self._inner.product_change)(member, y_TO)
 
     def own_product(self, member: int, x_TI: Tensor) -> OwnProduct | None:
         return self._watch.timed(self._part, self._inner.own_product)(member, x_TI)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from timbre_methods.contract import Site
 from timbre_methods.errors import InvalidTensors
-from timbre_methods.program import AdapterProgram, owned_tensors
+from timbre_methods.program import AdapterProgram, Diagonal, Rotation, owned_tensors
 from timbre_methods.registry import check_adapter, inspect_adapter, method_for, methods
 
 METHODS = sorted(methods())
@@ -92,6 +92,17 @@ def test_an_example_changes_its_sites_and_no_other(
     changed = {path for path in tiny_sites if (adapted[path] - base[path]).abs().max() > 1e-3}
     assert changed == set(program.sites)
     assert changed
+
+
+@each_method
+@each_example
+def test_an_input_that_is_turned_with_a_scale_is_changed_by_nothing_else(
+    name: str, seed: int, tiny_sites: dict[str, Site], make_example: Callable[..., Any]
+) -> None:
+    program = make_example(name, tiny_sites, seed).compiled(tiny_sites)
+    for parts in program.sites.values():
+        if any(isinstance(part, Rotation) and part.scale_O is not None for part in parts):
+            assert not any(isinstance(part, Diagonal) and part.side == "input" for part in parts)
 
 
 @each_method

@@ -111,8 +111,10 @@ def check_against_meaning(
         sums = bound.sums(x_TI)
         shared = list(sums[member]) if sums else []
         own_product = produced(bound.own_product(member, x_TI), weights[member])
-        change = summed([*shared, bound.output_change(member, y_TO), own_product], y_TO)
         input_change = summed([bound.input_change(member, x_TI)], x_TI)
+        product_TO = (x_TI + input_change) @ weights[member].T
+        product_change = bound.product_change(member, product_TO)
+        change = summed([*shared, product_change, bound.output_change(member, y_TO), own_product], y_TO)
         row = 0
         for span in table.spans:
             own = [(p, w) for slot, w in span.pairs for p in uses[member].get(slot, ())]
@@ -122,11 +124,15 @@ def check_against_meaning(
             torch.testing.assert_close(input_change[rows], expected[0], atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(change[rows], expected[1], atol=1e-4, rtol=1e-4)
             row += span.num_rows
-        check_adds(bound, member, (x_TI, input_change), (y_TO, change))
+        check_adds(bound, member, (x_TI, input_change), (y_TO, change), product_TO)
 
 
 def check_adds(
-    bound: Bound, member: int, x_and_change: tuple[Tensor, Tensor], y_and_change: tuple[Tensor, Tensor]
+    bound: Bound,
+    member: int,
+    x_and_change: tuple[Tensor, Tensor],
+    y_and_change: tuple[Tensor, Tensor],
+    product_TO: Tensor,
 ) -> None:
     """Where there are any, they add the same changes by themselves."""
     adds = bound.adds(member)
@@ -141,6 +147,8 @@ def check_adds(
         assert torch.equal(alone_TI, changed_TI)
     if adds.output_change is not None:
         adds.output_change.add(changed_TO, changed_TO)
+    if adds.product_change is not None:
+        adds.product_change.add(product_TO, changed_TO)
     if adds.sums is not None:
         adds.sums(bound.source(x_TI), changed_TO)
         narrow_TI = x_TI.bfloat16()
@@ -237,8 +245,10 @@ def test_a_part_that_is_not_finite_spoils_its_own_rows_alone(
         bound = operator.bind([{0: [part], 1: [other]}], table)
         sums = bound.sums(x_TI)
         own_product = produced(bound.own_product(0, x_TI), weight_OI)
-        change = summed([*(sums[0] if sums else ()), bound.output_change(0, y_TO), own_product], y_TO)
         input_change = summed([bound.input_change(0, x_TI)], x_TI)
+        product_change = bound.product_change(0, (x_TI + input_change) @ weight_OI.T)
+        changes = [*(sums[0] if sums else ()), product_change, bound.output_change(0, y_TO), own_product]
+        change = summed(changes, y_TO)
         found.append(torch.cat([change, input_change], dim=1))
 
     beside_sound, beside_spoilt = found

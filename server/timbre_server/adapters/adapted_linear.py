@@ -3,7 +3,9 @@
 An `AdaptedLinear` takes a layer's place by composition: the base product stays the layer's own. Layers
 that read the very same tensor share an `AdaptedGroup`.
 
-    y = W (x + input changes) + b   +   Σ changes from x   +   changes from y0 = W x + b   +   own products
+    y = W x' + b + changes from W x' + changes from y0 = W x + b + changes from x + own products
+
+with x' = x + input changes.
 
 Base rows get exactly the base product's bits: a row that no adapter touches is never added to. Where every
 row of a step is that of one mix whose weights are merged, a layer runs on those, and nothing is added.
@@ -27,6 +29,7 @@ from timbre_server.adapters.added import added, rows_of
 from timbre_server.adapters.in_place import InPlace
 from timbre_server.native.recording import Recording, recording, repeated
 from timbre_server.native.rounding import round_into, widen_into
+from timbre_server.native.sums import sum_into
 from timbre_server.native.tape import Choice, Tape
 from timbre_server.operators.contract import Bound, Change, OwnProduct
 
@@ -150,10 +153,10 @@ class AdaptedLinear(nn.Module):
             y0 = other.sums
         elif len(own.outputs) > 1:
             y0 = widen_into(other.sums, used.sums)
-        self._add_in_place(own, places.x, y0, used.sums)
+        held = self._add_in_place(own, places.x, y0, used.sums)
         if used.sums is not places.y:
             round_into(places.y, used.sums)
-        return places, own
+        return places, own, held
 
     def _change_input(self, own: InPlace, places: _Places) -> None:
         source, wide = places.wides
@@ -185,9 +188,13 @@ class AdaptedLinear(nn.Module):
         inputs = [c for b in bounds if (c := b.input_change(self._member, x_TI)) is not None]
         y = self._sums(added(x, inputs)) if inputs else self._base_sums(x)
         sums = self._group.changes(self._member, x)  # Routers choose there for what acts on outputs, too.
+        products: list[Change] = []
+        if inputs:
+            product_TO = rows_of(y).float() - (0.0 if self.bias is None else self.bias.float())
+            products = [c for b in bounds if (c := b.product_change(self._member, product_TO)) is not None]
         outputs = self._output_changes(bounds, x, y, changed_input=bool(inputs))
         produced = [self._produced(o, x) for b in bounds if (o := b.own_product(self._member, x_TI))]
-        changes = [*outputs, *sums, *produced]
+        changes = [*products, *outputs, *sums, *produced]
         return added(y, changes, is_own=True).to(x.dtype)
 
     def _changed_in_place(self, own: InPlace, x: Tensor) -> Tensor:
@@ -208,13 +215,22 @@ class AdaptedLinear(nn.Module):
         self._add_in_place(own, x, y0, y)
         return y.to(x.dtype)
 
-    def _add_in_place(self, own: InPlace, x: Tensor, y0: Tensor, y: Tensor) -> None:
+    def _add_in_place(self, own: InPlace, x: Tensor, y0: Tensor, y: Tensor) -> object:
+        """Returns what kernels read that lies nowhere else."""
+        held: Sequence[Tensor] = ()
+        for each in own.products:
+            if self.bias is not None and not held:
+                less_TO = (-self.bias.float()).expand_as(y).contiguous()
+                held = less_TO, torch.empty_like(y)
+                sum_into(held[1], y, less_TO)
+            each.add(held[1] if held else y, y)
         for each in own.outputs:
             each.add(y0, y)
         if own.sums:
             sources = self._group.sources(self._member, x)
             for number, add in own.sums:
                 add(sources[number], y)
+        return held
 
     def _base_sums(self, x: Tensor) -> Tensor:
         copies = self._group.copies

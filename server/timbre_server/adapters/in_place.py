@@ -18,6 +18,8 @@ class InPlace:
     """To the base's own output."""
     is_hidden: bool
     """Whether a row needs that, whose input is changed; else all who do have the same with changed inputs."""
+    products: tuple[SideAdd, ...]
+    """To the base product of the changed input; only where that is changed."""
     sums: tuple[tuple[int, Add], ...]
     """With the number of the operator."""
 
@@ -39,8 +41,9 @@ class InPlace:
             return None
         inputs = tuple(own.input_change for own in known if own.input_change is not None)
         outputs = tuple(own.output_change for own in known if own.output_change is not None)
+        products = tuple(own.product_change for own in known if own.product_change is not None)
         sums = tuple((n, own.sums) for n, own in enumerate(known) if own.sums is not None)
-        return InPlace(inputs, outputs, _is_one_of_each(inputs, outputs, table), sums)
+        return InPlace(inputs, outputs, _is_one_of_each(inputs, outputs, table), products, sums)
 
 
 def _is_one_of_each(some: Sequence[SideAdd], others: Sequence[SideAdd], table: RowTable) -> bool:

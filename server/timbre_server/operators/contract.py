@@ -90,6 +90,8 @@ class Adds:
     """From y0."""
     sums: Add | None = None
     """From what `Bound.source` makes of x."""
+    product_change: SideAdd | None = None
+    """From the base product of the changed input."""
 
 
 class Bound:
@@ -117,6 +119,11 @@ class Bound:
 
     def output_change(self, member: int, y_TO: Tensor) -> Change | None:
         """What to add to one member's output, from the base's own output y0."""
+        return None
+
+    def product_change(self, member: int, y_TO: Tensor) -> Change | None:
+        """What to add to one member's output, before all else, from the base product of the input as all
+        operators have changed it, without the bias."""
         return None
 
     def own_product(self, member: int, x_TI: Tensor) -> OwnProduct | None:

@@ -17,13 +17,13 @@ class NativeDiagonal(StandingOperator[Diagonal, PreparedSides], DiagonalOperator
     """`DiagonalOperator` by ``diagonal.cpp``."""
 
     def prepared(self, members: Members[Diagonal]) -> PreparedSides:
-        return prepared_sides(members, _prepared)
+        return prepared_sides(members, prepared_gains)
 
     def standing(self, rows: LiveRows) -> Standing[PreparedSides]:
         return StandingSides("timbre_diagonal", rows)
 
 
-def _prepared(part: Diagonal) -> Prepared:
+def prepared_gains(part: Diagonal) -> Prepared:
     """As ``Gains`` of ``diagonal.cpp``."""
     extra_gain_D = part.gain - 1
     shift_D = None if part.shift is None else part.shift.contiguous()
