@@ -83,7 +83,8 @@ def interned_basis(p: Matrix, q: Matrix, device: torch.device) -> Basis:
 def shared_basis(p_NPI: Tensor, q_NOQ: Tensor) -> Basis:
     """The one `Basis` with these values, in float32 copies: for matrices from files and derived tensors.
 
-    Reads the values, except on the meta device. The layout in memory is kept.
+    Reads the values, except on the meta device. The layout in memory of several blocks is kept; one lies row
+    by row, as it is read, however a decomposition has laid it out.
     """
     return interned_basis(_by_content(p_NPI), _by_content(q_NOQ), p_NPI.device)
 
@@ -102,4 +103,5 @@ def content_key(values: Tensor) -> Hashable:
 
 
 def _by_content(values: Tensor) -> Matrix:
-    return Matrix(content_key(values), lambda: values.to(torch.float32, copy=True))
+    form = torch.contiguous_format if len(values) == 1 else torch.preserve_format
+    return Matrix(content_key(values), lambda: values.to(torch.float32, copy=True, memory_format=form))

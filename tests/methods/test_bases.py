@@ -105,3 +105,11 @@ def test_on_meta_no_basis_is_shared() -> None:
     first, second = shared_basis(*shapes), shared_basis(*shapes)
     assert first is not second
     assert first.p_NPI.shape == (1, 3, 5)
+
+
+def test_one_block_lies_row_by_row_however_it_was_laid_out() -> None:
+    turned, wide = torch.arange(12.0).view(1, 4, 3).transpose(1, 2), torch.arange(30.0).view(1, 5, 6)
+    basis = shared_basis(turned, wide[:, :, :3])
+    assert basis.p_NPI.is_contiguous()
+    assert basis.q_NOQ.is_contiguous()
+    assert torch.equal(basis.p_NPI, turned)
