@@ -11,6 +11,7 @@ from timbre_methods.contract import Site
 from timbre_methods.errors import InvalidTensors
 from timbre_methods.program import Sparse
 from timbre_methods.registry import check_adapter, method_for
+from timbre_methods.sparse.places import sparse_cells
 
 LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -106,3 +107,18 @@ def test_as_many_places_as_values_are_needed(site: Callable[..., Site]) -> None:
 def test_the_masks_seed_is_of_no_account() -> None:
     raw = {**RAW, "r": "many", "random_seed": -3, "mask_type": "of my own"}
     assert method_for(raw).parse(raw) == method_for(RAW).parse(RAW)
+
+
+def test_places_in_any_order_give_the_same_matrix() -> None:
+    site = Site("q", torch.empty(6, 5, device="meta"), None)
+    cells_N = torch.randperm(30, generator=torch.Generator().manual_seed(1))[:12]
+    values_N = torch.arange(1.0, 13.0)
+    order_N = cells_N.argsort()
+    expected = torch.zeros(30).index_put((cells_N,), values_N).view(6, 5)
+    for part in (
+        sparse_cells(site, cells_N, values_N),
+        sparse_cells(site, cells_N[order_N], values_N[order_N]),
+    ):
+        rows_N = torch.repeat_interleave(torch.arange(6), part.row_ends.diff())
+        found = torch.zeros(6, 5).index_put((rows_N, part.columns_N.long()), part.values_N)
+        assert torch.equal(found, expected)

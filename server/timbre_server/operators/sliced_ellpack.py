@@ -52,7 +52,8 @@ def slices_of(part: Sparse) -> SlicedEllpack:
     places_N = _places(ranks_O, lengths_S, part.row_ends)
     shape = int(lengths_S.sum()), OUTPUTS
     columns_KC, values_KC = part.columns_N.new_full(shape, -1), part.values_N.new_zeros(shape)
-    columns_KC.view(-1)[places_N], values_KC.view(-1)[places_N] = part.columns_N, part.values_N
+    columns_KC.view(-1).scatter_(0, places_N, part.columns_N)
+    values_KC.view(-1).scatter_(0, places_N, part.values_N)
     # Where an output has no more entries, its column is that of the slice's first one: x is read there.
     columns_KC = torch.where(columns_KC < 0, columns_KC[:, :1], columns_KC)
     ranks, lengths, columns = (numbers.to(torch.int16) for numbers in (ranks_O, lengths_S, columns_KC))
