@@ -173,8 +173,8 @@ def test_blocks_are_played_as_they_run(seed: int) -> None:
         ):
             if slot in programs:
                 model.adapted.drop(slot)
-            programs[slot] = program()
-            model.adapted.put(slot, programs[slot])
+            own = programs[slot] = program()
+            model.adapted.put(slot, own, model.adapted.prepared(own) if random.random() < 0.5 else None)
         if table is None or random.random() < 0.7:
             table = any_table(random.choice([1, 4, 9]))
         x_TD, new = torch.randn(table.num_rows, D), Model(weights)

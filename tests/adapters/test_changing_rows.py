@@ -212,7 +212,7 @@ def test_layers_keep_what_they_prepared_of_the_adapters_used_last_alone() -> Non
         adapted.clear_rows()
     (group,) = adapted._groups
     assert list(group._prepared) == list(range(count - MAX_IDLE_OPEN - 1, count))
-    (standing,) = group._standing.values()
+    (standing,) = group._standing.by_kind.values()
     assert isinstance(standing, BoundInputKernels)
     assert all(own is not None and len(own.uses._held) == len(group._prepared) for own in standing._kernels)
 
@@ -229,7 +229,7 @@ def test_what_is_prepared_beforehand_is_not_prepared_again_and_kept_of_the_last_
         own = AdapterProgram({path: (low_rank(SIZES[path]),) for path in PATHS})
         adapted.put(slot, own, adapted.prepared(own))
     (group,) = adapted._groups
-    assert list(group._expected) == list(range(count - MAX_IDLE_OPEN, count))
+    assert list(group._prepared) == list(range(count - MAX_IDLE_OPEN, count))
 
     asked = []
     prepared = AdaptedGroup.prepared
@@ -240,7 +240,7 @@ def test_what_is_prepared_beforehand_is_not_prepared_again_and_kept_of_the_last_
         adapted.clear_rows()
         assert len(asked) == times
     adapted.drop(count - 3)
-    assert count - 3 not in group._expected
+    assert count - 3 not in group._prepared
 
 
 @pytest.mark.cpp

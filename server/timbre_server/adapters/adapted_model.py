@@ -6,7 +6,7 @@ rows use which slots.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from timbre_methods.program import AdapterProgram
-from timbre_methods.routing import Routed, RoutedBlock, Router, Scout, Scouted
+from timbre_methods.routing import Routed, Router, Scout, Scouted
 from timbre_server.adapters.active_rows import ActiveRows
 from timbre_server.adapters.adapted_embedding import AdaptedEmbedding
 from timbre_server.adapters.adapted_group import AdaptedGroup, PreparedKinds
@@ -22,7 +22,6 @@ from timbre_server.adapters.adapted_linear import AdaptedLinear, Product
 from timbre_server.adapters.adapted_norm import AdaptedNorm
 from timbre_server.adapters.adapted_parameters import AdaptedParameters
 from timbre_server.adapters.groups import Block, LinearGroup, LoneLayer, ParameterModule
-from timbre_server.adapters.packed_sites import PackedSites
 from timbre_server.adapters.prompts import StepPrompts
 from timbre_server.adapters.routed_block import RoutedBlocks
 from timbre_server.adapters.routing_report import Choice, choices_of, expert_tokens, router_places
@@ -138,16 +137,11 @@ class AdaptedModel:
         are_new = [rows.begin(table.times(count)) for count, rows in self._body_rows.items()]
         are_new.append(self._head_rows.begin(head_table))
         if any(are_new):
-            self._bind()
+            not_yet = self._blocks.see_copies()
+            for group in self._groups:  # One after the other, which takes half as long as between products.
+                if not group.paths[0].startswith(not_yet):
+                    group.bound()
         self._prompts.begin(table)
-
-    def _bind(self) -> None:
-        """All groups one after the other, which takes half as long as between products: but for those that
-        will see copies of the rows."""
-        not_yet = self._blocks.see_copies()
-        for group in self._groups:
-            if not group.paths[0].startswith(not_yet):
-                group.bound()
 
     def scout(self, rows_S: Tensor, hidden_SD: Tensor, kept_rows_T: Tensor) -> None:
         """Give the scouts what the base alone made of the rows ``rows_S``, increasing, of those that are set;
@@ -186,19 +180,16 @@ class AdaptedModel:
         body, head = self._body_rows[1], self._head_rows
         if body.table is None:
             return body.are_merged, frozenset()
-        if self.act_beside_layers or self._act_on(self._blocks.paths):
+        if self.act_beside_layers or self._programs.act_on(self._blocks.paths, body.table.slots):
             return None
         return (body.table, head.table), frozenset(body.table.slots)
 
     @property
     def act_beside_layers(self) -> bool:
         """Whether adapters of the rows that are set act on parameters, or in attention."""
-        return self._prompts.act_in_attention or self._act_on(self._parameter_paths)
-
-    def _act_on(self, paths: Set[str]) -> bool:
         table = self._body_rows[1].table
         slots = () if table is None else table.slots
-        return not all(self._programs[slot].sites.keys().isdisjoint(paths) for slot in slots)
+        return self._prompts.act_in_attention or self._programs.act_on(self._parameter_paths, slots)
 
     def recorded(self) -> RecordedForward:
         """Of the forward that has just run. Before `clear_rows`."""
@@ -226,11 +217,6 @@ class AdaptedModel:
     def put(self, slot: int, program: AdapterProgram, prepared: PreparedProgram | None = None) -> None:
         """Let a free slot hold a program whose tensors are on the model's device. What is not `prepared` is
         when a row uses it first."""
-        assert isinstance(program.sites, PackedSites) or all(
-            path in self._blocks.paths
-            for path, parts in program.sites.items()
-            if any(isinstance(part, RoutedBlock) for part in parts)
-        ), "a router for a block that the model does not have"
         self._programs.put(slot, program)
         self._blocks.put(slot, program)
         self._places |= router_places(program)

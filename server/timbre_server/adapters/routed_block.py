@@ -26,6 +26,7 @@ from timbre_methods.program import AdapterProgram
 from timbre_methods.routing import RoutedBlock, Router
 from timbre_server.adapters.active_rows import ActiveRows, RowCopies
 from timbre_server.adapters.groups import Block
+from timbre_server.adapters.packed_sites import PackedSites
 from timbre_server.native.recording import either
 from timbre_server.native.tape import State
 from timbre_server.operators.router import Routers
@@ -59,6 +60,11 @@ class RoutedBlocks:
 
     def put(self, slot: int, program: AdapterProgram) -> None:
         """Let a free slot hold what a program has for blocks."""
+        assert isinstance(program.sites, PackedSites) or all(
+            path in self.paths
+            for path, parts in program.sites.items()
+            if any(isinstance(part, RoutedBlock) for part in parts)
+        ), "a router for a block that the model does not have"
         for path in program.sites.keys() & self.paths:
             self._layers[path].put(slot, next(p for p in program.sites[path] if isinstance(p, RoutedBlock)))
 

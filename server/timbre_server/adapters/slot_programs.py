@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 
 from timbre_methods.program import AdapterProgram
@@ -40,6 +40,10 @@ class SlotPrograms(Mapping[int, AdapterProgram]):
 
     def put(self, slot: int, program: AdapterProgram) -> None:
         self._programs[slot] = program
+
+    def act_on(self, paths: Set[str], slots: Iterable[int]) -> bool:
+        """Whether any of these slots' programs has parts there."""
+        return not all(self[slot].sites.keys().isdisjoint(paths) for slot in slots)
 
     def open(self, slot: int, program: AdapterProgram) -> Sequence[int]:
         """Let a slot give what was `opened` of its program. Those whose parts are no longer kept."""
