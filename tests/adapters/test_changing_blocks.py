@@ -118,13 +118,12 @@ def low_rank(path: str) -> LowRank:
 
 
 def experts(path: str, count: int) -> tuple[tuple[LowRank | Diagonal, ...], ...]:
-    """One may do nothing, and now and then one also scales the output."""
-    found: list[tuple[LowRank | Diagonal, ...]] = [
-        (low_rank(path),) if random.random() < 0.8 else () for _ in range(count)
-    ]
+    """The first does something, and now and then scales the output; others may do nothing."""
+    first: tuple[LowRank | Diagonal, ...] = (low_rank(path),)
     if random.random() < 0.2:
-        found[0] = (*found[0], Diagonal("output", torch.randn(SITES[path][0]), None))
-    return tuple(found)
+        first = (*first, Diagonal("output", torch.randn(SITES[path][0]), None))
+    others = [(low_rank(path),) if random.random() < 0.8 else () for _ in range(count - 1)]
+    return (first, *others)
 
 
 def program() -> AdapterProgram:
