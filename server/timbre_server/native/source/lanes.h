@@ -222,8 +222,9 @@ static inline void transpose(Lanes p[LANES]) {
 
 // lanes [in, LANES]: up to eight rows of x side by side, zeros where there is none; of each input from `step` floats
 // after the one before.
+template <typename Number>
 static inline void side_by_side(
-    const float *x, int64_t in, const int64_t *rows, int64_t count, float *lanes, int64_t step = LANES
+    const Number *x, int64_t in, const int64_t *rows, int64_t count, float *lanes, int64_t step = LANES
 ) {
     int64_t i = 0;
     for (; i + LANES <= in; i += LANES) {
@@ -233,7 +234,7 @@ static inline void side_by_side(
         for (int j = 0; j < LANES; j++) store(lanes + (i + j) * step, block[j]);
     }
     for (; i < in; i++)
-        for (int n = 0; n < LANES; n++) lanes[i * step + n] = n < count ? x[rows[n] * in + i] : 0;
+        for (int n = 0; n < LANES; n++) lanes[i * step + n] = n < count ? value(x[rows[n] * in + i]) : 0;
 }
 
 // All rows of a batch that use one adapter, each once, with their weights.

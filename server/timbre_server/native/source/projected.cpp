@@ -74,7 +74,7 @@ PLAYED(timbre_projected_in)
 
 // y[row] += weight S x[row], of sparse.cpp.
 extern "C" void timbre_sparse(
-    const Uses<Slices> *uses, const float *x, int64_t rows, int64_t in, float *y, int64_t out, int threads
+    const Uses<Slices> *uses, const void *x, int64_t format, int64_t rows, int64_t in, float *y, int64_t out, int threads
 );
 
 // Cores other than diagonal ones that have P and Q in common. What all of them make of a row is summed before Q.
@@ -102,7 +102,7 @@ class Cores {
     void multiply_sparse(int threads) {
         if (sparse.empty()) return;
         const Uses<Slices> uses = {sparse.data(), int64_t(sparse.size()), 0};
-        timbre_sparse(&uses, z, rows, part.p.rows, h.data(), part.q.columns, threads);
+        timbre_sparse(&uses, z, FLOAT32, rows, part.p.rows, h.data(), part.q.columns, threads);
     }
 
     void add_outs(float *y, int64_t out, std::vector<Product> &products) {

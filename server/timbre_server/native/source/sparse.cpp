@@ -107,19 +107,22 @@ template <int V, typename Number>
 static void multiply_rows(
     const Slices &matrix, const Number *values, Place begin, Place end, const float *lanes, float *sums
 ) {
+    constexpr int OUTPUTS = LANES / V;  // At once: no addition waits for the last.
     const uint16_t *columns = matrix.columns + begin.step * LANES;
     values += begin.step * LANES;
     sums += begin.slice * LANES * V * LANES;
     for (int64_t s = begin.slice; s < end.slice; s++) {
         const int64_t count = matrix.lengths[s] * LANES;
-        for (int j = 0; j < LANES; j++, sums += V * LANES) {
-            Lanes totals[V] = {};
-            for (int64_t k = j; k < count; k += LANES) {
-                const Lanes entry = all(value(values[k]));
-                const float *inputs = lanes + columns[k] * V * LANES;
-                for (int v = 0; v < V; v++) add_product(totals[v], load(inputs + v * LANES), entry);
-            }
-            for (int v = 0; v < V; v++) store(sums + v * LANES, totals[v]);
+        for (int j = 0; j < LANES; j += OUTPUTS) {
+            Lanes totals[OUTPUTS][V] = {};
+            for (int64_t k = j; k < count; k += LANES)
+                for (int o = 0; o < OUTPUTS; o++) {
+                    const Lanes entry = all(value(values[k + o]));
+                    const float *inputs = lanes + columns[k + o] * V * LANES;
+                    for (int v = 0; v < V; v++) add_product(totals[o][v], load(inputs + v * LANES), entry);
+                }
+            for (int o = 0; o < OUTPUTS; o++)
+                for (int v = 0; v < V; v++, sums += LANES) store(sums, totals[o][v]);
         }
         values += count, columns += count;
     }
@@ -186,27 +189,26 @@ static std::vector<int> threads_of(const std::vector<RowBlock> &blocks, int thre
 }
 
 // What one of so many threads does of a block.
-struct SparseWorker {
-    const float *x;
+template <typename Number> struct SparseWorker {
+    const Number *x;
     int64_t in;
     float *y;
     int64_t out;
     int thread, threads;
-    Scratch scratch;
 
     void multiply(const RowBlock &block, float *sums) {
         const Slices &matrix = *block.own;
         const int64_t slices = (out + LANES - 1) / LANES, width = block.rows.count;
         const Place begin = place_of(matrix, slices, thread, threads);
         const Place end = place_of(matrix, slices, thread + 1, threads);
-        float *lanes = width == 1 ? nullptr : scratch.of(in * width);
-        for (int64_t n = 0; lanes && n < width; n += LANES)
+        thread_local Scratch scratch;  // Kept: fresh memory costs more than what is written to it.
+        float *lanes = scratch.of(in * width);
+        const float *row = width == 1 ? floats(x + block.rows.rows[0] * in, in, lanes) : nullptr;
+        for (int64_t n = 0; width > 1 && n < width; n += LANES)
             side_by_side(x, in, block.rows.rows + n, LANES, lanes + n, width);
         as_they_lie(matrix.values, [&](auto values) {
             if (width == 1)
-                multiply_row(
-                    matrix, *block.next, values, begin, end, x + block.rows.rows[0] * in, block.rows.weights[0], sums
-                );
+                multiply_row(matrix, *block.next, values, begin, end, row, block.rows.weights[0], sums);
             else if (width == LANES)
                 multiply_rows<1>(matrix, values, begin, end, lanes, sums);
             else
@@ -225,16 +227,14 @@ struct SparseWorker {
     }
 };
 
-// x [rows, in] and y [rows, out] are contiguous.
-extern "C" void timbre_sparse(
-    const Uses<Slices> *uses, const float *x, int64_t rows, int64_t in, float *y, int64_t out, int threads
+template <typename Number>
+static void add_sparse(
+    const std::vector<RowBlock> &blocks, const Number *x, int64_t in, float *y, int64_t out, int threads
 ) {
-    const std::vector<RowBlock> blocks = blocks_of(uses->with_rows());
-    threads = uses->threads(rows, threads);
     const auto size = [out](const RowBlock &block) { return (out + LANES - 1) / LANES * LANES * block.rows.count; };
     if (threads == 1) {
-        SparseWorker worker = {x, in, y, out, 0, 1, {}};
-        Scratch sums;
+        SparseWorker<Number> worker = {x, in, y, out, 0, 1};
+        thread_local Scratch sums;
         for (const RowBlock &block : blocks) {
             worker.multiply(block, sums.of(size(block)));
             worker.add(block, sums.of(size(block)));
@@ -249,8 +249,8 @@ extern "C" void timbre_sparse(
     {
         const int thread = thread_number(), others = thread_count();
         const std::vector<int> owners = threads_of(blocks, others);
-        SparseWorker together = {x, in, y, out, thread, others, {}}, alone = {x, in, y, out, 0, 1, {}};
-        Scratch own;
+        SparseWorker<Number> together = {x, in, y, out, thread, others}, alone = {x, in, y, out, 0, 1};
+        thread_local Scratch own;
         for (size_t b = 0; b < blocks.size(); b++) {
             const RowBlock &block = blocks[b];
             if (!owners.empty()) {
@@ -267,5 +267,15 @@ extern "C" void timbre_sparse(
             }
         }
     }
+}
+
+// x [rows, in] and y [rows, out] are contiguous; x is of float32 or of bfloat16.
+extern "C" void timbre_sparse(
+    const Uses<Slices> *uses, const void *x, int64_t format, int64_t rows, int64_t in, float *y, int64_t out, int threads
+) {
+    const std::vector<RowBlock> blocks = blocks_of(uses->with_rows());
+    threads = uses->threads(rows, threads);
+    if (format == BFLOAT16) add_sparse(blocks, static_cast<const BFloat16 *>(x), in, y, out, threads);
+    else add_sparse(blocks, static_cast<const float *>(x), in, y, out, threads);
 }
 PLAYED(timbre_sparse)

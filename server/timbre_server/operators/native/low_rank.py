@@ -5,16 +5,13 @@ Legend: T rows of the batch, I in, O out, R ranks.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
 from timbre_methods.program import LowRank
 from timbre_server.operators.contract import Members, Standing, StandingOperator, Uses
 from timbre_server.operators.live_rows import LiveRows
 from timbre_server.operators.low_rank import BoundGated, Gating, LowRankOperator
 from timbre_server.operators.native.low_rank_experts import BoundExperts
 from timbre_server.operators.native.uses import (
-    BoundInputKernels,
+    BoundNarrowInputKernels,
     Prepared,
     PreparedParts,
     Sources,
@@ -34,16 +31,10 @@ class NativeLowRank(StandingOperator[LowRank, PreparedParts], LowRankOperator):
         return PreparedParts([[_prepared(part) for part in own if part.a_RI.shape[0]] for own in members])
 
     def standing(self, rows: LiveRows) -> Standing[PreparedParts]:
-        return _BoundLowRank("timbre_low_rank", rows, self._sources, is_told_format=True)
+        return BoundNarrowInputKernels("timbre_low_rank", rows, self._sources)
 
     def bind_gated(self, uses: Uses[LowRank], table: RowTable, gating: Gating) -> BoundGated:
         return BoundExperts(uses, table, gating)
-
-
-class _BoundLowRank(BoundInputKernels):
-    def source(self, x_TI: Tensor) -> Tensor:
-        """Factors of bfloat16 meet rows of bfloat16 as they are."""
-        return x_TI if x_TI.dtype is torch.bfloat16 else super().source(x_TI)
 
 
 def _prepared(part: LowRank) -> Prepared:

@@ -9,7 +9,7 @@ from timbre_methods.sliced_ellpack import SlicedEllpack
 from timbre_server.operators.contract import Members, Standing, StandingOperator
 from timbre_server.operators.live_rows import LiveRows
 from timbre_server.operators.native.uses import (
-    BoundInputKernels,
+    BoundNarrowInputKernels,
     Prepared,
     PreparedParts,
     Sources,
@@ -29,7 +29,7 @@ class NativeSlicedEllpack(StandingOperator[SlicedEllpack, PreparedParts], Sliced
         return PreparedParts([[prepared_slices(part) for part in own] for own in members])
 
     def standing(self, rows: LiveRows) -> Standing[PreparedParts]:
-        return BoundInputKernels("timbre_sparse", rows, self._sources)
+        return BoundNarrowInputKernels("timbre_sparse", rows, self._sources)
 
 
 def prepared_slices(part: SlicedEllpack) -> Prepared:
