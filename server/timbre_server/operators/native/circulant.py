@@ -62,9 +62,8 @@ class NativeCirculant(StandingOperator[Circulant, _Prepared], CirculantOperator)
         return _StandingCirculants(self, rows)
 
     def plan(self, length: int) -> Plan:
-        if length not in self._plans:
-            self._plans[length] = Plan(length)
-        return self._plans[length]
+        """The same one for whoever asks, on any thread."""
+        return self._plans.get(length) or self._plans.setdefault(length, Plan(length))
 
 
 def _prepared(part: Circulant, plan: Plan) -> Prepared:

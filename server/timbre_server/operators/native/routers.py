@@ -114,7 +114,7 @@ class NativeRouters(Routers):
 def agree() -> bool:
     """Whether routers of several rules, as they were compiled, give what PyTorch gives."""
     generator = torch.Generator().manual_seed(0)
-    weight_EI, x_TI = (torch.randn(n, 24, generator=generator) for n in (5, 7))
+    weight_EI, x_TI = (torch.randn(n, 72, generator=generator) for n in (5, 7))
     (segment,) = RowTable([Span(len(x_TI), ((0, 1.0),))]).segments
     routers = [
         Router(weight_EI, rule, weight_EI[:, 0], weight_EI[:, 1])

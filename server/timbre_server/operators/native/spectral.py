@@ -107,20 +107,22 @@ class NativeSpectral(StandingOperator[Spectral, _Prepared], SpectralOperator):
         return known[slots, bytes_per_row]
 
     def lane_transform(self, places: Places, length: int) -> LaneTransform:
+        """The same one for whoever asks, on any thread."""
         key = name_of(places), length
-        if key not in self._lane_transforms:
+        found = self._lane_transforms.get(key)
+        if found is None:
             own = self._transform(places, length, torch.device("cpu"))
-            self._lane_transforms[key] = LaneTransform(own, length)
-        return self._lane_transforms[key]
+            found = self._lane_transforms.setdefault(key, LaneTransform(own, length))
+        return found
 
     def lane_pattern(self, places: Places) -> Pattern:
-        """Kept as long as the object of places."""
-        if places not in self._lane_patterns:
-            inner, outer = (
-                self.lane_transform(places, length) for length in (places.in_features, places.out_features)
-            )
-            self._lane_patterns[places] = Pattern(places, inner, outer)
-        return self._lane_patterns[places]
+        """The same. Kept as long as the object of places."""
+        found = self._lane_patterns.get(places)
+        if found is None:
+            lengths = places.in_features, places.out_features
+            inner, outer = (self.lane_transform(places, length) for length in lengths)
+            found = self._lane_patterns.setdefault(places, Pattern(places, inner, outer))
+        return found
 
     def sources_of(self, name: Name) -> Sources:
         return self._sources.setdefault(name, Sources())
