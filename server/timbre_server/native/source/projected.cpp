@@ -4,10 +4,9 @@
 #include <deque>
 
 #include "matrices.h"
+#include "sparse.h"
 
 constexpr int64_t DIAGONAL = 0, DENSE = 1, SLICES = 2;
-
-struct Slices;  // Of sparse.cpp.
 
 // All blocks of P are one matrix, as are those of Q; but where inner vectors come before P, or outer ones after Q, it
 // is one block that all have in common. A core that is not diagonal has one block, and no vectors.
@@ -71,11 +70,6 @@ extern "C" void timbre_projected_in(
     multiply_all(products, all->threads(rows, threads));
 }
 PLAYED(timbre_projected_in)
-
-// y[row] += weight S x[row], of sparse.cpp.
-extern "C" void timbre_sparse(
-    const Uses<Slices> *uses, const void *x, int64_t format, int64_t rows, int64_t in, float *y, int64_t out, int threads
-);
 
 // Cores other than diagonal ones that have P and Q in common. What all of them make of a row is summed before Q.
 class Cores {

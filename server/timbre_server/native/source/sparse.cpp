@@ -6,14 +6,7 @@
 // order whatever other rows there are, and in any format of the values.
 #include <algorithm>
 
-#include "lanes.h"
-
-struct Slices {
-    const uint16_t *ranks;  // [out], of each output among all slices' outputs
-    const uint16_t *lengths;  // [slices], in steps
-    const uint16_t *columns;  // [steps of all slices, LANES]
-    Numbers values;  // like columns
-};
+#include "sparse.h"
 
 constexpr int VECTORS = 4;  // Of rows side by side, of which all sums stay in registers.
 constexpr int MOST_ROWS = VECTORS * LANES;
@@ -269,7 +262,6 @@ static void add_sparse(
     }
 }
 
-// x [rows, in] and y [rows, out] are contiguous; x is of float32 or of bfloat16.
 extern "C" void timbre_sparse(
     const Uses<Slices> *uses, const void *x, int64_t format, int64_t rows, int64_t in, float *y, int64_t out, int threads
 ) {
