@@ -135,8 +135,8 @@ def program() -> AdapterProgram:
         paths = [path for path in SITES if path.startswith(block)]
         count = random.randint(2, 4)
         router = Router(torch.randn(count, D), random.choice(RULES))
-        if kind == "block" or kind == "sites":
-            sites[block] = (RoutedBlock(router, kind),)  # type: ignore[arg-type]
+        if kind in ("block", "sites"):
+            sites[block] = (RoutedBlock(router, "block" if kind == "block" else "sites"),)
         for path in paths if kind != "nothing" else ():
             if kind == "plain":
                 sites[path] = (low_rank(path),)

@@ -133,13 +133,18 @@ def test_a_slot_that_changes_hands_between_equal_tables_runs_the_new_adapter(ker
     assert not any(map(torch.equal, before, after))
 
 
-@pytest.mark.cpp
-@torch.inference_mode()
-def test_an_idle_adapter_does_not_change_the_way_that_others_take() -> None:
+def group_of_both_sides() -> Group:
+    """Slot 0 changes a layer's output, slot 1 its input."""
     makes = {0: gain_on_output, 1: gain_on_input}
     programs = {slot: AdapterProgram({"q": (make(SIZES["q"]),)}) for slot, make in makes.items()}
     base = nn.ModuleDict({path: nn.Linear(IN, size) for path, size in SIZES.items()})
-    group = Group(base, programs, "native")
+    return Group(base, programs, "native")
+
+
+@pytest.mark.cpp
+@torch.inference_mode()
+def test_an_idle_adapter_does_not_change_the_way_that_others_take() -> None:
+    group = group_of_both_sides()
     for slots, sides in (([0], (0, 1)), ([0, 1], (1, 1)), ([0], (0, 1)), ([1], (1, 0))):
         group.rows.begin(RowTable([Span(1, ((slot, 1.0),)) for slot in slots]))
         assert group.group.bound()
@@ -151,10 +156,7 @@ def test_an_idle_adapter_does_not_change_the_way_that_others_take() -> None:
 @pytest.mark.cpp
 @torch.inference_mode()
 def test_the_output_of_the_unchanged_input_is_asked_for_where_a_row_needs_it() -> None:
-    makes = {0: gain_on_output, 1: gain_on_input}
-    programs = {slot: AdapterProgram({"q": (make(SIZES["q"]),)}) for slot, make in makes.items()}
-    base = nn.ModuleDict({path: nn.Linear(IN, size) for path, size in SIZES.items()})
-    group = Group(base, programs, "native")
+    group = group_of_both_sides()
     apart, mixed = [((0, 1.0),), ((1, 1.0),)], [((0, 1.0), (1, 1.0)), ()]
     for uses, is_hidden in ((apart, False), (mixed, True), (apart, False)):
         group.rows.begin(RowTable([Span(1, pairs) for pairs in uses]))

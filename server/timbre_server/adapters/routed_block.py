@@ -66,7 +66,9 @@ class RoutedBlocks:
             if any(isinstance(part, RoutedBlock) for part in parts)
         ), "a router for a block that the model does not have"
         for path in program.sites.keys() & self.paths:
-            self._layers[path].put(slot, next(p for p in program.sites[path] if isinstance(p, RoutedBlock)))
+            for part in program.sites[path]:
+                if isinstance(part, RoutedBlock):
+                    self._layers[path].put(slot, part)
 
     def drop(self, slot: int) -> None:
         """Also what was prepared, whoever it was for."""

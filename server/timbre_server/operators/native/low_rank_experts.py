@@ -17,7 +17,7 @@ from timbre_server.operators.contract import Change, Uses
 from timbre_server.operators.live_rows import LiveRows
 from timbre_server.operators.low_rank import BoundGated, Gating
 from timbre_server.operators.native.uses import (
-    BoundInputKernels,
+    BoundNarrowInputKernels,
     Prepared,
     PreparedParts,
     Sources,
@@ -83,7 +83,7 @@ class BoundExperts(BoundGated):
 
     def __init__(self, uses: Uses[LowRank], table: RowTable, gating: Gating) -> None:
         rows = LiveRows()
-        self.kernels = BoundInputKernels(KERNEL, rows, Sources(), is_told_format=True)
+        self.kernels = BoundNarrowInputKernels(KERNEL, rows, Sources())
         self._gates: dict[int, AdapterGates] = {}
         for slot in table.slots:
             each = [parts_by_slot.get(slot, ()) for parts_by_slot in uses]

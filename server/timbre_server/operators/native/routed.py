@@ -32,12 +32,7 @@ from timbre_server.operators.joined_sums import JoinedSums
 from timbre_server.operators.live_rows import LiveRows
 from timbre_server.operators.native.low_rank_experts import KERNEL, AdapterGates, Experts, prepared_experts
 from timbre_server.operators.native.routers import AdapterRouters, write_gates
-from timbre_server.operators.native.uses import (
-    BoundInputKernels,
-    Sources,
-    Uses,
-    address_of,
-)
+from timbre_server.operators.native.uses import BoundNarrowInputKernels, Sources, Uses, address_of
 from timbre_server.operators.routed import RoutedOperator
 from timbre_server.operators.router import Routers
 from timbre_server.operators.row_table import RowTable, Segment
@@ -182,11 +177,11 @@ class _BoundGiven(Bound):
             mixture.gates.put(gates_NE.contiguous())
 
 
-class _BoundRouted(BoundInputKernels, LastingRouters):
+class _BoundRouted(BoundNarrowInputKernels, LastingRouters):
     """Experts' kernels, and the routers whose gates they read."""
 
     def __init__(self, step: StepRouting, rows: LiveRows, sources: Sources) -> None:
-        super().__init__(KERNEL, rows, sources, is_told_format=True)
+        super().__init__(KERNEL, rows, sources)
         self._step = step
         self._mixtures: dict[int, _Served] = {}
         self._routers = Uses(rows)
@@ -214,8 +209,8 @@ class _BoundRouted(BoundInputKernels, LastingRouters):
         return bool(own)
 
     def source(self, x_TI: Tensor) -> Tensor:
-        """x, after the gates of its rows were written; of bfloat16 as it is, as for `LowRank`."""
-        x_TI = x_TI if x_TI.dtype is torch.bfloat16 else super().source(x_TI)
+        """x, after the gates of its rows were written."""
+        x_TI = super().source(x_TI)
         write_gates(self._routers.address, x_TI, address_of(self._called), torch.get_num_threads())
         return x_TI
 
