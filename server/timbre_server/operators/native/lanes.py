@@ -9,7 +9,7 @@ Legend: U rows that use the transform, N coefficients, L lanes of a register.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -50,6 +50,11 @@ class Group:
         return [(n, mix) for n, (row, mix) in enumerate(zip(self.rows, mixes, strict=True)) if row != NO_ROW]
 
     @cached_property
+    def kind(self) -> Hashable:
+        """Equal where mixes are the same in the same lanes."""
+        return self.seats, *self.taken
+
+    @cached_property
     def slots(self) -> Collection[int]:
         """Of the adapters of these rows."""
         return {slot for mix in {mix for _, mix in self.taken} for slot, _ in mix}
@@ -65,6 +70,12 @@ class Batch:
 
     def __init__(self, groups: Sequence[Group], seats: Sequence[Pairs]) -> None:
         self.groups = tuple(groups)
+        kinds = {group.kind: group for group in groups}
+        self.kinds = tuple(kinds.values())
+        """One group of each kind: a prompt has many that are alike."""
+        numbers = {kind: n for n, kind in enumerate(kinds)}
+        self.kind_of = [numbers[group.kind] for group in groups]
+        """Of each group: which of these."""
         self.seats = seats
         """Of each lane that rows of several mixes share: the mix that is there, or was there last."""
         self._structures = structures([group.fields for group in groups])

@@ -235,7 +235,7 @@ class _StandingTransform:
             self._bound = BoundSpectral(self._inner, self._outer, self._operator.sources_of(self._name))
         before, self._values = self._values, {}
         cores = {
-            member: [self._core(member, group, before) for group in batch.groups]
+            member: [self._core(member, group, before) for group in batch.kinds]
             for member, outer in enumerate(self._outer)
             if outer is not None
         }

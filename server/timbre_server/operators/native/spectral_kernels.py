@@ -62,11 +62,11 @@ class _Member:
         self.out_features = outer.length
 
     def show(self, batch: Batch, cores: Sequence[Core], num_values: int) -> None:
-        """``cores``: of each group of the batch."""
-        own = structures([core.fields for core in cores])
+        """``cores``: of each kind of groups in the batch."""
+        own = structures([cores[kind].fields for kind in batch.kind_of])
         is_small = num_threads(batch.num_rows * (2 * num_values + 8 * self._outer.length)) == 1
         lies = self._outer.address, batch.address, address_of(own)
-        self._fields[:] = array("q", [*lies, len(cores), is_small, self._inner.coordinates])
+        self._fields[:] = array("q", [*lies, len(batch.groups), is_small, self._inner.coordinates])
         self._held, self.rows_N = (batch, cores, own), batch.rows_U
 
     def clear(self) -> None:
