@@ -17,7 +17,9 @@ def check_named_size(
     Which layer has which is not looked up: a pattern's order does not survive the writing of the file.
     Raises `InvalidTensors`.
     """
+    if size == default:
+        return
     others = (pattern or {}).values()
-    if size != default and size not in others:
+    if size not in others:
         named = shown(sorted({default, *others}))
         raise InvalidTensors(f"{found.name_of(key)}: found {words}, the config says {named}")

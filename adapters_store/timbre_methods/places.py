@@ -6,9 +6,8 @@ Legend: N stored coefficients, O out features, I in features.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
 from threading import RLock
-from typing import Literal
+from typing import Literal, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
@@ -28,14 +27,13 @@ _IN_USE: WeakValueDictionary[Hashable, Places] = WeakValueDictionary()
 _LOCK = RLock()
 
 
-@dataclass(frozen=True, slots=True)
-class Draw:
+class Draw(NamedTuple):
     """What random places in a layer's [O, I] follow from."""
 
     seed: int
     out_features: int
     in_features: int
-    count: int
+    num_places: int
 
 
 def fourier_places(
@@ -74,9 +72,9 @@ def drawn_cells(draw: Draw, device: torch.device) -> tuple[Tensor, Tensor]:
             f"the draw is limited to {MAX_GRID} cells; leave this layer out"
         )
     if device.type == "meta":
-        rows_N = torch.empty(draw.count, dtype=torch.int64, device="meta")
+        rows_N = torch.empty(draw.num_places, dtype=torch.int64, device="meta")
         return rows_N, torch.empty_like(rows_N)
-    cells_N = first_of_permutation(draw.seed, size, draw.count)
+    cells_N = first_of_permutation(draw.seed, size, draw.num_places)
     return cells_N // draw.in_features, cells_N % draw.in_features
 
 

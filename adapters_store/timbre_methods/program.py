@@ -19,17 +19,15 @@ places of a sparse core or tokens, F factors, S stored blocks, B their size, M a
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
 
+from timbre_methods.part_values import values_of
 from timbre_methods.prompt_parts import AttentionPrompt, Prompt
 from timbre_methods.routing import Routed, RoutedBlock, Router, Scout, repeated_router_bytes
 from timbre_methods.sliced_ellpack import SlicedEllpack
-
-SHARED = {"shared": True}
-"""Field metadata: the tensor belongs to a basis that many adapters use, so no adapter owns its bytes."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,7 +72,7 @@ class Spectral:
     """
 
     c_N: Tensor
-    places: Places = field(metadata=SHARED)
+    places: Places
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -156,7 +154,7 @@ class Projected:
 
     form: Literal["diagonal", "dense", "sparse"]
     core: Tensor
-    basis: Basis = field(metadata=SHARED)
+    basis: Basis
     rows_K: Tensor | None = None
     columns_K: Tensor | None = None
     inner_NI: Tensor | None = None
@@ -271,16 +269,16 @@ class AdapterProgram:
 
 def shared_tensors(part: AnyPart) -> Iterator[Tensor]:
     """The tensors of a part's basis, where others may use it, too."""
-    for basis in (getattr(part, each.name) for each in fields(part) if each.metadata.get("shared")):
-        if not (isinstance(basis, Places) and basis.is_own):
-            yield from (v for each in fields(basis) if isinstance(v := getattr(basis, each.name), Tensor))
+    for basis in values_of(part):
+        if isinstance(basis, Basis) or (isinstance(basis, Places) and not basis.is_own):
+            yield from (value for value in values_of(basis) if isinstance(value, Tensor))
     if isinstance(part, Routed):
         yield from (t for expert in part.experts for inner in expert for t in shared_tensors(inner))
 
 
 def owned_tensors(part: AnyPart | Router) -> Iterator[Tensor]:
     """The tensors of a part that belong to its adapter, without the shared basis."""
-    for value in [getattr(part, each.name) for each in fields(part)]:
+    for value in values_of(part):
         if isinstance(value, Tensor):
             yield value
         elif isinstance(value, Places) and value.is_own:

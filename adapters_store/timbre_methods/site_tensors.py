@@ -41,17 +41,22 @@ def check_tensor(
 ) -> None:
     """Raises `InvalidTensors`, with found and expected, for another shape or dtype; a letter in ``shape`` is
     a size that may be anything from 1."""
-    fits = len(tensor.shape) == len(shape) and all(
-        size >= 1 if isinstance(wanted, str) else size == wanted
-        for size, wanted in zip(tensor.shape, shape, strict=True)
-    )
-    if not fits:
+    if not _fits(tensor.shape, shape):
         expected = ", ".join(map(str, shape))
         raise InvalidTensors(f"{name}: found shape {list(tensor.shape)}, expected [{expected}]")
     if tensor.dtype not in dtypes:
         wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         found = str(tensor.dtype).removeprefix("torch.")
         raise InvalidTensors(f"{name}: found dtype {found}, expected one of {wanted}")
+
+
+def _fits(found: Sequence[int], shape: tuple[int | str, ...]) -> bool:
+    if len(found) != len(shape):
+        return False
+    for size, wanted in zip(found, shape, strict=True):
+        if size != wanted and not (isinstance(wanted, str) and size >= 1):
+            return False
+    return True
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -115,9 +120,13 @@ def tensors_by_site(
     site that the base lacks.
     """
     found: dict[str, dict[str, Tensor]] = {}
-    derived = {name: tensor for name, tensor in tensors.items() if name.startswith(DERIVED)}
+    derived: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        if name in beside or name in derived:
+        if name in beside:
+            continue
+        if name.startswith(DERIVED):
+            path, _, key = name.removeprefix(DERIVED).rpartition(".")
+            derived.setdefault(path, {})[key] = tensor
             continue
         path, key = _split(name, keys)
         if path not in sites:
@@ -127,7 +136,7 @@ def tensors_by_site(
         raise InvalidTensors("the file holds no tensor, expected at least one adapted layer")
     for path, site in sites.items():
         if path in found:
-            yield SiteTensors(site, found[path], derived_of_site(derived, path))
+            yield SiteTensors(site, found[path], derived.get(path, {}))
 
 
 def derived_name(path: str, key: str) -> str:

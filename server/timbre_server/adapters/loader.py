@@ -37,8 +37,6 @@ from timbre_store.reader import AdapterFiles, open_adapter, read_blob
 
 MAX_ROOM_BYTES = 64 << 20
 """Of what is kept to read files into."""
-TOGETHER = 1 << 18
-"""Numbers that are copied to be looked at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +105,9 @@ class AdapterLoader:
                 with _timed(seconds, "compile"), torch.inference_mode(), self._transfer.aside():
                     program = compile_adapter(files.config, tensors, self._sites, self._frame)
                     _check_promises(files.manifest, program)
-                    _check_finite(digest, program)
                 with _timed(seconds, "place"), torch.inference_mode(), self._transfer.aside():
                     program = placed_program(program, self._transfer, self._groups, self._layout)
+                    _check_finite(digest, program)
         except (StoreError, MethodError, SafetensorError, OSError) as error:
             raise AdapterLoadFailed(f"adapter {digest} could not be loaded: {error}") from error
         return LoadedAdapter(digest, method_for(files.config).name, program, seconds)
@@ -160,26 +158,22 @@ def _check_promises(manifest: Manifest, program: AdapterProgram) -> None:
 
 def _check_finite(digest: str, program: AdapterProgram) -> None:
     """Finite values may overflow where they are multiplied; every answer would then be an error."""
-    owned = [(place, t) for place, part in program.placed_parts() for t in owned_tensors(part)]
-    floats = [(place, tensor) for place, tensor in owned if tensor.is_floating_point()]
-    if not floats or _are_finite([tensor for _, tensor in floats]):
+    sites = program.sites
+    if isinstance(sites, PackedSites) and all(map(_is_finite, sites.numbers)):
+        program = replace(program, sites={})
+    owned = ((place, tensor) for place, part in program.placed_parts() for tensor in owned_tensors(part))
+    place = next((place for place, tensor in owned if not _is_finite(tensor)), None)
+    if place is None:
         return
-    place = next(place for place, tensor in floats if not _are_finite([tensor]))
     raise AdapterLoadFailed(
         f"adapter {digest} cannot be used: at {place} its values multiply to more than float32 holds; train "
         "it with smaller ones"
     )
 
 
-def _are_finite(tensors: Sequence[Tensor]) -> bool:
-    """Looked at together: hundreds of small tensors take long one by one. A NaN is the least and the most."""
-    together: list[Tensor] = []
-    count = 0
-    for number, tensor in enumerate(tensors, 1):
-        together.append(tensor.reshape(-1))
-        count += tensor.numel()
-        if count >= TOGETHER or (count and number == len(tensors)):
-            if not all(map(math.isfinite, torch.aminmax(torch.cat(together)))):
-                return False
-            together, count = [], 0
-    return True
+def _is_finite(tensor: Tensor) -> bool:
+    """A sum is finite of finite numbers alone, but may overflow where they are large; a NaN is the least and
+    the most of them. Nobody can tell on the meta device."""
+    if not tensor.is_floating_point() or tensor.is_meta or math.isfinite(tensor.sum()):
+        return True
+    return all(map(math.isfinite, torch.aminmax(tensor)))

@@ -10,8 +10,8 @@ low rank, which lie as they are bound.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from typing import Any, NamedTuple
@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from timbre_methods.bases import basis_on
-from timbre_methods.program import Basis, LowRank, Part, Places
+from timbre_methods.part_values import values_of
+from timbre_methods.program import Basis, LowRank, Part, Places, Spectral
 from timbre_methods.routing import Routed, RoutedBlock
 from timbre_server.adapters.transfer import Transfer
 
@@ -54,8 +55,8 @@ class Layout:
         """As `AdapterProgram.shared_bytes`."""
         bases = [v for forms in self.forms.values() for form in forms for v in form.values]
         found = (basis for basis in bases if isinstance(basis, Basis | Places))
-        tensors = (getattr(basis, each.name) for basis in found for each in fields(basis))
-        return {id(tensor): tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor)}
+        values = (value for basis in found for value in values_of(basis))
+        return {id(value): value.nbytes for value in values if isinstance(value, Tensor)}
 
 
 _IN_USE: WeakValueDictionary[tuple[tuple[str, tuple[_Form, ...]], ...], Layout] = WeakValueDictionary()
@@ -83,7 +84,12 @@ class PackedSites(Mapping[str, Parts]):
     @property
     def prepared_bytes(self) -> int:
         """As `AdapterProgram.prepared_bytes`: nothing lies between the numbers."""
-        return sum(flat_N.nbytes for flat_N in self._numbers.values())
+        return sum(flat_N.nbytes for flat_N in self.numbers)
+
+    @property
+    def numbers(self) -> Collection[Tensor]:
+        """Those of all sites, flat."""
+        return self._numbers.values()
 
     @property
     def shared_bytes(self) -> dict[int, int]:
@@ -105,18 +111,19 @@ def packed(sites: Mapping[str, Parts], transfer: Transfer) -> PackedSites:
     used: dict[torch.dtype, int] = {}
 
     def taken(tensor: Tensor) -> _Range:
-        start = used.get(tensor.dtype, 0)
-        found.setdefault(tensor.dtype, []).append(tensor.reshape(-1))
-        used[tensor.dtype] = start + tensor.numel()
-        return _Range(tensor.dtype, start, tuple(tensor.shape))
+        dtype = tensor.dtype
+        start = used.get(dtype, 0)
+        found.setdefault(dtype, []).append(tensor.flatten())
+        used[dtype] = start + tensor.numel()
+        return _Range(dtype, start, tuple(tensor.shape))
 
     def form(part: Part) -> _Form:
-        values: list[object] = []
-        for value in (getattr(part, each.name) for each in fields(part)):
-            if isinstance(value, Basis):
-                values.append(basis_on(value, transfer.device, transfer.moved))
-            else:
-                values.append(taken(value) if isinstance(value, Tensor) else value)
+        values = values_of(part)
+        for number, value in enumerate(values):
+            if isinstance(value, Tensor):
+                values[number] = taken(value)
+            elif isinstance(value, Basis):
+                values[number] = basis_on(value, transfer.device, transfer.moved)
         return _Form(type(part), tuple(values))
 
     forms = {path: tuple(map(form, parts)) for path, parts in sites.items()}
@@ -125,7 +132,5 @@ def packed(sites: Mapping[str, Parts], transfer: Transfer) -> PackedSites:
 
 
 def _may_be_packed(part: Part) -> bool:
-    if isinstance(part, LowRank | Routed | RoutedBlock):
-        return False
-    values = (getattr(part, each.name) for each in fields(part))
-    return not any(isinstance(value, Places) and value.is_own for value in values)
+    has_own_places = isinstance(part, Spectral) and part.places.is_own
+    return not has_own_places and not isinstance(part, (LowRank, Routed, RoutedBlock))

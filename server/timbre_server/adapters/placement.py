@@ -8,7 +8,7 @@ if they are to be rounded.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from timbre_methods.bases import basis_on
+from timbre_methods.part_values import values_of
 from timbre_methods.program import AdapterProgram, AnyPart, LowRank, Part, Projected, Sparse, owned_tensors
 from timbre_methods.routing import Routed, RoutedBlock, Router, Scout, Scouted
 from timbre_methods.sliced_ellpack import SlicedEllpack
@@ -82,10 +83,11 @@ class _Placement:
         self._routers: dict[int, Router | Scouted] = {}
 
     def sites(self, sites: Mapping[str, tuple[Part, ...]]) -> Mapping[str, tuple[Part, ...]]:
-        laid_out = {path: tuple(map(self._laid_out, parts)) for path, parts in sites.items()}
-        if may_be_packed(laid_out):
-            return packed(laid_out, self._transfer)
-        return {path: tuple(map(self.part, parts)) for path, parts in laid_out.items()}
+        if self._in_slices:
+            sites = {path: tuple(map(self._laid_out, parts)) for path, parts in sites.items()}
+        if may_be_packed(sites):
+            return packed(sites, self._transfer)
+        return {path: tuple(map(self.part, parts)) for path, parts in sites.items()}
 
     def part(self, part: PartT) -> PartT:
         if id(part) in self._joined:
@@ -93,9 +95,9 @@ class _Placement:
             return there
         owned = {id(tensor) for tensor in owned_tensors(part)}
         changes: dict[str, Any] = {
-            part_field.name: self._own(value)
-            for part_field in fields(part)
-            if id(value := getattr(part, part_field.name)) in owned
+            name: self._own(value)
+            for name, value in zip(part.__match_args__, values_of(part), strict=True)
+            if id(value) in owned
         }
         if isinstance(part, Scout):
             changes = {name: tuple(map(self._own, getattr(part, name))) for name in ("weights", "biases")}
@@ -127,19 +129,18 @@ def _factors_bound_together(
 ) -> Iterator[Sequence[Sequence[LowRank]]]:
     """Of each member of a group its parts of low rank, as operators bind them: an adapter's own apart from
     its experts'."""
-    grouped = {path for group in groups for path in group}
-    for group in (*groups, *((path,) for path in program.sites if path not in grouped)):
-        parts = [program.sites.get(path, ()) for path in group]
-        own = [[part for part in at_path if isinstance(part, LowRank)] for at_path in parts]
-        of_experts = [
-            [
-                inner
-                for part in at_path
-                if isinstance(part, Routed)
-                for expert in part.experts
-                for inner in expert
-                if isinstance(inner, LowRank)
-            ]
-            for at_path in parts
-        ]
-        yield from (members for members in (own, of_experts) if any(members))
+    own: dict[str, list[LowRank]] = {}
+    of_experts: dict[str, list[LowRank]] = {}
+    for path, parts in program.sites.items():
+        for part in parts:
+            if isinstance(part, LowRank):
+                own.setdefault(path, []).append(part)
+            elif isinstance(part, Routed):
+                inner = (each for expert in part.experts for each in expert)
+                of_experts.setdefault(path, []).extend(each for each in inner if isinstance(each, LowRank))
+    for factors in (own, of_experts):
+        for group in groups if factors else ():
+            members = [factors.pop(path, []) for path in group]
+            if any(members):
+                yield members
+        yield from ([alone] for alone in factors.values() if alone)

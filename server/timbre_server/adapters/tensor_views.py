@@ -33,4 +33,5 @@ def _view(content: memoryview, dtype: torch.dtype, shape: Sequence[int], offset:
     count = math.prod(shape)
     if offset % dtype.itemsize:
         content, offset = memoryview(bytearray(content[offset : offset + count * dtype.itemsize])), 0
-    return torch.frombuffer(content, dtype=dtype, count=count, offset=offset).view(shape)
+    flat_N = torch.frombuffer(content, dtype=dtype, count=count, offset=offset)
+    return flat_N if len(shape) == 1 else flat_N.view(shape)
