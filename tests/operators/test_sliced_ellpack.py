@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from timbre_methods.part_values import values_of
 from timbre_methods.program import Sparse
 from timbre_methods.sliced_ellpack import SlicedEllpack
-from timbre_server.operators.sliced_ellpack import sliced, slices_of, unsliced
+from timbre_server.native.library import library
+from timbre_server.operators.sliced_ellpack import plain_slices_of, sliced, slices_of, unsliced
 from timbre_server.operators.sparse import SparseOperator
 
 
@@ -52,6 +54,57 @@ def test_slices_are_read_back_as_the_same_matrix(shape: tuple[int, int]) -> None
     order = found[0, kept].argsort()
     assert torch.equal(found[0, kept][order], cells)
     assert torch.equal(again.values_N[kept][order], values)
+
+
+def random_sparse(most: int, outs: int, ins: int, generator: torch.Generator) -> Sparse:
+    """With up to so many entries in a row, and with as many in all rows where there is no choice."""
+    counts_O = torch.randint(max(0, most - 9), most + 1, (outs,), generator=generator)
+    columns = [torch.randperm(ins, generator=generator)[:count] for count in counts_O.tolist()]
+    row_ends = torch.cat([torch.zeros(1, dtype=torch.int64), counts_O.cumsum(0)])
+    values = torch.randn(int(row_ends[-1]), generator=generator)
+    return Sparse(row_ends, torch.cat(columns).int(), values, ins)
+
+
+@pytest.mark.parametrize("most", [0, 1, 7, 40])
+@pytest.mark.parametrize("shape", [(1, 50), (8, 50), (21, 65_535), (300, 50)])
+def test_cpp_makes_the_same_slices_bit_for_bit(shape: tuple[int, int], most: int) -> None:
+    library()
+    generator = torch.Generator().manual_seed(most)
+    for own in (most, 0):
+        part = random_sparse(own, *shape, generator)
+        long = random_sparse(50, 1, shape[1], generator)
+        ends = torch.cat([part.row_ends, part.row_ends[-1:] + long.row_ends[-1:]])
+        columns, values = (
+            torch.cat([each, other])
+            for each, other in ((part.columns_N, long.columns_N), (part.values_N, long.values_N))
+        )
+        for each in (part, Sparse(ends, columns, values, shape[1])):
+            found, expected = slices_of(each), plain_slices_of(each)
+            for own_values, other_values in zip(values_of(found), values_of(expected), strict=True):
+                if isinstance(other_values, Tensor):
+                    assert own_values.dtype == other_values.dtype
+                    assert torch.equal(own_values, other_values)
+                else:
+                    assert own_values == other_values
+
+
+@pytest.mark.parametrize(
+    ("ends", "columns", "in_features"),
+    [
+        ([0, 3, 2], [0, 1], 9),
+        ([0, 1, 3], [0, 1], 9),
+        ([1, 1, 2], [0, 1], 9),
+        ([0, -1, 2], [0, 1], 9),
+        ([0, 1, 2], [0, 9], 9),
+        ([0, 1, 2], [-1, 0], 9),
+        ([0, 1, 2], [0, 1], 70_000),
+    ],
+)
+def test_entries_that_lie_nowhere_are_refused(ends: list[int], columns: list[int], in_features: int) -> None:
+    library()
+    part = Sparse(torch.tensor(ends), torch.tensor(columns).int(), torch.ones(len(columns)), in_features)
+    with pytest.raises(ValueError, match=r"entries do not lie|a column is not"):
+        slices_of(part)
 
 
 def test_a_matrix_without_entries_has_no_steps() -> None:

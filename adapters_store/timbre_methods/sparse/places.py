@@ -19,17 +19,13 @@ INDEX_DTYPES = (torch.int32, torch.int64)
 
 
 def sparse_part(site: Site, rows_N: Tensor, columns_N: Tensor, values_N: Tensor) -> Sparse:
-    """The values at their places, in any order; rows and columns are int64. Also on the meta device."""
+    """The values at their places, in any order; rows are int64. Also on the meta device."""
     if not _are_sorted(rows_N):
         order_N = torch.argsort(rows_N, stable=True)
         rows_N, columns_N, values_N = (each_N[order_N] for each_N in (rows_N, columns_N, values_N))
-    row_starts = torch.arange(site.out_features + 1, device=rows_N.device)
-    return Sparse(
-        row_ends=torch.searchsorted(rows_N.contiguous(), row_starts),
-        columns_N=columns_N.to(torch.int32, copy=True),
-        values_N=values_N.to(torch.float32, copy=True),
-        in_features=site.in_features,
-    )
+    counts = rows_N.new_zeros(site.out_features + 1)  # The first is of no row.
+    counts[1:].scatter_add_(0, rows_N, torch.ones_like(rows_N))
+    return Sparse(counts.cumsum(0), columns_N.to(torch.int32), values_N.to(torch.float32), site.in_features)
 
 
 def _are_sorted(rows_N: Tensor) -> bool:

@@ -93,8 +93,8 @@ def _read(found: SiteTensors) -> tuple[Tensor, Tensor]:
 
 def _part(found: SiteTensors) -> Sparse:
     values_N, indices = _read(found)
-    rows_N, columns_N = indices.to(torch.int64)
-    return sparse_part(found.site, rows_N, columns_N, values_N)
+    rows_N, columns_N = indices
+    return sparse_part(found.site, rows_N.to(torch.int64), columns_N, values_N)
 
 
 def _check_indices(found: SiteTensors) -> None:

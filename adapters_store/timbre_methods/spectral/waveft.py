@@ -26,8 +26,9 @@ from timbre_methods.errors import UnsupportedMethod
 from timbre_methods.examples import chosen_sites, coin, peft_file, random_tensor, whole_number
 from timbre_methods.named_sizes import check_named_size
 from timbre_methods.places import Draw, drawn_cells, drawn_places
-from timbre_methods.program import AdapterProgram, Part, Sparse, Spectral
+from timbre_methods.program import AdapterProgram, Part, Spectral
 from timbre_methods.site_tensors import PREFIX, SiteTensors, tensors_by_site, tensors_of_site
+from timbre_methods.sparse.places import sparse_part
 from timbre_methods.spectral.fourierft import read_spectrum
 from timbre_methods.spectral.wavelets import LOW_PASS
 
@@ -121,14 +122,7 @@ def _part(config: WaveftConfig, found: SiteTensors) -> Part:
     if config.use_idwt:
         return Spectral(c_N, drawn_places(draw, "dwt", LOW_PASS[config.wavelet_family], device))
     rows_N, columns_N = (cells_N.to(device) for cells_N in drawn_cells(draw, device))
-    order_N = rows_N.argsort(stable=True)
-    row_starts = torch.arange(site.out_features + 1, device=device)
-    return Sparse(
-        row_ends=torch.searchsorted(rows_N[order_N], row_starts),
-        columns_N=columns_N[order_N].to(torch.int32),
-        values_N=c_N[order_N],
-        in_features=site.in_features,
-    )
+    return sparse_part(site, rows_N, columns_N, c_N)
 
 
 def _delta(config: WaveftConfig, spectrum_N: Tensor, shape: torch.Size) -> Tensor:

@@ -68,6 +68,11 @@ def library() -> ctypes.CDLL:
         raise LibraryUnavailable(f"the C++ kernels could not be built with {compiler}: {error}") from error
 
 
+def is_loaded() -> bool:
+    """Whether something has asked for it, and got it: what works without builds none."""
+    return library.cache_info().currsize > 0
+
+
 @cache
 def kernel(name: str, *types: type[Any]) -> Callable[..., None]:
     """A kernel of the library, of arguments of these types and the number of threads: plain integers may be

@@ -5,17 +5,24 @@ Legend: T rows of the batch, I in, O out, C outputs of a slice, S slices, K step
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Callable
+from functools import cache
+
 import torch
 from torch import Tensor
 
 from timbre_methods.program import Sparse, owned_tensors
 from timbre_methods.sliced_ellpack import OUTPUTS, SlicedEllpack
 from timbre_server.native.formats import narrowed
+from timbre_server.native.library import ADDRESS, NUMBER, is_loaded, kernel
 from timbre_server.operators.contract import Bound, Meaning, Operator, Uses
 from timbre_server.operators.row_table import RowTable
 from timbre_server.operators.sparse import SparseOperator
 
 MAX_NUMBER = (1 << 16) - 1
+_DTYPES = torch.int64, torch.int32, torch.float32
+"""Of `Sparse`."""
 
 
 class SlicedEllpackOperator(Operator[SlicedEllpack]):
@@ -35,7 +42,7 @@ class SlicedEllpackOperator(Operator[SlicedEllpack]):
 
 def sliced(part: Sparse) -> Sparse | SlicedEllpack:
     """The very same part where numbers of 16 bits cannot say it, or where it would take more memory."""
-    if max(len(part.row_ends), part.in_features) > MAX_NUMBER:
+    if max(part.row_ends.numel(), part.in_features) > MAX_NUMBER:
         return part
     found = slices_of(part)
     before, after = (sum(tensor.nbytes for tensor in owned_tensors(each)) for each in (part, found))
@@ -44,6 +51,45 @@ def sliced(part: Sparse) -> Sparse | SlicedEllpack:
 
 def slices_of(part: Sparse) -> SlicedEllpack:
     """Of a part that has less than 2^16 outputs, inputs and entries of one output."""
+    numbers = part.row_ends, part.columns_N, part.values_N
+    are_read = all(each.is_cpu and each.is_contiguous() for each in numbers)
+    if are_read and tuple(each.dtype for each in numbers) == _DTYPES and is_loaded():
+        return _slices_by_kernel(part)
+    return plain_slices_of(part)
+
+
+def _slices_by_kernel(part: Sparse) -> SlicedEllpack:
+    """By ``slices.cpp``."""
+    row_ends, columns_N, values_N = part.row_ends, part.columns_N, part.values_N
+    out_features, count = row_ends.numel() - 1, columns_N.numel()
+    ranks_O = torch.empty(out_features, dtype=torch.int16)
+    lengths_S = torch.empty(-(-out_features // OUTPUTS), dtype=torch.int16)
+    ends, ranks, lengths = row_ends.data_ptr(), ranks_O.data_ptr(), lengths_S.data_ptr()
+    found = array("q", [0])
+    make_ranks, make_entries = _kernels()
+    make_ranks(ends, out_features, count, ranks, lengths, found.buffer_info()[0], 1)
+    if found[0] < 0 or values_N.numel() != count:
+        raise ValueError(f"{count} entries do not lie in {out_features} rows as their ends say")
+    columns_KC = torch.empty(found[0], OUTPUTS, dtype=torch.int16)
+    values_KC = torch.empty(found[0], OUTPUTS)
+    make_entries(
+        *(ends, columns_N.data_ptr(), values_N.data_ptr(), out_features, part.in_features, ranks, lengths),
+        *(columns_KC.data_ptr(), values_KC.data_ptr(), found.buffer_info()[0], 1),
+    )
+    if found[0]:
+        raise ValueError(f"a column is not in [0, {part.in_features})")
+    return SlicedEllpack(ranks_O, lengths_S, columns_KC, narrowed(values_KC), part.in_features)
+
+
+@cache
+def _kernels() -> tuple[Callable[..., None], Callable[..., None]]:
+    ranks = kernel("timbre_slice_ranks", ADDRESS, NUMBER, NUMBER, *[ADDRESS] * 3)
+    entries = kernel("timbre_slice_entries", *[ADDRESS] * 3, NUMBER, NUMBER, *[ADDRESS] * 5)
+    return ranks, entries
+
+
+def plain_slices_of(part: Sparse) -> SlicedEllpack:
+    """`slices_of`, in plain PyTorch."""
     counts_O = part.row_ends.diff()
     order_O = counts_O.argsort(descending=True, stable=True)
     ranks_O = torch.empty_like(order_O)
