@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 import torch
 from torch import Tensor
 
+from timbre_methods.packed_projected import PackedBasis
 from timbre_methods.program import Basis
 
 MAX_GRID = 2**28
@@ -46,6 +47,7 @@ class _Bases:
         self._lock = RLock()
         self._matrices: WeakValueDictionary[Hashable, Tensor] = WeakValueDictionary()
         self._bases: WeakValueDictionary[Hashable, Basis] = WeakValueDictionary()
+        self._packed: WeakValueDictionary[Hashable, PackedBasis] = WeakValueDictionary()
         self._sides: WeakKeyDictionary[Basis, tuple[Hashable, Hashable]] = WeakKeyDictionary()
 
     def basis(self, p: Matrix, q: Matrix, device: torch.device) -> Basis:
@@ -59,10 +61,25 @@ class _Bases:
 
     def moved(self, basis: Basis, device: torch.device, move: Move) -> Basis:
         with self._lock:
-            sides = self._sides.get(basis) or (content_key(basis.p_NPI), content_key(basis.q_NOQ))
-            p = Matrix(sides[0], lambda: move(basis.p_NPI))
-            q = Matrix(sides[1], lambda: move(basis.q_NOQ))
+            p_key, q_key = self._keys(basis)
+            p = Matrix(p_key, lambda: move(basis.p_NPI))
+            q = Matrix(q_key, lambda: move(basis.q_NOQ))
             return self.basis(p, q, device)
+
+    def packed(self, basis: Basis, panels_of: Move) -> PackedBasis:
+        p_NPI, q_NOQ = basis.p_NPI, basis.q_NOQ
+        with self._lock:
+            keys = self._keys(basis)
+            found = self._packed.get(keys)
+            if found is None:
+                p = Matrix(("P in panels", keys[0]), lambda: panels_of(p_NPI.flatten(0, 1)))
+                q = Matrix(("Q in panels", keys[1]), lambda: panels_of(q_NOQ.transpose(0, 1).flatten(1)))
+                panels = self._matrix(p, p_NPI.device), self._matrix(q, q_NOQ.device)
+                found = self._packed[keys] = PackedBasis(*panels, _shape(p_NPI), _shape(q_NOQ))
+            return found
+
+    def _keys(self, basis: Basis) -> tuple[Hashable, Hashable]:
+        return self._sides.get(basis) or (content_key(basis.p_NPI), content_key(basis.q_NOQ))
 
     def _matrix(self, matrix: Matrix, device: torch.device) -> Tensor:
         found = self._matrices.get((matrix.key, device))
@@ -94,12 +111,22 @@ def basis_on(basis: Basis, device: torch.device, move: Move) -> Basis:
     return basis if basis.p_NPI.device == device else _IN_USE.moved(basis, device, move)
 
 
+def packed_basis(basis: Basis, panels_of: Move) -> PackedBasis:
+    """The one `PackedBasis` of a basis; ``panels_of`` makes the panels of a matrix."""
+    return _IN_USE.packed(basis, panels_of)
+
+
 def content_key(values: Tensor) -> Hashable:
     """A key that two tensors share exactly when their shapes and values are equal in float32."""
     if values.device.type == "meta":
         return object()  # Nobody can tell: equal to nothing else.
     flat = values.detach().to("cpu", torch.float32).contiguous().flatten()
     return tuple(values.shape), hashlib.sha256(flat.numpy().data).digest()
+
+
+def _shape(side: Tensor) -> tuple[int, int, int]:
+    first, second, third = side.shape
+    return first, second, third
 
 
 def _by_content(values: Tensor) -> Matrix:

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from timbre_methods.program import AdapterProgram, AnyPart, LowRank, Sparse, owned_tensors
+from collections.abc import Iterator
+
+from timbre_methods.program import (
+    AdapterProgram,
+    AnyPart,
+    LowRank,
+    Projected,
+    Sparse,
+    owned_tensors,
+    shared_tensors,
+)
 from timbre_methods.routing import Routed
 
 
@@ -10,6 +20,22 @@ def least_bytes(program: AdapterProgram) -> int:
     """`AdapterProgram.prepared_bytes`, with factors of low rank in 16 bits, and sparse matrices in slices of
     16 bits for each column and value, without any gaps. Exact on the meta device too."""
     return program.prepared_bytes - sum(_spared_bytes(part) for _, part in program.placed_parts())
+
+
+def least_shared_bytes(program: AdapterProgram) -> int:
+    """The sum of `AdapterProgram.shared_bytes`, with bases in 16 bits. Exact on the meta device too."""
+    in_bases = [part for own in map(_with_experts, program.placed_parts()) for part in own]
+    narrow = {
+        id(t): t.nbytes // 2 for part in in_bases if isinstance(part, Projected) for t in shared_tensors(part)
+    }
+    return sum((program.shared_bytes | narrow).values())
+
+
+def _with_experts(placed: tuple[str, AnyPart]) -> Iterator[AnyPart]:
+    _, part = placed
+    yield part
+    if isinstance(part, Routed):
+        yield from (inner for expert in part.experts for inner in expert)
 
 
 def _spared_bytes(part: AnyPart) -> int:

@@ -24,6 +24,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from timbre_methods.packed_projected import PackedBasis, PackedProjected
 from timbre_methods.part_values import values_of
 from timbre_methods.prompt_parts import AttentionPrompt, Prompt
 from timbre_methods.routing import Routed, RoutedBlock, Router, Scout, repeated_router_bytes
@@ -214,7 +215,8 @@ class SlicedLowRank:
 
 
 Entries = Sparse | SlicedEllpack
-FromInput = LowRank | Spectral | Circulant | Entries | Block | Dense | Kronecker | Projected | TokenRows
+InBasis = Projected | PackedProjected
+FromInput = LowRank | Spectral | Circulant | Entries | Block | Dense | Kronecker | InBasis | TokenRows
 Part = FromInput | Diagonal | Rotation | Routed | RoutedBlock | SlicedLowRank
 AnyPart = Part | Prompt | AttentionPrompt | Scout
 
@@ -270,7 +272,7 @@ class AdapterProgram:
 def shared_tensors(part: AnyPart) -> Iterator[Tensor]:
     """The tensors of a part's basis, where others may use it, too."""
     for basis in values_of(part):
-        if isinstance(basis, Basis) or (isinstance(basis, Places) and not basis.is_own):
+        if isinstance(basis, Basis | PackedBasis) or (isinstance(basis, Places) and not basis.is_own):
             yield from (value for value in values_of(basis) if isinstance(value, Tensor))
     if isinstance(part, Routed):
         yield from (t for expert in part.experts for inner in expert for t in shared_tensors(inner))

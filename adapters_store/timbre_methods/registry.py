@@ -23,7 +23,7 @@ from timbre_methods.config import MAX_CONFIG_KEYS, is_on, shown
 from timbre_methods.contract import DERIVED, Method, Reader, Site, Sites, Tensors
 from timbre_methods.errors import AdapterMismatch, InvalidConfig, InvalidTensors, UnsupportedMethod
 from timbre_methods.layer_stack import check_stack, without_stack
-from timbre_methods.least_bytes import least_bytes
+from timbre_methods.least_bytes import least_bytes, least_shared_bytes
 from timbre_methods.program import AdapterProgram
 from timbre_methods.prompt_contract import NO_FRAME, Frame, PromptMethod
 from timbre_methods.refusals import unknown_kind
@@ -58,7 +58,7 @@ class Inspection:
     prepared_bytes: int
     least_bytes: int
     shared_bytes: int
-    """Of the bases that it uses beside its own tensors: others may use them, too."""
+    """Of the bases that it uses beside its own tensors, at least: others may use them, too."""
     derived_bytes: int
     """Of the tensors that registration adds (`derive`)."""
     derives: bool
@@ -277,7 +277,7 @@ def _inspection(raw_config: Mapping[str, Any], tensors: Tensors, sites: Sites, f
         parameters=sum(tensor.numel() for tensor in learned if tensor.is_floating_point()),
         prepared_bytes=program.prepared_bytes,
         least_bytes=least_bytes(program),
-        shared_bytes=sum(program.shared_bytes.values()),
+        shared_bytes=least_shared_bytes(program),
         derived_bytes=sum(tensor.nbytes for tensor in derived.values()),
         derives=bool(derived or beside.copies),
         virtual_tokens=program.virtual_tokens,

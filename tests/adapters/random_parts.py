@@ -32,6 +32,7 @@ from timbre_methods.program import (
 )
 from timbre_methods.routing import Routed, Router, Rule
 from timbre_methods.spectral.wavelets import LOW_PASS
+from timbre_server.adapters.packed_bases import in_packed_basis
 from timbre_server.operators.sliced_ellpack import slices_of
 
 PATHS = ("q", "k")
@@ -89,7 +90,7 @@ BASES = [
 ]
 
 
-def projected(out: int) -> Part:
+def projected(out: int) -> Projected:
     outer_NO = random.choice([None, numbers(1, out)])
     return Projected("diagonal", numbers(1, 6), BASES[0][out], outer_NO=outer_NO)
 
@@ -106,13 +107,23 @@ def projected_elsewhere(out: int) -> Part:
     return Projected("diagonal", numbers(1, 9), basis)
 
 
-def dense_core(out: int) -> Part:
+def dense_core(out: int) -> Projected:
     return Projected("dense", numbers(6, 6), BASES[0][out])
 
 
-def sparse_core(out: int) -> Part:
+def sparse_core(out: int) -> Projected:
     rows_K, columns_K = torch.randint(9, (2, 14))
     return Projected("sparse", numbers(14), BASES[1][out], rows_K, columns_K)
+
+
+def packed_projected(out: int) -> Part:
+    """In the first basis, or in one of its own."""
+    own = Projected("diagonal", numbers(1, 17), Basis(numbers(1, 17, IN), numbers(1, out, 17)))
+    return in_packed_basis(random.choice([projected(out), own]))
+
+
+def packed_cores(out: int) -> Part:
+    return in_packed_basis(random.choice([dense_core, sparse_core])(out))
 
 
 def gain_on_output(out: int) -> Part:
@@ -185,6 +196,7 @@ KINDS: Mapping[str, tuple[Callable[[int], Part], ...]] = {
     "dense cores": (dense_core,),
     "sparse cores": (sparse_core,),
     "cores of any form": (projected, projected_with_inner, dense_core, sparse_core),
+    "packed bases": (packed_projected, packed_cores, projected_elsewhere),
     "kronecker": (kronecker,),
     "blocks": (dense, block),
     "mixtures": (mixture,),
@@ -201,6 +213,7 @@ KINDS: Mapping[str, tuple[Callable[[int], Part], ...]] = {
         projected_with_inner,
         dense_core,
         sparse_core,
+        packed_projected,
         kronecker,
         block,
         mixture,

@@ -23,6 +23,7 @@ from timbre_methods.program import (
 from timbre_methods.routing import Routed, Router, Rule
 from timbre_server.adapters.adapted_model import AdaptedModel, Arithmetic
 from timbre_server.adapters.groups import LinearGroup
+from timbre_server.adapters.packed_bases import in_packed_basis
 from timbre_server.engine.native_linear import NativeProduct
 from timbre_server.engine.packed_linear import PackedLinear
 from timbre_server.operators.row_table import Pairs, RowTable, Span
@@ -48,6 +49,7 @@ def parts(dtype: torch.dtype) -> list[Part]:
     projected += [Projected("dense", normal(9, 9), square) for _ in range(2)]
     every = torch.arange(9)
     projected.append(Projected("sparse", normal(9), square, every, every * 2 % 9))
+    packed = [in_packed_basis(part) for part in projected[-4:]]
     kronecker = Kronecker(normal(3, 7), normal(OUT // 3, IN // 7))
     block = Block("input", torch.randperm(IN, generator=generator)[:20], normal(OUT, 20), OUT)
     sparse = Sparse(torch.arange(OUT + 1), torch.arange(OUT, dtype=torch.int32), normal(OUT), IN)
@@ -55,7 +57,7 @@ def parts(dtype: torch.dtype) -> list[Part]:
     experts = tuple((LowRank(normal(3, IN).to(dtype), normal(OUT, 3).to(dtype)),) for _ in range(5))
     mixture = Routed(experts, Router(normal(5, IN), Rule(keep="top_k", top_k=2, gate="renormalised")))
     changes = circulant, kronecker, block, Dense(normal(OUT, IN)), mixture, mixture
-    return [*low_rank, gain, rotation, scaled, *projected, *changes, sparse]
+    return [*low_rank, gain, rotation, scaled, *projected, *packed, *changes, sparse]
 
 
 @pytest.mark.cpp

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
+import pytest
 import torch
 from torch import Tensor
 
+from timbre_methods.packed_projected import PackedProjected
 from timbre_methods.program import (
     Basis,
     Block,
@@ -28,8 +30,11 @@ from timbre_methods.program import (
 from timbre_methods.routing import Routed, Router, Rule
 from timbre_methods.sliced_ellpack import SlicedEllpack
 from timbre_methods.spectral.wavelets import LOW_PASS
+from timbre_server.adapters.packed_bases import in_packed_basis
 from timbre_server.native.formats import FORMATS
+from timbre_server.operators.catalogue import why_not
 from timbre_server.operators.contract import Operator
+from timbre_server.operators.packed_projected import has_whole_sides
 from timbre_server.operators.sliced_ellpack import slices_of
 
 
@@ -126,7 +131,7 @@ def kronecker(draw: Draw) -> Part:
     return Kronecker(w1_LM, draw.normal(k, 2), draw.normal(2, n))
 
 
-def projected(draw: Draw) -> Part:
+def projected(draw: Draw) -> Projected:
     """One of the three forms of a core, in a basis of 5 (and 7) directions."""
     form = ("diagonal", "dense", "sparse")[draw.count() % 3]
     blocks = 3 if form == "diagonal" and draw.count() % 2 else 1
@@ -143,6 +148,14 @@ def projected(draw: Draw) -> Part:
         inner_NI=draw.normal(blocks, draw.in_features) if blocks == 3 else None,
         outer_NO=draw.normal(blocks, draw.out_features),
     )
+
+
+def packed_projected(draw: Draw) -> Part:
+    """Panels are as wide as the machine's registers want them: there must be a compiler."""
+    if why_not("native") is not None:
+        pytest.skip("C++ cannot be compiled here")
+    part = projected(draw)
+    return in_packed_basis(part) if has_whole_sides(part) else packed_projected(draw)
 
 
 def rotation(draw: Draw) -> Part:
@@ -220,6 +233,7 @@ MAKERS: dict[type[Part], Callable[[Draw], Part]] = {
     Dense: dense,
     Kronecker: kronecker,
     Projected: projected,
+    PackedProjected: packed_projected,
     Diagonal: diagonal,
     Rotation: rotation,
     Routed: routed,

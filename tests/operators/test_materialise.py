@@ -11,12 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from timbre_methods.packed_projected import PackedProjected
 from timbre_methods.program import Diagonal, LowRank, Part, Places, Spectral, TokenRows
 from timbre_methods.spectral.wavelets import LOW_PASS
 from timbre_server.operators import materialise as module
 from timbre_server.operators.catalogue import all_operators
 from timbre_server.operators.contract import Operator
 from timbre_server.operators.materialise import is_change_of_weight, materialise
+from timbre_server.operators.packed_projected import unpacked
+from timbre_server.operators.projected import ProjectedOperator
 
 OPERATORS = all_operators()
 ADDITIVE = {
@@ -44,6 +47,8 @@ def by_meaning(operator: Operator[Any], part: Part, shape: tuple[int, int]) -> T
     """[O, I], computed in float64 where the definition allows it."""
     out_features, in_features = shape
     x_II = torch.eye(in_features, dtype=torch.float64)
+    if isinstance(part, PackedProjected):
+        operator, part = ProjectedOperator(), unpacked(part)
     meaning = operator.meaning(in_double(part), x_II, x_II.new_zeros(in_features, out_features))
     assert meaning.change_TO is not None
     return meaning.change_TO.T

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from crowds import CROWDS
 from torch import Tensor
 
+from timbre_methods.packed_projected import PackedProjected
 from timbre_methods.program import Basis, Projected
-from timbre_server.operators.native.projected import NativeProjected, _is_served
+from timbre_server.adapters.packed_bases import in_packed_basis, with_packed_basis
+from timbre_server.operators.contract import Operator
+from timbre_server.operators.native.projected import NativePackedProjected, NativeProjected, _is_served
+from timbre_server.operators.packed_projected import PackedProjectedOperator
 from timbre_server.operators.projected import ProjectedOperator
 from timbre_server.operators.row_table import RowTable, Span
 
@@ -98,6 +103,27 @@ def sparse_core(basis: Basis, generator: torch.Generator) -> Projected:
     return Projected("sparse", torch.randn(count, generator=generator), basis, *places)
 
 
+def packed(uses: Uses) -> list[dict[int, list[PackedProjected]]]:
+    return [{slot: list(map(in_packed_basis, parts)) for slot, parts in own.items()} for own in uses]
+
+
+def agree_packed(uses: Uses, crowd: str, generator: torch.Generator) -> None:
+    """To what bfloat16 leaves of what is multiplied twice."""
+    table, own = RowTable(CROWDS[crowd]), packed(uses)
+    x_TI = torch.randn(table.num_rows, IN, generator=generator).bfloat16().float()
+    sums: list[list[Tensor]] = []
+    for operator in (NativePackedProjected(), PackedProjectedOperator()):
+        found = [torch.zeros(table.num_rows, out) for out in OUTS]
+        for changes, y_TO in zip(operator.bind(own, table).sums(x_TI), found, strict=True):
+            for change in changes:
+                change.add_to(y_TO)
+        sums.append(found)
+    for got, expected in zip(*sums, strict=True):
+        torch.testing.assert_close(
+            got, expected, rtol=0.02, atol=0.02 * max(1.0, float(expected.abs().max()))
+        )
+
+
 def agree(uses: Uses, crowd: str, generator: torch.Generator) -> None:
     table = RowTable(CROWDS[crowd])
     x_TI = torch.randn(IN, table.num_rows, generator=generator).T
@@ -124,29 +150,35 @@ def test_every_crowd_gets_what_pytorch_gives(kind: str, crowd: str, rank: int) -
     uses = drawn(kind, rank, generator)
     assert all(_is_served(part) for own in uses for parts in own.values() for part in parts)
     agree(uses, crowd, generator)
+    agree_packed(uses, crowd, generator)
 
 
-@pytest.mark.parametrize("num_rows", range(1, 35))
+@pytest.mark.parametrize("num_rows", [*range(1, 35), 48, 49, 97, 150])
 def test_every_number_of_rows_is_served_whole(num_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(num_rows)
     monkeypatch.setitem(CROWDS, "rows", [Span(1, ((row % 12, 1.0),)) for row in range(num_rows)])
-    agree(drawn("vera", 16, generator), "rows", generator)
+    uses = drawn("vera", 16, generator)
+    agree(uses, "rows", generator)
+    agree_packed(uses, "rows", generator)
 
 
+@pytest.mark.parametrize("is_packed", [False, True])
 @pytest.mark.parametrize("kind", FORMS)
-def test_a_row_has_the_same_bits_whoever_is_beside_it(kind: str) -> None:
+def test_a_row_has_the_same_bits_whoever_is_beside_it(kind: str, *, is_packed: bool) -> None:
     generator = torch.Generator().manual_seed(5)
     uses, x_I = drawn(kind, 40, generator), torch.randn(IN, generator=generator)
     others = [drawn(kind, rank, generator)[0] for rank in (40, 11)]
     uses[0].update({20 + slot: parts for own in others for slot, parts in own.items()})
     mine = Span(1, ((1, 0.5), (0, 2.0), (23, 1.0)))
+    made = packed(uses) if is_packed else uses
 
     def changed(*beside: Span) -> Tensor:
         table = RowTable([*beside, mine])
         x_TI = torch.randn(table.num_rows, IN, generator=generator)
         x_TI[-1] = x_I
         y_TO = torch.zeros(table.num_rows, OUTS[0])
-        for change in NativeProjected().bind(uses, table).sums(x_TI)[0]:
+        operator: Operator[Any] = NativePackedProjected() if is_packed else NativeProjected()
+        for change in operator.bind(made, table).sums(x_TI)[0]:
             change.add_to(y_TO)
         return y_TO[-1]
 
@@ -170,6 +202,9 @@ def test_what_the_kernel_does_not_know_runs_beside_it() -> None:
     uses[0][2].append(crowded)
     assert [_is_served(part) for part in uses[0][2]] == [True, False, False, False]
     agree(uses, "mixes", generator)
+    assert with_packed_basis(dense) is dense
+    uses[0][2].remove(dense)
+    agree_packed(uses, "mixes", generator)
 
 
 def test_a_core_that_is_not_finite_spoils_its_own_rows_alone() -> None:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from timbre_methods.bases import basis_on
+from timbre_methods.packed_projected import PackedBasis
 from timbre_methods.part_values import values_of
 from timbre_methods.program import Basis, LowRank, Part, Places, Spectral
 from timbre_methods.routing import Routed, RoutedBlock
@@ -54,7 +55,7 @@ class Layout:
     def shared_bytes(self) -> dict[int, int]:
         """As `AdapterProgram.shared_bytes`."""
         bases = [v for forms in self.forms.values() for form in forms for v in form.values]
-        found = (basis for basis in bases if isinstance(basis, Basis | Places))
+        found = (basis for basis in bases if isinstance(basis, Basis | PackedBasis | Places))
         values = (value for basis in found for value in values_of(basis))
         return {id(value): value.nbytes for value in values if isinstance(value, Tensor)}
 

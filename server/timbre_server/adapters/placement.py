@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from timbre_methods.bases import basis_on
+from timbre_methods.packed_projected import PackedProjected
 from timbre_methods.part_values import values_of
 from timbre_methods.program import AdapterProgram, AnyPart, LowRank, Part, Projected, Sparse, owned_tensors
 from timbre_methods.routing import Routed, RoutedBlock, Router, Scout, Scouted
 from timbre_methods.sliced_ellpack import SlicedEllpack
+from timbre_server.adapters.packed_bases import with_packed_basis
 from timbre_server.adapters.packed_sites import may_be_packed, packed
 from timbre_server.adapters.transfer import Transfer
 from timbre_server.operators.low_rank import side_by_side
@@ -36,6 +38,8 @@ class Layout:
     """What factors of low rank are rounded to; None: they keep their values."""
     in_slices: bool = False
     """Sparse matrices, as C++ reads them."""
+    packs_bases: bool = False
+    """Bases that adapters share lie as C++ multiplies by them in bfloat16, and are rounded to it."""
 
 
 AS_GIVEN = Layout()
@@ -70,7 +74,7 @@ class _Placement:
         groups: Sequence[Sequence[str]],
         layout: Layout,
     ) -> None:
-        self._transfer, self._in_slices = transfer, layout.in_slices
+        self._transfer, self._layout = transfer, layout
         laid_out = partial(
             side_by_side, device=transfer.device, move=transfer.moved, rounded_to=layout.rounded_to
         )
@@ -83,7 +87,7 @@ class _Placement:
         self._routers: dict[int, Router | Scouted] = {}
 
     def sites(self, sites: Mapping[str, tuple[Part, ...]]) -> Mapping[str, tuple[Part, ...]]:
-        if self._in_slices:
+        if self._layout.in_slices or self._layout.packs_bases:
             sites = {path: tuple(map(self._laid_out, parts)) for path, parts in sites.items()}
         if may_be_packed(sites):
             return packed(sites, self._transfer)
@@ -111,8 +115,12 @@ class _Placement:
             )
         return replace(part, **changes)
 
-    def _laid_out(self, part: PartT) -> PartT | Sparse | SlicedEllpack:
-        return sliced(part) if isinstance(part, Sparse) and self._in_slices else part
+    def _laid_out(self, part: PartT) -> PartT | Sparse | SlicedEllpack | Projected | PackedProjected:
+        if isinstance(part, Sparse) and self._layout.in_slices:
+            return sliced(part)
+        if isinstance(part, Projected) and self._layout.packs_bases:
+            return with_packed_basis(part)
+        return part
 
     def _router(self, router: Router | Scouted) -> Router | Scouted:
         """A block and the sites below it, and sites with a scout's gates in common, go on sharing theirs."""

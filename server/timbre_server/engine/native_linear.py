@@ -5,7 +5,7 @@ kernel does both at once, where oneDNN and MKL do one after the other, and most 
 bfloat16 holds exactly: of these it reads half. Rows of bfloat16 are multiplied by the processor's own product
 of pairs where it has one, into float32 sums. A row gets the same bits whatever rows are beside it.
 
-Legend: T rows, I in, O out, P panels of outputs.
+Legend: T rows, I in, O out.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from timbre_server.native.formats import format_of
-from timbre_server.native.library import ADDRESS, NUMBER, kernel, library, num_threads
+from timbre_server.native.library import ADDRESS, NUMBER, kernel, num_threads
+from timbre_server.native.panels import in_panels
 
 
 def serves(dtype: torch.dtype) -> bool:
@@ -38,7 +38,7 @@ class NativeProduct:
         Raises: LibraryUnavailable.
         """
         self.num_out, self.num_in = weight_OI.shape
-        self.panels = place(_panels(weight_OI, int(library().timbre_linear_panel())))
+        self.panels = place(in_panels(weight_OI))
         self._dtype = weight_OI.dtype
         self._weight = self.panels.data_ptr(), format_of(self.panels)
         rows, weight, output = (ADDRESS, *[NUMBER] * 3), (ADDRESS, NUMBER, ADDRESS), (ADDRESS, NUMBER, NUMBER)
@@ -64,13 +64,3 @@ class NativeProduct:
             num_threads(x.numel() * self.num_out),
         )
         return y
-
-
-def _panels(weight_OI: Tensor, panel: int) -> Tensor:
-    num_out, num_in = weight_OI.shape
-    padded_OI = pad(weight_OI.contiguous(), (0, num_in % 2, 0, -num_out % panel))
-    pairs_POI2 = padded_OI.view(-1, panel, padded_OI.shape[1] // 2, 2)
-    narrow_POI2 = pairs_POI2.bfloat16()
-    if weight_OI.dtype is torch.bfloat16 or torch.equal(narrow_POI2.float(), pairs_POI2):
-        return narrow_POI2.transpose(1, 2).contiguous()  # [P, I / 2, panel, 2]
-    return pairs_POI2.permute(0, 2, 3, 1).contiguous()  # [P, I, panel]

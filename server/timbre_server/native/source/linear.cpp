@@ -6,6 +6,7 @@
 // all of the rows, so that reading and arithmetic go on at once; with very few rows the processor does so by itself.
 // A row's sums are the same ones in the same order whatever other rows there are; of float32 rows they are the same
 // in either format of the weights, too.
+#include "linear.h"
 #include "wide.h"
 
 #ifdef __AVX512F__

@@ -2,17 +2,18 @@
 //
 // Each matrix is read where it lies, once for many products with it: the sums of some of its rows with some of what
 // they are multiplied by stay in registers. A sum has the same terms in the same order whatever other products there
-// are.
+// are. Of a matrix of bfloat16 in the panels of linear.cpp the products are those of rows of bfloat16 there.
 #pragma once
 
 #include <algorithm>
 #include <tuple>
 
+#include "linear.h"
 #include "wide.h"
 
 struct Matrix {
-    const float *values;
-    int64_t rows, columns, stride;
+    const void *values;
+    int64_t rows, columns, stride;  // 0: it lies in panels.
 
     auto fields() const { return std::tie(values, rows, columns, stride); }
     bool operator==(const Matrix &other) const { return fields() == other.fields(); }
@@ -49,7 +50,7 @@ struct Strip {
         whole = size / WIDTH * WIDTH;
         has_rest = whole < size;
         for (int r = 0; r < SIDE; r++)
-            rows[r] = matrix.values + std::min(row + r, matrix.rows - 1) * matrix.stride + columns.begin;
+            rows[r] = static_cast<const float *>(matrix.values) + std::min(row + r, matrix.rows - 1) * matrix.stride + columns.begin;
         if (!has_rest) return;
         std::memset(rest, 0, sizeof rest);
         for (int r = 0; r < SIDE; r++) std::copy(rows[r] + whole, rows[r] + size, rest[r]);
@@ -143,7 +144,7 @@ static void multiply(const Product *products, int64_t count, Share rows, Share c
 
 // All of one matrix. Columns come first: what is added to one number is added in the same order, however many
 // products there are.
-static void multiply(const Product *products, int64_t count, int threads) {
+static void multiply_floats(const Product *products, int64_t count, int threads) {
     const Matrix &matrix = *products->matrix;
     const int pieces = (matrix.columns + COLUMNS - 1) / COLUMNS;
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -156,6 +157,32 @@ static void multiply(const Product *products, int64_t count, int threads) {
                 multiply(products + first, std::min(MANY, count - first), rows, columns, scratch);
             }
     }
+}
+
+// All of one matrix in panels. What is multiplied, and what is made of it, is at hand for some products at a time.
+static void multiply_pairs(const Product *products, int64_t count, int threads) {
+    const Matrix &matrix = *products->matrix;
+    const int64_t in = matrix.columns, out = matrix.rows;
+    Scratch numbers, sums;
+    for (int64_t end; count > 0; products += end, count -= end) {
+        end = std::min(count, MANY);
+        float *from = numbers.of(in + (end * in + 1) / 2), *y = sums.of(end * out);
+        BFloat16 *x = reinterpret_cast<BFloat16 *>(from + in);
+        for (int64_t n = 0; n < end; n++) {
+            take(products[n], {0, in}, from, in);
+            for (int64_t i = 0; i < in; i++) put(from[i], x + n * in + i);
+        }
+        timbre_linear(x, BFLOAT16, end, in, matrix.values, BFLOAT16, nullptr, y, FLOAT32, out, threads);
+        for (int64_t n = 0; n < end; n++, y += out) {
+            const float *after = products[n].after;
+            float *to = products[n].to;
+            for (int64_t o = 0; o < out; o++) to[o] += after ? after[o] * y[o] : y[o];
+        }
+    }
+}
+
+static void multiply(const Product *products, int64_t count, int threads) {
+    (products->matrix->stride ? multiply_floats : multiply_pairs)(products, count, threads);
 }
 
 // Those with one matrix follow each other.

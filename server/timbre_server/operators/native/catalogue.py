@@ -15,7 +15,7 @@ from timbre_server.operators.native.circulant import NativeCirculant
 from timbre_server.operators.native.diagonal import NativeDiagonal
 from timbre_server.operators.native.kronecker import NativeKronecker
 from timbre_server.operators.native.low_rank import NativeLowRank
-from timbre_server.operators.native.projected import NativeProjected
+from timbre_server.operators.native.projected import NativePackedProjected, NativeProjected
 from timbre_server.operators.native.rotation import NativeRotation
 from timbre_server.operators.native.sliced_ellpack import NativeSlicedEllpack
 from timbre_server.operators.native.spectral import NativeSpectral
@@ -28,6 +28,7 @@ def operators() -> tuple[Operator[Any], ...]:
         NativeSpectral(),
         NativeSlicedEllpack(),
         NativeProjected(),
+        NativePackedProjected(),
         NativeDiagonal(),
         NativeRotation(),
         NativeKronecker(),

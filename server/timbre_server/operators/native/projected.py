@@ -2,7 +2,8 @@
 
 Where all blocks of P read the same input they are one matrix, as are all blocks of Q that add to the same
 output; blocks with vectors of their own between are as many uses of the one block that they have in common.
-Matrices that are laid out in another way run in the plain operator.
+Matrices that are laid out in another way run in the plain operator. What a packed basis multiplies is rounded
+to bfloat16: rows, and what P makes of them.
 
 Legend: T rows of the batch, N blocks, I in, O out, P and Q sizes of the basis, K places of a sparse core.
 """
@@ -16,7 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from timbre_methods.program import Projected, Sparse
+from timbre_methods.packed_projected import PackedBasis, PackedProjected
+from timbre_methods.program import Basis, InBasis, Projected, Sparse
 from timbre_server.native.formats import format_of
 from timbre_server.native.library import ADDRESS, NUMBER, kernel
 from timbre_server.operators.contract import Bound, Members, Standing, StandingOperator, uses_of
@@ -33,6 +35,7 @@ from timbre_server.operators.native.uses import (
     address_of,
     structures,
 )
+from timbre_server.operators.packed_projected import PackedProjectedOperator, has_whole_sides, unpacked
 from timbre_server.operators.projected import ProjectedOperator
 from timbre_server.operators.row_table import RowTable
 from timbre_server.operators.sliced_ellpack import MAX_NUMBER, slices_of
@@ -58,38 +61,51 @@ class NativeProjected(StandingOperator[Projected, _Prepared], ProjectedOperator)
 
     def __init__(self) -> None:
         super().__init__()
-        self.sources = Sources()
+        self._sources = Sources()
 
     def prepared(self, members: Members[Projected]) -> _Prepared:
-        served = [[part for part in own if _is_served(part)] for own in members]
         others = [[part for part in own if not _is_served(part)] for own in members]
-        bases = [part.basis for own in served for part in own if part.inner_NI is None]
-        matrices = {_p_fields(basis.p_NPI): basis.p_NPI for basis in bases}
-        shrinks = [Prepared(p, (p[1], p[2]), p[1] * p[2], p_NPI) for p, p_NPI in matrices.items()]
-        parts = PreparedParts([[_prepared(part) for part in own] for own in served])
-        return _Prepared(tuple(matrices), PreparedParts([shrinks]), parts, others if any(others) else ())
+        return _all_prepared([[part for part in own if _is_served(part)] for own in members], others)
 
     def standing(self, rows: LiveRows) -> Standing[_Prepared]:
-        return _StandingProjected(self, rows)
+        return _StandingProjected(rows, self._sources)
+
+
+class NativePackedProjected(StandingOperator[PackedProjected, _Prepared], PackedProjectedOperator):
+    """`PackedProjectedOperator` by the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sources = Sources()
+
+    def prepared(self, members: Members[PackedProjected]) -> _Prepared:
+        others = [[unpacked(part) for part in own if not _is_sliced(part)] for own in members]
+        return _all_prepared([[part for part in own if _is_sliced(part)] for own in members], others)
+
+    def standing(self, rows: LiveRows) -> Standing[_Prepared]:
+        return _StandingProjected(rows, self._sources)
+
+
+def _all_prepared(served: Members[InBasis], others: Members[Projected]) -> _Prepared:
+    bases = [part.basis for own in served for part in own if part.inner_NI is None]
+    matrices = {_p_fields(basis): basis for basis in bases}
+    shrinks = [Prepared(p, (p[1], p[2]), p[1] * p[2], basis) for p, basis in matrices.items()]
+    parts = PreparedParts([[_prepared(part) for part in own] for own in served])
+    return _Prepared(tuple(matrices), PreparedParts([shrinks]), parts, others if any(others) else ())
 
 
 def _is_served(part: Projected) -> bool:
-    p_NPI, q_NOQ = part.basis.p_NPI, part.basis.q_NOQ
-    if not (_p_lies(p_NPI) and _q_lies(q_NOQ)):
-        return False
-    has_blocks = len(p_NPI), len(q_NOQ)
-    if part.form != "diagonal":
-        has_vectors = part.inner_NI is not None or part.outer_NO is not None
-        return has_blocks == (1, 1) and not has_vectors and (part.form == "dense" or _is_sliced(part))
-    num_blocks = len(part.core)
-    blocks = 1 if part.inner_NI is not None else num_blocks, 1 if part.outer_NO is not None else num_blocks
-    return blocks == has_blocks
+    lies = _p_lies(part.basis.p_NPI) and _q_lies(part.basis.q_NOQ)
+    return lies and has_whole_sides(part) and _is_sliced(part)
 
 
-def _is_sliced(part: Projected) -> bool:
-    """Whether numbers of 16 bits say all of a sparse core; places may be equal."""
+def _is_sliced(part: InBasis) -> bool:
+    """Whether numbers of 16 bits say all of a sparse core, if it is one; places may be equal."""
+    if part.form != "sparse":
+        return True
     assert part.rows_K is not None
-    counts = [part.basis.p_NPI.shape[1], part.basis.q_NOQ.shape[2]]
+    p_shape, q_shape = _shapes(part.basis)
+    counts = [p_shape[1], q_shape[2]]
     if len(part.rows_K) > MAX_NUMBER:
         counts.append(int(torch.bincount(part.rows_K).max()))
     return max(counts) <= MAX_NUMBER
@@ -107,21 +123,34 @@ def _q_lies(q_NOQ: Tensor) -> bool:
     return q_NOQ.stride(2) == 1 and (q_NOQ.shape[0] == 1 or q_NOQ.stride(0) == q_NOQ.shape[2])
 
 
-def _p_fields(p_NPI: Tensor) -> Fields:
-    """``Matrix`` of ``projected.cpp``."""
-    num_blocks, size, in_features = p_NPI.shape
-    return p_NPI.data_ptr(), num_blocks * size, in_features, p_NPI.stride(1)
+def _shapes(basis: Basis | PackedBasis) -> tuple[Sequence[int], Sequence[int]]:
+    """Of P and of Q."""
+    if isinstance(basis, PackedBasis):
+        return basis.p_shape, basis.q_shape
+    return basis.p_NPI.shape, basis.q_NOQ.shape
 
 
-def _q_fields(q_NOQ: Tensor) -> Fields:
-    """``Matrix`` of ``projected.cpp``."""
-    num_blocks, out_features, size = q_NOQ.shape
-    return q_NOQ.data_ptr(), out_features, num_blocks * size, q_NOQ.stride(1)
+def _p_fields(basis: Basis | PackedBasis) -> Fields:
+    """``Matrix`` of ``matrices.h``."""
+    num_blocks, size, in_features = _shapes(basis)[0]
+    shape = num_blocks * size, in_features
+    if isinstance(basis, PackedBasis):
+        return basis.p_panels.data_ptr(), *shape, 0
+    return basis.p_NPI.data_ptr(), *shape, basis.p_NPI.stride(1)
 
 
-def _prepared(part: Projected) -> Prepared:
+def _q_fields(basis: Basis | PackedBasis) -> Fields:
+    """``Matrix`` of ``matrices.h``."""
+    num_blocks, out_features, size = _shapes(basis)[1]
+    shape = out_features, num_blocks * size
+    if isinstance(basis, PackedBasis):
+        return basis.q_panels.data_ptr(), *shape, 0
+    return basis.q_NOQ.data_ptr(), *shape, basis.q_NOQ.stride(1)
+
+
+def _prepared(part: InBasis) -> Prepared:
     """As ``Projected`` of ``projected.cpp``."""
-    p, q, core = _p_fields(part.basis.p_NPI), _q_fields(part.basis.q_NOQ), _prepared_core(part)
+    p, q, core = _p_fields(part.basis), _q_fields(part.basis), _prepared_core(part)
     vectors = [None if own is None else own.contiguous() for own in (part.inner_NI, part.outer_NO)]
     addresses = [0 if own is None else own.data_ptr() for own in vectors]
     num_blocks, size = part.core.shape if part.form == "diagonal" else (1, p[1])
@@ -132,9 +161,10 @@ def _prepared(part: Projected) -> Prepared:
     return Prepared(fields, (out_features, in_features), work, (part.basis, core, vectors))
 
 
-def _prepared_core(part: Projected) -> Prepared:
+def _prepared_core(part: InBasis) -> Prepared:
     """With the address of its numbers, or of ``Slices``."""
-    shape = part.basis.q_NOQ.shape[2], part.basis.p_NPI.shape[1]
+    p_shape, q_shape = _shapes(part.basis)
+    shape = q_shape[2], p_shape[1]
     if part.form == "sparse":
         slices = prepared_slices(slices_of(_in_rows(part, shape)))
         own = structures([slices.fields])
@@ -143,7 +173,7 @@ def _prepared_core(part: Projected) -> Prepared:
     return Prepared((core.data_ptr(),), shape, core.numel(), core)
 
 
-def _in_rows(part: Projected, shape: tuple[int, int]) -> Sparse:
+def _in_rows(part: InBasis, shape: tuple[int, int]) -> Sparse:
     """A sparse core [Q, P]."""
     assert part.rows_K is not None
     assert part.columns_K is not None
@@ -154,8 +184,8 @@ def _in_rows(part: Projected, shape: tuple[int, int]) -> Sparse:
 
 
 class _StandingProjected(Standing[_Prepared]):
-    def __init__(self, operator: NativeProjected, rows: LiveRows) -> None:
-        self._operator, self._rows = operator, rows
+    def __init__(self, rows: LiveRows, sources: Sources) -> None:
+        self._rows, self._sources = rows, sources
         self._adapters: dict[int, _Prepared] = {}
         self._num_users: Counter[Fields] = Counter()
         """Of each P that is multiplied by x itself."""
@@ -195,11 +225,11 @@ class _StandingProjected(Standing[_Prepared]):
         if self._bound is None or self._bound.width < self._width:
             num_members = next(iter(adapters.values())).parts.num_members
             own = [self._members.get(member) for member in range(num_members)]
-            self._bound = _BoundProjected(own, self._shrinks, self._width, self._operator.sources)
+            self._bound = _BoundProjected(own, self._shrinks, self._width, self._sources)
         others = {slot: own.others for slot, own in adapters.items() if own.others}
         if not others:
             return self._bound
-        plain = ProjectedOperator.bind(self._operator, uses_of(others), table)
+        plain = ProjectedOperator().bind(uses_of(others), table)
         return JoinedSums([self._bound, plain])
 
 

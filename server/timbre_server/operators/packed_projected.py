@@ -1,0 +1,58 @@
+"""`PackedProjected`: which `Projected` may be one, and how it is read as one; in plain PyTorch it runs so.
+
+Legend: T rows of the batch, I in, O out, M rows of a matrix, K columns.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from timbre_methods.packed_projected import PackedProjected
+from timbre_methods.program import Basis, Projected
+from timbre_server.operators.contract import Bound, Meaning, Operator, Uses
+from timbre_server.operators.projected import ProjectedOperator
+from timbre_server.operators.row_table import RowTable
+
+
+class PackedProjectedOperator(Operator[PackedProjected]):
+    part = PackedProjected
+
+    def __init__(self) -> None:
+        self._projected = ProjectedOperator()
+
+    def meaning(self, part: PackedProjected, x_TI: Tensor, y_TO: Tensor) -> Meaning:
+        return self._projected.meaning(unpacked(part), x_TI, y_TO)
+
+    def bind(self, uses: Uses[PackedProjected], table: RowTable) -> Bound:
+        return self._projected.bind(
+            [{slot: list(map(unpacked, parts)) for slot, parts in own.items()} for own in uses], table
+        )
+
+
+def has_whole_sides(part: Projected) -> bool:
+    """Whether all blocks of P are one matrix, and all of Q; or one block that all have in common."""
+    blocks = len(part.basis.p_NPI), len(part.basis.q_NOQ)
+    if part.form != "diagonal":
+        return blocks == (1, 1) and part.inner_NI is None and part.outer_NO is None
+    num_blocks = len(part.core)
+    return blocks == (
+        1 if part.inner_NI is not None else num_blocks,
+        1 if part.outer_NO is not None else num_blocks,
+    )
+
+
+def unpacked(part: PackedProjected) -> Projected:
+    """The same with a basis of its own, in float32."""
+    (num_p, p_size, in_features), (num_q, out_features, q_size) = part.basis.p_shape, part.basis.q_shape
+    p_PI = _matrix(part.basis.p_panels, num_p * p_size, in_features)
+    q_OQ = _matrix(part.basis.q_panels, out_features, num_q * q_size)
+    basis = Basis(
+        p_PI.view(num_p, p_size, in_features), q_OQ.view(out_features, num_q, q_size).transpose(0, 1)
+    )
+    return Projected(part.form, part.core, basis, part.rows_K, part.columns_K, part.inner_NI, part.outer_NO)
+
+
+def _matrix(panels: Tensor, num_rows: int, num_columns: int) -> Tensor:
+    """[M, K]"""
+    whole = panels.float().transpose(1, 2).flatten(0, 1).flatten(1)
+    return whole[:num_rows, :num_columns].contiguous()
