@@ -65,6 +65,7 @@ def random_sparse(most: int, outs: int, ins: int, generator: torch.Generator) ->
     return Sparse(row_ends, torch.cat(columns).int(), values, ins)
 
 
+@pytest.mark.cpp
 @pytest.mark.parametrize("most", [0, 1, 7, 40])
 @pytest.mark.parametrize("shape", [(1, 50), (8, 50), (21, 65_535), (300, 50)])
 def test_cpp_makes_the_same_slices_bit_for_bit(shape: tuple[int, int], most: int) -> None:
@@ -88,6 +89,7 @@ def test_cpp_makes_the_same_slices_bit_for_bit(shape: tuple[int, int], most: int
                     assert own_values == other_values
 
 
+@pytest.mark.cpp
 @pytest.mark.parametrize(
     ("ends", "columns", "in_features"),
     [

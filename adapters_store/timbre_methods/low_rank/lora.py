@@ -197,7 +197,7 @@ class Lora(Method[LoraConfig]):
     def _parts(self, config: LoraConfig, alphas: PathPatterns, found: SiteTensors) -> tuple[Part, ...]:
         a_RI, b_OR = read_factors(config, found)
         s = scale(config, alphas, found.site.path, a_RI.shape[0])
-        factors = LowRank(a_RI=a_RI.to(torch.float32, copy=True), b_OR=b_OR.to(torch.float32) * s)
+        factors = LowRank(a_RI=a_RI.to(torch.float32), b_OR=b_OR.to(torch.float32) * s)
         return (factors, *bias_parts(config, found, s))
 
     def reference(self, config: LoraConfig, tensors: Tensors, site: Site, x_TI: Tensor) -> Tensor:
@@ -227,6 +227,8 @@ def scales_of(raw_config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[s
 def _read_at_inference(config: LoraConfig, tensors: Tensors) -> Tensors:
     """Without the tensors that a variant's training left in the file."""
     left = tuple(mark for option, mark in TRAINING_TENSORS.items() if getattr(config, option))
+    if not left:
+        return tensors
     return {name: tensor for name, tensor in tensors.items() if not any(mark in name for mark in left)}
 
 

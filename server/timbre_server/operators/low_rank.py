@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from timbre_methods.program import LowRank
-from timbre_server.native.formats import narrowed
+from timbre_server.native.formats import narrowed_rows
 from timbre_server.operators.contract import Bound, Change, Meaning, Operator, Uses
 from timbre_server.operators.pooling import PoolRoom
 from timbre_server.operators.row_table import RowTable, Segment
@@ -143,13 +143,13 @@ def side_by_side(
     all A in one, each B in its own, as kernels read them, on a CPU rank by rank; `narrowed` each. ``move``
     puts a tensor there, or leaves it."""
     parts = [part for own in members for part in own]
-    a_RI = move(narrowed(torch.cat([part.a_RI for part in parts]), rounded_to))
-    shrinks = iter(a_RI.split_with_sizes([len(part.a_RI) for part in parts]))
+    own_RI = [part.a_RI for part in parts]
+    a_RI = move(narrowed_rows(own_RI, rounded_to))
+    shrinks = iter(a_RI.split_with_sizes([each.shape[0] for each in own_RI]))
     is_by_rank = device.type == "cpu"
 
     def copied(b_OR: Tensor) -> Tensor:
-        laid_out = b_OR.T if is_by_rank else b_OR
-        there = move(narrowed(laid_out, rounded_to).clone(memory_format=torch.contiguous_format))
+        there = move(narrowed_rows([b_OR.T if is_by_rank else b_OR], rounded_to))
         return there.T if is_by_rank else there
 
     return [[LowRank(next(shrinks), copied(part.b_OR)) for part in own] for own in members]
