@@ -38,10 +38,10 @@ def agree(uses: Uses, num_in: int, spans: list[Span], generator: torch.Generator
 
 
 @pytest.mark.parametrize("pieces", [(1, 1), (3, 8), (17, 5)], ids=str)
-@pytest.mark.parametrize("b", [1, 2, 3, 4, 6, 12, 16, 22, 32, 36, 192, 256])
+@pytest.mark.parametrize("b", [1, 2, 3, 4, 6, 12, 16, 22, 32, 36, 91, 192, 256, 257])
 @pytest.mark.parametrize("crowd", CROWDS)
 def test_every_crowd_gets_what_pytorch_gives(crowd: str, b: int, pieces: tuple[int, int]) -> None:
-    """1 and 3 are odd, 22 has the factor 11: the plain operator takes these."""
+    """257 is a prime number: the plain operator takes it."""
     generator, (num_out, num_in) = torch.Generator().manual_seed(b), pieces
     # The second member is adapted by only some of them, and by slot 0 twice.
     uses = [
@@ -68,7 +68,10 @@ def test_adapters_may_have_blocks_of_several_sizes(crowd: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("b", "num_out", "num_in"), [(4, 5, 6), (10, 3, 2), (48, 7, 3), (192, 3, 8)])
+@pytest.mark.parametrize(
+    ("b", "num_out", "num_in"),
+    [(4, 5, 6), (10, 3, 2), (48, 7, 3), (192, 3, 8), (1, 5, 6), (9, 4, 3), (86, 3, 2), (209, 2, 3)],
+)
 def test_a_row_has_the_same_bits_whatever_rows_are_beside_it(
     b: int, num_out: int, num_in: int, dtype: torch.dtype
 ) -> None:
@@ -93,6 +96,23 @@ def test_a_row_has_the_same_bits_whatever_rows_are_beside_it(
         assert torch.equal(outputs_of(everything[:count], slots[:count]), expected[:count])
     for count in (2, 7, 40):
         assert torch.equal(outputs_of(everything[:count], [0] * count)[0], expected[0])
+
+
+LARGE = (4864, 9728, 11008, 13696, 17408, 18944, 29568)
+"""Of the middle layers of well-known models: times 19, 19, 43, 107, 17, 37 and 3 * 7 * 11."""
+
+
+@pytest.mark.parametrize("b", [*range(1, 140), 2 * 251, 11 * 13 * 4, 3 * 2 * 43, 37 * 37, *LARGE])
+def test_transforms_of_any_length_are_those_of_double_precision(b: int) -> None:
+    generator = torch.Generator().manual_seed(b)
+    own = part(b, 1, 1, generator)
+    x_TI = torch.randn(9, b, generator=generator)
+    found_TO = (
+        NativeCirculant().bind([{0: [own]}], RowTable([Span(9, ((0, 1.0),))])).sums(x_TI)[0][0].values_NO
+    )
+    product_TK = torch.view_as_complex(own.spectrum_MNK2[0, 0].double()) * torch.fft.rfft(x_TI.double())
+    expected_TO = torch.fft.irfft(product_TK, n=b)
+    assert (found_TO - expected_TO).norm() < 1e-6 * expected_TO.norm()
 
 
 def test_spectra_that_are_not_finite_spoil_their_own_rows_alone() -> None:

@@ -67,7 +67,9 @@ def check(members: Sequence[tuple[int, Sequence[int]]], inner: int, crowd: str, 
 
 
 @pytest.mark.parametrize("crowd", CROWDS)
-@pytest.mark.parametrize(("inner", "outer"), [(576, 192), (48, 70), (14, 2), (2048, 90), (22, 24), (15, 12)])
+@pytest.mark.parametrize(
+    ("inner", "outer"), [(576, 192), (48, 70), (14, 2), (2048, 90), (26, 86), (15, 121), (514, 12)]
+)
 @pytest.mark.parametrize("same", [True, False])
 def test_adapters_with_places_of_their_own_add_what_each_would_alone(
     inner: int, outer: int, crowd: str, same: bool

@@ -42,8 +42,8 @@ from timbre_server.operators.row_table import RowTable, Span
 from timbre_server.operators.sliced_ellpack import slices_of
 
 IN, OUT = 24, 20
-CIRCULANT_IN, CIRCULANT_OUT = 120, 80
-"""Pieces of 4 and of 40 fit."""
+CIRCULANT_IN, CIRCULANT_OUT = 1320, 880
+"""Pieces of 4, 11, 40 and 88 fit."""
 _TOLERANCE = 1e-4
 _ROUNDED = 1e-2
 """Of the largest change, where what is multiplied is rounded to bfloat16."""
@@ -214,7 +214,7 @@ _EXAMPLES: Mapping[type[Part], Sequence[Callable[[Normal, torch.device], Part]]]
             partial(_spectral, transform="hartley", step=5),
             partial(_spectral, transform="dwt", step=5, low_pass=(0.5**0.5, 0.5**0.5)),
         ],
-        Circulant: [partial(_circulant, block_size=b) for b in (4, 40)],
+        Circulant: [partial(_circulant, block_size=b) for b in (4, 11, 40, 88)],
         Sparse: [_sparse],
         SlicedEllpack: [partial(_sliced_ellpack, dtype=dtype) for dtype in FORMATS],
         Block: [partial(_block, side="input"), partial(_block, side="output")],

@@ -5,7 +5,6 @@
 #include <algorithm>
 
 #include "fourier.h"
-#include "side_by_side.h"
 
 struct Circulant {
     const FourierPlan *plan;
@@ -14,7 +13,7 @@ struct Circulant {
 };
 
 // Numbers of a piece's spectrum.
-static inline int64_t size_of(const FourierPlan &plan) { return 2 * (plan.m + 1); }
+static inline int64_t size_of(const FourierPlan &plan) { return 2 * plan.frequencies(); }
 
 template <typename Part> struct Term {
     int64_t row;
@@ -58,7 +57,8 @@ template <typename Part> struct Terms {
 template <typename Number>
 static void spectra_of(const Terms<FourierPlan> &own, const Number *x, int64_t in, float *z, int threads) {
     const FourierPlan &plan = *own.all[0].part;
-    const int64_t m = plan.m, size = size_of(plan), pieces = in / (2 * m), count = own.rows() * pieces;
+    const int64_t m = plan.m, length = plan.length(), size = size_of(plan);
+    const int64_t pieces = in / length, count = own.rows() * pieces;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         thread_local Scratch memory;  // Kept: fresh pages cost more than what is written to them.
@@ -68,11 +68,11 @@ static void spectra_of(const Terms<FourierPlan> &own, const Number *x, int64_t i
             float *to[MOST_ROWS];
             for (int64_t n = 0; n < side; n++) {
                 const int64_t row = own.row((first + n) / pieces), piece = (first + n) % pieces;
-                from[n] = x + row * in + piece * 2 * m;
+                from[n] = x + row * in + piece * length;
                 to[n] = z + (row * pieces + piece) * size;
             }
             float *numbers = memory.of((4 * m + size) * SIDE<V>), *X = numbers + 4 * m * SIDE<V>;
-            put_side_by_side<V>(from, side, 2 * m, numbers);
+            put_side_by_side<V>(from, side, length, numbers);
             Complex<V> *packed = reinterpret_cast<Complex<V> *>(numbers);
             spectra(plan, packed, packed + m, reinterpret_cast<Complex<V> *>(X));
             take_apart<V>(X, side, size, [&](int64_t n, int64_t i, auto values) {
@@ -101,7 +101,7 @@ extern "C" void timbre_circulant_spectra(
 PLAYED(timbre_circulant_spectra)
 
 constexpr int ROWS = 4;  // That read an adapter's spectra together.
-constexpr int AHEAD = 2;  // Pieces, whose spectra are on their way from memory.
+constexpr int AHEAD = ROWS;  // Pieces, whose spectra are on their way from memory.
 
 static inline Wide reals_of(Wide complex) {
     WideIntegers order;
@@ -133,8 +133,10 @@ struct Spectra {
 
     // What lies together as one.
     Wide folded(Wide each) const {
+        float numbers[2 * WIDTH] = {};
+        put(each, numbers);
         Wide sum = {};
-        for (int64_t i = 0; i < together * size; i++) sum[i % size] += each[i];
+        for (int64_t n = 0; n < together; n++) sum += wide(numbers + n * size);
         return sum;
     }
 };
@@ -207,7 +209,7 @@ static void products(
     const Spectra &layout, const Terms<Circulant> &own, const Pieces &pieces, int64_t each, const float *z, float *h
 ) {
     std::fill_n(h, pieces.count * layout.padded(), 0.0f);
-    const float scale = 1.0f / (2 * (layout.size - 2));
+    const float scale = 1.0f / (2 * own.all[0].part->plan->length());
     const auto add = [&](auto rows, int64_t n) {
         const int64_t row = pieces[n].row, terms = own.begins[row + 1] - own.begins[row];
         const float *soon = own.all[own.begins[pieces[n + AHEAD].row]].part->spectra;
@@ -243,9 +245,9 @@ extern "C" void timbre_circulant(
     const Terms<Circulant> own(*all, rows);
     if (own.rows() == 0) return;
     const FourierPlan &plan = *own.all[0].part->plan;
-    const int64_t m = plan.m;
+    const int64_t length = plan.length();
     const Spectra layout = {size_of(plan), own.all[0].part->in_pieces};
-    const int64_t each = out / (2 * m), all_pieces = own.rows() * each;
+    const int64_t each = out / length, all_pieces = own.rows() * each;
     threads = all->threads(rows, threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
@@ -253,19 +255,18 @@ extern "C" void timbre_circulant(
         const auto change = [&](const Pieces &pieces, auto lanes) {
             typedef decltype(lanes) V;
             const int64_t count = pieces.count, size = layout.size;
-            float *h = memory.of(layout.padded() * WIDTH + (size + 2 * m) * SIDE<V>), *X = h + layout.padded() * WIDTH;
+            float *h = memory.of(layout.padded() * WIDTH + (size + 4 * plan.m) * SIDE<V>);
+            float *X = h + layout.padded() * WIDTH;
             products(layout, own, pieces, each, z, h);
             const float *from[MOST_ROWS];
             float *to[MOST_ROWS];
             for (int64_t n = 0; n < count; n++) from[n] = h + n * layout.padded();
             put_side_by_side<V>(from, count, size, X);
             Complex<V> *spectra = reinterpret_cast<Complex<V> *>(X);
-            spectra[0].im = spectra[m].im = V{};
-            const Complex<V> *numbers = rows_of_spectra(plan, spectra, spectra + m + 1);
-            for (int64_t n = 0; n < count; n++) {
-                to[n] = y + own.row(pieces[n].row) * out + pieces[n].number * 2 * m;
-            }
-            add_to_rows<V>(reinterpret_cast<const float *>(numbers), to, count, 2 * m);
+            const V *numbers = rows_of_spectra(plan, spectra, spectra + plan.frequencies());
+            for (int64_t n = 0; n < count; n++)
+                to[n] = y + own.row(pieces[n].row) * out + pieces[n].number * length;
+            add_to_rows<V>(reinterpret_cast<const float *>(numbers), to, count, length);
         };
 #pragma omp for schedule(static)
         for (int64_t first = 0; first < all_pieces; first += WIDTH) {

@@ -5,7 +5,6 @@
 #include <algorithm>
 
 #include "fourier.h"
-#include "side_by_side.h"
 
 // Rows with equal values share them; others have theirs side by side.
 struct SpectralRows {
@@ -78,10 +77,7 @@ static void add_transformed_back(const SpectralTransform &own, V *h, const Spect
     if (own.plan) {
         Complex<V> *spectrum = reinterpret_cast<Complex<V> *>(h);
         turn<1>(own, spectrum);
-        spectrum[0].im = spectrum[own.plan->m].im = V{};
-        numbers = reinterpret_cast<const V *>(
-            rows_of_spectra(*own.plan, spectrum, reinterpret_cast<Complex<V> *>(scratch))
-        );
+        numbers = rows_of_spectra(*own.plan, spectrum, reinterpret_cast<Complex<V> *>(scratch));
     } else {
         V *sums = reinterpret_cast<V *>(scratch);
         sums_of_windows(h, own.back, own.taps, (own.length + 1) / 2, sums);

@@ -1,6 +1,6 @@
 """`Circulant` in C++: pieces are transformed side by side, spectra multiplied where an adapter's lie.
 
-Blocks of a size without a plan (odd, or with a large prime factor) run in the plain operator.
+Blocks of a size with a prime factor above 256 run in the plain operator.
 
 Legend: T rows of the batch, I in, O out, N pieces of the input, M of the output, K frequencies.
 """

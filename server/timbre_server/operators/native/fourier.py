@@ -14,6 +14,8 @@ from timbre_server.native.library import library
 NARROW = 8
 """Rows in the narrowest register."""
 MOST_ROWS = 16
+MOST_FACTOR = 256
+"""Of a length. A pass takes as many steps for each number, and with larger ones PyTorch is faster."""
 FIRST_FACTORS = (3, 2, 5, 7, 1)
 """Of the pass that is one with what turns a half spectrum into numbers, in the order of preference."""
 
@@ -25,23 +27,28 @@ def most_lanes() -> int:
 
 @cache
 def factors_of(length: int) -> list[int] | None:
-    """Of half a length; None where it is odd, or has a factor that is not known."""
-    if length % 2:
-        return None
-    half = length // 2
-    first = next(factor for factor in FIRST_FACTORS if half % factor == 0)
-    times = dict.fromkeys((2, 3, 5, 7), 0)
-    left = half // first
-    for prime in times:
-        while left % prime == 0:
-            times[prime] += 1
-            left //= prime
+    """Of half a length, or of an odd one; None where it has a prime factor that is too large."""
+    half = length if length % 2 else length // 2
+    first = 1 if length % 2 else next(factor for factor in FIRST_FACTORS if half % factor == 0)
+    primes = _primes_of(half // first)
     # Eights, but as many fours as leave no two.
-    fours = -times[2] % 3 if times[2] > 1 else 0
-    eights, twos = divmod(times[2] - 2 * fours, 3)
-    odd = [prime for prime in (3, 5, 7) for _ in range(times[prime])]
-    found = [first, *[8] * eights, *odd, *[4] * fours, *[2] * twos]
-    return found if left == 1 else None
+    count = primes.count(2)
+    fours = -count % 3 if count > 1 else 0
+    eights, twos = divmod(count - 2 * fours, 3)
+    found = [first, *[8] * eights, *primes[count:], *[4] * fours, *[2] * twos]
+    return found if primes[-1:] <= [MOST_FACTOR] else None
+
+
+def _primes_of(number: int) -> list[int]:
+    """In order, each as often as it divides."""
+    found, prime = [], 2
+    while prime * prime <= number:
+        if number % prime:
+            prime += 1
+        else:
+            found.append(prime)
+            number //= prime
+    return [*found, number] if number > 1 else found
 
 
 class _View(ctypes.Structure):
@@ -53,6 +60,7 @@ class _View(ctypes.Structure):
         ("factors", ctypes.c_void_p),
         ("roots", ctypes.c_void_p),
         ("half_roots", ctypes.c_void_p),
+        ("is_odd", ctypes.c_int64),
     ]
 
 
@@ -62,11 +70,11 @@ class Plan:
     def __init__(self, length: int) -> None:
         factors = factors_of(length)
         assert factors is not None, f"there is no plan for a transform of {length} numbers"
-        m = length // 2
+        m = length if length % 2 else length // 2
         self.length = length
-        self.coordinates = 2 * (m + 1)
+        self.coordinates = 2 * (length // 2 + 1)
         self._held = torch.tensor(factors), _roots(m, m), _roots(length, m + 1)
-        self._view = _View(m, len(factors), *(tensor.data_ptr() for tensor in self._held))
+        self._view = _View(m, len(factors), *(tensor.data_ptr() for tensor in self._held), length % 2)
         self.address = ctypes.addressof(self._view)
 
 

@@ -3,7 +3,7 @@
 Adapters whose coefficients sit at the same places, as those of one seed do, differ in their values alone:
 where all rows of a register have such, they go through one pattern together, with copies of the values side
 by side. Others go through patterns of their own one by one, and values are read where an adapter's lie. Only
-lengths with a large prime factor, and gates, are left to the plain operator.
+lengths with a prime factor above 256, and gates, are left to the plain operator.
 
 Legend: T rows of the batch, N coefficients, L rows side by side.
 """
