@@ -10,6 +10,7 @@
 
 constexpr int VECTORS = 4;  // Of rows side by side, of which all sums stay in registers.
 constexpr int MOST_ROWS = VECTORS * LANES;
+constexpr int FEWEST_ROWS = 3;  // That are faster side by side, in a vector that may have room left, than one by one.
 
 // Where a slice begins.
 struct Place {
@@ -125,18 +126,19 @@ static void multiply_rows(
 template <int V>
 static void add_rows(const Slices &matrix, const Rows &rows, const float *sums, float *y, int64_t out, Share own) {
     for (int v = 0; v < V; v++, sums += LANES) {
-        const Lanes scale = load(rows.weights + v * LANES);
-        const int64_t *to = rows.rows + v * LANES;
+        const int64_t *to = rows.rows + v * LANES, count = std::min(rows.count - v * LANES, int64_t(LANES));
+        Lanes scale = {};
+        for (int n = 0; n < count; n++) scale[n] = rows.weights[v * LANES + n];
         const auto of = [&](int64_t o) { return load(sums + matrix.ranks[o] * V * LANES) * scale; };
         int64_t o = own.begin;
         for (; o + LANES <= own.end; o += LANES) {
             Lanes block[LANES];
             for (int j = 0; j < LANES; j++) block[j] = of(o + j);
             transpose(block);
-            for (int n = 0; n < LANES; n++) store(y + to[n] * out + o, load(y + to[n] * out + o) + block[n]);
+            for (int n = 0; n < count; n++) store(y + to[n] * out + o, load(y + to[n] * out + o) + block[n]);
         }
         for (; o < own.end; o++)
-            for (int n = 0; n < LANES; n++) y[to[n] * out + o] += of(o)[n];
+            for (int n = 0; n < count; n++) y[to[n] * out + o] += of(o)[n];
     }
 }
 
@@ -144,6 +146,7 @@ static void add_rows(const Slices &matrix, const Rows &rows, const float *sums, 
 struct RowBlock {
     const Slices *own, *next;
     Rows rows;
+    int64_t width;  // Rows that there is room for.
 };
 
 static std::vector<RowBlock> blocks_of(const std::vector<Use<Slices>> &uses) {
@@ -152,9 +155,9 @@ static std::vector<RowBlock> blocks_of(const std::vector<Use<Slices>> &uses) {
         const Rows &rows = *uses[u].rows;
         for (int64_t row = 0, width; row < rows.count; row += width) {
             const int64_t left = rows.count - row;
-            width = left >= MOST_ROWS ? MOST_ROWS : left >= LANES ? LANES : 1;
-            const Rows own = {rows.rows + row, rows.weights + row, width};
-            blocks.push_back({uses[u].part, uses[std::min(u + 1, uses.size() - 1)].part, own});
+            width = left >= MOST_ROWS ? MOST_ROWS : left >= FEWEST_ROWS ? LANES : 1;
+            const Rows own = {rows.rows + row, rows.weights + row, std::min(width, left)};
+            blocks.push_back({uses[u].part, uses[std::min(u + 1, uses.size() - 1)].part, own, width});
         }
     }
     return blocks;
@@ -191,14 +194,14 @@ template <typename Number> struct SparseWorker {
 
     void multiply(const RowBlock &block, float *sums) {
         const Slices &matrix = *block.own;
-        const int64_t slices = (out + LANES - 1) / LANES, width = block.rows.count;
+        const int64_t slices = (out + LANES - 1) / LANES, width = block.width;
         const Place begin = place_of(matrix, slices, thread, threads);
         const Place end = place_of(matrix, slices, thread + 1, threads);
         thread_local Scratch scratch;  // Kept: fresh memory costs more than what is written to it.
         float *lanes = scratch.of(in * width);
         const float *row = width == 1 ? floats(x + block.rows.rows[0] * in, in, lanes) : nullptr;
         for (int64_t n = 0; width > 1 && n < width; n += LANES)
-            side_by_side(x, in, block.rows.rows + n, LANES, lanes + n, width);
+            side_by_side(x, in, block.rows.rows + n, std::min(block.rows.count - n, int64_t(LANES)), lanes + n, width);
         as_they_lie(matrix.values, [&](auto values) {
             if (width == 1)
                 multiply_row(matrix, *block.next, values, begin, end, row, block.rows.weights[0], sums);
@@ -211,9 +214,9 @@ template <typename Number> struct SparseWorker {
 
     void add(const RowBlock &block, const float *sums) const {
         const Share own = share(out, thread, threads, LANES);
-        if (block.rows.count == 1)
+        if (block.width == 1)
             add_row(*block.own, *block.next, sums, y + block.rows.rows[0] * out, own);
-        else if (block.rows.count == LANES)
+        else if (block.width == LANES)
             add_rows<1>(*block.own, block.rows, sums, y, out, own);
         else
             add_rows<VECTORS>(*block.own, block.rows, sums, y, out, own);
@@ -224,7 +227,7 @@ template <typename Number>
 static void add_sparse(
     const std::vector<RowBlock> &blocks, const Number *x, int64_t in, float *y, int64_t out, int threads
 ) {
-    const auto size = [out](const RowBlock &block) { return (out + LANES - 1) / LANES * LANES * block.rows.count; };
+    const auto size = [out](const RowBlock &block) { return (out + LANES - 1) / LANES * LANES * block.width; };
     if (threads == 1) {
         SparseWorker<Number> worker = {x, in, y, out, 0, 1};
         thread_local Scratch sums;
