@@ -170,10 +170,16 @@ def dense(out: int) -> Part:
 
 
 def mixture(out: int) -> Part:
-    """Of experts of low rank; now and then of others, or of none where an expert does nothing here."""
+    """Of experts of low rank or gains; now and then of others, or of none where one does nothing here."""
     count = random.randint(2, 4)
     rule = Rule(keep="top_k", top_k=random.randint(1, count), gate="renormalised")
-    makes = random.choice([[low_rank], [low_rank], [low_rank], [low_rank, spectral]])
+    others: list[list[Callable[[int], Part]]] = [
+        [gain_on_output],
+        [low_rank, gain_on_output],
+        [low_rank, spectral],
+        [spectral, gain_on_output],
+    ]
+    makes = random.choice([[low_rank], [low_rank], [low_rank], *others])
     experts = tuple(
         tuple(random.choice(makes)(out) for _ in range(random.choice([0, 1, 1, 2]))) for _ in range(count)
     )

@@ -56,7 +56,9 @@ def parts(dtype: torch.dtype) -> list[Part]:
     gain = Diagonal("output", normal(OUT), None)
     experts = tuple((LowRank(normal(3, IN).to(dtype), normal(OUT, 3).to(dtype)),) for _ in range(5))
     mixture = Routed(experts, Router(normal(5, IN), Rule(keep="top_k", top_k=2, gate="renormalised")))
-    changes = circulant, kronecker, block, Dense(normal(OUT, IN)), mixture, mixture
+    gains = tuple((Diagonal("output", normal(OUT), normal(OUT)),) for _ in range(3))
+    scaled_by_gates = Routed(gains, Router(normal(3, IN), Rule()))
+    changes = circulant, kronecker, block, Dense(normal(OUT, IN)), mixture, mixture, scaled_by_gates
     return [*low_rank, gain, rotation, scaled, *projected, *packed, *changes, sparse]
 
 

@@ -218,6 +218,8 @@ class AdaptedLinear(nn.Module):
     def _add_in_place(self, own: InPlace, x: Tensor, y0: Tensor, y: Tensor) -> object:
         """Returns what kernels read that lies nowhere else."""
         held: Sequence[Tensor] = ()
+        # Before all else: routers choose there for what acts on outputs, too.
+        sources = self._group.sources(self._member, x) if own.sums else ()
         for each in own.products:
             if self.bias is not None and not held:
                 less_TO = (-self.bias.float()).expand_as(y).contiguous()
@@ -226,10 +228,8 @@ class AdaptedLinear(nn.Module):
             each.add(held[1] if held else y, y)
         for each in own.outputs:
             each.add(y0, y)
-        if own.sums:
-            sources = self._group.sources(self._member, x)
-            for number, add in own.sums:
-                add(sources[number], y)
+        for number, add in own.sums:
+            add(sources[number], y)
         return held
 
     def _base_sums(self, x: Tensor) -> Tensor:
@@ -251,7 +251,8 @@ class AdaptedLinear(nn.Module):
         self, bounds: Sequence[Bound], x: Tensor, y: Tensor, *, changed_input: bool
     ) -> list[Change]:
         """To be added before all others: one alone may read y where it is added to it."""
-        y0 = y
+        are_several = sum(not bound.reads_input_alone for bound in bounds) > 1
+        y0 = y.clone() if are_several and not changed_input else y
         found: list[Change] = []
         for bound in bounds:
             change = bound.output_change(self._member, rows_of(y0))
@@ -261,7 +262,7 @@ class AdaptedLinear(nn.Module):
                 change = bound.output_change(self._member, rows_of(y0))
             if change is not None:
                 found.append(change)
-        return found if len(found) < 2 else [Change(each.values_NO, each.rows_N) for each in found]
+        return found
 
     def _produced(self, own: OwnProduct, x: Tensor) -> Change:
         """One more base product, for the rows that need one."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from timbre_server.operators.contract import Adds, Bound, Change
 
 
 class JoinedSums(Bound):
-    """What each adds, one after the other: from the input alone, but for one at most."""
+    """What each adds, one after the other; by itself only where all do from the input alone."""
 
     def __init__(self, bounds: Sequence[Bound]) -> None:
         self._bounds = bounds
@@ -21,8 +22,13 @@ class JoinedSums(Bound):
         return all(bound.reads_input_alone for bound in self._bounds)
 
     def output_change(self, member: int, y_TO: Tensor) -> Change | None:
-        changes = (bound.output_change(member, y_TO) for bound in self._bounds)
-        return next((change for change in changes if change is not None), None)
+        each = [bound.output_change(member, y_TO) for bound in self._bounds]
+        changes = [change for change in each if change is not None]
+        if len(changes) < 2:
+            return changes[0] if changes else None
+        every_T = torch.arange(len(y_TO), device=y_TO.device)
+        rows = [every_T if change.rows_N is None else every_T[change.rows_N] for change in changes]
+        return Change(torch.cat([change.values_NO for change in changes]), torch.cat(rows))
 
     def sums(self, x_TI: Tensor) -> Sequence[Sequence[Change]]:
         each = [bound.sums(x_TI) for bound in self._bounds]
@@ -30,7 +36,7 @@ class JoinedSums(Bound):
 
     def adds(self, member: int) -> Adds | None:
         each = [bound.adds(member) for bound in self._bounds]
-        if any(own is None for own in each):
+        if any(own is None or own.output_change is not None for own in each):
             return None
         sums = [(n, own.sums) for n, own in enumerate(each) if own is not None and own.sums is not None]
 

@@ -1,11 +1,15 @@
 // y[row] += weight (extra_gain x[row] + shift), for adapters with gains and rows of their own. x may be y.
 #include <algorithm>
 
-#include "lanes.h"
+#include "gates.h"
 
 struct Gains {
     const float *extra;  // [features]
     const float *shift;  // [features]; null: there is none.
+    const Gates *gates;  // Of an expert, in this column: they multiply the weights; or null.
+    int64_t column;
+
+    float gate(int64_t n) const { return gates ? gates->values[n * gates->columns + column] : 1; }
 };
 
 // What the rows are that several uses change: these read copies of them, where they change what they read.
@@ -49,12 +53,17 @@ extern "C" void timbre_diagonal(
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < use.rows->count; n++) {
             const int64_t row = use.rows->rows[n];
-            const float *from = inputs[row], weight = use.rows->weights[n];
+            const float *from = inputs[row], gate = gains.gate(n), weight = use.rows->weights[n] * gate;
+            if (gate == 0) continue;
             float *to = y + row * features;
             if (gains.shift == nullptr)
-                for (int64_t d = 0; d < features; d++) to[d] += weight * gains.extra[d] * from[d];
+                for (int64_t d = 0; d < features; d++) add_product(to[d], weight * gains.extra[d], from[d]);
             else
-                for (int64_t d = 0; d < features; d++) to[d] += weight * (gains.extra[d] * from[d] + gains.shift[d]);
+                for (int64_t d = 0; d < features; d++) {
+                    float change = gains.shift[d];
+                    add_product(change, gains.extra[d], from[d]);
+                    add_product(to[d], weight, change);
+                }
         }
     }
 }

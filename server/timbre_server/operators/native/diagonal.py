@@ -9,6 +9,7 @@ from timbre_methods.program import Diagonal
 from timbre_server.operators.contract import Members, Standing, StandingOperator
 from timbre_server.operators.diagonal import DiagonalOperator
 from timbre_server.operators.live_rows import LiveRows
+from timbre_server.operators.native.low_rank_experts import AdapterGates
 from timbre_server.operators.native.sides import PreparedSides, StandingSides, prepared_sides
 from timbre_server.operators.native.uses import Prepared
 
@@ -23,10 +24,11 @@ class NativeDiagonal(StandingOperator[Diagonal, PreparedSides], DiagonalOperator
         return StandingSides("timbre_diagonal", rows)
 
 
-def prepared_gains(part: Diagonal) -> Prepared:
-    """As ``Gains`` of ``diagonal.cpp``."""
+def prepared_gains(part: Diagonal, gates: AdapterGates | None = None, column: int = 0) -> Prepared:
+    """As ``Gains`` of ``diagonal.cpp``; ``gates``: those of an expert, by the column of its own."""
     extra_gain_D = part.gain - 1
     shift_D = None if part.shift is None else part.shift.contiguous()
-    fields = extra_gain_D.data_ptr(), 0 if shift_D is None else shift_D.data_ptr()
+    lies = extra_gain_D.data_ptr(), 0 if shift_D is None else shift_D.data_ptr()
+    fields = *lies, 0 if gates is None else gates.address, column
     size = extra_gain_D.shape[0]
-    return Prepared(fields, (size, size), size, (extra_gain_D, shift_D))
+    return Prepared(fields, (size, size), size, (extra_gain_D, shift_D, gates))

@@ -1,6 +1,6 @@
 """`Routed` in C++, where every expert is of low rank, as in most mixtures, and an adapter's routers all read
-the group's own input, or one elsewhere gives all gates. All else is the plain operator's, whose meaning this
-is.
+the group's own input, or one elsewhere gives all gates; and where experts scale the output, in the first
+case. All else is the plain operator's, whose meaning this is.
 
 Legend: T rows of the batch, N rows of one adapter, I in, K gates of one adapter at a group.
 """
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from timbre_methods.program import LowRank
+from timbre_methods.program import Diagonal, LowRank
 from timbre_methods.routing import Routed, Router, Scouted
 from timbre_server.operators.contract import (
     Adds,
@@ -30,9 +30,16 @@ from timbre_server.operators.contract import (
 )
 from timbre_server.operators.joined_sums import JoinedSums
 from timbre_server.operators.live_rows import LiveRows
+from timbre_server.operators.native.gain_experts import WithGains, prepared_gains_of
 from timbre_server.operators.native.low_rank_experts import KERNEL, AdapterGates, Experts, prepared_experts
 from timbre_server.operators.native.routers import AdapterRouters, write_gates
-from timbre_server.operators.native.uses import BoundNarrowInputKernels, Sources, Uses, address_of
+from timbre_server.operators.native.sides import StandingSides
+from timbre_server.operators.native.uses import (
+    BoundNarrowInputKernels,
+    Sources,
+    Uses,
+    address_of,
+)
 from timbre_server.operators.routed import RoutedOperator
 from timbre_server.operators.router import Routers
 from timbre_server.operators.row_table import RowTable, Segment
@@ -55,6 +62,7 @@ class _Served:
         columns: dict[Router | Scouted, int] = dict(zip(each, firsts, strict=False))
         share = sum(router.num_kept for router in each) / sum(sizes)
         self.experts = prepared_experts(_experts(members, columns), self.routers.gates, share)
+        self.gains = prepared_gains_of(members, columns, self.routers.gates)
         self.max_experts = max(sizes)
 
 
@@ -74,11 +82,14 @@ _Prepared = _Served | _Given | Members[Routed]
 def _prepared(members: Members[Routed]) -> _Prepared:
     parts = [part for own in members for part in own]
     experts = (inner for part in parts for expert in part.experts for inner in expert)
-    if any(type(inner) is not LowRank for inner in experts):
+    kinds = {type(inner) for inner in experts}
+    if not kinds <= {LowRank, Diagonal}:
         return members
     if all(part.own_router is not None for part in parts):
         return _Served(members)
-    is_one = all(part.own_router is None and part.router == parts[0].router for part in parts)
+    is_one = Diagonal not in kinds and all(
+        part.own_router is None and part.router == parts[0].router for part in parts
+    )
     return _Given(members) if is_one else members
 
 
@@ -115,12 +126,18 @@ class _StandingRouted(Standing[_Prepared]):
     def __init__(self, operator: NativeRouted, rows: LiveRows) -> None:
         self._operator = operator
         self._served = _BoundRouted(operator.step, rows, operator.sources)
+        self._gains = StandingSides("timbre_diagonal", rows)
+        self._gained: set[int] = set()
+        """Slots of those that have some."""
         self._given: dict[int, _Given] = {}
         self._others: dict[int, Members[Routed]] = {}
 
     def admit(self, slot: int, prepared: _Prepared) -> None:
         if isinstance(prepared, _Served):
             self._served.admit_mixture(slot, prepared)
+            if prepared.gains:
+                self._gains.admit(slot, prepared.gains)
+                self._gained.add(slot)
         elif isinstance(prepared, _Given):
             self._served.admit(slot, prepared.experts)
             self._given[slot] = prepared
@@ -131,12 +148,17 @@ class _StandingRouted(Standing[_Prepared]):
         if self._others.pop(slot, None) is None:
             self._given.pop(slot, None)
             self._served.dismiss(slot)
+        if slot in self._gained:
+            self._gained.remove(slot)
+            self._gains.dismiss(slot)
 
     def bound(self, table: RowTable) -> Bound:
         is_served = self._served.begin(table)
         given = [(self._given[each.slot], each) for each in table.segments if each.slot in self._given]
         others = {slot: self._others[slot] for slot in table.slots if slot in self._others}
         bound: Bound = _BoundGiven(self._served, self._operator.step, table, given) if given else self._served
+        if not self._gained.isdisjoint(table.slots):
+            bound = WithGains(bound, self._gains.bound(table))
         if not others:
             return bound
         plain = RoutedOperator.bind(self._operator, uses_of(others), table)
