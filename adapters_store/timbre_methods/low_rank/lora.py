@@ -197,7 +197,7 @@ class Lora(Method[LoraConfig]):
     def _parts(self, config: LoraConfig, alphas: PathPatterns, found: SiteTensors) -> tuple[Part, ...]:
         a_RI, b_OR = read_factors(config, found)
         s = scale(config, alphas, found.site.path, a_RI.shape[0])
-        factors = LowRank(a_RI=a_RI.to(torch.float32), b_OR=b_OR.to(torch.float32) * s)
+        factors = LowRank(a_RI=a_RI.to(torch.float32, copy=True), b_OR=b_OR.to(torch.float32) * s)
         return (factors, *bias_parts(config, found, s))
 
     def reference(self, config: LoraConfig, tensors: Tensors, site: Site, x_TI: Tensor) -> Tensor:

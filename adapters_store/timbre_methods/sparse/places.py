@@ -25,7 +25,12 @@ def sparse_part(site: Site, rows_N: Tensor, columns_N: Tensor, values_N: Tensor)
         rows_N, columns_N, values_N = (each_N[order_N] for each_N in (rows_N, columns_N, values_N))
     counts = rows_N.new_zeros(site.out_features + 1)  # The first is of no row.
     counts[1:].scatter_add_(0, rows_N, torch.ones_like(rows_N))
-    return Sparse(counts.cumsum(0), columns_N.to(torch.int32), values_N.to(torch.float32), site.in_features)
+    return Sparse(
+        row_ends=counts.cumsum(0),
+        columns_N=columns_N.to(torch.int32, copy=True),
+        values_N=values_N.to(torch.float32, copy=True),
+        in_features=site.in_features,
+    )
 
 
 def _are_sorted(rows_N: Tensor) -> bool:
