@@ -32,9 +32,9 @@ class PackedBasis:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedProjected:
-    """As `Projected`, field by field. A diagonal core has as many blocks as either side of the
-    basis, but for one common block behind vectors ``inner_NI`` or before ``outer_NO``; other cores have one,
-    and no vectors."""
+    """As `Projected`, field by field. A diagonal core has as many blocks as either side of the basis, but for
+    one common block behind vectors ``inner_NI`` or before ``outer_NO``; other cores have one, and no vectors.
+    """
 
     form: Literal["diagonal", "dense", "sparse"]
     core: Tensor
