@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 import torch
 from torch import Tensor
 
-from timbre_methods.packed_projected import PackedBasis
+from timbre_methods.packed_parts import PackedBasis
 from timbre_methods.program import Basis
 
 MAX_GRID = 2**28

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from timbre_methods.program import (
     AdapterProgram,
     AnyPart,
+    Dense,
     LowRank,
     Projected,
     Sparse,
@@ -17,8 +18,8 @@ from timbre_methods.routing import Routed
 
 
 def least_bytes(program: AdapterProgram) -> int:
-    """`AdapterProgram.prepared_bytes`, with factors of low rank in 16 bits, and sparse matrices in slices of
-    16 bits for each column and value, without any gaps. Exact on the meta device too."""
+    """`AdapterProgram.prepared_bytes`, with factors of low rank and dense changes in 16 bits, and sparse
+    matrices in slices of 16 bits for each column and value, without gaps. Exact on the meta device too."""
     return program.prepared_bytes - sum(_spared_bytes(part) for _, part in program.placed_parts())
 
 
@@ -47,4 +48,4 @@ def _spared_bytes(part: AnyPart) -> int:
     if isinstance(part, Sparse):
         # Each slice of outputs has its length there, too.
         return own - 4 * part.values_N.numel() - 2 * part.row_ends.numel()
-    return 0
+    return own // 2 if isinstance(part, Dense) else 0

@@ -24,7 +24,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from timbre_methods.packed_projected import PackedBasis, PackedProjected
+from timbre_methods.packed_parts import PackedBasis, PackedDense, PackedProjected
 from timbre_methods.part_values import values_of
 from timbre_methods.prompt_parts import AttentionPrompt, Prompt
 from timbre_methods.routing import Routed, RoutedBlock, Router, Scout, repeated_router_bytes
@@ -215,8 +215,8 @@ class SlicedLowRank:
 
 
 Entries = Sparse | SlicedEllpack
-InBasis = Projected | PackedProjected
-FromInput = LowRank | Spectral | Circulant | Entries | Block | Dense | Kronecker | InBasis | TokenRows
+ByMatrix = Block | Dense | PackedDense | Kronecker | Projected | PackedProjected
+FromInput = LowRank | Spectral | Circulant | Entries | ByMatrix | TokenRows
 Part = FromInput | Diagonal | Rotation | Routed | RoutedBlock | SlicedLowRank
 AnyPart = Part | Prompt | AttentionPrompt | Scout
 

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from timbre_methods.packed_parts import PackedDense
 from timbre_methods.program import (
     AdapterProgram,
     Basis,
@@ -32,7 +33,8 @@ from timbre_methods.program import (
 )
 from timbre_methods.routing import Routed, Router, Rule
 from timbre_methods.spectral.wavelets import LOW_PASS
-from timbre_server.adapters.packed_bases import in_packed_basis
+from timbre_server.adapters.packed_parts import in_packed_basis
+from timbre_server.native.panels import in_panels
 from timbre_server.operators.sliced_ellpack import slices_of
 
 PATHS = ("q", "k")
@@ -169,6 +171,10 @@ def dense(out: int) -> Part:
     return Dense(numbers(out, IN))
 
 
+def dense_in_panels(out: int) -> Part:
+    return PackedDense(in_panels(numbers(out, IN), is_rounded=True), (out, IN))
+
+
 def mixture(out: int) -> Part:
     """Of experts of low rank or gains; now and then of others, or of none where one does nothing here."""
     count = random.randint(2, 4)
@@ -204,7 +210,7 @@ KINDS: Mapping[str, tuple[Callable[[int], Part], ...]] = {
     "cores of any form": (projected, projected_with_inner, dense_core, sparse_core),
     "packed bases": (packed_projected, packed_cores, projected_elsewhere),
     "kronecker": (kronecker,),
-    "blocks": (dense, block),
+    "blocks": (dense, block, dense_in_panels),
     "mixtures": (mixture,),
     "all": (
         low_rank,
@@ -222,6 +228,7 @@ KINDS: Mapping[str, tuple[Callable[[int], Part], ...]] = {
         packed_projected,
         kronecker,
         block,
+        dense_in_panels,
         mixture,
     ),
 }

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from timbre_methods.packed_parts import PackedDense
 from timbre_methods.program import (
     AdapterProgram,
     Basis,
@@ -23,9 +24,10 @@ from timbre_methods.program import (
 from timbre_methods.routing import Routed, Router, Rule
 from timbre_server.adapters.adapted_model import AdaptedModel, Arithmetic
 from timbre_server.adapters.groups import LinearGroup
-from timbre_server.adapters.packed_bases import in_packed_basis
+from timbre_server.adapters.packed_parts import in_packed_basis
 from timbre_server.engine.native_linear import NativeProduct
 from timbre_server.engine.packed_linear import PackedLinear
+from timbre_server.native.panels import in_panels
 from timbre_server.operators.row_table import Pairs, RowTable, Span
 
 IN, OUT = 70, 60
@@ -58,7 +60,8 @@ def parts(dtype: torch.dtype) -> list[Part]:
     mixture = Routed(experts, Router(normal(5, IN), Rule(keep="top_k", top_k=2, gate="renormalised")))
     gains = tuple((Diagonal("output", normal(OUT), normal(OUT)),) for _ in range(3))
     scaled_by_gates = Routed(gains, Router(normal(3, IN), Rule()))
-    changes = circulant, kronecker, block, Dense(normal(OUT, IN)), mixture, mixture, scaled_by_gates
+    dense = [Dense(normal(OUT, IN)), PackedDense(in_panels(normal(OUT, IN), is_rounded=True), (OUT, IN))]
+    changes = circulant, kronecker, block, *dense, mixture, mixture, scaled_by_gates
     return [*low_rank, gain, rotation, scaled, *projected, *packed, *changes, sparse]
 
 

@@ -18,18 +18,18 @@ EDGES: Mapping[str, frozenset[str]] = {
         "timbre_store": "",
         "timbre_methods": (
             "timbre_methods.program timbre_methods.routing timbre_methods.prompt_parts"
-            " timbre_methods.packed_projected timbre_methods.errors"
+            " timbre_methods.packed_parts timbre_methods.errors"
         ),
         # The vocabulary of programs, in a few files.
         "timbre_methods.program": (
             "timbre_methods.routing timbre_methods.prompt_parts timbre_methods.sliced_ellpack"
-            " timbre_methods.packed_projected timbre_methods.part_values"
+            " timbre_methods.packed_parts timbre_methods.part_values"
         ),
         "timbre_methods.part_values": "",
         "timbre_methods.routing": "timbre_methods.program",
         "timbre_methods.prompt_parts": "",
         "timbre_methods.sliced_ellpack": "",
-        "timbre_methods.packed_projected": "",
+        "timbre_methods.packed_parts": "",
         "timbre_methods.errors": "",
         "timbre_server": "",
         "timbre_server.errors": "",
@@ -48,13 +48,13 @@ EDGES: Mapping[str, frozenset[str]] = {
         "timbre_server.adapters.groups": "",
         "timbre_server.operators": (
             "timbre_methods.program timbre_methods.routing timbre_methods.sliced_ellpack"
-            " timbre_methods.packed_projected timbre_server.operators.row_table timbre_server.native"
+            " timbre_methods.packed_parts timbre_server.operators.row_table timbre_server.native"
             " timbre_server.errors"
         ),
         "timbre_server.adapters": (
             "timbre_server.operators timbre_server.operators.row_table timbre_server.adapters.groups"
             " timbre_server.native timbre_methods timbre_methods.program timbre_methods.routing"
-            " timbre_methods.prompt_parts timbre_methods.sliced_ellpack timbre_methods.packed_projected"
+            " timbre_methods.prompt_parts timbre_methods.sliced_ellpack timbre_methods.packed_parts"
             " timbre_methods.part_values timbre_methods.errors timbre_store timbre_server.errors"
         ),
         # The waist between HTTP and engine: plain messages, and the client that carries them.

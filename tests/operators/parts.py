@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from timbre_methods.packed_projected import PackedProjected
+from timbre_methods.packed_parts import PackedDense, PackedProjected
 from timbre_methods.program import (
     Basis,
     Block,
@@ -30,8 +30,9 @@ from timbre_methods.program import (
 from timbre_methods.routing import Routed, Router, Rule
 from timbre_methods.sliced_ellpack import SlicedEllpack
 from timbre_methods.spectral.wavelets import LOW_PASS
-from timbre_server.adapters.packed_bases import in_packed_basis
+from timbre_server.adapters.packed_parts import in_packed_basis
 from timbre_server.native.formats import FORMATS
+from timbre_server.native.panels import in_panels
 from timbre_server.operators.catalogue import why_not
 from timbre_server.operators.contract import Operator
 from timbre_server.operators.packed_projected import has_whole_sides
@@ -120,6 +121,18 @@ def dense(draw: Draw) -> Part:
     return Dense(draw.normal(draw.out_features, draw.in_features))
 
 
+def packed_dense(draw: Draw) -> Part:
+    require_panels()
+    delta_OI = draw.normal(draw.out_features, draw.in_features)
+    return PackedDense(in_panels(delta_OI, is_rounded=True), (draw.out_features, draw.in_features))
+
+
+def require_panels() -> None:
+    """Which are as wide as the machine's registers want them."""
+    if why_not("native") is not None:
+        pytest.skip("C++ cannot be compiled here")
+
+
 def kronecker(draw: Draw) -> Part:
     """Of the two splits that each size has, with w2 whole or in two factors of rank 2."""
     m = next(d for d in ((3, 2, 1), (5, 4, 1))[draw.count() % 2] if draw.in_features % d == 0)
@@ -151,9 +164,7 @@ def projected(draw: Draw) -> Projected:
 
 
 def packed_projected(draw: Draw) -> Part:
-    """Panels are as wide as the machine's registers want them: there must be a compiler."""
-    if why_not("native") is not None:
-        pytest.skip("C++ cannot be compiled here")
+    require_panels()
     part = projected(draw)
     return in_packed_basis(part) if has_whole_sides(part) else packed_projected(draw)
 
@@ -231,6 +242,7 @@ MAKERS: dict[type[Part], Callable[[Draw], Part]] = {
     SlicedEllpack: sliced_ellpack,
     Block: block,
     Dense: dense,
+    PackedDense: packed_dense,
     Kronecker: kronecker,
     Projected: projected,
     PackedProjected: packed_projected,

@@ -11,14 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from timbre_methods.packed_projected import PackedProjected
+from timbre_methods.packed_parts import PackedDense, PackedProjected
 from timbre_methods.program import Diagonal, LowRank, Part, Places, Spectral, TokenRows
 from timbre_methods.spectral.wavelets import LOW_PASS
 from timbre_server.operators import materialise as module
+from timbre_server.operators import packed_dense, packed_projected
 from timbre_server.operators.catalogue import all_operators
 from timbre_server.operators.contract import Operator
+from timbre_server.operators.dense import DenseOperator
 from timbre_server.operators.materialise import is_change_of_weight, materialise
-from timbre_server.operators.packed_projected import unpacked
 from timbre_server.operators.projected import ProjectedOperator
 
 OPERATORS = all_operators()
@@ -48,7 +49,9 @@ def by_meaning(operator: Operator[Any], part: Part, shape: tuple[int, int]) -> T
     out_features, in_features = shape
     x_II = torch.eye(in_features, dtype=torch.float64)
     if isinstance(part, PackedProjected):
-        operator, part = ProjectedOperator(), unpacked(part)
+        operator, part = ProjectedOperator(), packed_projected.unpacked(part)
+    if isinstance(part, PackedDense):
+        operator, part = DenseOperator(), packed_dense.unpacked(part)
     meaning = operator.meaning(in_double(part), x_II, x_II.new_zeros(in_features, out_features))
     assert meaning.change_TO is not None
     return meaning.change_TO.T

@@ -10,9 +10,9 @@ import torch
 from crowds import CROWDS
 from torch import Tensor
 
-from timbre_methods.packed_projected import PackedProjected
+from timbre_methods.packed_parts import PackedProjected
 from timbre_methods.program import Basis, Projected
-from timbre_server.adapters.packed_bases import in_packed_basis, with_packed_basis
+from timbre_server.adapters.packed_parts import in_packed_basis, with_packed_basis
 from timbre_server.operators.contract import Operator
 from timbre_server.operators.native.projected import NativePackedProjected, NativeProjected, _is_served
 from timbre_server.operators.packed_projected import PackedProjectedOperator

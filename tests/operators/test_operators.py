@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from timbre_methods.packed_projected import PackedProjected
 from timbre_methods.program import Part, owned_tensors
 from timbre_server.operators import pooling
 from timbre_server.operators.catalogue import all_operators, why_not
-from timbre_server.operators.contract import Bound, Change, Operator, OwnProduct, StandingOperator, Uses
+from timbre_server.operators.contract import Bound, Change, Operator, OwnProduct, Uses
+from timbre_server.operators.native.block import NativePackedDense
+from timbre_server.operators.native.projected import NativePackedProjected
 from timbre_server.operators.row_table import RowTable, Span
 
 # Where there is no compiler, tests/operators/test_native.py skips and says so.
@@ -123,10 +124,7 @@ def check_against_meaning(
             parts, own_weights = [p for p, _ in own], [w for _, w in own]
             expected = by_meaning(operator, parts, own_weights, x_TI[rows], y_TO[rows], weights[member])
             torch.testing.assert_close(input_change[rows], expected[0], atol=1e-4, rtol=1e-4)
-            # Packed bases are multiplied by what is rounded to bfloat16.
-            near = (
-                4e-2 if isinstance(operator, StandingOperator) and operator.part is PackedProjected else 1e-4
-            )
+            near = 1e-1 if isinstance(operator, NativePackedDense | NativePackedProjected) else 1e-4
             torch.testing.assert_close(change[rows], expected[1], atol=near, rtol=near)
             row += span.num_rows
         check_adds(bound, member, (x_TI, input_change), (y_TO, change), product_TO)

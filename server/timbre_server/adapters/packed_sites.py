@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from timbre_methods.bases import basis_on
-from timbre_methods.packed_projected import PackedBasis
+from timbre_methods.packed_parts import PackedBasis
 from timbre_methods.part_values import values_of
 from timbre_methods.program import Basis, LowRank, Part, Places, Spectral
 from timbre_methods.routing import Routed, RoutedBlock

@@ -16,12 +16,19 @@ import torch
 from torch import Tensor
 
 from timbre_methods.bases import basis_on
-from timbre_methods.packed_projected import PackedProjected
 from timbre_methods.part_values import values_of
-from timbre_methods.program import AdapterProgram, AnyPart, LowRank, Part, Projected, Sparse, owned_tensors
+from timbre_methods.program import (
+    AdapterProgram,
+    AnyPart,
+    Dense,
+    LowRank,
+    Part,
+    Projected,
+    Sparse,
+    owned_tensors,
+)
 from timbre_methods.routing import Routed, RoutedBlock, Router, Scout, Scouted
-from timbre_methods.sliced_ellpack import SlicedEllpack
-from timbre_server.adapters.packed_bases import with_packed_basis
+from timbre_server.adapters.packed_parts import packed_dense, with_packed_basis
 from timbre_server.adapters.packed_sites import may_be_packed, packed
 from timbre_server.adapters.transfer import Transfer
 from timbre_server.operators.low_rank import side_by_side
@@ -38,8 +45,9 @@ class Layout:
     """What factors of low rank are rounded to; None: they keep their values."""
     in_slices: bool = False
     """Sparse matrices, as C++ reads them."""
-    packs_bases: bool = False
-    """Bases that adapters share lie as C++ multiplies by them in bfloat16, and are rounded to it."""
+    in_panels: bool = False
+    """Bases that adapters share, and dense changes of linear layers, as C++ multiplies by them in bfloat16;
+    they are rounded to it."""
 
 
 AS_GIVEN = Layout()
@@ -75,6 +83,7 @@ class _Placement:
         layout: Layout,
     ) -> None:
         self._transfer, self._layout = transfer, layout
+        self._linear = {path for group in groups for path in group}
         laid_out = partial(
             side_by_side, device=transfer.device, move=transfer.moved, rounded_to=layout.rounded_to
         )
@@ -87,8 +96,10 @@ class _Placement:
         self._routers: dict[int, Router | Scouted] = {}
 
     def sites(self, sites: Mapping[str, tuple[Part, ...]]) -> Mapping[str, tuple[Part, ...]]:
-        if self._layout.in_slices or self._layout.packs_bases:
-            sites = {path: tuple(map(self._laid_out, parts)) for path, parts in sites.items()}
+        if self._layout.in_slices or self._layout.in_panels:
+            sites = {
+                path: tuple(self._laid_out(part, path) for part in parts) for path, parts in sites.items()
+            }
         if may_be_packed(sites):
             return packed(sites, self._transfer)
         return {path: tuple(map(self.part, parts)) for path, parts in sites.items()}
@@ -115,11 +126,14 @@ class _Placement:
             )
         return replace(part, **changes)
 
-    def _laid_out(self, part: PartT) -> PartT | Sparse | SlicedEllpack | Projected | PackedProjected:
+    def _laid_out(self, part: Part, path: str = "") -> Part:
+        """``path``: of a site, of which an expert says nothing."""
         if isinstance(part, Sparse) and self._layout.in_slices:
             return sliced(part)
-        if isinstance(part, Projected) and self._layout.packs_bases:
+        if isinstance(part, Projected) and self._layout.in_panels:
             return with_packed_basis(part)
+        if isinstance(part, Dense) and self._layout.in_panels and path in self._linear:
+            return packed_dense(part)
         return part
 
     def _router(self, router: Router | Scouted) -> Router | Scouted:

@@ -98,8 +98,8 @@ def layout_for(lora_dtype: LoraDtype, model_dtype: torch.dtype, kernels: str) ->
     """How adapters lie in memory that run on these kernels."""
     is_native, rounded_to = kernels == "native", factors_rounded_to(lora_dtype, model_dtype)
     has_pairs = is_native and torch.cpu._is_avx512_bf16_supported()
-    packs_bases = has_pairs and model_dtype is rounded_to is torch.bfloat16
-    return Layout(rounded_to, in_slices=is_native, packs_bases=packs_bases)
+    in_panels = has_pairs and model_dtype is rounded_to is torch.bfloat16
+    return Layout(rounded_to, in_slices=is_native, in_panels=in_panels)
 
 
 def _limits(options: EngineOptions, ready: Ready) -> SchedulerLimits:

@@ -28,3 +28,14 @@ def in_panels(weight_OI: Tensor, *, is_rounded: bool = False) -> Tensor:
     if is_rounded or weight_OI.dtype is torch.bfloat16 or torch.equal(narrow_POI2.float(), pairs_POI2):
         return narrow_POI2.transpose(1, 2).contiguous()
     return pairs_POI2.permute(0, 2, 3, 1).contiguous()
+
+
+def out_of_panels(panels: Tensor, num_out: int, num_in: int) -> Tensor:
+    """float32 [O, I] of panels of bfloat16."""
+    padded_OI = panels.float().transpose(1, 2).flatten(0, 1).flatten(1)
+    return padded_OI[:num_out, :num_in].contiguous()
+
+
+def packed_bytes(num_out: int, num_in: int) -> int:
+    """Of panels of bfloat16. Raises: LibraryUnavailable."""
+    return 2 * (num_out + -num_out % panel_size()) * (num_in + num_in % 2)

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from timbre_methods.packed_projected import PackedBasis, PackedProjected
+from timbre_methods.packed_parts import PackedBasis, PackedDense, PackedProjected
 from timbre_methods.program import (
     Basis,
     Block,
@@ -82,7 +82,7 @@ def _is_right(operator: Operator[Any], parts: Sequence[Part], table: RowTable, n
     bound = operator.bind([{slot: [part] for slot, part in enumerate(parts)}], table)
     for change in _changes(bound, x_TI, y_TO):
         change.add_to(found_TO)
-    if operator.part is PackedProjected:
+    if operator.part in (PackedDense, PackedProjected):
         return bool((found_TO - expected_TO).abs().max() <= _ROUNDED * expected_TO.abs().max())
     return torch.allclose(found_TO, expected_TO, rtol=_TOLERANCE, atol=_TOLERANCE)
 
@@ -134,6 +134,10 @@ def _block(normal: Normal, device: torch.device, side: Literal["input", "output"
 
 def _dense(normal: Normal, device: torch.device) -> Part:
     return Dense(normal(OUT, IN))
+
+
+def _packed_dense(normal: Normal, device: torch.device) -> Part:
+    return PackedDense(in_panels(normal(OUT, IN), is_rounded=True), (OUT, IN))
 
 
 def _projected(
@@ -219,6 +223,7 @@ _EXAMPLES: Mapping[type[Part], Sequence[Callable[[Normal, torch.device], Part]]]
         SlicedEllpack: [partial(_sliced_ellpack, dtype=dtype) for dtype in FORMATS],
         Block: [partial(_block, side="input"), partial(_block, side="output")],
         Dense: [_dense],
+        PackedDense: [_packed_dense],
         Projected: _IN_BASES,
         PackedProjected: [partial(_packed, example=example) for example in _IN_BASES],
         Diagonal: [_diagonal],

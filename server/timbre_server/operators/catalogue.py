@@ -20,6 +20,7 @@ from timbre_server.operators.diagonal import DiagonalOperator
 from timbre_server.operators.kronecker import KroneckerOperator
 from timbre_server.operators.lookup import LookupDense, LookupLowRank, LookupTokenRows
 from timbre_server.operators.low_rank import LowRankOperator
+from timbre_server.operators.packed_dense import PackedDenseOperator
 from timbre_server.operators.packed_projected import PackedProjectedOperator
 from timbre_server.operators.projected import ProjectedOperator
 from timbre_server.operators.rotation import RotationOperator
@@ -47,6 +48,7 @@ def all_operators(step: StepRouting | None = None, kernels: Kernels = "torch") -
         SlicedEllpackOperator(),
         BlockOperator(),
         DenseOperator(),
+        PackedDenseOperator(),
         KroneckerOperator(),
         ProjectedOperator(),
         PackedProjectedOperator(),

@@ -1,14 +1,15 @@
 """`PackedProjected`: which `Projected` may be one, and how it is read as one; in plain PyTorch it runs so.
 
-Legend: T rows of the batch, I in, O out, M rows of a matrix, K columns.
+Legend: T rows of the batch, I in, O out, P and Q sizes of a basis.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from timbre_methods.packed_projected import PackedProjected
+from timbre_methods.packed_parts import PackedProjected
 from timbre_methods.program import Basis, Projected
+from timbre_server.native.panels import out_of_panels
 from timbre_server.operators.contract import Bound, Meaning, Operator, Uses
 from timbre_server.operators.projected import ProjectedOperator
 from timbre_server.operators.row_table import RowTable
@@ -44,15 +45,9 @@ def has_whole_sides(part: Projected) -> bool:
 def unpacked(part: PackedProjected) -> Projected:
     """The same with a basis of its own, in float32."""
     (num_p, p_size, in_features), (num_q, out_features, q_size) = part.basis.p_shape, part.basis.q_shape
-    p_PI = _matrix(part.basis.p_panels, num_p * p_size, in_features)
-    q_OQ = _matrix(part.basis.q_panels, out_features, num_q * q_size)
+    p_PI = out_of_panels(part.basis.p_panels, num_p * p_size, in_features)
+    q_OQ = out_of_panels(part.basis.q_panels, out_features, num_q * q_size)
     basis = Basis(
         p_PI.view(num_p, p_size, in_features), q_OQ.view(out_features, num_q, q_size).transpose(0, 1)
     )
     return Projected(part.form, part.core, basis, part.rows_K, part.columns_K, part.inner_NI, part.outer_NO)
-
-
-def _matrix(panels: Tensor, num_rows: int, num_columns: int) -> Tensor:
-    """[M, K]"""
-    whole = panels.float().transpose(1, 2).flatten(0, 1).flatten(1)
-    return whole[:num_rows, :num_columns].contiguous()

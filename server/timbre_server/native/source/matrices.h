@@ -169,14 +169,16 @@ static void multiply_pairs(const Product *products, int64_t count, int threads) 
         float *from = numbers.of(in + (end * in + 1) / 2), *y = sums.of(end * out);
         BFloat16 *x = reinterpret_cast<BFloat16 *>(from + in);
         for (int64_t n = 0; n < end; n++) {
-            take(products[n], {0, in}, from, in);
+            Product own = products[n];
+            own.weight = 1;  // Not rounded: a row of bfloat16 stays as it is.
+            take(own, {0, in}, from, in);
             for (int64_t i = 0; i < in; i++) put(from[i], x + n * in + i);
         }
         timbre_linear(x, BFLOAT16, end, in, matrix.values, BFLOAT16, nullptr, y, FLOAT32, out, threads);
         for (int64_t n = 0; n < end; n++, y += out) {
-            const float *after = products[n].after;
+            const float weight = products[n].weight, *after = products[n].after;
             float *to = products[n].to;
-            for (int64_t o = 0; o < out; o++) to[o] += after ? after[o] * y[o] : y[o];
+            for (int64_t o = 0; o < out; o++) to[o] += weight * (after ? after[o] * y[o] : y[o]);
         }
     }
 }

@@ -1,4 +1,4 @@
-"""`Block` and `Dense` in C++: every adapter's matrix is read where it lies, once for a few rows.
+"""`Block` and dense changes in C++: every adapter's matrix is read where it lies, once for a few rows.
 
 Legend: O out, I in, N channels of a block.
 """
@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from timbre_methods.packed_parts import PackedDense
 from timbre_methods.program import Block, Dense
 from timbre_server.operators.block import BlockOperator
 from timbre_server.operators.contract import Members, Standing, StandingOperator
 from timbre_server.operators.dense import DenseOperator
 from timbre_server.operators.live_rows import LiveRows
 from timbre_server.operators.native.uses import BoundInputKernels, Prepared, PreparedParts, Sources
+from timbre_server.operators.packed_dense import PackedDenseOperator
 
 
 class NativeBlock(StandingOperator[Block, PreparedParts], BlockOperator):
@@ -41,6 +43,26 @@ class NativeDense(StandingOperator[Dense, PreparedParts], DenseOperator):
 
     def standing(self, rows: LiveRows) -> Standing[PreparedParts]:
         return BoundInputKernels("timbre_block", rows, self._sources)
+
+
+class NativePackedDense(StandingOperator[PackedDense, PreparedParts], PackedDenseOperator):
+    """`PackedDenseOperator` by ``packed_dense.cpp``, of rows that are rounded to bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sources = Sources()
+
+    def prepared(self, members: Members[PackedDense]) -> PreparedParts:
+        return PreparedParts([[_packed(part) for part in own] for own in members])
+
+    def standing(self, rows: LiveRows) -> Standing[PreparedParts]:
+        return BoundInputKernels("timbre_packed_dense", rows, self._sources)
+
+
+def _packed(part: PackedDense) -> Prepared:
+    """As ``Matrix`` of ``matrices.h``."""
+    num_out, num_in = part.shape
+    return Prepared((part.panels.data_ptr(), num_out, num_in, 0), part.shape, num_out * num_in, part)
 
 
 def _block(part: Block) -> Prepared:

@@ -10,7 +10,7 @@ from timbre_server.native.library import LibraryUnavailable, library
 from timbre_server.operators.agreement import wrong_operator
 from timbre_server.operators.contract import Operator
 from timbre_server.operators.native import routers
-from timbre_server.operators.native.block import NativeBlock, NativeDense
+from timbre_server.operators.native.block import NativeBlock, NativeDense, NativePackedDense
 from timbre_server.operators.native.circulant import NativeCirculant
 from timbre_server.operators.native.diagonal import NativeDiagonal
 from timbre_server.operators.native.kronecker import NativeKronecker
@@ -34,6 +34,7 @@ def operators() -> tuple[Operator[Any], ...]:
         NativeKronecker(),
         NativeBlock(),
         NativeDense(),
+        NativePackedDense(),
         NativeCirculant(),
     )
 

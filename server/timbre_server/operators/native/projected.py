@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from timbre_methods.packed_projected import PackedBasis, PackedProjected
-from timbre_methods.program import Basis, InBasis, Projected, Sparse
+from timbre_methods.packed_parts import PackedBasis, PackedProjected
+from timbre_methods.program import Basis, Projected, Sparse
 from timbre_server.native.formats import format_of
 from timbre_server.native.library import ADDRESS, NUMBER, kernel
 from timbre_server.operators.contract import Bound, Members, Standing, StandingOperator, uses_of
@@ -40,6 +40,7 @@ from timbre_server.operators.projected import ProjectedOperator
 from timbre_server.operators.row_table import RowTable
 from timbre_server.operators.sliced_ellpack import MAX_NUMBER, slices_of
 
+InBasis = Projected | PackedProjected
 _FORMS = ("diagonal", "dense", "sparse")
 
 

@@ -1,13 +1,13 @@
-"""Which cores in shared bases are laid out anew for C++; a basis is packed once for all adapters."""
+"""Which parts are laid out anew for C++ to multiply by in bfloat16; a shared basis once for all adapters."""
 
 from __future__ import annotations
 
 from functools import partial
 
 from timbre_methods.bases import packed_basis
-from timbre_methods.packed_projected import PackedProjected
-from timbre_methods.program import Basis, Projected
-from timbre_server.native.panels import in_panels, panel_size
+from timbre_methods.packed_parts import PackedDense, PackedProjected
+from timbre_methods.program import Basis, Dense, Projected
+from timbre_server.native.panels import in_panels, packed_bytes
 from timbre_server.operators.packed_projected import has_whole_sides
 
 
@@ -30,8 +30,14 @@ def in_packed_basis(part: Projected) -> PackedProjected:
     )
 
 
+def packed_dense(part: Dense) -> Dense | PackedDense:
+    """The very same part where it would take more memory. Raises: LibraryUnavailable."""
+    num_out, num_in = part.delta_OI.shape
+    if packed_bytes(num_out, num_in) > part.delta_OI.nbytes:
+        return part
+    return PackedDense(in_panels(part.delta_OI, is_rounded=True), (num_out, num_in))
+
+
 def _packed_bytes(basis: Basis) -> int:
     (num_p, p_size, in_features), (num_q, out_features, q_size) = basis.p_NPI.shape, basis.q_NOQ.shape
-    panel = panel_size()
-    sides = (num_p * p_size, in_features), (out_features, num_q * q_size)
-    return sum(2 * (rows + -rows % panel) * (columns + columns % 2) for rows, columns in sides)
+    return packed_bytes(num_p * p_size, in_features) + packed_bytes(out_features, num_q * q_size)

@@ -1,8 +1,10 @@
-"""A core in a shared basis as C++ reads it best: `Projected` laid out anew where adapters are served from,
-with the basis in bfloat16.
+"""Parts as C++ multiplies by them best, in bfloat16: `Projected` and `Dense` laid out anew where adapters are
+served from.
 
-Legend: N blocks, I in features, O out features, P and Q sizes of the basis, K places of a sparse core, C rows
-of a panel.
+A matrix W [M, K] lies in panels of C of its rows, pair of columns by pair: ``panels[a, b, c, d]`` is
+``W[C a + c, 2 b + d]``, or zero where W has no more.
+
+Legend: N blocks, I in features, O out features, P and Q sizes of a basis, K places of a sparse core.
 """
 
 from __future__ import annotations
@@ -16,11 +18,7 @@ from torch import Tensor
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class PackedBasis:
     """A `Basis`, each side of which is one matrix: the blocks of P one below the other, [N_p P, I], those of
-    Q side by side, [O, N_q Q].
-
-    A matrix W lies in panels of C of its rows, pair of columns by pair: ``panels[a, b, c, d]`` is
-    ``W[C a + c, 2 b + d]``, or zero where W has no more.
-    """
+    Q side by side, [O, N_q Q]."""
 
     p_panels: Tensor
     q_panels: Tensor
@@ -43,3 +41,12 @@ class PackedProjected:
     columns_K: Tensor | None = None
     inner_NI: Tensor | None = None
     outer_NO: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedDense:
+    """``y += Δ x``: as `Dense`, ``delta_OI`` in panels."""
+
+    panels: Tensor
+    shape: tuple[int, int]
+    """O and I."""

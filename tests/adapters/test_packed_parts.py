@@ -1,4 +1,4 @@
-"""Bases that adapters share are packed once, and rounded; what they were made of goes."""
+"""Dense changes, and bases that adapters share, once for all: rounded, and what they were made of goes."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ import pytest
 import torch
 
 from timbre_methods.bases import shared_basis
-from timbre_methods.least_bytes import least_shared_bytes
-from timbre_methods.packed_projected import PackedProjected
-from timbre_methods.program import AdapterProgram, Basis, Projected
-from timbre_server.adapters.packed_bases import with_packed_basis
+from timbre_methods.least_bytes import least_bytes, least_shared_bytes
+from timbre_methods.packed_parts import PackedDense, PackedProjected
+from timbre_methods.program import AdapterProgram, Basis, Dense, Projected
+from timbre_server.adapters.packed_parts import with_packed_basis
 from timbre_server.adapters.placement import Layout, placed_program
 from timbre_server.adapters.transfer import Transfer
+from timbre_server.operators import packed_dense
 from timbre_server.operators.packed_projected import unpacked
 
 pytestmark = pytest.mark.cpp
 
 IN, OUT = 45, 67
-LAYOUT = Layout(packs_bases=True)
+LAYOUT = Layout(in_panels=True)
 
 
 def diagonal(rank: int) -> Projected:
@@ -45,6 +46,18 @@ def test_what_would_take_more_or_runs_otherwise_is_left() -> None:
     assert with_packed_basis(narrow) is narrow, "panels of mostly zeros"
     with_vectors = replace(diagonal(11), outer_NO=torch.ones(3, OUT))
     assert with_packed_basis(with_vectors) is with_vectors, "each block's outputs are multiplied apart"
+
+
+def test_dense_changes_of_linear_layers_take_half() -> None:
+    delta_OI = torch.randn(64, IN + 1, generator=torch.Generator().manual_seed(1))
+    program = AdapterProgram({path: (Dense(delta_OI),) for path in ("linear", "embedding")})
+    placed = placed_program(program, Transfer(torch.device("cpu")), [("linear",)], LAYOUT)
+    (packed,), (left,) = placed.sites["linear"], placed.sites["embedding"]
+    assert isinstance(packed, PackedDense)
+    assert torch.equal(packed_dense.unpacked(packed).delta_OI, delta_OI.bfloat16().float())
+    assert isinstance(left, Dense), "its rows are looked up"
+    assert placed.prepared_bytes == 6 * delta_OI.numel()
+    assert least_bytes(program) == 4 * delta_OI.numel()
 
 
 def test_adapters_share_one_packed_basis_and_nothing_keeps_the_other() -> None:
