@@ -34,6 +34,29 @@ IN, OUT = 70, 60
 PATH = "layer"
 
 
+@pytest.mark.cpp
+@torch.inference_mode()
+def test_kinds_of_parts_are_added_in_one_order_whoever_is_beside_them() -> None:
+    torch.manual_seed(3)
+    layer = nn.Linear(IN, OUT)
+    model = nn.ModuleDict({PATH: layer})
+    adapted = AdaptedModel(model, [LinearGroup((PATH,))], Arithmetic(kernels="native"))
+    kinds = [
+        part for part in parts(torch.float32) if isinstance(part, LowRank | Diagonal | Dense | Kronecker)
+    ]
+    for slot, own in enumerate((kinds, kinds[::-1])):
+        adapted.put(slot, AdapterProgram({PATH: tuple(own)}))
+    x_1TI = torch.randn(1, 1, IN).expand(1, 2, IN).contiguous()
+    found = []
+    for slots in ((0,), (1, 0), (0, 1)):
+        table = RowTable([Span(1, ((slot, 1.0),)) for slot in slots])
+        adapted.set_rows(table, table)
+        found.append(model[PATH](x_1TI[:, : len(slots)])[0, slots.index(0)])
+        adapted.clear_rows()
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
 def parts(dtype: torch.dtype) -> list[Part]:
     """Of one adapter each; the last is the only one whose operator does not add by itself."""
     generator = torch.Generator().manual_seed(2)

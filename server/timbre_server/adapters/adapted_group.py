@@ -165,7 +165,8 @@ class AdaptedGroup:
             stands.by_kind[kind].bound(table)
             if kind in stands.by_kind
             else self._operators[kind].bind_prepared({s: self._prepared[s][kind] for s in own}, table)
-            for kind, own in kinds.items()
+            for kind in self._operators  # In one order: that of a row's sums does not follow from other rows.
+            if (own := kinds.get(kind))
         )
 
     def prepared(self, program: AdapterProgram) -> PreparedKinds:
