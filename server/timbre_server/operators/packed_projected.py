@@ -1,33 +1,22 @@
 """`PackedProjected`: which `Projected` may be one, and how it is read as one; in plain PyTorch it runs so.
 
-Legend: T rows of the batch, I in, O out, P and Q sizes of a basis.
+Legend: I in, O out, P and Q sizes of a basis.
 """
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from timbre_methods.packed_parts import PackedProjected
 from timbre_methods.program import Basis, Projected
 from timbre_server.native.panels import out_of_panels
-from timbre_server.operators.contract import Bound, Meaning, Operator, Uses
 from timbre_server.operators.projected import ProjectedOperator
-from timbre_server.operators.row_table import RowTable
+from timbre_server.operators.read_as import ReadAsOperator
 
 
-class PackedProjectedOperator(Operator[PackedProjected]):
+class PackedProjectedOperator(ReadAsOperator[PackedProjected]):
     part = PackedProjected
 
     def __init__(self) -> None:
-        self._projected = ProjectedOperator()
-
-    def meaning(self, part: PackedProjected, x_TI: Tensor, y_TO: Tensor) -> Meaning:
-        return self._projected.meaning(unpacked(part), x_TI, y_TO)
-
-    def bind(self, uses: Uses[PackedProjected], table: RowTable) -> Bound:
-        return self._projected.bind(
-            [{slot: list(map(unpacked, parts)) for slot, parts in own.items()} for own in uses], table
-        )
+        super().__init__(ProjectedOperator(), unpacked)
 
 
 def has_whole_sides(part: Projected) -> bool:

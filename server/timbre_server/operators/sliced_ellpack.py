@@ -16,8 +16,7 @@ from timbre_methods.program import Sparse, owned_tensors
 from timbre_methods.sliced_ellpack import OUTPUTS, SlicedEllpack
 from timbre_server.native.formats import narrowed
 from timbre_server.native.library import ADDRESS, NUMBER, is_loaded, kernel
-from timbre_server.operators.contract import Bound, Meaning, Operator, Uses
-from timbre_server.operators.row_table import RowTable
+from timbre_server.operators.read_as import ReadAsOperator
 from timbre_server.operators.sparse import SparseOperator
 
 MAX_NUMBER = (1 << 16) - 1
@@ -25,19 +24,11 @@ _DTYPES = torch.int64, torch.int32, torch.float32
 """Of `Sparse`."""
 
 
-class SlicedEllpackOperator(Operator[SlicedEllpack]):
+class SlicedEllpackOperator(ReadAsOperator[SlicedEllpack]):
     part = SlicedEllpack
 
     def __init__(self) -> None:
-        self._sparse = SparseOperator()
-
-    def meaning(self, part: SlicedEllpack, x_TI: Tensor, y_TO: Tensor) -> Meaning:
-        return self._sparse.meaning(unsliced(part), x_TI, y_TO)
-
-    def bind(self, uses: Uses[SlicedEllpack], table: RowTable) -> Bound:
-        return self._sparse.bind(
-            [{slot: list(map(unsliced, parts)) for slot, parts in own.items()} for own in uses], table
-        )
+        super().__init__(SparseOperator(), unsliced)
 
 
 def sliced(part: Sparse) -> Sparse | SlicedEllpack:

@@ -49,8 +49,8 @@ struct Strip {
         const int64_t size = columns.end - columns.begin;
         whole = size / WIDTH * WIDTH;
         has_rest = whole < size;
-        for (int r = 0; r < SIDE; r++)
-            rows[r] = static_cast<const float *>(matrix.values) + std::min(row + r, matrix.rows - 1) * matrix.stride + columns.begin;
+        const float *values = static_cast<const float *>(matrix.values) + columns.begin;
+        for (int r = 0; r < SIDE; r++) rows[r] = values + std::min(row + r, matrix.rows - 1) * matrix.stride;
         if (!has_rest) return;
         std::memset(rest, 0, sizeof rest);
         for (int r = 0; r < SIDE; r++) std::copy(rows[r] + whole, rows[r] + size, rest[r]);
