@@ -10,7 +10,7 @@ import ipaddress
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -103,3 +103,11 @@ def pytest_configure(config: pytest.Config) -> None:
         sys._timbre_offline = True  # type: ignore[attr-defined]
     hypothesis.settings.register_profile("timbre", deadline=None, max_examples=50)
     hypothesis.settings.load_profile("timbre")
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)

@@ -47,11 +47,13 @@ class Answer:
 
 
 class CountedProducts(LinearPacker):
-    """Counts the rows that run through merged weights."""
+    """Counts the rows that run through merged weights, and the threads that these are made on."""
 
     rows = 0
+    threads = 0
 
     def product_with(self, weight_OI: Tensor, bias_O: Tensor | None) -> Product:
+        self.threads = torch.get_num_threads()
         product = super().product_with(weight_OI, bias_O)
 
         def counted(x: Tensor) -> Tensor:

@@ -112,6 +112,7 @@ def test_every_row_says_the_same_while_an_adapter_is_pinned_and_after(
     assert after == before, "bit for bit"
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_a_named_mix_runs_merged_and_its_adapters_alone_do_not(engine: Any) -> None:
     asked = [(PROMPT[at:], MIX) for at in range(3)]
     before = engine.answers(*asked, prompt_logprobs=0)
@@ -123,6 +124,7 @@ def test_a_named_mix_runs_merged_and_its_adapters_alone_do_not(engine: Any) -> N
     engine.answers((PROMPT, PINNED), (PROMPT, OTHER))
     engine.answers((PROMPT, HALF))
     assert engine.products.rows == rows
+    assert engine.products.threads == 1, "steps have the others"
 
 
 def test_an_adapter_that_begins_within_the_prompt_runs_merged_from_there_on(engine: Any) -> None:

@@ -76,12 +76,13 @@ def test_a_load_never_blocks_a_poll_and_ends_in_a_slot() -> None:
     runtime.close()
 
 
-def test_an_adapter_is_prepared_where_it_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("two_threads")
+def test_an_adapter_is_prepared_where_it_is_loaded_on_one_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     threads = []
     prepared = AdaptedModel.prepared
 
     def noted(model: AdaptedModel, program: AdapterProgram) -> PreparedProgram:
-        threads.append(threading.current_thread().name)
+        threads.append((threading.current_thread().name.rstrip("_0"), torch.get_num_threads()))
         return prepared(model, program)
 
     monkeypatch.setattr(AdaptedModel, "prepared", noted)
@@ -89,7 +90,7 @@ def test_an_adapter_is_prepared_where_it_is_loaded(monkeypatch: pytest.MonkeyPat
     assert runtime.try_acquire("a") is None
     [arrival] = poll_until(runtime, bool)
     assert set(arrival.seconds_by_phase) == {"verify", "prepare"}
-    assert [name.startswith("adapter-load") for name in threads] == [True]
+    assert threads == [("adapter-load", 1)]
     runtime.close()
 
 

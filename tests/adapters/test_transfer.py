@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from threading import Event, Thread
 from typing import Any
 
@@ -83,7 +84,13 @@ def test_on_a_processor_nothing_is_copied() -> None:
     assert type(transfer) is Transfer
     with transfer.aside():
         assert transfer.moved(tensor) is tensor
-    step_aside(CPU)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_thread_that_stepped_aside_computes_alone() -> None:
+    with ThreadPoolExecutor(1, initializer=step_aside, initargs=(CPU,)) as aside:
+        assert aside.submit(torch.get_num_threads).result() == 1
+    assert torch.get_num_threads() == 2
 
 
 @pytest.mark.gpu

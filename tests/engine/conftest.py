@@ -5,7 +5,7 @@ Weights are drawn wide, so that the most likely token is clear and depends on th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -105,11 +105,3 @@ def model_of() -> Callable[[PreTrainedConfig], PreTrainedModel]:
 def stand_ins(load_module: Callable[[Path], ModuleType]) -> ModuleType:
     """The runner and the adapters that play a part in tests of the loop; real parts, but for the model."""
     return load_module(Path(__file__).with_name("stand_ins.py"))
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)

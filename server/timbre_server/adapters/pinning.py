@@ -27,6 +27,7 @@ from timbre_server.adapters.adapted_linear import Product
 from timbre_server.adapters.adapted_model import AdaptedModel
 from timbre_server.adapters.merged_weights import WeightedPrograms, merged_weights, refusal
 from timbre_server.adapters.runtime import AdapterRuntime
+from timbre_server.native.library import compute_alone
 
 Mix = tuple[tuple[str, float], ...]
 """Digests and weights, in order of digest, as requests have them."""
@@ -97,7 +98,7 @@ class Pinning:
         self._sites = {path: sites[path] for path, base in model.linear_layers() if products.takes(base)}
         self._products = products
         self._on_ended = on_ended
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="adapter-merge")
+        self._thread = ThreadPoolExecutor(1, "adapter-merge", compute_alone)
         self._pin: _Pin | None = None
         self._ended: list[PinEnded] = []
 

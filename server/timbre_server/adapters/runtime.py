@@ -25,6 +25,7 @@ from timbre_server.adapters.adapted_model import AdaptedModel, PreparedProgram
 from timbre_server.adapters.loader import LoadedAdapter
 from timbre_server.adapters.residency import Departure, Residency
 from timbre_server.errors import AdapterLoadFailed
+from timbre_server.native.library import compute_alone
 
 FAILURE_LASTS_S = 5.0
 """For so long a failed load is not tried again; after it a mended store is noticed."""
@@ -73,7 +74,7 @@ class AdapterRuntime:
         self._residency = Residency(budget_bytes)
         self._on_load_ended = on_load_ended
         self._failures: dict[str, tuple[float, str]] = {}
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="adapter-load")
+        self._thread = ThreadPoolExecutor(1, "adapter-load", compute_alone)
         self._loading: tuple[str, Future[tuple[LoadedAdapter, PreparedProgram]]] | None = None
         self._departed: list[Departure] = []
         self._misfits: dict[frozenset[str], str] = {}

@@ -22,6 +22,8 @@ from threading import Lock
 import torch
 from torch import Tensor
 
+from timbre_server.native.library import compute_alone
+
 STAGING_BYTES = 8 << 20
 """Larger tensors go in pieces: a few megabytes at a time are as fast as any more."""
 
@@ -68,7 +70,9 @@ class StreamTransfer(Transfer):
 
 
 def step_aside(device: torch.device) -> None:
-    """From now on, what this thread launches on a GPU waits for no step and holds up none."""
+    """From now on, what this thread launches on a GPU waits for no step and holds up none; of processors it
+    takes one."""
+    compute_alone()
     if device.type == "cuda":
         torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
 
