@@ -13,6 +13,7 @@ from timbre_methods.contract import Site
 from timbre_methods.program import AdapterProgram, LowRank, Part, Sparse, owned_tensors
 from timbre_methods.registry import compile_adapter, derive, methods, sites_of
 from timbre_methods.routing import Routed
+from timbre_methods.sliced_ellpack import SlicedEllpack
 from timbre_server.adapters.active_rows import ActiveRows
 from timbre_server.adapters.adapted_group import AdaptedGroup
 from timbre_server.adapters.placement import Layout, placed_program
@@ -29,7 +30,7 @@ GROUP, MLP = ("layers.0.self_attn.q_proj", "layers.0.self_attn.k_proj"), "layers
 
 
 @pytest.mark.parametrize("method", ["lora", "fourierft", "shira", "mola"])
-def test_factors_of_low_rank_alone_are_rounded_where_that_is_asked_for(method: str) -> None:
+def test_factors_and_values_in_slices_alone_are_rounded_where_that_is_asked_for(method: str) -> None:
     generator = torch.Generator().manual_seed(1)
     sites = {path: Site(path, torch.randn(12, 12, generator=generator), None) for path in GROUP}
     program = compile_adapter(*methods()[method].example(sites, generator), sites)
@@ -38,11 +39,13 @@ def test_factors_of_low_rank_alone_are_rounded_where_that_is_asked_for(method: s
     )
 
     both = list(zip(plain_parts(program), plain_parts(rounded), strict=True))
-    assert any(isinstance(part, LowRank) for part, _ in both) == (method in ("lora", "mola"))
+    are_rounded = [isinstance(part, (LowRank, Sparse)) for part, _ in both]
+    assert any(are_rounded) == (method != "fourierft")
     for plain, after in both:
         before = sliced(plain) if isinstance(plain, Sparse) else plain
         for one, other in zip(owned_tensors(before), owned_tensors(after), strict=True):
-            dtype = torch.bfloat16 if isinstance(before, LowRank) else one.dtype
+            is_rounded = isinstance(before, (LowRank, SlicedEllpack)) and one.is_floating_point()
+            dtype = torch.bfloat16 if is_rounded else one.dtype
             assert other.dtype == dtype
             assert torch.equal(one.to(dtype), other)
 

@@ -1,8 +1,8 @@
 """Puts a compiled program where it is served from: on the device, in storage of exactly its own size.
 
-Nothing keeps the file's memory alive, and the prepared bytes are the real ones. Factors of low rank lie in 16
-bits where these hold their very values, as those of most adapters that were uploaded so, and all others too
-if they are to be rounded.
+Nothing keeps the file's memory alive, and the prepared bytes are the real ones. Factors of low rank, and
+sparse values in slices, lie in 16 bits where these hold what they are, as with most that were uploaded so;
+all others do too if they are to be rounded.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Layout:
     """How parts lie in memory, as suits what runs them."""
 
     rounded_to: torch.dtype | None = None
-    """What factors of low rank are rounded to; None: they keep their values."""
+    """What factors of low rank are rounded to, and values in slices; None: they keep their values."""
     in_slices: bool = False
     """Sparse matrices, as C++ reads them."""
     in_panels: bool = False
@@ -129,7 +129,7 @@ class _Placement:
     def _laid_out(self, part: Part, path: str = "") -> Part:
         """``path``: of a site, of which an expert says nothing."""
         if isinstance(part, Sparse) and self._layout.in_slices:
-            return sliced(part)
+            return sliced(part, self._layout.rounded_to)
         if isinstance(part, Projected) and self._layout.in_panels:
             return with_packed_basis(part)
         if isinstance(part, Dense) and self._layout.in_panels and path in self._linear:

@@ -52,6 +52,6 @@ def in_cpp() -> LayerKernels:
 
     def activate(x: Tensor, factor: Tensor | None, curve: Curve, y: Tensor) -> None:
         factors, count = None if factor is None else factor.data_ptr(), x.numel()
-        activations[x.dtype](x.data_ptr(), factors, *curve, y.data_ptr(), count, num_threads(count))
+        activations[x.dtype](x.data_ptr(), factors, *curve, y.data_ptr(), count, num_threads(8 * count))
 
     return LayerKernels(torch.device("cpu"), tuple(_IN_CPP), rotate, activate)

@@ -31,7 +31,7 @@ COMPILERS = ("g++", "clang++")
 SOURCES = Path(__file__).with_name("source")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-Wall", "-Wextra")
 _COMPILER_TIMEOUT_S = 300
-MIN_WORK_FOR_THREADS = 100_000
+MIN_WORK_FOR_THREADS = 30_000
 """Multiplications below which waking other threads costs more than they do."""
 
 

@@ -31,25 +31,26 @@ class SlicedEllpackOperator(ReadAsOperator[SlicedEllpack]):
         super().__init__(SparseOperator(), unsliced)
 
 
-def sliced(part: Sparse) -> Sparse | SlicedEllpack:
-    """The very same part where numbers of 16 bits cannot say it, or where it would take more memory."""
+def sliced(part: Sparse, rounded_to: torch.dtype | None = None) -> Sparse | SlicedEllpack:
+    """The very same part where numbers of 16 bits cannot say where entries are, or where it would take more
+    memory. ``rounded_to``: as of `narrowed`."""
     if max(part.row_ends.numel(), part.in_features) > MAX_NUMBER:
         return part
-    found = slices_of(part)
+    found = slices_of(part, rounded_to)
     before, after = (sum(tensor.nbytes for tensor in owned_tensors(each)) for each in (part, found))
     return found if after <= before else part
 
 
-def slices_of(part: Sparse) -> SlicedEllpack:
+def slices_of(part: Sparse, rounded_to: torch.dtype | None = None) -> SlicedEllpack:
     """Of a part that has less than 2^16 outputs, inputs and entries of one output."""
     numbers = part.row_ends, part.columns_N, part.values_N
     are_read = all(each.is_cpu and each.is_contiguous() for each in numbers)
     if are_read and tuple(each.dtype for each in numbers) == _DTYPES and is_loaded():
-        return _slices_by_kernel(part)
-    return plain_slices_of(part)
+        return _slices_by_kernel(part, rounded_to)
+    return plain_slices_of(part, rounded_to)
 
 
-def _slices_by_kernel(part: Sparse) -> SlicedEllpack:
+def _slices_by_kernel(part: Sparse, rounded_to: torch.dtype | None) -> SlicedEllpack:
     """By ``slices.cpp``."""
     row_ends, columns_N, values_N = part.row_ends, part.columns_N, part.values_N
     out_features, count = row_ends.numel() - 1, columns_N.numel()
@@ -69,7 +70,7 @@ def _slices_by_kernel(part: Sparse) -> SlicedEllpack:
     )
     if found[0]:
         raise ValueError(f"a column is not in [0, {part.in_features})")
-    return SlicedEllpack(ranks_O, lengths_S, columns_KC, narrowed(values_KC), part.in_features)
+    return SlicedEllpack(ranks_O, lengths_S, columns_KC, narrowed(values_KC, rounded_to), part.in_features)
 
 
 @cache
@@ -79,7 +80,7 @@ def _kernels() -> tuple[Callable[..., None], Callable[..., None]]:
     return ranks, entries
 
 
-def plain_slices_of(part: Sparse) -> SlicedEllpack:
+def plain_slices_of(part: Sparse, rounded_to: torch.dtype | None = None) -> SlicedEllpack:
     """`slices_of`, in plain PyTorch."""
     counts_O = part.row_ends.diff()
     order_O = counts_O.argsort(descending=True, stable=True)
@@ -94,7 +95,7 @@ def plain_slices_of(part: Sparse) -> SlicedEllpack:
     # Where an output has no more entries, its column is that of the slice's first one: x is read there.
     columns_KC = torch.where(columns_KC < 0, columns_KC[:, :1], columns_KC)
     ranks, lengths, columns = (numbers.to(torch.int16) for numbers in (ranks_O, lengths_S, columns_KC))
-    return SlicedEllpack(ranks, lengths, columns, narrowed(values_KC), part.in_features)
+    return SlicedEllpack(ranks, lengths, columns, narrowed(values_KC, rounded_to), part.in_features)
 
 
 def unsliced(part: SlicedEllpack) -> Sparse:

@@ -39,6 +39,25 @@ static std::vector<const float *> inputs_of(
     return found;
 }
 
+// What one row is given by one adapter.
+static void add_gains(
+    const Use<Gains> &use, int64_t n, const std::vector<const float *> &inputs, float *y, int64_t features, Share own
+) {
+    const Gains &gains = *use.part;
+    const int64_t row = use.rows->rows[n];
+    const float *from = inputs[row], gate = gains.gate(n), weight = use.rows->weights[n] * gate;
+    if (gate == 0) return;
+    float *to = y + row * features;
+    if (gains.shift == nullptr)
+        for (int64_t d = own.begin; d < own.end; d++) add_product(to[d], weight * gains.extra[d], from[d]);
+    else
+        for (int64_t d = own.begin; d < own.end; d++) {
+            float change = gains.shift[d];
+            add_product(change, gains.extra[d], from[d]);
+            add_product(to[d], weight, change);
+        }
+}
+
 // x and y [rows, features] are contiguous.
 extern "C" void timbre_diagonal(
     const Uses<Gains> *all, const float *x, float *y, int64_t rows, int64_t features, int threads
@@ -48,23 +67,10 @@ extern "C" void timbre_diagonal(
     Scratch copies;
     const auto inputs = inputs_of(uses, x, features, x == y, copies);
 #pragma omp parallel num_threads(threads) if (threads > 1)
-    for (const auto &use : uses) {
-        const Gains &gains = *use.part;
-#pragma omp for schedule(static)
-        for (int64_t n = 0; n < use.rows->count; n++) {
-            const int64_t row = use.rows->rows[n];
-            const float *from = inputs[row], gate = gains.gate(n), weight = use.rows->weights[n] * gate;
-            if (gate == 0) continue;
-            float *to = y + row * features;
-            if (gains.shift == nullptr)
-                for (int64_t d = 0; d < features; d++) add_product(to[d], weight * gains.extra[d], from[d]);
-            else
-                for (int64_t d = 0; d < features; d++) {
-                    float change = gains.shift[d];
-                    add_product(change, gains.extra[d], from[d]);
-                    add_product(to[d], weight, change);
-                }
-        }
+    {
+        const Share own = share(features, thread_number(), thread_count(), LANES);
+        for (const auto &use : uses)
+            for (int64_t n = 0; n < use.rows->count; n++) add_gains(use, n, inputs, y, features, own);
     }
 }
 PLAYED(timbre_diagonal)

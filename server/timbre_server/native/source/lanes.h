@@ -250,6 +250,19 @@ template <typename Part> struct Use {
     const Rows *rows;
 };
 
+// Whether no row is of two of them.
+template <typename Part> static bool have_own_rows(const Use<Part> *uses, int64_t count) {
+    std::vector<bool> seen;
+    for (int64_t u = 0; u < count; u++)
+        for (int64_t n = 0; n < uses[u].rows->count; n++) {
+            const size_t row = uses[u].rows->rows[n];
+            if (row >= seen.size()) seen.resize(row + 1);
+            if (seen[row]) return false;
+            seen[row] = true;
+        }
+    return true;
+}
+
 template <typename Part> struct Uses {
     const Use<Part> *first;
     int64_t count;

@@ -212,6 +212,16 @@ static void shrink_all(const LowRankUse &use, const Input &input, const float *m
     as_they_lie(use.part->a, [&](auto a) { with(a, x); });
 }
 
+// y += B z of one adapter, for the outputs of a share; `next` is the next B to be read.
+static void expand_all(const LowRankUse &use, const float *z, float *y, int64_t out, Share own, const void *next) {
+    as_they_lie(use.part->b, [&](auto b) {
+        in_blocks(use.rows->count, b, next, [&](auto n, int64_t row, auto soon) {
+            expand_rows<n>(use, b, row, z, y, out, own, soon);
+        });
+    });
+}
+
+// Threads share the adapters; where rows have several of them, each thread adds to outputs of its own instead.
 static void add_low_rank(
     const LowRankUse *uses, int64_t count, const Input &input, float *y, int64_t out, int threads
 ) {
@@ -219,19 +229,19 @@ static void add_low_rank(
     for (int64_t u = 0; u < count; u++) starts[u + 1] = starts[u] + uses[u].rows->count * uses[u].part->rank;
     std::vector<float> z(starts[count]);
     const std::vector<float> made = prepared(uses, count, input);
+    const bool are_apart = threads == 1 || have_own_rows(uses, count);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        const auto next = [&](int64_t u, int64_t after) -> const LowRankUse & { return uses[std::min(u + after, count - 1)]; };
+        const auto next = [&](int64_t u, int64_t after) -> const LowRank & { return *uses[std::min(u + after, count - 1)].part; };
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t u = 0; u < count; u++)
-            shrink_all(uses[u], input, made.data(), z.data() + starts[u], next(u, thread_count()).part->a.first);
+        for (int64_t u = 0; u < count; u++) {
+            const LowRank &after = next(u, thread_count());
+            shrink_all(uses[u], input, made.data(), z.data() + starts[u], after.a.first);
+            if (are_apart) expand_all(uses[u], z.data() + starts[u], y, out, {0, out}, after.b.first);
+        }
         const Share own = share(out, thread_number(), thread_count(), STEP);
-        for (int64_t u = 0; u < count; u++)
-            as_they_lie(uses[u].part->b, [&](auto b) {
-                in_blocks(uses[u].rows->count, b, next(u, 1).part->b.first, [&](auto n, int64_t row, auto soon) {
-                    expand_rows<n>(uses[u], b, row, z.data() + starts[u], y, out, own, soon);
-                });
-            });
+        for (int64_t u = 0; u < count && !are_apart; u++)
+            expand_all(uses[u], z.data() + starts[u], y, out, own, next(u, 1).b.first);
     }
 }
 
