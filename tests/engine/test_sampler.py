@@ -196,6 +196,14 @@ def test_no_rows_give_no_results() -> None:
     assert sample(torch.empty(0, VOCAB), []) == []
 
 
+@pytest.mark.usefixtures("two_threads")
+def test_logprobs_are_the_same_bits_alone_and_beside_others() -> None:
+    logits_TV = torch.randn(40, 49152, generator=torch.Generator().manual_seed(0)) * 3
+    row = SamplingRow(SamplingParams(temperature=0.0, logprobs=2), [0], [])
+    together = [result.logprobs for result in sample(logits_TV, [row] * 40)]
+    assert together == [sample(one_1V, [row])[0].logprobs for one_1V in logits_TV.split(1)]
+
+
 def test_logprobs_are_raw_and_ranked() -> None:
     logits_TV = torch.tensor([[0.0, 2.0, 1.0, 2.0]])
     mass = math.log(1 + 2 * math.e**2 + math.e)

@@ -139,7 +139,8 @@ def _add_logprobs(raw_TV: Tensor, rows: Sequence[SamplingRow], results: Sequence
 
 def _token_logprobs(logits_NV: Tensor, token_ids: Sequence[int], num_top: int) -> list[TokenLogprobs]:
     token_N1 = torch.tensor(token_ids, device=logits_NV.device)[:, None]
-    mass_N1 = logits_NV.logsumexp(1, keepdim=True)
+    # One by one: PyTorch's threads share a lone row, and add it up in another order than one of several.
+    mass_N1 = torch.stack([row_V.logsumexp(0) for row_V in logits_NV])[:, None]
     value_N1 = logits_NV.gather(1, token_N1)
     chosen = (value_N1 - mass_N1).clamp_min(LOWEST_LOGPROB)[:, 0].tolist()
     ranks = torch.stack(
