@@ -10,6 +10,7 @@ from timbre_methods.program import (
     Dense,
     LowRank,
     Projected,
+    Rotation,
     Sparse,
     owned_tensors,
     shared_tensors,
@@ -18,8 +19,8 @@ from timbre_methods.routing import Routed
 
 
 def least_bytes(program: AdapterProgram) -> int:
-    """`AdapterProgram.prepared_bytes`, with factors of low rank and dense changes in 16 bits, and sparse
-    matrices in slices of 16 bits for each column and value, without gaps. Exact on the meta device too."""
+    """`AdapterProgram.prepared_bytes`, with factors of low rank, rotations and dense changes in 16 bits, and
+    sparse matrices in slices of 16 bits for each column and value, without gaps. Exact on the meta device."""
     return program.prepared_bytes - sum(_spared_bytes(part) for _, part in program.placed_parts())
 
 
@@ -48,4 +49,6 @@ def _spared_bytes(part: AnyPart) -> int:
     if isinstance(part, Sparse):
         # Each slice of outputs has its length there, too.
         return own - 4 * part.values_N.numel() - 2 * part.row_ends.numel()
+    if isinstance(part, Rotation):
+        return 2 * part.blocks_FSBB.numel()
     return own // 2 if isinstance(part, Dense) else 0

@@ -184,8 +184,8 @@ class Rotation:
 
     R is a product of factors, the first of which acts first. Factor f cuts the vector into chunks of
     ``chunks[f]`` entries, and both halves of a chunk into pieces of B/2: block after block multiplies one
-    piece of the first half, joined with the piece in its place in the second half. A chunk of B entries is
-    simply one block. ``blocks_FSBB`` [F, S, B, B], float32; S is the number of blocks, or 1: all use one.
+    piece of the first half, joined with the piece in its place in the second half; a chunk of B entries is
+    one block. ``blocks_FSBB``: R's in float32, R − 1 in bfloat16, as C++ reads them. All use one if S is 1.
     """
 
     side: Literal["input", "output"]

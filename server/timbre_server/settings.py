@@ -99,8 +99,8 @@ class AdapterSettings(_Group):
     adapter_memory_mib: int = Field(1024, ge=1)
     """Memory for adapters, in MiB of prepared tensors; the least recently used leave it first."""
     lora_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of factors of low rank in memory; in C++ of sparse values, of other matrices if it multiplies in
-    bfloat16. 'auto': that for a model that runs in it, else float32. What 16 bits hold takes 16 anyway."""
+    """Type of factors of low rank in memory; in C++ of sparse values and rotations, and of other matrices if
+    it has such products. 'auto': bfloat16 for a model that runs in it, else float32."""
     max_upload_mib: int = Field(512, ge=1)
     """Largest adapter file that may be uploaded, in MiB."""
     allow_merged_pin: bool = False

@@ -36,6 +36,7 @@ from timbre_server.native.panels import in_panels
 from timbre_server.operators.catalogue import why_not
 from timbre_server.operators.contract import Operator
 from timbre_server.operators.packed_projected import has_whole_sides
+from timbre_server.operators.rotation import narrowed
 from timbre_server.operators.sliced_ellpack import slices_of
 
 
@@ -180,7 +181,8 @@ def rotation(draw: Draw) -> Part:
     stored = 1 if draw.count() % 4 == 0 else features // block
     scale_O = draw.normal(draw.out_features) if side == "input" and draw.count() % 2 else None
     blocks_FSBB = draw.normal(len(chunks), stored, block, block) / block**0.5
-    return Rotation(side, blocks_FSBB, tuple(chunks[::-1]), scale_O)
+    found = Rotation(side, blocks_FSBB, tuple(chunks[::-1]), scale_O)
+    return narrowed(found) if draw.count() % 2 else found
 
 
 RULES = (

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from timbre_methods.program import Rotation
 from timbre_server.operators.native.rotation import NativeRotation
+from timbre_server.operators.rotation import narrowed
 from timbre_server.operators.row_table import RowTable, Span
 
 pytestmark = pytest.mark.cpp
@@ -19,16 +20,18 @@ SHAPES = {
     "a block for all thirds": ((1, 1, 20, 20), (20,)),
     "one block": ((1, 1, 60, 60), (60,)),
 }
+NUM_PARTS = 2 * len(SHAPES)
 FEATURES, ROWS = 60, 45
 
 
 def parts() -> dict[int, list[Rotation]]:
-    """An adapter for each shape, in order; the first has another part."""
+    """An adapter for each shape, in order, and one with the same narrowed; the first has another part."""
     generator = torch.Generator().manual_seed(3)
     found = [
         [Rotation("input", torch.randn(shape, generator=generator) / shape[-1] ** 0.5, chunks)]
         for shape, chunks in SHAPES.values()
     ]
+    found += [[narrowed(part) for part in own] for own in found]
     found[0] += found[1]
     return dict(enumerate(found))
 
@@ -48,19 +51,19 @@ def turned(spans: list[Span], x_TI: Tensor) -> Tensor:
 
 
 @pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("slot", range(len(SHAPES)))
+@pytest.mark.parametrize("slot", range(NUM_PARTS))
 def test_a_row_has_the_same_bits_whatever_rows_are_beside_it(slot: int) -> None:
     x_TI = rows()
     every_TI = turned([Span(ROWS, ((slot, 0.7),))], x_TI)
     for row in (0, 7, ROWS - 1):
         assert torch.equal(turned([Span(1, ((slot, 0.7),))], x_TI[row : row + 1])[0], every_TI[row])
-    others = [Span(1, ((n % len(SHAPES), 1.0),)) for n in range(7)]
+    others = [Span(1, ((n % NUM_PARTS, 1.0),)) for n in range(7)]
     assert torch.equal(turned([*others, Span(1, ((slot, 0.7),))], x_TI[:8])[7], every_TI[7])
 
 
 @pytest.mark.usefixtures("threads")
 def test_in_place_every_part_reads_what_the_row_was() -> None:
-    spans = [Span(3, ((0, 0.5), (4, 2.0))), Span(1), Span(1, ((1, 1.0), (2, 1.0), (3, -1.0)))]
+    spans = [Span(3, ((0, 0.5), (9, 2.0))), Span(1), Span(1, ((1, 1.0), (7, 1.0), (3, -1.0)))]
     x_TI, operator = rows()[:5], NativeRotation()
     expected_TI = x_TI.clone()
     start = 0

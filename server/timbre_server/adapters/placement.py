@@ -2,7 +2,7 @@
 
 Nothing keeps the file's memory alive, and the prepared bytes are the real ones. Factors of low rank, and
 sparse values in slices, lie in 16 bits where these hold what they are, as with most that were uploaded so;
-all others do too if they are to be rounded.
+all others do too, and rotations in C++, if they are to be rounded.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from timbre_methods.program import (
     LowRank,
     Part,
     Projected,
+    Rotation,
     Sparse,
     owned_tensors,
 )
@@ -32,6 +33,7 @@ from timbre_server.adapters.packed_parts import packed_dense, with_packed_basis
 from timbre_server.adapters.packed_sites import may_be_packed, packed
 from timbre_server.adapters.transfer import Transfer
 from timbre_server.operators.low_rank import side_by_side
+from timbre_server.operators.rotation import narrowed as narrowed_rotation
 from timbre_server.operators.sliced_ellpack import sliced
 
 PartT = TypeVar("PartT", bound=AnyPart | Router)
@@ -44,7 +46,7 @@ class Layout:
     rounded_to: torch.dtype | None = None
     """What factors of low rank are rounded to, and values in slices; None: they keep their values."""
     in_slices: bool = False
-    """Sparse matrices, as C++ reads them."""
+    """Sparse matrices, as C++ reads them; if others are rounded, rotations to bfloat16."""
     in_panels: bool = False
     """Bases that adapters share, and dense changes of linear layers, as C++ multiplies by them in bfloat16;
     they are rounded to it."""
@@ -130,6 +132,8 @@ class _Placement:
         """``path``: of a site, of which an expert says nothing."""
         if isinstance(part, Sparse) and self._layout.in_slices:
             return sliced(part, self._layout.rounded_to)
+        if isinstance(part, Rotation) and self._layout.in_slices and self._layout.rounded_to is not None:
+            return narrowed_rotation(part)
         if isinstance(part, Projected) and self._layout.in_panels:
             return with_packed_basis(part)
         if isinstance(part, Dense) and self._layout.in_panels and path in self._linear:

@@ -39,8 +39,8 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     enable_prefix_caching: bool = True
     adapter_memory_bytes: int = GIB
     lora_dtype: LoraDtype = "auto"
-    """What factors of low rank and sparse values are rounded to: float32, which is what they are; "auto":
-    bfloat16 where it is the model's own type."""
+    """What factors of low rank, sparse values and rotations are rounded to: float32, which is what they are;
+    "auto": bfloat16 where it is the model's own type."""
     num_threads: int | None = None
     """None: as many as this process may run on."""
     self_check: bool = True

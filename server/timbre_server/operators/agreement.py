@@ -38,6 +38,7 @@ from timbre_methods.sliced_ellpack import SlicedEllpack
 from timbre_server.native.formats import FORMATS
 from timbre_server.native.panels import in_panels
 from timbre_server.operators.contract import Bound, Change, Operator
+from timbre_server.operators.rotation import narrowed
 from timbre_server.operators.row_table import RowTable, Span
 from timbre_server.operators.sliced_ellpack import slices_of
 
@@ -185,8 +186,12 @@ def _shared_rotation(normal: Normal, device: torch.device) -> Part:
     return Rotation("output", normal(1, 1, OUT // 2, OUT // 2) / 4, (OUT // 2,))
 
 
-def _whole_rotation(normal: Normal, device: torch.device) -> Part:
+def _whole_rotation(normal: Normal, device: torch.device) -> Rotation:
     return Rotation("output", normal(1, 1, OUT, OUT) / 4, (OUT,))
+
+
+def _narrow_rotation(normal: Normal, device: torch.device) -> Part:
+    return narrowed(_whole_rotation(normal, device))
 
 
 def _kronecker(normal: Normal, device: torch.device, l_size: int, m_size: int, rank: int | None) -> Part:
@@ -232,6 +237,6 @@ _EXAMPLES: Mapping[type[Part], Sequence[Callable[[Normal, torch.device], Part]]]
             for l_size, m_size in ((1, 1), (1, 3), (4, 8), (10, 2), (20, 24))
             for rank in (None, 1, 10)
         ],
-        Rotation: [_rotation, _shared_rotation, _whole_rotation],
+        Rotation: [_rotation, _shared_rotation, _whole_rotation, _narrow_rotation],
     }
 )

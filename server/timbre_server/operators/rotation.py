@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -70,17 +70,31 @@ class RotationOperator(Operator[Rotation]):
     def _is_paired(self, part: Rotation, num_rows: int, room: PoolRoom) -> bool:
         """Whether a part runs together with others like it."""
         is_small = num_rows < MIN_ROWS_ALONE and part.blocks_FSBB.shape[-1] <= MAX_STACKED_BLOCK
-        return is_small and room.take(num_rows * part.blocks_FSBB.nbytes)
+        return is_small and room.take(num_rows * 4 * part.blocks_FSBB.numel())
 
     def _paired(self, own: Sequence[Use], table: RowTable) -> TurnedRows:
         """Parts of one shape."""
         return _stacked(own, table) if own[1:] else _alone(*own[0])
 
 
+def narrowed(part: Rotation) -> Rotation:
+    """What its blocks change is rounded to bfloat16; the very same part if some is too large for that."""
+    changes_FSBB = (whole_blocks(part) - torch.eye(part.blocks_FSBB.shape[-1])).bfloat16()
+    return replace(part, blocks_FSBB=changes_FSBB) if changes_FSBB.isfinite().all() else part
+
+
+def whole_blocks(part: Rotation) -> Tensor:
+    """R's own, in float32."""
+    blocks_FSBB = part.blocks_FSBB
+    if blocks_FSBB.dtype is torch.float32:
+        return blocks_FSBB
+    return blocks_FSBB.float() + torch.eye(blocks_FSBB.shape[-1], device=blocks_FSBB.device)
+
+
 def _turned(part: Rotation, v_TD: Tensor) -> Tensor:
     """``R v``, block by block."""
     size = part.blocks_FSBB.shape[-1]
-    for blocks_SBB, chunk in zip(part.blocks_FSBB, part.chunks, strict=True):
+    for blocks_SBB, chunk in zip(whole_blocks(part), part.chunks, strict=True):
         pieces = _gathered(v_TD, chunk, size).reshape(len(v_TD), -1, size).unbind(1)
         blocks = blocks_SBB.expand(len(pieces), size, size)
         turned = [piece @ block.T for piece, block in zip(pieces, blocks, strict=True)]
@@ -170,14 +184,14 @@ def _alone(segment: Segment, part: Rotation) -> TurnedRows:
         segment.index,
         segment.weights_N.unsqueeze(1),
         None if part.scale_O is None else part.scale_O.unsqueeze(0) - 1,
-        part.blocks_FSBB.unsqueeze(0),
+        whole_blocks(part).unsqueeze(0),
         part.chunks,
     )
 
 
 def _stacked(own: Sequence[Use], table: RowTable) -> TurnedRows:
     each = [part for segment, part in own for _ in range(len(segment.rows_N))]
-    blocks_GFSBB = torch.stack([part.blocks_FSBB for part in each])
+    blocks_GFSBB = torch.stack([whole_blocks(part) for part in each])
     return _Products(*paired_rows(own, table), extra_scales(each), blocks_GFSBB, each[0].chunks)
 
 

@@ -5,16 +5,24 @@
 // every adapter reads what x was, whoever else changes the row. A row's sums are the same ones in the same order
 // whatever other rows there are.
 #include <algorithm>
+#include <type_traits>
 
 #include "wide.h"
 
 struct Rotation {
-    const float *blocks;  // [factors, stored, size, size]
+    Numbers blocks;  // [factors, stored, size, size]; of bfloat16: what they change, R - 1.
     const int64_t *chunks;  // [factors]
     int64_t factors, stored, size;
 };
 
+// What is left of entries beside their products with numbers of a block.
+template <typename Entries> static inline Entries kept(const float *, Entries) { return Entries{}; }
+template <typename Entries> static inline Entries kept(const BFloat16 *, Entries entries) { return entries; }
+
+template <int N> using Count = std::integral_constant<int, N>;
+
 constexpr int ROWS = 4;  // Of one adapter, that read a block together.
+constexpr int AHEAD = 6144;  // Bytes of blocks, that are on their way from memory.
 
 // Vectors that lie in memory; null: in order.
 struct Vectors {
@@ -27,47 +35,64 @@ struct Vectors {
     Vectors at(int64_t place) const { return {first + place, order, step}; }
 };
 
-// out[n, j] = sum_i block[j, i] in[n, i] for J outputs of N vectors from the n-th on. Blocks are read from their
-// first number to their last, as memory is fastest.
-template <int J, int N>
-static void turn(const float *block, int64_t size, const Vectors &all_in, const Vectors &all_out, int64_t first) {
+// out[n, j] = sum_i block[j, i] in[n, i] for J outputs, from the o-th on, of N vectors from the n-th on. Blocks are
+// read from their first number to their last, as memory is fastest. Most have a size that is known to the compiler.
+template <int J, int N, typename Number, typename Size>
+static void turn(
+    const Number *block, int64_t o, Size size, const Vectors &all_in, const Vectors &all_out, int64_t first
+) {
+    block += o * size;
     const float *in[N];
     for (int n = 0; n < N; n++) in[n] = all_in[first + n];
     const int64_t wide_end = size / WIDTH * WIDTH, end = size / LANES * LANES;
     Lanes parts[N][J];
 #pragma GCC unroll 8
     for (int j = 0; j < J; j++) {
-        const float *own = block + j * size;
-        Wide sums[N] = {};
-        for (int64_t i = 0; i < wide_end; i += WIDTH)
-            for (int n = 0; n < N; n++) add_product(sums[n], wide(own + i), wide(in[n] + i));
+        const Number *own = block + j * size;
+        Wide sums[N] = {}, numbers;
+        for (int64_t i = 0; i < wide_end; i += WIDTH) {
+            __builtin_prefetch(reinterpret_cast<const char *>(own + i) + AHEAD, 0, 2);
+            get(numbers, own + i);
+            for (int n = 0; n < N; n++) add_product(sums[n], numbers, wide(in[n] + i));
+        }
         for (int n = 0; n < N; n++) parts[n][j] = folded(sums[n]);
         if (wide_end < end)
             for (int n = 0; n < N; n++) add_product(parts[n][j], load(own + wide_end), load(in[n] + wide_end));
     }
     for (int n = 0; n < N; n++) {
-        float *out = all_out[first + n];
-        if constexpr (J == LANES) store(out, sums_of(parts[n]));
-        else out[0] = sum(parts[n][0]);
+        float *out = all_out[first + n] + o;
+        if constexpr (J == LANES) store(out, sums_of(parts[n]) + kept(block, load(in[n] + o)));
+        else out[0] = sum(parts[n][0]) + kept(block, in[n][o]);
         for (int j = 0; end < size && j < J; j++)
-            for (int64_t i = end; i < size; i++) add_product(out[j], block[j * size + i], in[n][i]);
+            for (int64_t i = end; i < size; i++) add_product(out[j], value(block[j * size + i]), in[n][i]);
     }
 }
 
-template <int J>
-static void turn_all(const float *block, int64_t size, int64_t count, const Vectors &in, const Vectors &out) {
+template <int J, typename Number, typename Size>
+static void turn_all(
+    const Number *block, int64_t o, Size size, int64_t count, const Vectors &in, const Vectors &out
+) {
     int64_t n = 0;
-    for (; n + ROWS <= count; n += ROWS) turn<J, ROWS>(block, size, in, out, n);
-    for (; n < count; n++) turn<J, 1>(block, size, in, out, n);
+    for (; n + ROWS <= count; n += ROWS) turn<J, ROWS>(block, o, size, in, out, n);
+    for (; n < count; n++) turn<J, 1>(block, o, size, in, out, n);
+}
+
+template <typename Number, typename Size>
+static void turn_outputs(
+    const Number *block, Share own, Size size, int64_t count, const Vectors &in, const Vectors &out
+) {
+    int64_t o = own.begin;
+    for (; o + LANES <= own.end; o += LANES) turn_all<LANES>(block, o, size, count, in, out);
+    for (; o < own.end; o++) turn_all<1>(block, o, size, count, in, out);
 }
 
 // One factor of a rotation.
-struct Factor {
-    const float *blocks;
+template <typename Number> struct Factor {
+    const Number *blocks;
     int64_t stored, size, chunk;
 
-    Factor(const Rotation &all, int64_t number)
-        : blocks(all.blocks + number * all.stored * all.size * all.size), stored(all.stored), size(all.size),
+    Factor(const Rotation &all, const Number *first, int64_t number)
+        : blocks(first + number * all.stored * all.size * all.size), stored(all.stored), size(all.size),
           chunk(all.chunks[number]) {}
 
     bool is_dealt() const { return chunk > size; }
@@ -84,7 +109,7 @@ struct Factor {
     void turn_block(
         int64_t number, Share own, int64_t count, const Vectors &from, const Vectors &to, Scratch &scratch
     ) const {
-        const float *block = blocks + (stored > 1 ? number : 0) * size * size;
+        const Number *block = blocks + (stored > 1 ? number : 0) * size * size;
         const int64_t first = begin(number);
         Vectors in = from.at(first), out = to.at(first);
         if (is_dealt()) {
@@ -93,24 +118,27 @@ struct Factor {
             for (int64_t n = 0; n < count; n++)
                 for (int64_t i = 0; i < size; i++) in[n][i] = v[n][place(i)];
         }
-        int64_t o = own.begin;
-        for (; o + LANES <= own.end; o += LANES) turn_all<LANES>(block + o * size, size, count, in, out.at(o));
-        for (; o < own.end; o++) turn_all<1>(block + o * size, size, count, in, out.at(o));
+        switch (size) {
+            case 16: turn_outputs(block, own, Count<16>(), count, in, out); break;
+            case 32: turn_outputs(block, own, Count<32>(), count, in, out); break;
+            case 64: turn_outputs(block, own, Count<64>(), count, in, out); break;
+            default: turn_outputs(block, own, size, count, in, out);
+        }
         for (int64_t n = 0; is_dealt() && n < count; n++)
-            for (o = own.begin; o < own.end; o++) to[n][first + place(o)] = out[n][o];
+            for (int64_t o = own.begin; o < own.end; o++) to[n][first + place(o)] = out[n][o];
     }
 
     // Some blocks, each smaller than a register.
     template <int SIZE> void turn_small(Share own, int64_t count, const Vectors &from, const Vectors &to) const {
         for (int64_t n = 0; n < count; n++)
             for (int64_t number = own.begin; number < own.end; number++) {
-                const float *block = blocks + (stored > 1 ? number : 0) * SIZE * SIZE;
+                const Number *block = blocks + (stored > 1 ? number : 0) * SIZE * SIZE;
                 const float *in = from[n] + begin(number);
                 float *out = to[n] + begin(number);
                 for (int j = 0; j < SIZE; j++) {
                     float total = 0;
-                    for (int i = 0; i < SIZE; i++) add_product(total, block[j * SIZE + i], in[place(i)]);
-                    out[place(j)] = total;
+                    for (int i = 0; i < SIZE; i++) add_product(total, value(block[j * SIZE + i]), in[place(i)]);
+                    out[place(j)] = total + kept(block, in[place(j)]);
                 }
             }
     }
@@ -156,7 +184,13 @@ extern "C" void timbre_rotation(
                 const auto lying = [&](int64_t n) { return Vectors{turned[n % 2] + start, nullptr, features}; };
                 if (left > 0) {
                     const Vectors from = f ? lying(left) : Vectors{x, use.rows->rows, features};
-                    Factor(*use.part, f).turn_share(features, use.rows->count, from, lying(left - 1), scratch);
+                    const auto turn = [&](auto first) {
+                        const Factor factor(*use.part, first, f);
+                        factor.turn_share(features, use.rows->count, from, lying(left - 1), scratch);
+                    };
+                    const Numbers &blocks = use.part->blocks;
+                    if (blocks.format == BFLOAT16) turn(static_cast<const BFloat16 *>(blocks.first));
+                    else turn(static_cast<const float *>(blocks.first));
                 }
                 start += use.rows->count * features;
             }

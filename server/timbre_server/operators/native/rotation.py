@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from timbre_methods.program import Diagonal, Rotation
+from timbre_server.native.formats import format_of
 from timbre_server.operators.contract import (
     Adds,
     Bound,
@@ -68,7 +69,8 @@ def _prepared(part: Rotation) -> Prepared:
     """As ``Rotation`` of ``rotation.cpp``."""
     blocks_FSBB, chunks = part.blocks_FSBB.contiguous(), array("q", part.chunks)
     factors, stored, size, _ = blocks_FSBB.shape
-    fields = blocks_FSBB.data_ptr(), address_of(chunks), factors, stored, size
+    lies = blocks_FSBB.data_ptr(), format_of(blocks_FSBB)
+    fields = *lies, address_of(chunks), factors, stored, size
     features = stored * size
     return Prepared(fields, (features, features), blocks_FSBB.numel(), (blocks_FSBB, chunks))
 

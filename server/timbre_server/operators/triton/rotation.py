@@ -23,7 +23,14 @@ from torch import Tensor
 
 from timbre_methods.program import Rotation
 from timbre_server.operators.pooling import PoolRoom
-from timbre_server.operators.rotation import RotationOperator, TurnedRows, Use, extra_scales, paired_rows
+from timbre_server.operators.rotation import (
+    RotationOperator,
+    TurnedRows,
+    Use,
+    extra_scales,
+    paired_rows,
+    whole_blocks,
+)
 from timbre_server.operators.row_table import RowTable
 from timbre_server.operators.triton.launch import addresses
 from timbre_server.operators.triton.row_uses import apart
@@ -83,7 +90,7 @@ class TritonRotation(RotationOperator):
 
     def _paired(self, own: Sequence[Use], table: RowTable) -> TurnedRows:
         parts = [part for _, part in own]
-        kept = [part.blocks_FSBB.contiguous() for part in parts]
+        kept = [whole_blocks(part).contiguous() for part in parts]
         _, uses = apart([segment for segment, _ in own])
         return _Launches(
             *paired_rows(own, table),
