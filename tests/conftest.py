@@ -111,3 +111,15 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """So many in C++, for however little work."""
+    from timbre_server.native import library
+
+    before = torch.get_num_threads()
+    monkeypatch.setattr(library, "MIN_WORK_FOR_THREADS", 0)
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)

@@ -35,6 +35,7 @@ PATH = "layer"
 
 
 @pytest.mark.cpp
+@pytest.mark.usefixtures("threads")
 @torch.inference_mode()
 def test_kinds_of_parts_are_added_in_one_order_whoever_is_beside_them() -> None:
     torch.manual_seed(3)
@@ -89,6 +90,7 @@ def parts(dtype: torch.dtype) -> list[Part]:
 
 
 @pytest.mark.cpp
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.inference_mode()
 def test_a_row_has_the_same_bits_whatever_adapters_are_beside_it(dtype: torch.dtype) -> None:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
 
 from timbre_methods.program import Part
-from timbre_server.native import library
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -27,13 +25,3 @@ def random_part(parts: ModuleType) -> Callable[..., Part]:
     """Draws a part for an operator: ``random_part(operator, in_features, out_features, generator)``."""
     drawn: Callable[..., Part] = parts.random_part
     return drawn
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """So many in C++, for however little work."""
-    before = torch.get_num_threads()
-    monkeypatch.setattr(library, "MIN_WORK_FOR_THREADS", 0)
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
