@@ -86,7 +86,7 @@ class EngineSettings(_Group):
     enable_prefix_caching: bool = True
     """Keep KV blocks of finished requests for prompts that begin alike."""
     num_threads: int | None = Field(None, ge=1)
-    """CPU threads of the model (default: as many as this process may use)."""
+    """CPU threads of the model (default: as many as this process, or its container, may use)."""
 
 
 class AdapterSettings(_Group):

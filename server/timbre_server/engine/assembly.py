@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -30,6 +29,7 @@ from timbre_server.engine.model_loader import PreparedModel, factors_rounded_to,
 from timbre_server.engine.options import EngineOptions, LoraDtype
 from timbre_server.engine.packed_linear import LinearPacker
 from timbre_server.engine.parameters import parameter_weight_of
+from timbre_server.engine.processors import usable_processors
 from timbre_server.engine.runner import Runner, RunnerOptions
 from timbre_server.engine.scheduler import Scheduler, SchedulerLimits
 
@@ -41,7 +41,7 @@ def assemble(
 
     ``on_load_ended`` is called on another thread. Raises UnsupportedModel, KernelsUnavailable.
     """
-    torch.set_num_threads(options.num_threads or _usable_threads())
+    torch.set_num_threads(options.num_threads or usable_processors())
     prepared = prepare_model(
         options.model,
         dtype=options.dtype,
@@ -122,13 +122,6 @@ def _runner_options(options: EngineOptions, kernels: str) -> RunnerOptions:
         native_attention=kernels == "native",
         record_steps=kernels != "torch",
     )
-
-
-def _usable_threads() -> int:
-    """What torch would take, but no more than the processors that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return min(torch.get_num_threads(), len(os.sched_getaffinity(0)))
-    return torch.get_num_threads()
 
 
 def layers_of(

@@ -42,5 +42,5 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """What factors of low rank, sparse values and rotations are rounded to: float32, which is what they are;
     "auto": bfloat16 where it is the model's own type."""
     num_threads: int | None = None
-    """None: as many as this process may run on."""
+    """None: as many as this process, or its container, may use."""
     self_check: bool = True

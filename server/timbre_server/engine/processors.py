@@ -1,0 +1,29 @@
+"""How many threads are worth having: as many as there are processors for this process.
+
+More than those that it has wait for each other awake, and take the time from those that compute.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import torch
+
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+"""A container's own, as Linux's control groups (version 2) tell it: microseconds of processors' time in each
+period, which is the second number; or ``max``."""
+
+
+def usable_processors(quota: Path = CPU_QUOTA) -> int:
+    """What PyTorch would take, but no more than this process may run on, nor than its quota keeps busy."""
+    counts = [torch.get_num_threads()]
+    if hasattr(os, "sched_getaffinity"):
+        counts.append(len(os.sched_getaffinity(0)))
+    try:
+        time, period = map(int, quota.read_text().split())
+        counts.append(math.ceil(time / period))
+    except (OSError, ValueError, ZeroDivisionError):
+        pass  # There is none.
+    return max(1, min(counts))

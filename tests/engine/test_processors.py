@@ -1,0 +1,43 @@
+"""Threads by default: no more than a container's quota of processors."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from timbre_server.engine.processors import usable_processors
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize(
+    ("quota", "expected"),
+    [
+        ("50000 100000\n", 1),
+        ("100000 100000\n", 1),
+        ("150000 100000\n", 2),
+        ("6400000 100000\n", 2),
+        ("max 100000\n", 2),
+        ("0 100000\n", 1),
+        ("100000 0\n", 2),
+        ("", 2),
+        (None, 2),
+    ],
+)
+def test_a_quota_bounds_the_threads(
+    quota: str | None, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 5})
+    place = tmp_path / "cpu.max"
+    if quota is not None:
+        place.write_text(quota)
+    assert usable_processors(place) == expected
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_so_do_the_processors_that_it_may_run_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3})
+    assert torch.get_num_threads() == 2
+    assert usable_processors(tmp_path / "none") == 1
