@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from timbre_methods.contract import Site
-from timbre_methods.program import AdapterProgram, LowRank, Part, Sparse, owned_tensors
+from timbre_methods.program import AdapterProgram, LowRank, Part, Rotation, Sparse, owned_tensors
 from timbre_methods.registry import compile_adapter, derive, methods, sites_of
 from timbre_methods.routing import Routed
 from timbre_methods.sliced_ellpack import SlicedEllpack
@@ -29,8 +30,8 @@ from timbre_server.operators.step_routing import StepRouting
 GROUP, MLP = ("layers.0.self_attn.q_proj", "layers.0.self_attn.k_proj"), "layers.0.mlp.up_proj"
 
 
-@pytest.mark.parametrize("method", ["lora", "fourierft", "shira", "mola"])
-def test_factors_and_values_in_slices_alone_are_rounded_where_that_is_asked_for(method: str) -> None:
+@pytest.mark.parametrize("method", ["lora", "fourierft", "shira", "mola", "oft"])
+def test_factors_sparse_values_and_rotations_alone_are_rounded_where_asked_for(method: str) -> None:
     generator = torch.Generator().manual_seed(1)
     sites = {path: Site(path, torch.randn(12, 12, generator=generator), None) for path in GROUP}
     program = compile_adapter(*methods()[method].example(sites, generator), sites)
@@ -39,12 +40,14 @@ def test_factors_and_values_in_slices_alone_are_rounded_where_that_is_asked_for(
     )
 
     both = list(zip(plain_parts(program), plain_parts(rounded), strict=True))
-    are_rounded = [isinstance(part, (LowRank, Sparse)) for part, _ in both]
+    are_rounded = [isinstance(part, (LowRank, Sparse, Rotation)) for part, _ in both]
     assert any(are_rounded) == (method != "fourierft")
     for plain, after in both:
         before = sliced(plain) if isinstance(plain, Sparse) else plain
+        if isinstance(before, Rotation):
+            before = replace(before, blocks_FSBB=before.blocks_FSBB - torch.eye(before.blocks_FSBB.shape[-1]))
         for one, other in zip(owned_tensors(before), owned_tensors(after), strict=True):
-            is_rounded = isinstance(before, (LowRank, SlicedEllpack)) and one.is_floating_point()
+            is_rounded = isinstance(before, (LowRank, SlicedEllpack, Rotation)) and one.is_floating_point()
             dtype = torch.bfloat16 if is_rounded else one.dtype
             assert other.dtype == dtype
             assert torch.equal(one.to(dtype), other)

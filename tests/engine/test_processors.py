@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
-from timbre_server.engine.processors import usable_processors
+from timbre_server.engine.processors import take_processors, usable_processors
+from timbre_server.native.library import compute_alone
 
 
 @pytest.mark.usefixtures("two_threads")
@@ -41,3 +43,12 @@ def test_so_do_the_processors_that_it_may_run_on(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3})
     assert torch.get_num_threads() == 2
     assert usable_processors(tmp_path / "none") == 1
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_what_one_thread_takes_another_cannot_take_away() -> None:
+    with ThreadPoolExecutor(1) as stepping, ThreadPoolExecutor(1) as loading:
+        stepping.submit(take_processors, 2).result()
+        loading.submit(compute_alone).result()
+        assert loading.submit(torch.get_num_threads).result() == 1
+        assert stepping.submit(torch.get_num_threads).result() == 2

@@ -29,7 +29,7 @@ from timbre_server.engine.model_loader import PreparedModel, factors_rounded_to,
 from timbre_server.engine.options import EngineOptions, LoraDtype
 from timbre_server.engine.packed_linear import LinearPacker
 from timbre_server.engine.parameters import parameter_weight_of
-from timbre_server.engine.processors import usable_processors
+from timbre_server.engine.processors import take_processors
 from timbre_server.engine.runner import Runner, RunnerOptions
 from timbre_server.engine.scheduler import Scheduler, SchedulerLimits
 
@@ -41,7 +41,7 @@ def assemble(
 
     ``on_load_ended`` is called on another thread. Raises UnsupportedModel, KernelsUnavailable.
     """
-    torch.set_num_threads(options.num_threads or usable_processors())
+    take_processors(options.num_threads)
     prepared = prepare_model(
         options.model,
         dtype=options.dtype,

@@ -16,6 +16,12 @@ CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 period, which is the second number; or ``max``."""
 
 
+def take_processors(count: int | None) -> None:
+    """From now on, this thread computes with so many; None: with the `usable_processors`."""
+    torch.set_num_threads(count or usable_processors())
+    torch.get_num_threads()  # Until asked for it once, a thread takes over what another one sets for itself.
+
+
 def usable_processors(quota: Path = CPU_QUOTA) -> int:
     """What PyTorch would take, but no more than this process may run on, nor than its quota keeps busy."""
     counts = [torch.get_num_threads()]
