@@ -82,7 +82,7 @@ def test_an_adapter_is_prepared_where_it_is_loaded_on_one_processor(monkeypatch:
     prepared = AdaptedModel.prepared
 
     def noted(model: AdaptedModel, program: AdapterProgram) -> PreparedProgram:
-        threads.append((threading.current_thread().name.rstrip("_0"), torch.get_num_threads()))
+        threads.append((threading.current_thread().name.removesuffix("_0"), torch.get_num_threads()))
         return prepared(model, program)
 
     monkeypatch.setattr(AdaptedModel, "prepared", noted)

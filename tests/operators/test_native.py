@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
 
 from timbre_methods.program import LowRank, Part, Places, Sparse, Spectral
 from timbre_methods.sliced_ellpack import SlicedEllpack
-from timbre_server.native import library as shared
 from timbre_server.native.formats import FORMATS
 from timbre_server.operators.agreement import wrong_operator
 from timbre_server.operators.catalogue import all_operators
@@ -107,6 +104,7 @@ def test_a_spectrum_that_is_not_finite_spoils_its_own_rows_alone(bad: float) -> 
     assert torch.equal(spoilt[others], sound[others])
 
 
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_gets_the_same_bits_whatever_rows_are_beside_it(dtype: torch.dtype) -> None:
     """Alone, among few or among many of other adapters, and among others of its own."""
@@ -132,6 +130,7 @@ def test_a_row_gets_the_same_bits_whatever_rows_are_beside_it(dtype: torch.dtype
     assert torch.equal(outputs_of(everything, [5] * 16)[5], expected[5])
 
 
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("rank", [0, 1, 3, 8, 12, 33])
 @pytest.mark.parametrize("crowd", CROWDS)
 def test_every_rank_gives_what_pytorch_gives_and_base_rows_keep_their_bits(rank: int, crowd: str) -> None:
@@ -162,6 +161,7 @@ def test_every_rank_gives_what_pytorch_gives_and_base_rows_keep_their_bits(rank:
         row += span.num_rows
 
 
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("crowd", CROWDS)
 @pytest.mark.parametrize("longest", [1, 20, 700, 3000])
 def test_outputs_of_few_and_of_many_entries_are_summed(crowd: str, longest: int) -> None:
@@ -197,6 +197,7 @@ def test_a_row_of_sparse_changes_has_the_same_bits_whatever_rows_are_beside_it()
     assert torch.equal(changes(0, 45), torch.cat([changes(row, 1) for row in range(45)]))
 
 
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("rank", [1, 8, 13])
 @pytest.mark.parametrize("crowd", CROWDS)
 def test_factors_of_16_bits_give_the_bits_of_the_same_in_float32(rank: int, crowd: str) -> None:
@@ -220,6 +221,7 @@ def test_factors_of_16_bits_give_the_bits_of_the_same_in_float32(rank: int, crow
     assert torch.equal(found, expected)
 
 
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("rank", [1, 8, 13])
 @pytest.mark.parametrize("crowd", ["decode", "prefill beside decode"])
 def test_rows_of_bfloat16_give_what_the_same_in_float32_give(rank: int, crowd: str) -> None:
@@ -262,17 +264,6 @@ def as_float(part: LowRank) -> LowRank:
     return LowRank(part.a_RI.float(), part.b_OR.float())
 
 
-@pytest.fixture
-def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """For however little work."""
-    before = torch.get_num_threads()
-    monkeypatch.setattr(shared, "MIN_WORK_FOR_THREADS", 0)
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("two_threads")
-def test_two_threads_compute_what_one_does() -> None:
-    assert shared.num_threads(1) == 2
+@pytest.mark.usefixtures("threads")
+def test_operators_agree_with_pytorch_on_so_many_threads() -> None:
     assert wrong_operator(operators(), torch.device("cpu"), counts=(1, 3, 11, 40)) is None

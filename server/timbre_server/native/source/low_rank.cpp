@@ -5,6 +5,7 @@
 // same order whatever other rows and adapters there are; those of float32 rows are, too, in any format of the factors.
 #include <algorithm>
 #include <cmath>
+#include <deque>
 #include <type_traits>
 
 #include "gates.h"
@@ -19,6 +20,7 @@ struct LowRank {
 typedef Use<LowRank> LowRankUse;
 
 constexpr int ROWS = 4;  // Rows of one adapter that read its factors together.
+constexpr int64_t PIECE = 8;  // Rows of one adapter, that are one thread's.
 constexpr int SUMS = 8;  // That grow at once, where registers are wide: no addition waits for the last.
 constexpr int STEP = 2 * WIDTH;  // Numbers of a factor that are read together.
 
@@ -221,10 +223,25 @@ static void expand_all(const LowRankUse &use, const float *z, float *y, int64_t 
     });
 }
 
-// Threads share the adapters; where rows have several of them, each thread adds to outputs of its own instead.
+// The same uses, of PIECE rows at most, which lie in `rows`: threads share these however few adapters there are.
+static std::vector<LowRankUse> in_pieces(const std::vector<LowRankUse> &uses, std::deque<Rows> &rows) {
+    std::vector<LowRankUse> found;
+    for (const auto &[part, own] : uses)
+        for (int64_t n = 0; n < own->count; n += PIECE) {
+            rows.push_back({own->rows + n, own->weights + n, std::min(PIECE, own->count - n)});
+            found.push_back({part, &rows.back()});
+        }
+    return found;
+}
+
+// Threads share pieces; where rows have several adapters, each thread adds to outputs of its own instead.
 static void add_low_rank(
-    const LowRankUse *uses, int64_t count, const Input &input, float *y, int64_t out, int threads
+    const std::vector<LowRankUse> &whole, const Input &input, float *y, int64_t out, int threads
 ) {
+    std::deque<Rows> rows;
+    const std::vector<LowRankUse> pieces = threads > 1 ? in_pieces(whole, rows) : whole;
+    const LowRankUse *uses = pieces.data();
+    const int64_t count = pieces.size();
     std::vector<int64_t> starts(count + 1, 0);
     for (int64_t u = 0; u < count; u++) starts[u + 1] = starts[u] + uses[u].rows->count * uses[u].part->rank;
     std::vector<float> z(starts[count]);
@@ -251,7 +268,7 @@ extern "C" void timbre_low_rank(
     int threads
 ) {
     const auto uses = all->with_rows();
-    add_low_rank(uses.data(), uses.size(), {{x, format}, in}, y, out, all->threads(rows, threads));
+    add_low_rank(uses, {{x, format}, in}, y, out, all->threads(rows, threads));
 }
 PLAYED(timbre_low_rank)
 
@@ -295,6 +312,6 @@ extern "C" void timbre_low_rank_experts(
             if (end > begin) kept.push_back({&expert->part, &kept_rows[e]});
         }
     }
-    add_low_rank(kept.data(), kept.size(), {{x, format}, in}, y, out, all->threads(rows, threads));
+    add_low_rank(kept, {{x, format}, in}, y, out, all->threads(rows, threads));
 }
 PLAYED(timbre_low_rank_experts)
