@@ -33,7 +33,7 @@ def diagonal(rank: int) -> Projected:
 
 
 def test_a_packed_basis_is_the_rounded_one() -> None:
-    part = diagonal(11)
+    part = diagonal(16)
     found = with_packed_basis(part)
     assert isinstance(found, PackedProjected)
     for side in ("p_NPI", "q_NOQ"):
@@ -44,12 +44,12 @@ def test_a_packed_basis_is_the_rounded_one() -> None:
 def test_what_would_take_more_or_runs_otherwise_is_left() -> None:
     narrow = diagonal(3)
     assert with_packed_basis(narrow) is narrow, "panels of mostly zeros"
-    with_vectors = replace(diagonal(11), outer_NO=torch.ones(3, OUT))
+    with_vectors = replace(diagonal(16), outer_NO=torch.ones(3, OUT))
     assert with_packed_basis(with_vectors) is with_vectors, "each block's outputs are multiplied apart"
 
 
 def test_dense_changes_of_linear_layers_take_half() -> None:
-    delta_OI = torch.randn(64, IN + 1, generator=torch.Generator().manual_seed(1))
+    delta_OI = torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
     program = AdapterProgram({path: (Dense(delta_OI),) for path in ("linear", "embedding")})
     placed = placed_program(program, Transfer(torch.device("cpu")), [("linear",)], LAYOUT)
     (packed,), (left,) = placed.sites["linear"], placed.sites["embedding"]
@@ -79,5 +79,5 @@ def test_adapters_share_one_packed_basis_and_nothing_keeps_the_other() -> None:
     assert first.shared_bytes.keys() == second.shared_bytes.keys()
     taken = sum(first.shared_bytes.values())
     assert least == 2 * (p_NPI.numel() + q_NOQ.numel()) <= taken
-    assert taken <= 2 * (32 * (IN + 1) + (OUT + 31) * 32)
+    assert taken <= 2 * 32 * (IN + 31 + OUT + 31)
     assert first.prepared_bytes == 4 * 32

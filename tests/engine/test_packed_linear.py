@@ -30,7 +30,7 @@ def packer_for(dtype: torch.dtype, *, native: bool = False) -> LinearPacker:
 
 
 @pytest.mark.parametrize(("dtype", "native"), KINDS)
-@pytest.mark.parametrize("rows", [(1,), (1, 0), (1, 1), (1, 3), (17,), (1, 1, 64)])
+@pytest.mark.parametrize("rows", [(1,), (1, 0), (1, 1), (1, 3), (17,), (1, 1, 64), (300,)])
 @pytest.mark.parametrize("features", [(48, 80), (37, 45)])
 @pytest.mark.parametrize(
     "make", [nn.Linear, lambda i, o: nn.Linear(i, o, bias=False), lambda i, o: Conv1D(o, i)]
@@ -87,13 +87,13 @@ def test_a_row_has_the_same_bits_whatever_rows_are_beside_it(threads: int, dtype
     torch.manual_seed(1)
     product = packer_for(dtype, native=True).pack(nn.Linear(577, 200).to(dtype))
     assert product is not None
-    x_TI = torch.randn(2 * 61, 577).to(dtype)[::2]
+    x_TI = torch.randn(2 * 301, 577).to(dtype)[::2]
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         with torch.inference_mode():
             whole_TO = product(x_TI)
-            for first, last in ((0, 1), (3, 5), (7, 12), (20, 36), (40, 61)):
+            for first, last in ((0, 1), (3, 5), (7, 12), (20, 36), (40, 61), (100, 220), (250, 301)):
                 assert torch.equal(product(x_TI[first:last]), whole_TO[first:last])
     finally:
         torch.set_num_threads(before)

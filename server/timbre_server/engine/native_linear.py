@@ -2,8 +2,8 @@
 
 Few rows are what serving asks for, and there a product is bound by reading W as much as by arithmetic. The
 kernel does both at once, where oneDNN and MKL do one after the other, and most models have weights that
-bfloat16 holds exactly: of these it reads half. Rows of bfloat16 are multiplied by the processor's own product
-of pairs where it has one, into float32 sums. A row gets the same bits whatever rows are beside it.
+bfloat16 holds exactly: of these it reads half. Rows of bfloat16 are multiplied by the processor's matrix unit
+or its own products of pairs, into float32 sums. A row gets the same bits whatever rows are beside it.
 
 Legend: T rows, I in, O out.
 """
@@ -21,10 +21,9 @@ from timbre_server.native.panels import in_panels
 
 
 def serves(dtype: torch.dtype) -> bool:
-    """Whether it is known to be fast: on processors of the kinds that it was measured on. Those with a matrix
-    unit are better served by oneDNN in bfloat16."""
+    """Whether it is known to be fast: on processors of the kinds that it was measured on."""
     if dtype is torch.bfloat16:
-        return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+        return torch.cpu._is_avx512_bf16_supported()
     return dtype is torch.float32 and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 

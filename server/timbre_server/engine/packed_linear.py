@@ -1,7 +1,7 @@
 """Linear layers on a CPU with the weight laid out once for the fastest product, instead of at every call.
 
-There are two layouts: that of our own kernel (`native_linear`), and oneDNN's for the matrix unit, which is
-reached through operators that are private to torch. So a layout is tried out when a `LinearPacker` is made:
+There are two layouts: that of our own kernel (`native_linear`), and oneDNN's, which is reached through
+operators that are private to torch. So a layout is tried out when a `LinearPacker` is made:
 where it is missing, refuses, or computes something else than `F.linear`, the next is taken; without any
 nothing is packed and everything works as before. A packed weight is a second copy, one for all layers that
 share it; the module's own weight is neither freed nor written, since it may be tied to the embedding and

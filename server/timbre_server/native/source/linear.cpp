@@ -1,5 +1,5 @@
 // y = x W^T + b, for rows x and a W that lies in panels: the weights of PANEL outputs side by side, input by
-// input, or pair of inputs by pair.
+// input, or pair of inputs by pair; for a matrix unit those of half as many outputs and of TOGETHER pairs.
 //
 // A panel is read from memory for the first TILE rows and from the cache for the others. Meanwhile the next
 // panel, or what comes soon where there are no other rows, is asked of memory, a few lines for every few inputs over
@@ -7,7 +7,10 @@
 // A row's sums are the same ones in the same order whatever other rows there are; of float32 rows they are the same
 // in either format of the weights, too.
 #include "linear.h"
-#include "wide.h"
+
+#include <algorithm>
+
+#include "matrix_unit.h"
 
 #ifdef __AVX512F__
 constexpr int TILE = 13;  // Rows, of which all sums stay in registers beside the weights.
@@ -17,6 +20,12 @@ constexpr int TILE = 5;
 
 constexpr int VECTORS = 2;
 constexpr int PANEL = VECTORS * WIDTH;
+#ifdef HAS_MATRIX_UNIT
+constexpr int TOGETHER = DEPTH / 2;  // Pairs of inputs, of which the weights of WIDTH outputs lie together.
+constexpr int64_t TILED_BLOCK = 256;  // Rows that stay in the cache while all panels pass the matrix unit.
+#else
+constexpr int TOGETHER = 1;
+#endif
 constexpr int64_t BLOCK = 40 / TILE * TILE;  // Rows that stay in the cache while all panels pass.
 constexpr int64_t MANY = 20;  // More rows of float32 than these read weights as floats.
 constexpr int INPUTS = 4;  // Inputs between two looks at what to ask for.
@@ -31,12 +40,27 @@ struct Linear {
     int64_t format;  // Of y.
 };
 
+// Numbers of a panel.
+static inline int64_t size_of(const float *, int64_t in) { return (in + 1) / 2 * 2 * PANEL; }
+static inline int64_t size_of(const BFloat16 *, int64_t in) {
+    constexpr int64_t INPUTS = 2 * TOGETHER;
+    return (in + INPUTS - 1) / INPUTS * INPUTS * PANEL;
+}
+
+// Where the weights of a pair of inputs lie.
+static inline const float *pair_of(const float *panel, int64_t pair) { return panel + pair * 2 * PANEL; }
+static inline const BFloat16 *pair_of(const BFloat16 *panel, int64_t pair) {
+    return panel + pair / TOGETHER * TOGETHER * 2 * PANEL + pair % TOGETHER * 2 * WIDTH;
+}
+
 // A panel's weights of the first or second one of two inputs: [2, PANEL].
 static inline Wide weights_of(const float *pair, int second, int v) { return wide(pair + second * PANEL + v * WIDTH); }
 
-// [PANEL, 2]
+// Both inputs', of each vector of outputs.
+static inline Wide weights_of(const BFloat16 *pair, int v) { return wide(pair + v * TOGETHER * 2 * WIDTH); }
+
 static inline Wide weights_of(const BFloat16 *pair, int second, int v) {
-    const Wide both = wide(pair + 2 * v * WIDTH);
+    const Wide both = weights_of(pair, v);
     return second ? second_of(both) : first_of(both);
 }
 
@@ -67,7 +91,7 @@ template <int M>
 static inline void add_bits(Wide sums[M][VECTORS], const BFloat16 *pair, const uint32_t inputs[M]) {
     for (int m = 0; m < M; m++)
         for (int v = 0; v < VECTORS; v++)
-            sums[m][v] = plus_products(sums[m][v], all_pairs(inputs[m]), wide(pair + 2 * v * WIDTH));
+            sums[m][v] = plus_products(sums[m][v], all_pairs(inputs[m]), weights_of(pair, v));
 }
 
 template <int M>
@@ -90,31 +114,35 @@ template <typename Y> static inline void put(Wide sum, const float *bias, int64_
     else for (int64_t i = 0; i < count; i++) put(bias ? sum[i] + bias[o + i] : sum[i], y + i);
 }
 
+// The sums of one row with the panel at `first`.
+static inline void put_row(const Linear &linear, const Wide sums[VECTORS], int64_t row, int64_t first) {
+    for (int v = 0; v < VECTORS; v++) {
+        const int64_t o = first + v * WIDTH, place = row * linear.out + o, count = linear.out - o;
+        if (linear.format == BFLOAT16) put(sums[v], linear.bias, o, count, static_cast<BFloat16 *>(linear.y) + place);
+        else put(sums[v], linear.bias, o, count, static_cast<float *>(linear.y) + place);
+    }
+}
+
 // M rows from `row` on with the panel at `first`; for every INPUTS, so many lines are asked for, from `soon` on.
 template <int M, typename X, typename Number>
 static void tile(
     const Linear &linear, const X *x, int64_t row, const Number *panel, int64_t first, const char *soon, int lines
 ) {
-    const int64_t in = linear.in, out = linear.out;
+    const int64_t in = linear.in;
     x += row * in;
     Wide sums[M][VECTORS] = {};
-    const auto add = [&] {
-        add_pair<M>(sums, panel, x, in);
-        panel += 2 * PANEL, x += 2;
-    };
     int64_t i = 0;
-    for (; i + INPUTS <= in; i += INPUTS, soon += lines * LINE) {
+    const auto add = [&] {
+        add_pair<M>(sums, pair_of(panel, i / 2), x + i, in);
+        i += 2;
+    };
+    for (; i + INPUTS <= in; soon += lines * LINE) {
         for (int line = 0; line < lines; line++) __builtin_prefetch(soon + line * LINE, 0, 2);
         for (int j = 0; j < INPUTS; j += 2) add();
     }
-    for (; i + 2 <= in; i += 2) add();
-    if (i < in) add_last<M>(sums, panel, x, in);
-    for (int v = 0; v < VECTORS; v++)
-        for (int m = 0; m < M; m++) {
-            const int64_t o = first + v * WIDTH, place = (row + m) * out + o;
-            if (linear.format == BFLOAT16) put(sums[m][v], linear.bias, o, out - o, static_cast<BFloat16 *>(linear.y) + place);
-            else put(sums[m][v], linear.bias, o, out - o, static_cast<float *>(linear.y) + place);
-        }
+    while (i + 2 <= in) add();
+    if (i < in) add_last<M>(sums, pair_of(panel, i / 2), x + i, in);
+    for (int m = 0; m < M; m++) put_row(linear, sums[m], row + m, first);
 }
 
 // `rows` of them, which are M at most.
@@ -146,20 +174,20 @@ static void pass(
 }
 
 // A panel as floats.
-static const float *widened(const BFloat16 *panel, int64_t size, Scratch &scratch) {
-    float *to = scratch.of(size);
-    for (int64_t i = 0; i < size; i += 2 * PANEL)
+static const float *widened(const BFloat16 *panel, int64_t in, Scratch &scratch) {
+    float *to = scratch.of((in + 1) / 2 * 2 * PANEL);
+    for (int64_t i = 0; i < in; i += 2)
         for (int second : {0, 1})
             for (int v = 0; v < VECTORS; v++) {
-                const Wide own = weights_of(panel + i, second, v);
-                std::memcpy(to + i + second * PANEL + v * WIDTH, &own, sizeof own);
+                const Wide own = weights_of(pair_of(panel, i / 2), second, v);
+                std::memcpy(to + (i + second) * PANEL + v * WIDTH, &own, sizeof own);
             }
     return to;
 }
 
 template <typename X, typename Number>
 static void multiply(const Linear &linear, const X *x, int64_t rows, const Number *panels, Share own) {
-    const int64_t size = (linear.in + 1) / 2 * 2 * PANEL;
+    const int64_t size = size_of(panels, linear.in);
     constexpr int LINES = INPUTS * PANEL * sizeof(Number) / LINE;
     constexpr bool MAY_WIDEN = sizeof(Number) < sizeof(X);
     const int lines = rows <= (sizeof(X) < sizeof(float) ? FEW_PAIRED : FEW) ? 0 : LINES;
@@ -172,13 +200,38 @@ static void multiply(const Linear &linear, const X *x, int64_t rows, const Numbe
             const char *soon = end - row > TILE ? after : now + AHEAD;
             if constexpr (MAY_WIDEN)
                 if (end - row > MANY) {
-                    pass(linear, x, row, end, widened(panel, size, scratch), first, soon, lines);
+                    pass(linear, x, row, end, widened(panel, linear.in, scratch), first, soon, lines);
                     continue;
                 }
             pass(linear, x, row, end, panel, first, soon, lines);
         }
     }
 }
+
+#ifdef HAS_MATRIX_UNIT
+// By the matrix unit, if this process may use it.
+static void multiply(const Linear &linear, const BFloat16 *x, int64_t rows, const BFloat16 *panels, Share own) {
+    if (!may_use_matrix_unit()) return multiply<BFloat16, BFloat16>(linear, x, rows, panels, own);
+    const int64_t in = linear.in, size = size_of(panels, in);
+    Wide sums[MOST_TILED][VECTORS];
+    int shaped = 0;
+    for (int64_t row = 0; row < rows; row += TILED_BLOCK) {
+        const int64_t end = std::min(row + TILED_BLOCK, rows), passes = (end - row + MOST_TILED - 1) / MOST_TILED;
+        const int few = passes > 1 ? (2 * TILE_LINES + passes - 1) / passes : 0;
+        for (int64_t first = own.begin; first < own.end; first += PANEL) {
+            const BFloat16 *panel = panels + first / PANEL * size, *soon = panel + (few ? size : SOON);
+            Asked asked = {reinterpret_cast<const char *>(soon), few};
+            for (int64_t at = row; at < end; at += MOST_TILED, asked.lines += in / DEPTH * few * LINE) {
+                const int count = std::min<int64_t>(MOST_TILED, end - at);
+                if (count != shaped) shape_tiles(shaped = count);
+                multiply_tiles(x + at * in, in, count, panel, reinterpret_cast<float *>(sums), asked);
+                for (int m = 0; m < count; m++) put_row(linear, sums[m], at + m, first);
+            }
+        }
+    }
+    _tile_release();
+}
+#endif
 
 template <typename X, typename Number>
 static void linear_of(const Linear &linear, const void *x, int64_t rows, const void *panels, int threads) {
@@ -190,9 +243,11 @@ static void linear_of(const Linear &linear, const void *x, int64_t rows, const v
 }
 
 extern "C" int64_t timbre_linear_panel() { return PANEL; }
+extern "C" int64_t timbre_linear_vector() { return WIDTH; }
+extern "C" int64_t timbre_linear_together() { return TOGETHER; }
 
-// The weights are float32 or bfloat16: [out / PANEL rounded up] panels as above of `in` rounded up to whole pairs,
-// with zeros beyond the last output and input. Rows of bfloat16 have weights of bfloat16.
+// The weights are float32 or bfloat16: [out / PANEL rounded up] panels as above, of `in` rounded up to whole pairs, and
+// those of bfloat16 to TOGETHER pairs, with zeros beyond the last output and input. Rows of bfloat16 have weights of bfloat16.
 extern "C" void timbre_linear(
     const void *x, int64_t x_format, int64_t rows, int64_t in, const void *panels, int64_t format,
     const float *bias, void *y, int64_t y_format, int64_t out, int threads

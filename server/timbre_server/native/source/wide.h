@@ -41,7 +41,11 @@ static inline void get(Wide &to, const BFloat16 *from) {
 static inline void put(Wide numbers, float *to) { std::memcpy(to, &numbers, sizeof numbers); }
 
 static inline void put(Wide numbers, BFloat16 *to) {
+#ifdef __AVX512BF16__
+    const __m256bh halves = _mm512_cvtneps_pbh((__m512)numbers);  // Numbers below the normal ones become zeros.
+#else
     const WideHalves halves = __builtin_convertvector(rounded_to_bfloat16((WideBits)numbers), WideHalves);
+#endif
     std::memcpy(to, &halves, sizeof halves);
 }
 
