@@ -11,9 +11,10 @@
 #include <cmath>
 
 #include "attention.h"
+#include "wide.h"
 
 constexpr int VECTORS = 3;
-constexpr int QUERIES = VECTORS * LANES;
+constexpr int QUERIES = VECTORS * WIDTH;
 constexpr int AT_ONCE = 4;  // Numbers that are multiplied by all queries; the sums fit registers.
 constexpr int64_t PIECE = 64;  // Keys.
 
@@ -34,12 +35,12 @@ static std::vector<Tile> tiles_of(const Attention &call) {
     return tiles;
 }
 
-typedef Lanes Sums[AT_ONCE][VECTORS];
+typedef Wide Sums[AT_ONCE][VECTORS];
 
 // In a register: GCC would load it again for each product.
-static inline Lanes kept(Lanes lanes) {
+static inline Wide kept(Wide lanes) {
 #ifdef __AVX__
-    asm("" : "+x"(lanes));
+    asm("" : "+v"(lanes));
 #endif
     return lanes;
 }
@@ -48,10 +49,10 @@ static inline Lanes kept(Lanes lanes) {
 template <class Find>
 static inline void add_products(Sums &sums, const float *lanes, int64_t count, Find number) {
     for (int64_t i = 0; i < count; i++) {
-        Lanes own[VECTORS];
-        for (int v = 0; v < VECTORS; v++) own[v] = kept(load(lanes + i * QUERIES + v * LANES));
+        Wide own[VECTORS];
+        for (int v = 0; v < VECTORS; v++) own[v] = kept(wide(lanes + i * QUERIES + v * WIDTH));
         for (int j = 0; j < AT_ONCE; j++) {
-            const Lanes one = all(number(i, j));
+            const Wide one = Wide{} + number(i, j);
             for (int v = 0; v < VECTORS; v++) sums[j][v] += own[v] * one;
         }
     }
@@ -59,7 +60,7 @@ static inline void add_products(Sums &sums, const float *lanes, int64_t count, F
 
 static inline void store(float *to, const Sums &sums) {
     for (int j = 0; j < AT_ONCE; j++)
-        for (int v = 0; v < VECTORS; v++) store(to + j * QUERIES + v * LANES, sums[j][v]);
+        for (int v = 0; v < VECTORS; v++) put(sums[j][v], to + j * QUERIES + v * WIDTH);
 }
 
 template <class Number> class AttendedTile {
@@ -72,35 +73,35 @@ template <class Number> class AttendedTile {
         scores = sums + QUERIES * E;
         scratch = scores + QUERIES * PIECE;
         for (int64_t i = 0; i < QUERIES * E; i++) sums[i] = 0;
-        for (int i = 0; i < QUERIES; i++) positions[i / LANES][i % LANES] = tile.sequence->start + row_of(i);
+        for (int i = 0; i < QUERIES; i++) positions[i / WIDTH][i % WIDTH] = tile.sequence->start + row_of(i);
         for (int v = 0; v < VECTORS; v++) {
-            highest[v] = all(-FLT_MAX);
-            totals[v] = all(0);
-            for (int64_t d = 0; d < D; d += LANES) put_queries(v, d);
+            highest[v] = Wide{} - FLT_MAX;
+            totals[v] = Wide{};
         }
+        for (int first = 0; first < QUERIES; first += LANES)
+            for (int64_t d = 0; d < D; d += LANES) put_queries(first, d);
     }
 
     // Keys begin .. end - 1, which are at most PIECE, and their values.
     void add(int64_t begin, int64_t end) {
         score(begin, end);
-        Lanes factors[VECTORS];
+        Wide factors[VECTORS];
         for (int v = 0; v < VECTORS; v++) factors[v] = weigh(begin, end, v);
         add_values(begin, end, factors);
     }
 
     void put_out() const {
         const int64_t E = call.value_dim;
-        for (int v = 0; v < VECTORS; v++)
+        for (int64_t first = 0; first < tile.count; first += LANES)
             for (int64_t e = 0; e < E; e += LANES) {
+                const Lanes total = load(reinterpret_cast<const float *>(totals) + first);
                 Lanes block[LANES];
-                for (int i = 0; i < LANES; i++)
-                    block[i] = load(sums + (e + i) * QUERIES + v * LANES) / totals[v];
+                for (int i = 0; i < LANES; i++) block[i] = load(sums + (e + i) * QUERIES + first) / total;
                 transpose(block);
-                for (int i = 0; i < LANES && v * LANES + i < tile.count; i++) {
-                    const int64_t row = tile.sequence->first_row + row_of(v * LANES + i);
-                    const int64_t head = row * call.kv_heads * call.group + head_of(v * LANES + i);
-                    Number *to = static_cast<Number *>(call.out) + head * E + e;
-                    for (int j = 0; j < LANES; j++) put(block[i][j], to + j);
+                for (int i = 0; i < LANES && first + i < tile.count; i++) {
+                    const int64_t row = tile.sequence->first_row + row_of(first + i);
+                    const int64_t head = row * call.kv_heads * call.group + head_of(first + i);
+                    store(static_cast<Number *>(call.out) + head * E + e, block[i]);
                 }
             }
     }
@@ -110,21 +111,21 @@ template <class Number> class AttendedTile {
     const Tile &tile;
     float *queries, *sums, *scores;  // [key_dim, QUERIES], [value_dim, QUERIES], [PIECE, QUERIES].
     float *scratch;
-    Lanes highest[VECTORS], totals[VECTORS];
-    Integers positions[VECTORS];
+    Wide highest[VECTORS], totals[VECTORS];
+    WideIntegers positions[VECTORS];
 
     // Of the tile's query i; after the last one the last again.
     int64_t row_of(int64_t i) const { return (tile.first + std::min(i, tile.count - 1)) / call.group; }
     int64_t head_of(int64_t i) const { return tile.kv_head * call.group + (tile.first + i) % call.group; }
 
-    void put_queries(int v, int64_t d) {
+    void put_queries(int first, int64_t d) {
         Lanes block[LANES] = {};
-        for (int i = 0; i < LANES && v * LANES + i < tile.count; i++) {
-            const int64_t row = tile.sequence->first_row + row_of(v * LANES + i);
-            block[i] = load(call.q.at<Number>(row, head_of(v * LANES + i)) + d) * call.scale;
+        for (int i = 0; i < LANES && first + i < tile.count; i++) {
+            const int64_t row = tile.sequence->first_row + row_of(first + i);
+            block[i] = load(call.q.at<Number>(row, head_of(first + i)) + d) * call.scale;
         }
         transpose(block);
-        for (int i = 0; i < LANES; i++) store(queries + (d + i) * QUERIES + v * LANES, block[i]);
+        for (int i = 0; i < LANES; i++) store(queries + (d + i) * QUERIES + first, block[i]);
     }
 
     const Number *at(const void *pool, int64_t dim, int64_t position) const {
@@ -146,29 +147,29 @@ template <class Number> class AttendedTile {
 
     // Scores of a vector of queries become weights. Returns what takes the sums of the pieces before to the
     // highest score since.
-    Lanes weigh(int64_t begin, int64_t end, int v) {
-        float *own = scores + v * LANES;
-        const Lanes unseen = all(-INFINITY);
-        Lanes most = highest[v];
+    Wide weigh(int64_t begin, int64_t end, int v) {
+        float *own = scores + v * WIDTH;
+        const Wide unseen = Wide{} - INFINITY;
+        Wide most = highest[v];
         for (int64_t key = begin; key < end; key++, own += QUERIES) {
-            const Integers ago = positions[v] - int32_t(key);
-            const Lanes score = (ago < 0) | (ago >= int32_t(call.window)) ? unseen : load(own);
-            store(own, score);
+            const WideIntegers ago = positions[v] - int32_t(key);
+            const Wide score = (ago < 0) | (ago >= int32_t(call.window)) ? unseen : wide(own);
+            put(score, own);
             most = score > most ? score : most;
         }
-        const Lanes factor = exponential(highest[v] - most);
+        const Wide factor = exponential(highest[v] - most);
         highest[v] = most;
         totals[v] *= factor;
-        own = scores + v * LANES;
+        own = scores + v * WIDTH;
         for (int64_t key = begin; key < end; key++, own += QUERIES) {
-            const Lanes weight = load(own) == unseen ? all(0) : exponential(load(own) - most);
-            store(own, weight);
+            const Wide weight = wide(own) == unseen ? Wide{} : exponential(wide(own) - most);
+            put(weight, own);
             totals[v] += weight;
         }
         return factor;
     }
 
-    void add_values(int64_t begin, int64_t end, const Lanes (&factors)[VECTORS]) {
+    void add_values(int64_t begin, int64_t end, const Wide (&factors)[VECTORS]) {
         const int64_t E = call.value_dim;
         const float *values[PIECE];
         for (int64_t n = 0; n < end - begin; n++)
@@ -177,7 +178,7 @@ template <class Number> class AttendedTile {
             Sums products;
             for (int j = 0; j < AT_ONCE; j++)
                 for (int v = 0; v < VECTORS; v++)
-                    products[j][v] = load(sums + (e + j) * QUERIES + v * LANES) * factors[v];
+                    products[j][v] = wide(sums + (e + j) * QUERIES + v * WIDTH) * factors[v];
             add_products(products, scores, end - begin, [&](int64_t n, int j) { return values[n][e + j]; });
             store(sums + e * QUERIES, products);
         }
