@@ -42,7 +42,7 @@ def test_a_packed_basis_is_the_rounded_one() -> None:
 
 
 def test_what_would_take_more_or_runs_otherwise_is_left() -> None:
-    narrow = diagonal(3)
+    narrow = diagonal(1)
     assert with_packed_basis(narrow) is narrow, "panels of mostly zeros"
     with_vectors = replace(diagonal(16), outer_NO=torch.ones(3, OUT))
     assert with_packed_basis(with_vectors) is with_vectors, "each block's outputs are multiplied apart"

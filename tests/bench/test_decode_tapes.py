@@ -135,7 +135,7 @@ def test_a_step_that_fails_anyhow_turns_no_tapes_off(
         raise RuntimeError("this adapter fails")
 
     with monkeypatch.context() as failing:
-        failing.setattr(AdaptedGroup, "sources", fail)
+        failing.setattr(AdaptedGroup, "in_place", fail)
         with pytest.raises(RuntimeError, match="safe to try again"):
             decoding.step_seconds(["lora-0"], 1, 3)
     want = logprobs(decoding_of(torch.float32, with_tapes=False), DIGESTS[:3])

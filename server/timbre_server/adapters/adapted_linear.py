@@ -27,8 +27,9 @@ from timbre_server.adapters.active_rows import RowCopies
 from timbre_server.adapters.adapted_group import AdaptedGroup
 from timbre_server.adapters.added import added, rows_of
 from timbre_server.adapters.in_place import InPlace
+from timbre_server.native.joining import Joining
 from timbre_server.native.recording import Recording, recording, repeated
-from timbre_server.native.rounding import round_into, widen_into
+from timbre_server.native.rounding import round_into, rounded, widen_into
 from timbre_server.native.sums import sum_into
 from timbre_server.native.tape import Choice, Tape
 from timbre_server.operators.contract import Bound, Change, OwnProduct
@@ -44,6 +45,16 @@ class WideProduct(Protocol):
     def __call__(self, x: Tensor) -> Tensor: ...
 
     def in_float32(self, x: Tensor) -> Tensor: ...
+
+
+@runtime_checkable
+class JoinedProduct(Protocol):
+    """A `Product` that adapters may join before it is rounded, so that nothing else lies in float32. Of few
+    rows, which tapes have, factors are better read one adapter after the other."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+    def joined(self, x: Tensor, joining: Joining) -> Tensor | None: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,9 +95,9 @@ class AdaptedLinear(nn.Module):
         self._product = product
         # Where sums need not be rounded they are not, whoever adds to them: a row's bits are its own.
         self._sums = product.in_float32 if isinstance(product, WideProduct) else product
+        self._joined = product.joined if isinstance(product, JoinedProduct) else None
         self._group = group
         self._member = member
-        self._path = group.paths[member]
 
     @property
     def weight(self) -> Tensor:
@@ -176,11 +187,10 @@ class AdaptedLinear(nn.Module):
         if copies is None:
             if not bounds:
                 return self._product(x)
-            in_place = group.in_place(member) if x.is_contiguous() else None
-            if in_place is not None:
-                return self._changed_in_place(in_place, x)
+            if x.is_contiguous() and (own := group.in_place(member)) is not None:
+                return self._changed_in_place(own, x)
         if all(bound.reads_input_alone for bound in bounds):
-            if copies is not None and copies.last == self._path:
+            if copies is not None and copies.last == group.paths[member]:
                 return self._where_copies_meet(copies, x)
             changes = group.changes(member, x) if bounds else ()
             return added(self._base_sums(x), changes, is_own=True).to(x.dtype)
@@ -199,6 +209,8 @@ class AdaptedLinear(nn.Module):
 
     def _changed_in_place(self, own: InPlace, x: Tensor) -> Tensor:
         """As `forward`, for a contiguous x: all is added in float32, and rounded once."""
+        if own.joining and self._joined and (joined := self._joined(x, own.joining)) is not None:
+            return joined
         changed = x
         if own.inputs:
             changed = x.to(torch.float32, copy=True)
@@ -213,7 +225,7 @@ class AdaptedLinear(nn.Module):
         elif len(own.outputs) > 1:
             y0 = y.clone()
         self._add_in_place(own, x, y0, y)
-        return y.to(x.dtype)
+        return rounded(y, x.dtype)
 
     def _add_in_place(self, own: InPlace, x: Tensor, y0: Tensor, y: Tensor) -> object:
         """Returns what kernels read that lies nowhere else."""

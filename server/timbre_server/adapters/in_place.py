@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from timbre_server.native.joining import Joining
 from timbre_server.operators.contract import Add, Bound, SideAdd
 from timbre_server.operators.row_table import RowTable
 
@@ -22,6 +23,8 @@ class InPlace:
     """To the base product of the changed input; only where that is changed."""
     sums: tuple[tuple[int, Add], ...]
     """With the number of the operator."""
+    joining: Joining | None
+    """What does it all, with the base product."""
 
     @property
     def changes_nothing(self) -> bool:
@@ -43,7 +46,10 @@ class InPlace:
         outputs = tuple(own.output_change for own in known if own.output_change is not None)
         products = tuple(own.product_change for own in known if own.product_change is not None)
         sums = tuple((n, own.sums) for n, own in enumerate(known) if own.sums is not None)
-        return InPlace(inputs, outputs, _is_one_of_each(inputs, outputs, table), products, sums)
+        joining = [own.joining for own in known if own.sums is not None]
+        is_all = len(sums) == 1 and not (inputs or outputs)
+        is_hidden = _is_one_of_each(inputs, outputs, table)
+        return InPlace(inputs, outputs, is_hidden, products, sums, joining[0] if is_all else None)
 
 
 def _is_one_of_each(some: Sequence[SideAdd], others: Sequence[SideAdd], table: RowTable) -> bool:

@@ -11,11 +11,13 @@ Legend: T rows, I in, O out.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from timbre_server.native.formats import format_of
+from timbre_server.native.joining import Joining
 from timbre_server.native.library import ADDRESS, NUMBER, kernel, num_threads
 from timbre_server.native.panels import in_panels
 
@@ -25,6 +27,11 @@ def serves(dtype: torch.dtype) -> bool:
     if dtype is torch.bfloat16:
         return torch.cpu._is_avx512_bf16_supported()
     return dtype is torch.float32 and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+
+
+_ROWS, _WEIGHT, _OUTPUT = (ADDRESS, *[NUMBER] * 3), (ADDRESS, NUMBER, ADDRESS), (ADDRESS, NUMBER, NUMBER)
+_TYPES = *_ROWS, *_WEIGHT, *_OUTPUT
+"""Of the kernel's arguments."""
 
 
 class NativeProduct:
@@ -40,17 +47,25 @@ class NativeProduct:
         self.panels = place(in_panels(weight_OI))
         self._dtype = weight_OI.dtype
         self._weight = self.panels.data_ptr(), format_of(self.panels)
-        rows, weight, output = (ADDRESS, *[NUMBER] * 3), (ADDRESS, NUMBER, ADDRESS), (ADDRESS, NUMBER, NUMBER)
-        self._run = kernel("timbre_linear", *rows, *weight, *output)
+        self._run = kernel("timbre_linear", *_TYPES)
 
-    def __call__(self, x: Tensor, bias_O: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
-        """``dtype``: of y, which is rounded once."""
+    def __call__(
+        self,
+        x: Tensor,
+        bias_O: Tensor | None,
+        dtype: torch.dtype | None = None,
+        joining: Joining | None = None,
+    ) -> Tensor:
+        """``dtype``: of y, which is rounded once. ``joining`` adds to it before."""
+        run = self._run
+        if joining is not None:
+            run = partial(kernel(joining.name, ADDRESS, *_TYPES), joining.address)
         *leading, num_in = x.shape
         assert num_in == self.num_in, f"{num_in} features for a weight of {self.num_in}"
         assert x.dtype is self._dtype, f"rows of {x.dtype} for a weight of {self._dtype}"
         x, y = x.contiguous(), x.new_empty((*leading, self.num_out), dtype=dtype)
         bias_O = None if bias_O is None else bias_O.float().contiguous()
-        self._run(
+        run(
             x.data_ptr(),
             format_of(x),
             x.numel() // num_in,

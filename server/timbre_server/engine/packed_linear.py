@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from timbre_server.engine.huge_pages import HugePages
 from timbre_server.engine.linears import bias_of, weight_of
 from timbre_server.engine.native_linear import NativeProduct, serves
+from timbre_server.native.joining import Joining
 from timbre_server.native.library import LibraryUnavailable
 
 _BATCH_HINT = 16
@@ -121,6 +122,12 @@ class PackedLinear:
 
     def in_float32(self, x: Tensor) -> Tensor:
         return self._rounded_to(torch.float32, x)
+
+    def joined(self, x: Tensor, joining: Joining) -> Tensor | None:
+        """With what it adds; None: only our own kernel can."""
+        if not isinstance(self._product, NativeProduct) or x.numel() == 0:
+            return None
+        return self._product(x, self._bias_O, joining=joining)
 
     def _rounded_to(self, dtype: torch.dtype, x: Tensor) -> Tensor:
         num_rows = x.numel() // x.shape[-1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from timbre_server.native.library import ADDRESS, NUMBER, kernel, num_threads
+from timbre_server.native.library import ADDRESS, NUMBER, is_loaded, kernel, num_threads
 
 _NAMES = {
     (torch.float32, torch.bfloat16): "timbre_rounded",
@@ -13,6 +13,13 @@ _NAMES = {
     (torch.float32, torch.float32): "timbre_copied",
 }
 """By the types of x and y."""
+
+
+def rounded(sums: Tensor, dtype: torch.dtype) -> Tensor:
+    """Contiguous float32 ``sums`` in this type, in C++ if there is any."""
+    if dtype is sums.dtype or not is_loaded():
+        return sums.to(dtype)
+    return round_into(torch.empty_like(sums, dtype=dtype), sums)
 
 
 def round_into(y: Tensor, sums: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 from torch import Tensor
 
 from timbre_methods.program import Part
+from timbre_server.native.joining import Joining
 from timbre_server.operators.live_rows import LiveRows
 from timbre_server.operators.row_table import RowTable
 
@@ -90,6 +91,8 @@ class Adds:
     """From y0."""
     sums: Add | None = None
     """From what `Bound.source` makes of x."""
+    joining: Joining | None = None
+    """The same from x itself, with the base product, to the bit."""
     product_change: SideAdd | None = None
     """From the base product of the changed input."""
 

@@ -18,8 +18,7 @@ constexpr int TILE = 13;  // Rows, of which all sums stay in registers beside th
 constexpr int TILE = 5;
 #endif
 
-constexpr int VECTORS = 2;
-constexpr int PANEL = VECTORS * WIDTH;
+constexpr int VECTORS = PANEL_VECTORS;
 #ifdef HAS_MATRIX_UNIT
 constexpr int TOGETHER = DEPTH / 2;  // Pairs of inputs, of which the weights of WIDTH outputs lie together.
 constexpr int64_t TILED_BLOCK = 256;  // Rows that stay in the cache while all panels pass the matrix unit.
@@ -31,14 +30,6 @@ constexpr int64_t MANY = 20;  // More rows of float32 than these read weights as
 constexpr int INPUTS = 4;  // Inputs between two looks at what to ask for.
 constexpr int AHEAD = 6144;  // Bytes, of what is asked for where a panel is read once.
 constexpr int FEW_PAIRED = 3, FEW = 1;  // Rows of bfloat16, and of floats, up to which nothing is asked for.
-
-struct Linear {
-    int64_t in;
-    const float *bias;  // [out], or null
-    void *y;  // [rows, out]
-    int64_t out;
-    int64_t format;  // Of y.
-};
 
 // Numbers of a panel.
 static inline int64_t size_of(const float *, int64_t in) { return (in + 1) / 2 * 2 * PANEL; }
@@ -108,19 +99,37 @@ static inline void add_last(Wide sums[M][VECTORS], const BFloat16 *pair, const B
     add_bits<M>(sums, pair, inputs);
 }
 
-// One row's sums; `count` outputs are left from the output `o` on.
-template <typename Y> static inline void put(Wide sum, const float *bias, int64_t o, int64_t count, Y *y) {
-    if (count >= WIDTH) put(bias ? sum + wide(bias + o) : sum, y);
-    else for (int64_t i = 0; i < count; i++) put(bias ? sum[i] + bias[o + i] : sum[i], y + i);
+// One row's sums; `count` outputs are left.
+template <typename Y> static inline void put(Wide sum, int64_t count, Y *y) {
+    if (count >= WIDTH) put(sum, y);
+    else for (int64_t i = 0; i < count; i++) put(sum[i], y + i);
 }
 
-// The sums of one row with the panel at `first`.
-static inline void put_row(const Linear &linear, const Wide sums[VECTORS], int64_t row, int64_t first) {
-    for (int v = 0; v < VECTORS; v++) {
-        const int64_t o = first + v * WIDTH, place = row * linear.out + o, count = linear.out - o;
-        if (linear.format == BFLOAT16) put(sums[v], linear.bias, o, count, static_cast<BFloat16 *>(linear.y) + place);
-        else put(sums[v], linear.bias, o, count, static_cast<float *>(linear.y) + place);
+// Of rows with the panel at `first`.
+static inline void add_bias(const Linear &linear, Wide (*sums)[VECTORS], int64_t rows, int64_t first) {
+    for (int v = 0; v < VECTORS && linear.bias; v++) {
+        const int64_t o = first + v * WIDTH;
+        Wide own = {};
+        if (linear.out - o >= WIDTH) own = wide(linear.bias + o);
+        else for (int64_t i = 0; o + i < linear.out; i++) own[i] = linear.bias[o + i];
+        for (int64_t m = 0; m < rows; m++) sums[m][v] += own;
     }
+}
+
+static inline void put_rows(const Linear &linear, Wide (*sums)[VECTORS], int64_t row, int64_t rows, int64_t first) {
+    for (int v = 0; v < VECTORS; v++)
+        for (int64_t m = 0; m < rows; m++) {
+            const int64_t o = first + v * WIDTH, place = (row + m) * linear.out + o;
+            if (linear.y_format == BFLOAT16) put(sums[m][v], linear.out - o, static_cast<BFloat16 *>(linear.y) + place);
+            else put(sums[m][v], linear.out - o, static_cast<float *>(linear.y) + place);
+        }
+}
+
+// What the sums of rows from `row` on with the panel at `first` become.
+static inline void finish(const Linear &linear, Wide (*sums)[VECTORS], int64_t row, int64_t rows, int64_t first) {
+    add_bias(linear, sums, rows, first);
+    if (linear.addend) linear.addend->add(row, rows, first, reinterpret_cast<float *>(sums));
+    put_rows(linear, sums, row, rows, first);
 }
 
 // M rows from `row` on with the panel at `first`; for every INPUTS, so many lines are asked for, from `soon` on.
@@ -142,7 +151,14 @@ static void tile(
     }
     while (i + 2 <= in) add();
     if (i < in) add_last<M>(sums, pair_of(panel, i / 2), x + i, in);
-    for (int m = 0; m < M; m++) put_row(linear, sums[m], row + m, first);
+    if (linear.addend) {  // A copy: else sums would lie in memory from the first on.
+        Wide kept[M][VECTORS];
+        for (int m = 0; m < M; m++)
+            for (int v = 0; v < VECTORS; v++) kept[m][v] = sums[m][v];
+        return finish(linear, kept, row, M, first);
+    }
+    add_bias(linear, sums, M, first);
+    put_rows(linear, sums, row, M, first);
 }
 
 // `rows` of them, which are M at most.
@@ -225,7 +241,7 @@ static void multiply(const Linear &linear, const BFloat16 *x, int64_t rows, cons
                 const int count = std::min<int64_t>(MOST_TILED, end - at);
                 if (count != shaped) shape_tiles(shaped = count);
                 multiply_tiles(x + at * in, in, count, panel, reinterpret_cast<float *>(sums), asked);
-                for (int m = 0; m < count; m++) put_row(linear, sums[m], at + m, first);
+                finish(linear, sums, at, count, first);
             }
         }
     }
@@ -233,28 +249,28 @@ static void multiply(const Linear &linear, const BFloat16 *x, int64_t rows, cons
 }
 #endif
 
-template <typename X, typename Number>
-static void linear_of(const Linear &linear, const void *x, int64_t rows, const void *panels, int threads) {
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        const Share own = share(linear.out, thread_number(), thread_count(), PANEL);
-        multiply(linear, static_cast<const X *>(x), rows, static_cast<const Number *>(panels), own);
-    }
+template <typename X, typename Number> static void multiply(const Linear &linear, Share own) {
+    const auto x = static_cast<const X *>(linear.x.first);
+    multiply(linear, x, linear.rows, static_cast<const Number *>(linear.panels.first), own);
+}
+
+void multiply_linear(const Linear &linear, int thread, int threads) {
+    const Share own = share(linear.out, thread, threads, PANEL);
+    if (linear.x.format == BFLOAT16) multiply<BFloat16, BFloat16>(linear, own);
+    else if (linear.panels.format == BFLOAT16) multiply<float, BFloat16>(linear, own);
+    else multiply<float, float>(linear, own);
 }
 
 extern "C" int64_t timbre_linear_panel() { return PANEL; }
 extern "C" int64_t timbre_linear_vector() { return WIDTH; }
 extern "C" int64_t timbre_linear_together() { return TOGETHER; }
 
-// The weights are float32 or bfloat16: [out / PANEL rounded up] panels as above, of `in` rounded up to whole pairs, and
-// those of bfloat16 to TOGETHER pairs, with zeros beyond the last output and input. Rows of bfloat16 have weights of bfloat16.
 extern "C" void timbre_linear(
     const void *x, int64_t x_format, int64_t rows, int64_t in, const void *panels, int64_t format,
     const float *bias, void *y, int64_t y_format, int64_t out, int threads
 ) {
-    const Linear linear = {in, bias, y, out, y_format};
-    if (x_format == BFLOAT16) linear_of<BFloat16, BFloat16>(linear, x, rows, panels, threads);
-    else if (format == BFLOAT16) linear_of<float, BFloat16>(linear, x, rows, panels, threads);
-    else linear_of<float, float>(linear, x, rows, panels, threads);
+    const Linear linear = {{x, x_format}, rows, in, {panels, format}, bias, y, y_format, out, nullptr};
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    multiply_linear(linear, thread_number(), thread_count());
 }
 PLAYED(timbre_linear)

@@ -10,8 +10,8 @@ from timbre_server.operators.contract import Members, Standing, StandingOperator
 from timbre_server.operators.live_rows import LiveRows
 from timbre_server.operators.low_rank import BoundGated, Gating, LowRankOperator
 from timbre_server.operators.native.low_rank_experts import BoundExperts
+from timbre_server.operators.native.narrow_inputs import BoundNarrowInputKernels
 from timbre_server.operators.native.uses import (
-    BoundNarrowInputKernels,
     Prepared,
     PreparedParts,
     Sources,
@@ -31,7 +31,7 @@ class NativeLowRank(StandingOperator[LowRank, PreparedParts], LowRankOperator):
         return PreparedParts([[_prepared(part) for part in own if part.a_RI.shape[0]] for own in members])
 
     def standing(self, rows: LiveRows) -> Standing[PreparedParts]:
-        return BoundNarrowInputKernels("timbre_low_rank", rows, self._sources)
+        return BoundNarrowInputKernels("timbre_low_rank", rows, self._sources, "timbre_linear_low_rank")
 
     def bind_gated(self, uses: Uses[LowRank], table: RowTable, gating: Gating) -> BoundGated:
         return BoundExperts(uses, table, gating)

@@ -16,8 +16,8 @@ from timbre_methods.program import LowRank
 from timbre_server.operators.contract import Change, Uses
 from timbre_server.operators.live_rows import LiveRows
 from timbre_server.operators.low_rank import BoundGated, Gating
+from timbre_server.operators.native.narrow_inputs import BoundNarrowInputKernels
 from timbre_server.operators.native.uses import (
-    BoundNarrowInputKernels,
     Prepared,
     PreparedParts,
     Sources,

@@ -32,9 +32,10 @@ from timbre_server.operators.joined_sums import JoinedSums
 from timbre_server.operators.live_rows import LiveRows
 from timbre_server.operators.native.gain_experts import WithGains, prepared_gains_of
 from timbre_server.operators.native.low_rank_experts import KERNEL, AdapterGates, Experts, prepared_experts
+from timbre_server.operators.native.narrow_inputs import BoundNarrowInputKernels
 from timbre_server.operators.native.routers import AdapterRouters, write_gates
 from timbre_server.operators.native.sides import StandingSides
-from timbre_server.operators.native.uses import BoundNarrowInputKernels, Sources, Uses, address_of
+from timbre_server.operators.native.uses import Sources, Uses, address_of
 from timbre_server.operators.routed import RoutedOperator
 from timbre_server.operators.router import Routers
 from timbre_server.operators.row_table import RowTable, Segment

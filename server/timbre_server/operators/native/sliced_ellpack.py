@@ -8,8 +8,8 @@ from __future__ import annotations
 from timbre_methods.sliced_ellpack import SlicedEllpack
 from timbre_server.operators.contract import Members, Standing, StandingOperator
 from timbre_server.operators.live_rows import LiveRows
+from timbre_server.operators.native.narrow_inputs import BoundNarrowInputKernels
 from timbre_server.operators.native.uses import (
-    BoundNarrowInputKernels,
     Prepared,
     PreparedParts,
     Sources,

@@ -279,16 +279,6 @@ class BoundInputKernels(BoundKernels, Standing[PreparedParts]):
         return self
 
 
-class BoundNarrowInputKernels(BoundInputKernels):
-    """Those that read rows of bfloat16 as they are, too."""
-
-    def __init__(self, name: str, rows: LiveRows, sources: Sources) -> None:
-        super().__init__(name, rows, sources, is_told_format=True)
-
-    def source(self, x_TI: Tensor) -> Tensor:
-        return x_TI if x_TI.dtype is torch.bfloat16 else super().source(x_TI)
-
-
 def rows_of(segments: Iterable[Segment]) -> Tensor:
     """Those of any of them, each once."""
     return torch.tensor(sorted({row for segment in segments for row in segment.rows_N.tolist()}))
