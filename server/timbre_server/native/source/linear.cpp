@@ -34,8 +34,8 @@ constexpr int FEW_PAIRED = 3, FEW = 1;  // Rows of bfloat16, and of floats, up t
 // Numbers of a panel.
 static inline int64_t size_of(const float *, int64_t in) { return (in + 1) / 2 * 2 * PANEL; }
 static inline int64_t size_of(const BFloat16 *, int64_t in) {
-    constexpr int64_t INPUTS = 2 * TOGETHER;
-    return (in + INPUTS - 1) / INPUTS * INPUTS * PANEL;
+    constexpr int64_t WHOLE = 2 * TOGETHER;
+    return (in + WHOLE - 1) / WHOLE * WHOLE * PANEL;
 }
 
 // Where the weights of a pair of inputs lie.
@@ -117,8 +117,8 @@ static inline void add_bias(const Linear &linear, Wide (*sums)[VECTORS], int64_t
 }
 
 static inline void put_rows(const Linear &linear, Wide (*sums)[VECTORS], int64_t row, int64_t rows, int64_t first) {
-    for (int v = 0; v < VECTORS; v++)
-        for (int64_t m = 0; m < rows; m++) {
+    for (int64_t m = 0; m < rows; m++)
+        for (int v = 0; v < VECTORS; v++) {
             const int64_t o = first + v * WIDTH, place = (row + m) * linear.out + o;
             if (linear.y_format == BFLOAT16) put(sums[m][v], linear.out - o, static_cast<BFloat16 *>(linear.y) + place);
             else put(sums[m][v], linear.out - o, static_cast<float *>(linear.y) + place);
