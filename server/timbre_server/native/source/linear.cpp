@@ -142,15 +142,16 @@ static void tile(
     Wide sums[M][VECTORS] = {};
     int64_t i = 0;
     const auto add = [&] {
-        add_pair<M>(sums, pair_of(panel, i / 2), x + i, in);
-        i += 2;
+        add_pair<M>(sums, pair_of(panel, i / 2), x, in);
+        i += 2, x += 2;
     };
-    for (; i + INPUTS <= in; soon += lines * LINE) {
+    while (i + INPUTS <= in) {
         for (int line = 0; line < lines; line++) __builtin_prefetch(soon + line * LINE, 0, 2);
+        soon += lines * LINE;
         for (int j = 0; j < INPUTS; j += 2) add();
     }
     while (i + 2 <= in) add();
-    if (i < in) add_last<M>(sums, pair_of(panel, i / 2), x + i, in);
+    if (i < in) add_last<M>(sums, pair_of(panel, i / 2), x, in);
     if (linear.addend) {  // A copy: else sums would lie in memory from the first on.
         Wide kept[M][VECTORS];
         for (int m = 0; m < M; m++)
