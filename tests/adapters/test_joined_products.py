@@ -88,3 +88,32 @@ def test_joined_products_have_the_bits_of_added_ones(
         assert got.dtype is want.dtype is dtype
         assert torch.equal(got, want)
     assert num_joined == 4
+
+
+class AsItIs(Apart):
+    """A product whose sums nobody may ask for."""
+
+    def in_float32(self, x: Tensor) -> Tensor:
+        raise AssertionError("nothing is added to these")
+
+
+@pytest.mark.cpp
+@torch.inference_mode()
+def test_a_layer_that_no_adapter_of_the_batch_changes_runs_its_product_as_it_is() -> None:
+    torch.manual_seed(1)
+    model = nn.ModuleDict({path: nn.Linear(IN, OUT).bfloat16() for path in ("changed", "left")})
+    products = {
+        layer: PackedLinear(layer, NativeProduct(layer.weight), layer.bias, plain_rows=0)
+        for layer in model.values()
+    }
+    left = products[model["left"]]
+    products[model["left"]] = AsItIs(left)
+    adapted = AdaptedModel(model, [LinearGroup(("changed", "left"))], Arithmetic(products.get, "native"))
+    adapted.put(0, AdapterProgram({"changed": (low_rank(8, torch.bfloat16),)}))
+    table = RowTable([Span(2, ((0, 1.0),)), Span(1)])
+    x_1TI = torch.randn(1, 3, IN).bfloat16()
+    adapted.set_rows(table, table)
+    changed, same = model["changed"](x_1TI), model["left"](x_1TI)
+    adapted.clear_rows()
+    assert torch.equal(same, left(x_1TI))
+    assert not torch.equal(changed[0, :2], model["changed"].base(x_1TI)[0, :2])

@@ -188,7 +188,7 @@ class AdaptedLinear(nn.Module):
             if not bounds:
                 return self._product(x)
             if x.is_contiguous() and (own := group.in_place(member)) is not None:
-                return self._changed_in_place(own, x)
+                return self._product(x) if own.changes_nothing else self._changed_in_place(own, x)
         if all(bound.reads_input_alone for bound in bounds):
             if copies is not None and copies.last == group.paths[member]:
                 return self._where_copies_meet(copies, x)
