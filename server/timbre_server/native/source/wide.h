@@ -41,11 +41,15 @@ static inline void get(Wide &to, const BFloat16 *from) {
 static inline void put(Wide numbers, float *to) { std::memcpy(to, &numbers, sizeof numbers); }
 
 static inline void put(Wide numbers, BFloat16 *to) {
-#ifdef __AVX512BF16__
-    const __m256bh halves = _mm512_cvtneps_pbh((__m512)numbers);  // Numbers below the normal ones become zeros.
-#else
-    const WideHalves halves = __builtin_convertvector(rounded_to_bfloat16((WideBits)numbers), WideHalves);
+#if defined __AVX512BF16__ && defined __AVX512DQ__
+    constexpr int BELOW_NORMAL = 0x20;  // Of which the processor would make zeros.
+    if (!_mm512_fpclass_ps_mask((__m512)numbers, BELOW_NORMAL)) {
+        const __m256bh halves = _mm512_cvtneps_pbh((__m512)numbers);
+        std::memcpy(to, &halves, sizeof halves);
+        return;
+    }
 #endif
+    const WideHalves halves = __builtin_convertvector(rounded_to_bfloat16((WideBits)numbers), WideHalves);
     std::memcpy(to, &halves, sizeof halves);
 }
 
