@@ -17,8 +17,9 @@ from timbre_methods.routing import Routed
 from timbre_methods.sliced_ellpack import SlicedEllpack
 from timbre_server.adapters.active_rows import ActiveRows
 from timbre_server.adapters.adapted_group import AdaptedGroup
-from timbre_server.adapters.placement import Layout, placed_program
+from timbre_server.adapters.placement import Layout, placed_program, tensors_of
 from timbre_server.adapters.transfer import Transfer
+from timbre_server.native import huge_pages
 from timbre_server.operators.catalogue import all_operators
 from timbre_server.operators.native.low_rank_experts import BoundExperts
 from timbre_server.operators.native.uses import BoundKernels, InputKernel
@@ -51,6 +52,26 @@ def test_factors_sparse_values_and_rotations_alone_are_rounded_where_asked_for(m
             dtype = torch.bfloat16 if is_rounded else one.dtype
             assert other.dtype == dtype
             assert torch.equal(one.to(dtype), other)
+
+
+@pytest.mark.parametrize("method", ["lora", "lokr", "shira", "oft", "hira", "arrow", "lora_mixer", "xlora"])
+def test_what_lies_in_huge_pages_is_what_lay_elsewhere(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = methods()[method]
+    generator = torch.Generator().manual_seed(1)
+    sites = {path: Site(path, torch.randn(96, 64, generator=generator), None) for path in (*GROUP, MLP)}
+    config, tensors = known.example(sites_of(known, sites), generator)
+    program = compile_adapter(config, tensors | derive(config, tensors, sites), sites)
+
+    def placed() -> list[Tensor]:
+        return list(tensors_of(placed_program(program, Transfer(torch.device("cpu")), [GROUP])))
+
+    elsewhere = placed()
+    monkeypatch.setattr(huge_pages, "_PAGE", 4096)  # So that these few numbers fill some.
+    moved = placed()
+    assert len({tensor.untyped_storage().data_ptr() for tensor in moved if tensor.numel()}) == 1
+    for one, other in zip(elsewhere, moved, strict=True):
+        assert torch.equal(one, other)
+        assert one.stride() == other.stride()
 
 
 def plain_parts(program: AdapterProgram) -> Iterator[Part]:

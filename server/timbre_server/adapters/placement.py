@@ -30,8 +30,9 @@ from timbre_methods.program import (
 )
 from timbre_methods.routing import Routed, RoutedBlock, Router, Scout, Scouted
 from timbre_server.adapters.packed_parts import packed_dense, with_packed_basis
-from timbre_server.adapters.packed_sites import may_be_packed, packed
+from timbre_server.adapters.packed_sites import PackedSites, may_be_packed, packed
 from timbre_server.adapters.transfer import Transfer
+from timbre_server.native.huge_pages import move_together
 from timbre_server.operators.low_rank import side_by_side
 from timbre_server.operators.rotation import narrowed as narrowed_rotation
 from timbre_server.operators.sliced_ellpack import sliced
@@ -63,15 +64,27 @@ def placed_program(
 ) -> AdapterProgram:
     """The program on its device. What `may_be_packed` is; of all else each tensor is contiguous in storage of
     its own, but for factors that are bound together at ``groups``: they lie side by side in one, and no bind
-    copies them. A shared basis is moved once, for all adapters that use it."""
+    copies them. A shared basis is moved once, for all adapters that use it. On a CPU all but bases then lies
+    together, in huge pages."""
     placement = _Placement(program, transfer, groups, layout)
-    return replace(
+    placed = replace(
         program,
         sites=placement.sites(program.sites),
         prompt=None if program.prompt is None else placement.part(program.prompt),
         scout=None if program.scout is None else placement.part(program.scout),
         attention={layer: placement.part(part) for layer, part in program.attention.items()},
     )
+    if transfer.device.type == "cpu":
+        move_together(tensors_of(placed))
+    return placed
+
+
+def tensors_of(program: AdapterProgram) -> Iterator[Tensor]:
+    """Those that belong to the adapter, for changing them in place."""
+    if isinstance(program.sites, PackedSites):
+        yield from program.sites.numbers
+        program = replace(program, sites={})
+    yield from (tensor for _, part in program.placed_parts() for tensor in owned_tensors(part))
 
 
 class _Placement:

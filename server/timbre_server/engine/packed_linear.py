@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
-from timbre_server.engine.huge_pages import HugePages
 from timbre_server.engine.linears import bias_of, weight_of
 from timbre_server.engine.native_linear import NativeProduct, serves
+from timbre_server.native.huge_pages import HugePages
 from timbre_server.native.joining import Joining
 from timbre_server.native.library import LibraryUnavailable
 
