@@ -1,40 +1,46 @@
 """Where the time of one decode step goes: ``make bench-profile``.
 
-The engine core runs in this process, with timers around its parts, on the embedded model and as many
-different adapters of one family, or of all in turn, as rows; the mean of many steps. Then a server of its own
-answers as many streams: what its clients see of a step beyond the engine's own time for one is the share of
-HTTP, of the two processes and of the sockets between. Prints a table and writes JSON.
+The engine core runs in this process, on the embedded model and as many different adapters of one family, or
+of all in turn, as rows: some rounds of steps as a server runs them, each followed by as many whose kernels
+are timed one by one. What the first take beyond the kernels, sampling and scheduling is Python's and
+PyTorch's own; it may come out below zero, since kernels that are timed take somewhat longer. Then a server
+answers as many streams: what its clients see of a step beyond all that is the share of HTTP, of its process
+and of the clients, which have no processor of their own. Medians of the rounds. Prints a table and writes
+JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import statistics
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from engine_in_process import Decoding, distinct
+from kernel_clock import calls_timed, kernels_timed, replaced
 from load import Job, figures, run
 from measured_server import CACHE, MeasuredServer
 from random_adapters import FAMILIES, write_adapters
 from scenarios import BASE, EVERY
-from stopwatch import SCHEDULING, Stopwatch, replaced
 from table import options, report
 from transformers import AutoModelForCausalLM
 
 from timbre_server.adapters.active_rows import ActiveRows
+from timbre_server.engine import runner
 from timbre_server.engine.embedded_model import embedded_model_folder
 from timbre_server.engine.model_loader import chosen_device, chosen_dtype
 from timbre_server.operators.row_table import RowTable
 
-HTTP = "HTTP and sockets"
+HTTP = "HTTP: its process, sockets and clients"
+PYTHON, SAMPLING, SCHEDULING = "Python and PyTorch between kernels", "sampling", "scheduling"
 KV_BYTES = 512 << 20
-LONGER = 8
-"""Times the steps that are taken apart: those in which streams begin and end, which take longer, are few."""
 Name = TypeVar("Name")
 
 
@@ -45,19 +51,30 @@ def engine_parts(args: argparse.Namespace, model_folder: Path) -> dict[str, floa
         model_folder, dtype=chosen_dtype("auto", device), attn_implementation="eager"
     )
     model.to(device).eval().requires_grad_(False)
-    watch = Stopwatch(torch.cuda.synchronize if device.type == "cuda" else lambda: None)
-    with watch.on_engines():
-        decoding = Decoding.of(model, FAMILIES, args.rows, KV_BYTES)
-        digests = turns({name: distinct(name, args.rows) for name in families(args.family)}, None, args.rows)
-        decoding.load([digest for digest in digests if digest])
-        decoding.step_seconds(digests, args.prompt_tokens, args.steps, measured(watch, args.changing_rows))
-    return {part: seconds / args.steps for part, seconds in watch.counted.items()}
+    decoding = Decoding.of(model, FAMILIES, args.rows, KV_BYTES)
+    digests = turns({name: distinct(name, args.rows) for name in families(args.family)}, None, args.rows)
+    decoding.load([digest for digest in digests if digest])
+    steps = partial(decoding.step_seconds, digests, args.prompt_tokens, args.steps)
+    steps()
+    rounds = []
+    with new_tables() if args.changing_rows else nullcontext():
+        for _ in range(args.rounds):
+            calls, kernels = Counter[str](), Counter[str]()
+            steps_s = steps(while_measured=calls_timed(calls, {"sample": runner, "execute": runner.Runner}))
+            steps(while_measured=kernels_timed(kernels, device))
+            rounds.append(parts_of(sum(steps_s), calls, kernels))
+    names = {name for found in rounds for name in found}
+    return {name: statistics.median(found.get(name, 0) for found in rounds) / args.steps for name in names}
 
 
-@contextmanager
-def measured(watch: Stopwatch, changing_rows: bool) -> Iterator[None]:
-    with watch.counting(), new_tables() if changing_rows else nullcontext():
-        yield
+def parts_of(whole_s: float, calls: Mapping[str, float], kernels: Mapping[str, float]) -> dict[str, float]:
+    """Of steps that took so long."""
+    return {
+        **kernels,
+        SAMPLING: calls["sample"],
+        SCHEDULING: whole_s - calls["execute"],
+        PYTHON: calls["execute"] - calls["sample"] - sum(kernels.values()),
+    }
 
 
 @contextmanager
@@ -73,8 +90,8 @@ def new_tables() -> Iterator[None]:
         yield
 
 
-def seen_and_spent(args: argparse.Namespace, model_folder: Path) -> tuple[float, float]:
-    """Seconds of a step as the clients of a server see it, and as its engine spends them: means."""
+def seen_by_clients(args: argparse.Namespace, model_folder: Path) -> float:
+    """Seconds of a step as the clients of a server see it: the rounds' median, after one that warms up."""
     with tempfile.TemporaryDirectory() as folder:
         flags = ["--max-num-seqs", str(args.rows)]
         server = MeasuredServer.start(Path(folder), args.device, args.threads, flags, model_folder)
@@ -86,17 +103,22 @@ def seen_and_spent(args: argparse.Namespace, model_folder: Path) -> tuple[float,
                 )
                 server.upload(Path(folder) / "adapters")
                 names = turns(own, server.base, args.rows)
-            # A prompt of one token: every step, the first too, has a row for each stream.
-            for new_tokens in (3, LONGER * args.steps):
-                streams = [[Job(name, (200 + i,), new_tokens)] for i, name in enumerate(names)]
-                before_s, before = server.engine_steps()
-                found = figures("decode", asyncio.run(run(server.url, streams)))
-                after_s, after = server.engine_steps()
+            found = [_decoded(server, names, args) for _ in range(1 + args.rounds)]
         finally:
             server.stop()
+    print([round(1e3 * args.rows / f, 1) for f in found])
+    return args.rows / statistics.median(found[1:])
+
+
+def _decoded(server: MeasuredServer, names: Sequence[str], args: argparse.Namespace) -> float:
+    """Tokens/s while all streams decode. Raises SystemExit where a request fails."""
+    prompts = torch.randint(server.vocab_size, (len(names), args.prompt_tokens)).tolist()
+    jobs = [Job(name, tuple(own), args.steps) for name, own in zip(names, prompts, strict=True)]
+    streams = [[job] for job in jobs]
+    found = figures("decode", asyncio.run(run(server.url, streams)))
     if found.errors:
         raise SystemExit(f"{found.errors} requests failed: {found.first_error}")
-    return args.rows / found.tokens_per_s, (after_s - before_s) / (after - before)
+    return found.tokens_per_s
 
 
 def families(asked: str) -> tuple[str, ...]:
@@ -126,8 +148,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = options(__doc__)
     parser.add_argument("--family", choices=(BASE, *FAMILIES, EVERY), default="lora")
     parser.add_argument("--rows", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--prompt-tokens", type=int, default=64, help="before the steps in this process")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=40, help="of a round")
+    parser.add_argument("--prompt-tokens", type=int, default=64, help="before the steps")
     parser.add_argument(
         "--changing-rows", action="store_true", help="in this process every step has a new table of rows"
     )
@@ -138,20 +161,16 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def profile(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float]]:
+def profile(args: argparse.Namespace) -> list[dict[str, Any]]:
     torch.set_num_threads(args.threads)
     model_folder = args.model or embedded_model_folder(CACHE, print)
     parts = engine_parts(args, model_folder)
-    seen_s, spent_s = seen_and_spent(args, model_folder)
-    # The engine's own figure is of a step's execution alone.
-    parts[HTTP] = seen_s - spent_s - parts[SCHEDULING]
-    return rows_of(parts), {"client_step_s": seen_s, "engine_step_s": spent_s}
+    return rows_of(parts | {HTTP: seen_by_clients(args, model_folder) - sum(parts.values())})
 
 
 def main() -> None:
     args = arguments()
-    rows, more = profile(args)
-    report(rows, args, **more)
+    report(profile(args), args)
 
 
 if __name__ == "__main__":

@@ -103,39 +103,43 @@ def test_no_bench_is_taken_for_a_library_that_transformers_looks_for() -> None:
         assert not hasattr(import_utils, f"is_{path.stem}_available"), path.name
 
 
-def test_a_decode_step_is_profiled_by_part(tiny_model: Path) -> None:
-    args = step_profile.arguments(["--family", "mola", "--rows", "2", "--steps", "3", "--prompt-tokens", "4"])
-    parts = step_profile.engine_parts(args, tiny_model)
-    assert parts.keys() >= {"linear layers", "attention", "sampling", "scheduling", "adapters: Routed"}
-    assert min(parts.values()) > 0
+def engine_parts(model: Path, *flags: str) -> dict[str, float]:
+    short = ["--rounds", "2", "--steps", "3", "--prompt-tokens", "4"]
+    return step_profile.engine_parts(step_profile.arguments([*short, *flags]), model)
+
+
+@pytest.mark.cpp
+@pytest.mark.parametrize("flags", [(), ("--changing-rows",)])
+def test_a_decode_step_is_profiled_by_part(tiny_model: Path, flags: tuple[str, ...]) -> None:
+    parts = engine_parts(tiny_model, "--family", "mola", "--rows", "2", *flags)
+    kernels = {"linear layers", "attention", "adapters: Routed"}
+    assert parts.keys() >= kernels | {step_profile.SAMPLING, step_profile.SCHEDULING, step_profile.PYTHON}
+    assert not any(part.startswith("kernel ") for part in parts)
+    assert min(parts[part] for part in kernels) > 0
     *each, whole = step_profile.rows_of(parts)
     assert numbers(each, "ms") == sorted(numbers(each, "ms"), reverse=True)
     assert whole["ms"] == pytest.approx(1e3 * sum(parts.values()), abs=0.01)
 
 
+def test_parts_are_all_of_the_steps_that_were_not_timed() -> None:
+    calls, kernels = {"sample": 2.0, "execute": 9.0}, {"linear layers": 5.0, "attention": 1.0}
+    parts = step_profile.parts_of(10.0, calls, kernels)
+    own = {step_profile.SAMPLING: 2.0, step_profile.SCHEDULING: 1.0, step_profile.PYTHON: 1.0}
+    assert parts == kernels | own
+
+
+@pytest.mark.cpp
 def test_rows_of_all_families_take_turns_in_a_profile(tiny_model: Path) -> None:
-    rows = str(len(FAMILIES))
-    args = step_profile.arguments(["--family", "all", "--rows", rows, "--steps", "2", "--prompt-tokens", "4"])
-    parts = step_profile.engine_parts(args, tiny_model)
-    operators = (
-        "LowRank",
-        "Spectral",
-        "SlicedEllpack",
-        "Diagonal",
-        "Rotation",
-        "Circulant",
-        "Kronecker",
-        "Routed",
-    )
-    assert parts.keys() >= {f"adapters: {name}" for name in operators}
-    assert any(f"adapters: {name}" in parts for name in ("Projected", "PackedProjected"))
+    parts = engine_parts(tiny_model, "--family", "all", "--rows", str(len(FAMILIES)))
+    operators = "LowRank Spectral Sparse Diagonal Rotation Circulant Kronecker Projected Routed"
+    assert parts.keys() >= {f"adapters: {name}" for name in operators.split()}
+    assert not any(part.startswith("kernel ") for part in parts)
     assert step_profile.turns({"a": [1, 2], "b": [3, 4]}, 0, 3) == [1, 3, 2]
 
 
 def test_the_base_alone_has_no_adapters_in_its_profile(tiny_model: Path) -> None:
-    args = step_profile.arguments(["--family", "base", "--rows", "2", "--steps", "2", "--prompt-tokens", "4"])
-    parts = step_profile.engine_parts(args, tiny_model)
-    assert min(parts.values()) > 0
+    parts = engine_parts(tiny_model, "--family", "base", "--rows", "2")
+    assert parts.keys() >= {step_profile.SAMPLING, step_profile.SCHEDULING, step_profile.PYTHON}
     assert not any(part.startswith("adapters") for part in parts)
 
 
