@@ -7,6 +7,7 @@ ServerError
 │   ├── ContextLengthExceeded
 │   ├── AdapterNotFound
 │   ├── AdapterMismatch
+│   ├── AdapterTooLarge        for the memory that the server has for adapters
 │   ├── MixNotServed           adapters that cannot be weighted and summed here
 │   ├── PinNotServed           adapters that have no merged weights, or too large ones
 │   └── PinConflict            another adapter is pinned, or this one is not
@@ -21,8 +22,13 @@ ServerError
     ├── KernelsUnavailable     at start: those that were asked for cannot run here
     └── UnsupportedModel       at start: the model's name and the reason
 
-Which HTTP status and code each one means stands in one table, `http/errors.py`; a test maps every leaf.
+Which HTTP status and code each one means stands in one table, `http/errors.py`; a test maps every leaf. The
+engine, in a process of its own, names them by the codes of `ERRORS_BY_CODE`.
 """
+
+from __future__ import annotations
+
+from collections.abc import Mapping
 
 
 class ServerError(Exception):
@@ -52,6 +58,10 @@ class AdapterNotFound(RequestError):
 
 
 class AdapterMismatch(RequestError):
+    pass
+
+
+class AdapterTooLarge(RequestError):
     pass
 
 
@@ -107,3 +117,16 @@ class KernelsUnavailable(EngineError):
 
 class UnsupportedModel(EngineError):
     pass
+
+
+ERRORS_BY_CODE: Mapping[str, type[ServerError]] = {
+    "adapter_load_failed": AdapterLoadFailed,
+    "adapter_too_large": AdapterTooLarge,
+    "context_length_exceeded": ContextLengthExceeded,
+    "engine_died": EngineDied,
+    "invalid_request": InvalidRequest,
+    "mix_not_served": MixNotServed,
+    "pin_conflict": PinConflict,
+    "pin_not_served": PinNotServed,
+}
+"""An `EngineError` where a code is not here."""

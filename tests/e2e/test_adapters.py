@@ -159,28 +159,73 @@ def test_a_bad_adapter_is_refused_by_name_and_leaves_nothing(
         assert client.get("/v1/adapters/bad").status_code == 404
 
 
+@pytest.fixture(scope="module")
+def cramped_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the `cramped_server` looks for adapters that it is told to load."""
+    return tmp_path_factory.mktemp("cramped")
+
+
+@pytest.fixture(scope="module")
+def cramped_server(serve: Callable[..., Any], tiny_model: Path, cramped_folder: Path) -> Any:
+    """One with one MiB for all adapters."""
+    flags = ("--model", tiny_model, "--dtype", "float32", "--adapter-memory-mib", 1, "--kv-cache-mib", 16)
+    return serve(*flags, "--allow-merged-pin", "--lora-path-root", cramped_folder)
+
+
+def test_an_adapter_larger_than_memory_is_the_callers_to_mend_wherever_it_is_asked_for(
+    save_lora: Callable[..., Path], cramped_server: Any, cramped_folder: Path
+) -> None:
+    """Of some 1.4 MiB in float32, which might be half of that in 16 bits: its upload was taken."""
+    answer = cramped_server.upload("large", save_lora(cramped_folder / "large", seed=5, r=256))
+    assert answer.status_code == 201, answer.text
+    large, needed = answer.json()["digest"], answer.json()["prepared_bytes"]
+    asked = {"prompt": "Hi", "max_tokens": 1}
+    with cramped_server.client() as client:
+        answers = [
+            client.post("/v1/completions", json={**asked, "model": "large"}),
+            client.post("/v1/completions", json={**asked, "adapters": [{"name": "large", "weight": 0.5}]}),
+            client.post("/v1/adapters/large/pin", json={"mode": "merged"}),
+            client.post("/v1/load_lora_adapter", json={"lora_name": "again", "lora_path": "large"}),
+        ]
+        stream = client.post("/v1/completions", json={**asked, "model": "large", "stream": True}).text
+    errors = [each.json()["error"] for each in answers]
+    errors.append(json.loads(stream.splitlines()[0].removeprefix("data: "))["error"])
+    assert [each.status_code for each in answers] == [422] * 4
+    assert (
+        errors
+        == [
+            {
+                "message": f"adapter {large} needs {needed} bytes in memory; the budget for all adapters is "
+                "1048576: raise --adapter-memory-mib",
+                "type": "invalid_request_error",
+                "param": None,
+                "code": "adapter_too_large",
+            }
+        ]
+        * 5
+    )
+
+
 def test_more_adapters_than_memory_are_all_served_right(
     peft_logprobs: Callable[[Path], Tensor],
     save_lora: Callable[..., Path],
-    serve: Callable[..., Any],
-    tiny_model: Path,
+    cramped_server: Any,
     tmp_path: Path,
     prompt_ids: list[int],
 ) -> None:
     """Twelve adapters of some 700 KiB each, one MiB for all: one at a time is resident, none is wrong."""
-    server = serve(
-        "--model", tiny_model, "--dtype", "float32", "--adapter-memory-mib", 1, "--kv-cache-mib", 16
-    )
     names = [f"storm-{number}" for number in range(12)]
     folders = {
         name: save_lora(tmp_path / name, seed=number, r=128, lora_alpha=8)
         for number, name in enumerate(names)
     }
     for name, folder in folders.items():
-        answer = server.upload(name, folder)
+        answer = cramped_server.upload(name, folder)
         assert answer.status_code == 201, answer.text
         assert 512 << 10 < answer.json()["prepared_bytes"] <= 1 << 20
     with ThreadPoolExecutor(12) as pool:
-        served = list(pool.map(lambda name: server.prompt_logprobs(prompt_ids, model=name), names * 2))
+        served = list(
+            pool.map(lambda name: cramped_server.prompt_logprobs(prompt_ids, model=name), names * 2)
+        )
     for name, logprobs in zip(names * 2, served, strict=True):
         torch.testing.assert_close(logprobs, peft_logprobs(folders[name]), atol=1e-3, rtol=1e-3)

@@ -17,7 +17,7 @@ import torch
 from timbre_server.adapters.adapted_model import AdaptedModel
 from timbre_server.adapters.pinning import Pinning
 from timbre_server.adapters.residency import Departure
-from timbre_server.adapters.runtime import Arrival
+from timbre_server.adapters.runtime import Arrival, LoadFailure
 from timbre_server.engine.kv_blocks import BlockPool
 from timbre_server.engine.messages import AdapterUse, SamplingParams, Submit, TokenEvent, TokenLogprobs
 from timbre_server.engine.packed_linear import LinearPacker
@@ -134,8 +134,8 @@ class LoadingAdapters:
         assert self.users[digest] > 0, "released more often than acquired"
         self.users[digest] -= 1
 
-    def failure(self, digest: str) -> str | None:
-        return f"{digest} is broken" if digest.startswith("bad") else None
+    def failure(self, digest: str) -> LoadFailure | None:
+        return LoadFailure("adapter_load_failed", f"{digest} is broken") if digest.startswith("bad") else None
 
     def no_requests(self, digest: str) -> None:
         self.loading.pop(digest, None)
@@ -162,7 +162,7 @@ class AdaptersBesideTheLoop(LoadingAdapters):
     """The same as the loop knows it: wishes become loads at one `poll`, and adapters at the next."""
 
     begun: list[str] = field(default_factory=list)
-    failed: dict[str, str] = field(default_factory=dict)
+    failed: set[str] = field(default_factory=set)
     gone: list[Departure] = field(default_factory=list)
     on_load_ended: Callable[[], None] = lambda: None
 
@@ -187,8 +187,8 @@ class AdaptersBesideTheLoop(LoadingAdapters):
         self.users.pop(digest, None)
         self.gone.append(Departure(digest, 0, "unloaded"))
 
-    def failure(self, digest: str) -> str | None:
-        return self.failed.get(digest)
+    def failure(self, digest: str) -> LoadFailure | None:
+        return super().failure(digest) if digest in self.failed else None
 
     def hold(self, digests: Iterable[str], num_bytes: int = 0) -> bool:
         return True
@@ -197,9 +197,9 @@ class AdaptersBesideTheLoop(LoadingAdapters):
         arrivals = []
         for digest in [digest for digest in self.loading if digest in self.begun]:
             if digest.startswith("bad"):
-                self.failed[digest] = f"{digest} is broken"
+                self.failed.add(digest)
                 del self.loading[digest]
-                arrivals.append(Arrival(digest, error=self.failed[digest]))
+                arrivals.append(Arrival(digest, failure=self.failure(digest)))
             elif self._place(digest):
                 arrivals.append(Arrival(digest, "scripted", 100, {"verify": 0.25}))
             else:

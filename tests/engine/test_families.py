@@ -40,8 +40,8 @@ class NoAdapters:
     def release(self, digest: str) -> None:
         raise AssertionError("nothing was acquired")
 
-    def failure(self, digest: str) -> str | None:
-        return "there are no adapters here"
+    def failure(self, digest: str) -> tuple[str, str] | None:
+        return "adapter_load_failed", "there are no adapters here"
 
     def no_requests(self, digest: str) -> None:
         raise AssertionError("nothing was asked for")

@@ -54,7 +54,7 @@ class AdaptersInMemory:
     def release(self, digest: str) -> None:
         self.residency.release(digest)
 
-    def failure(self, digest: str) -> str | None:
+    def failure(self, digest: str) -> tuple[str, str] | None:
         return None
 
     def no_requests(self, digest: str) -> None:

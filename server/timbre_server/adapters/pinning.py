@@ -26,13 +26,13 @@ from timbre_methods.contract import Sites
 from timbre_server.adapters.adapted_linear import Product
 from timbre_server.adapters.adapted_model import AdaptedModel
 from timbre_server.adapters.merged_weights import WeightedPrograms, merged_weights, refusal
-from timbre_server.adapters.runtime import AdapterRuntime
+from timbre_server.adapters.runtime import AdapterRuntime, LoadFailureCode
 from timbre_server.native.library import compute_alone
 
 Mix = tuple[tuple[str, float], ...]
 """Digests and weights, in order of digest, as requests have them."""
 
-RefusalCode = Literal["pin_not_served", "pin_conflict", "adapter_load_failed"]
+RefusalCode = Literal["pin_not_served", "pin_conflict", LoadFailureCode]
 
 _log = logging.getLogger(__name__)
 
@@ -149,7 +149,7 @@ class Pinning:
         for digest, _ in pin.mix:
             failure = self._adapters.failure(digest)
             if failure is not None:
-                self._refuse(pin, "adapter_load_failed", failure)
+                self._refuse(pin, failure.code, failure.message)
                 return
             slot = None if digest in pin.slots else self._adapters.try_acquire(digest)
             if slot is not None:
@@ -173,8 +173,8 @@ class Pinning:
         if not self._adapters.hold(pin.slots, needed):
             reason = (
                 f"the merged weights of {len(paths)} layers take {needed} bytes, which the budget of "
-                f"{self._adapters.budget_bytes} bytes has not beside the adapters in use: raise the adapter "
-                "memory setting"
+                f"{self._adapters.budget_bytes} bytes has not beside the adapters in use: raise "
+                "--adapter-memory-mib"
             )
             self._refuse(pin, "pin_not_served", reason)
             return

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from timbre_methods.contract import Sites
 from timbre_methods.prompt_contract import Frame
@@ -47,15 +47,25 @@ MakeLoader = Callable[[Sites, Frame, Sequence[Sequence[str]]], Loader]
 what loads adapters for them."""
 
 
+LoadFailureCode = Literal["adapter_load_failed", "adapter_too_large"]
+
+
+class LoadFailure(NamedTuple):
+    """Why an adapter is not in memory."""
+
+    code: LoadFailureCode
+    message: str
+
+
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """A load that has ended: the adapter is resident, or ``error`` says why not."""
+    """A load that has ended: the adapter is resident, or there is a ``failure``."""
 
     digest: str
     method: str = ""
     prepared_bytes: int = 0
     seconds_by_phase: dict[str, float] = field(default_factory=dict)
-    error: str | None = None
+    failure: LoadFailure | None = None
 
 
 class AdapterRuntime:
@@ -73,7 +83,7 @@ class AdapterRuntime:
         self._loader = loader
         self._residency = Residency(budget_bytes)
         self._on_load_ended = on_load_ended
-        self._failures: dict[str, tuple[float, str]] = {}
+        self._failures: dict[str, tuple[float, LoadFailure]] = {}
         self._thread = ThreadPoolExecutor(1, "adapter-load", compute_alone)
         self._loading: tuple[str, Future[tuple[LoadedAdapter, PreparedProgram]]] | None = None
         self._departed: list[Departure] = []
@@ -121,14 +131,14 @@ class AdapterRuntime:
         """Give one use back."""
         self._leave(self._residency.release(digest))
 
-    def failure(self, digest: str) -> str | None:
+    def failure(self, digest: str) -> LoadFailure | None:
         """Why the last load of this adapter failed, while that is recent."""
         failed = self._failures.get(digest)
         if failed is None:
             return None
-        since, reason = failed
+        since, failure = failed
         if time.monotonic() - since < FAILURE_LASTS_S:
-            return reason
+            return failure
         del self._failures[digest]
         return None
 
@@ -199,21 +209,17 @@ class AdapterRuntime:
             return []
         error = future.exception()
         if isinstance(error, AdapterLoadFailed):
-            return [self._failed(digest, str(error))]
+            return [self._failed(digest, LoadFailure("adapter_load_failed", str(error)))]
         if error is not None:
             _log.error("the load of adapter %s failed unexpectedly", digest, exc_info=error)
-            return [self._failed(digest, f"adapter {digest} could not be prepared: {error!r}")]
+            reason = f"adapter {digest} could not be prepared: {error!r}"
+            return [self._failed(digest, LoadFailure("adapter_load_failed", reason))]
         loaded, prepared = future.result()
         prepared_bytes, shared = loaded.prepared_bytes, loaded.shared_bytes
         needed_bytes = self._residency.bytes_with_held(prepared_bytes, shared)
         if needed_bytes > self._residency.budget_bytes:
-            return [
-                self._failed(
-                    digest,
-                    f"adapter {digest} needs {needed_bytes} bytes in memory{self._with_held}, the budget for "
-                    f"all adapters is {self._residency.budget_bytes}: raise the adapter memory setting",
-                )
-            ]
+            reason = self._too_large(f"adapter {digest} needs {needed_bytes} bytes in memory")
+            return [self._failed(digest, LoadFailure("adapter_too_large", reason))]
         departures = self._residency.make_room(prepared_bytes, shared)
         if departures is None:
             together = self._residency.bytes_with_favoured(digest, prepared_bytes, shared)
@@ -229,27 +235,26 @@ class AdapterRuntime:
         self._loading = None
         return [Arrival(digest, loaded.method, prepared_bytes, loaded.seconds_by_phase)]
 
-    @property
-    def _with_held(self) -> str:
-        return " with what is pinned there" if self._residency.holds else ""
+    def _too_large(self, needs: str) -> str:
+        held, unpin = (" with what is pinned there", ", or unpin that") if self._residency.holds else ("", "")
+        budget = f"the budget for all adapters is {self._residency.budget_bytes}"
+        return f"{needs}{held}; {budget}: raise --adapter-memory-mib{unpin}"
 
     def _give_up_favoured(self, together_bytes: int) -> None:
         given_up = self._residency.give_up_favoured()
-        self._misfits[given_up] = (
-            f"the adapters of this mix need {together_bytes} bytes in memory together{self._with_held}, or "
-            f"more; the budget for all adapters is {self._residency.budget_bytes}: raise the adapter memory "
-            "setting"
+        self._misfits[given_up] = self._too_large(
+            f"the adapters of this mix need {together_bytes} bytes or more in memory together"
         )
         if len(self._misfits) > MAX_MISFITS:
             del self._misfits[next(iter(self._misfits))]
 
-    def _failed(self, digest: str, reason: str) -> Arrival:
+    def _failed(self, digest: str, failure: LoadFailure) -> Arrival:
         self._loading = None
         self._residency.drop_wish(digest)
         now = time.monotonic()
         recent = {key: each for key, each in self._failures.items() if now - each[0] < FAILURE_LASTS_S}
-        self._failures = {**recent, digest: (now, reason)}
-        return Arrival(digest, error=reason)
+        self._failures = {**recent, digest: (now, failure)}
+        return Arrival(digest, failure=failure)
 
     def _leave(self, departure: Departure | None) -> None:
         if departure is not None:

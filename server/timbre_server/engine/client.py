@@ -10,7 +10,7 @@ import asyncio
 import socket
 import sys
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Protocol
 
 import msgspec
@@ -36,22 +36,11 @@ from timbre_server.engine.options import EngineOptions
 from timbre_server.engine.pin_messages import PinAdapter, PinAnswer, PinnedAdapter, UnpinAdapter
 from timbre_server.engine.waiting import Waiting
 from timbre_server.engine.wire import AsyncChannel, WireError
-from timbre_server.errors import (
-    AdapterLoadFailed,
-    EngineDied,
-    PinConflict,
-    PinNotServed,
-    ServerError,
-)
+from timbre_server.errors import ERRORS_BY_CODE, AdapterLoadFailed, EngineDied
 
 WORKER = (sys.executable, "-m", "timbre_server.engine.worker")
 GRACE_S = 5.0
 """How long an engine may take to leave by itself before it is killed."""
-PIN_ERRORS: Mapping[str, type[ServerError]] = {
-    "pin_not_served": PinNotServed,
-    "pin_conflict": PinConflict,
-    "adapter_load_failed": AdapterLoadFailed,
-}
 SHUT_DOWN = "the server is shutting down and this request was not finished in time; send it again"
 
 
@@ -81,7 +70,7 @@ class Engine(Protocol):
         ...
 
     async def load_adapter(self, digest: str) -> AdapterLoaded:
-        """Return when the adapter is in memory. Raises AdapterLoadFailed, EngineDied."""
+        """Return when the adapter is in memory. Raises AdapterLoadFailed, AdapterTooLarge, EngineDied."""
         ...
 
     async def unload_adapter(self, digest: str) -> None:
@@ -90,7 +79,7 @@ class Engine(Protocol):
 
     async def pin_adapter(self, digest: str, mix: tuple[tuple[str, float], ...]) -> PinnedAdapter:
         """Return when the mix that ``digest`` names is merged. Raises PinNotServed, PinConflict,
-        AdapterLoadFailed, EngineDied."""
+        AdapterLoadFailed, AdapterTooLarge, EngineDied."""
         ...
 
     async def unpin_adapter(self, digest: str) -> None:
@@ -277,12 +266,13 @@ class EngineProcess:
                 unloaded = AdapterLoadFailed(f"adapter {gone.digest} was unloaded while it was being loaded")
                 self._loads.settle(gone.digest, unloaded)
         for loaded in output.loaded:
-            failed = AdapterLoadFailed(loaded.error_message or "") if loaded.error_code else None
+            why = loaded.error_message or ""
+            failed = ERRORS_BY_CODE[loaded.error_code](why) if loaded.error_code else None
             self._loads.settle(loaded.digest, failed or loaded)
         for derived in output.derived:
             self._derivations.settle(derived.derived_path, derived)
         for answer in output.pins:
-            refused = PIN_ERRORS[answer.error_code](answer.error_message) if answer.error_code else None
+            refused = ERRORS_BY_CODE[answer.error_code](answer.error_message) if answer.error_code else None
             self._pins.settle(f"{answer.asked} {answer.digest}", refused or answer)
 
     def _refuse_if_dead(self) -> None:

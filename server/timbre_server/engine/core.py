@@ -203,8 +203,8 @@ class EngineCore:
                     method=arrival.method,
                     prepared_bytes=arrival.prepared_bytes,
                     seconds_by_phase=arrival.seconds_by_phase,
-                    error_code=None if arrival.error is None else "adapter_load_failed",
-                    error_message=arrival.error,
+                    error_code=arrival.failure and arrival.failure.code,
+                    error_message=arrival.failure and arrival.failure.message,
                 )
             )
         self._unloaded += (AdapterUnloaded(gone.digest, gone.reason) for gone in departures)

@@ -18,8 +18,8 @@ class AdapterSlotsSource(Protocol):
 
     def release(self, digest: str) -> None: ...
 
-    def failure(self, digest: str) -> str | None:
-        """Why the adapter cannot be had, where its loading failed."""
+    def failure(self, digest: str) -> tuple[str, str] | None:
+        """Why the adapter cannot be had, as an event's error code and message, where its loading failed."""
         ...
 
     def no_requests(self, digest: str) -> None:
@@ -71,13 +71,12 @@ class MixSlots:
                 self._source.no_requests(digest)
 
     def failure(self, sequence: Sequence) -> tuple[str, str] | None:
-        """Why the sequence can never have its adapters, as an event's error code and message; None where it
-        may."""
+        """Why the sequence can never have its adapters, as of one adapter; None where it may."""
         misfit = self._source.misfit(digest for digest, _ in sequence.mix)
         if misfit is not None:
             return "mix_not_served", misfit
-        messages = (self._source.failure(digest) for digest, _ in sequence.mix)
-        return next((("adapter_load_failed", message) for message in messages if message is not None), None)
+        failures = (self._source.failure(digest) for digest, _ in sequence.mix)
+        return next((failure for failure in failures if failure is not None), None)
 
     def acquire(self, sequence: Sequence) -> bool:
         """Set ``adapter_slots``; without all of them False, nothing held, every missing one asked for (so

@@ -1,8 +1,8 @@
 """How a request ends and what is said about it: pure functions from a sequence to its events.
 
 Error codes on events: ``invalid_request``, ``context_length_exceeded``, ``adapter_load_failed``,
-``mix_not_served`` (its adapters can never be in memory together), ``invalid_logits`` (the row held NaN or no
-finite logit) and ``engine_error`` (the step failed).
+``adapter_too_large``, ``mix_not_served`` (its adapters can never be in memory together), ``invalid_logits``
+(the row held NaN or no finite logit) and ``engine_error`` (the step failed).
 """
 
 from __future__ import annotations

@@ -37,5 +37,7 @@ class PinAnswer(msgspec.Struct, frozen=True, omit_defaults=True):
     asked: Literal["pin", "unpin"]
     digest: str
     pinned: PinnedAdapter | None = None
-    error_code: Literal["pin_not_served", "pin_conflict", "adapter_load_failed"] | None = None
+    error_code: (
+        Literal["pin_not_served", "pin_conflict", "adapter_load_failed", "adapter_too_large"] | None
+    ) = None
     error_message: str = ""

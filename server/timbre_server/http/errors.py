@@ -54,6 +54,7 @@ ERROR_KINDS: Mapping[type[Exception], ErrorKind] = {
     server.ContextLengthExceeded: _invalid("context_length_exceeded"),
     server.AdapterNotFound: ErrorKind(404, "not_found_error", "model_not_found"),
     server.AdapterMismatch: ErrorKind(409, "conflict_error", "base_model_mismatch", retry=False),
+    server.AdapterTooLarge: _invalid("adapter_too_large", 422),
     server.MixNotServed: _invalid("mix_not_served", 422),
     server.PinNotServed: _invalid("pin_not_served", 422),
     server.PinConflict: ErrorKind(409, "conflict_error", "pin_conflict", retry=False),

@@ -14,27 +14,10 @@ from dataclasses import dataclass
 
 from timbre_server.engine.client import Engine
 from timbre_server.engine.messages import Routing, TokenEvent, TokenLogprobs
-from timbre_server.errors import (
-    AdapterLoadFailed,
-    ContextLengthExceeded,
-    EngineDied,
-    EngineError,
-    InvalidRequest,
-    MixNotServed,
-    RequestAborted,
-    ServerError,
-)
+from timbre_server.errors import ERRORS_BY_CODE, EngineDied, EngineError, RequestAborted, ServerError
 from timbre_server.http.planning import Choice
 from timbre_server.http.text_stream import TextStream
 from timbre_server.request_record import RequestRecord
-
-ERRORS_BY_CODE: dict[str, type[ServerError]] = {
-    "adapter_load_failed": AdapterLoadFailed,
-    "context_length_exceeded": ContextLengthExceeded,
-    "engine_died": EngineDied,
-    "invalid_request": InvalidRequest,
-    "mix_not_served": MixNotServed,
-}
 
 
 @dataclass(frozen=True, slots=True)

@@ -144,8 +144,8 @@ def summable(mix: Sequence[WeightedAdapter], budget_bytes: int, param: str) -> t
     if len(acting) > 1 and needed > budget_bytes:
         raise MixNotServed(
             f"the {len(acting)} adapters need {needed} bytes in memory together, or more, and the budget for "
-            f"all adapters is {budget_bytes}; mix fewer or smaller ones, or raise the server's adapter "
-            "memory setting",
+            f"all adapters is {budget_bytes}; mix fewer or smaller ones, or raise the server's "
+            "--adapter-memory-mib",
             param=param,
         )
     return acting
