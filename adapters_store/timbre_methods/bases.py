@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 import torch
 from torch import Tensor
 
+from timbre_methods.errors import InvalidTensors
 from timbre_methods.packed_parts import PackedBasis
 from timbre_methods.program import Basis
 
@@ -84,8 +85,19 @@ class _Bases:
     def _matrix(self, matrix: Matrix, device: torch.device) -> Tensor:
         found = self._matrices.get((matrix.key, device))
         if found is None:
-            found = self._matrices[matrix.key, device] = matrix.make()
+            found = matrix.make()
+            _check_finite(found)
+            self._matrices[matrix.key, device] = found
         return found
+
+
+def _check_finite(values: Tensor) -> None:
+    """Finite values may overflow where they are multiplied, or rounded."""
+    if not values.is_meta and not values.isfinite().all():
+        held = str(values.dtype).removeprefix("torch.")
+        raise InvalidTensors(
+            f"the values of a basis that it uses come to more than {held} holds; train it with smaller ones"
+        )
 
 
 _IN_USE = _Bases()
@@ -93,7 +105,10 @@ _IN_USE = _Bases()
 
 def interned_basis(p: Matrix, q: Matrix, device: torch.device) -> Basis:
     """The one `Basis` of these two matrices, which are on this device; its sides are shared with other
-    bases that have one of them. On the meta device too, so that their bytes are counted once."""
+    bases that have one of them. On the meta device too, so that their bytes are counted once.
+
+    Raises: InvalidTensors for values that are not finite, as do all that give a basis here.
+    """
     return _IN_USE.basis(p, q, device)
 
 

@@ -157,18 +157,19 @@ def _check_promises(manifest: Manifest, program: AdapterProgram) -> None:
 
 
 def _check_finite(digest: str, program: AdapterProgram) -> None:
-    """Finite values may overflow where they are multiplied; every answer would then be an error."""
+    """Finite values may overflow where they are multiplied, or rounded; every answer would then be an error.
+    Bases that adapters share have been looked at where they were made."""
     sites = program.sites
     if isinstance(sites, PackedSites) and all(map(_is_finite, sites.numbers)):
         program = replace(program, sites={})
     owned = ((place, tensor) for place, part in program.placed_parts() for tensor in owned_tensors(part))
-    place = next((place for place, tensor in owned if not _is_finite(tensor)), None)
-    if place is None:
-        return
-    raise AdapterLoadFailed(
-        f"adapter {digest} cannot be used: at {place} its values multiply to more than float32 holds; train "
-        "it with smaller ones"
-    )
+    for place, tensor in owned:
+        if not _is_finite(tensor):
+            held = str(tensor.dtype).removeprefix("torch.")
+            raise AdapterLoadFailed(
+                f"adapter {digest} cannot be used: at {place} its values come to more than {held} holds; "
+                "train it with smaller ones"
+            )
 
 
 def _is_finite(tensor: Tensor) -> bool:

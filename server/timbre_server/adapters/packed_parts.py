@@ -14,7 +14,7 @@ from timbre_server.operators.packed_projected import has_whole_sides
 def with_packed_basis(part: Projected) -> Projected | PackedProjected:
     """The very same part where C++ cannot run it so, or where its basis would take more memory.
 
-    Raises: LibraryUnavailable.
+    Raises: as `in_packed_basis`.
     """
     basis = part.basis
     if not has_whole_sides(part) or _packed_bytes(basis) > basis.p_NPI.nbytes + basis.q_NOQ.nbytes:
@@ -23,7 +23,8 @@ def with_packed_basis(part: Projected) -> Projected | PackedProjected:
 
 
 def in_packed_basis(part: Projected) -> PackedProjected:
-    """Of a part that `has_whole_sides`. Raises: LibraryUnavailable."""
+    """Of a part that `has_whole_sides`. Raises: LibraryUnavailable; InvalidTensors where bfloat16 does not
+    hold the basis."""
     basis = packed_basis(part.basis, partial(in_panels, is_rounded=True))
     return PackedProjected(
         part.form, part.core, basis, part.rows_K, part.columns_K, part.inner_NI, part.outer_NO
