@@ -11,9 +11,14 @@ from pathlib import Path
 
 import torch
 
-CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
-"""A container's own, as Linux's control groups (version 2) tell it: microseconds of processors' time in each
-period, which is the second number; or ``max``."""
+CONTROL_GROUPS = Path("/sys/fs/cgroup")
+QUOTAS = (
+    ("cpu.max",),
+    ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"),
+    ("cpu,cpuacct/cpu.cfs_quota_us", "cpu,cpuacct/cpu.cfs_period_us"),
+)
+"""A container's own, as Linux's control groups tell it, of version 2 in one file and of version 1 in two:
+microseconds of processors' time in each period, which is the second number; ``max`` or -1 without a quota."""
 
 
 def take_processors(count: int | None) -> None:
@@ -22,14 +27,16 @@ def take_processors(count: int | None) -> None:
     torch.get_num_threads()  # Until asked for it once, a thread takes over what another one sets for itself.
 
 
-def usable_processors(quota: Path = CPU_QUOTA) -> int:
+def usable_processors(groups: Path = CONTROL_GROUPS) -> int:
     """What PyTorch would take, but no more than this process may run on, nor than its quota keeps busy."""
     counts = [torch.get_num_threads()]
     if hasattr(os, "sched_getaffinity"):
         counts.append(len(os.sched_getaffinity(0)))
-    try:
-        time, period = map(int, quota.read_text().split())
-        counts.append(math.ceil(time / period))
-    except (OSError, ValueError, ZeroDivisionError):
-        pass  # There is none.
+    for names in QUOTAS:
+        try:
+            time, period = map(int, " ".join((groups / name).read_text() for name in names).split())
+            if time >= 0:
+                counts.append(math.ceil(time / period))
+        except (OSError, ValueError, ZeroDivisionError):
+            pass  # There is none.
     return max(1, min(counts))
