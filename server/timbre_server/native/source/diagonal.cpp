@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "gates.h"
+#include "wide.h"
 
 struct Gains {
     const float *extra;  // [features]
@@ -39,23 +40,34 @@ static std::vector<const float *> inputs_of(
     return found;
 }
 
-// What one row is given by one adapter.
+// to += weight (extra from + shift), of numbers of a row side by side or of one.
+template <typename V> static inline void add_change(const Gains &gains, float weight, int64_t d, V from, V &to) {
+    V extra, change;
+    get(extra, gains.extra + d);
+    if (gains.shift == nullptr) return add_product(to, weight * extra, from);
+    get(change, gains.shift + d);
+    add_product(change, extra, from);
+    add_product(to, V{} + weight, change);
+}
+
+// What one row is given by one adapter. The next one's gains are brought near meanwhile.
 static void add_gains(
-    const Use<Gains> &use, int64_t n, const std::vector<const float *> &inputs, float *y, int64_t features, Share own
+    const Use<Gains> &use, int64_t n, const Gains &next, const std::vector<const float *> &inputs, float *y,
+    int64_t features, Share own
 ) {
     const Gains &gains = *use.part;
     const int64_t row = use.rows->rows[n];
     const float *from = inputs[row], gate = gains.gate(n), weight = use.rows->weights[n] * gate;
     if (gate == 0) return;
     float *to = y + row * features;
-    if (gains.shift == nullptr)
-        for (int64_t d = own.begin; d < own.end; d++) add_product(to[d], weight * gains.extra[d], from[d]);
-    else
-        for (int64_t d = own.begin; d < own.end; d++) {
-            float change = gains.shift[d];
-            add_product(change, gains.extra[d], from[d]);
-            add_product(to[d], weight, change);
-        }
+    int64_t d = own.begin;
+    for (; d + WIDTH <= own.end; d += WIDTH) {
+        __builtin_prefetch(next.extra + d, 0, 3);
+        Wide sums = wide(to + d);
+        add_change(gains, weight, d, wide(from + d), sums);
+        put(sums, to + d);
+    }
+    for (; d < own.end; d++) add_change(gains, weight, d, from[d], to[d]);
 }
 
 // x and y [rows, features] are contiguous.
@@ -69,8 +81,10 @@ extern "C" void timbre_diagonal(
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         const Share own = share(features, thread_number(), thread_count(), LANES);
-        for (const auto &use : uses)
-            for (int64_t n = 0; n < use.rows->count; n++) add_gains(use, n, inputs, y, features, own);
+        for (size_t u = 0; u < uses.size(); u++) {
+            const Gains &next = *uses[std::min(u + 1, uses.size() - 1)].part;
+            for (int64_t n = 0; n < uses[u].rows->count; n++) add_gains(uses[u], n, next, inputs, y, features, own);
+        }
     }
 }
 PLAYED(timbre_diagonal)

@@ -27,6 +27,7 @@ static inline Wide wide(const void *from) {
 }
 
 // As floats, of as many numbers as the first argument holds.
+static inline void get(float &to, const float *from) { to = *from; }
 static inline void get(Lanes &to, const float *from) { to = load(from); }
 static inline void get(Lanes &to, const BFloat16 *from) { to = load(from); }
 #ifdef __AVX512F__
