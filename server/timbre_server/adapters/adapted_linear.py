@@ -171,11 +171,11 @@ class AdaptedLinear(nn.Module):
 
     def _change_input(self, own: InPlace, places: _Places) -> None:
         source, wide = places.wides
-        if source is not places.x:
-            widen_into(source, places.x)
         widen_into(wide, places.x)
+        if (are_several := len(own.inputs) > 1) and source is not places.x:
+            widen_into(source, places.x)
         for each in own.inputs:
-            each.add(source, wide)
+            each.add(source if are_several else wide, wide)
         if wide is not places.changed.x:
             round_into(places.changed.x, wide)
 
