@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from timbre_store.errors import NotFound
+
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -58,6 +60,26 @@ async def test_loading_in_place_makes_a_new_version(serve: Callable[..., Any], a
     put(served.lora_root / "pirate", adapter_files(seed=1))
     assert (await load(served, "pirate", "pirate", load_inplace=True)).status_code == 200
     assert served.store.resolve("pirate").version == 2
+
+
+async def test_what_cannot_be_loaded_leaves_the_name_as_it_was(
+    serve: Callable[..., Any], adapter_files: Any
+) -> None:
+    served = serve()
+    put(served.lora_root / "pirate", adapter_files(seed=0))
+    served.engine.load_error = "no"
+    assert (await load(served, "pirate", "pirate")).status_code >= 400
+    with pytest.raises(NotFound):
+        served.store.resolve("pirate")
+    served.engine.load_error = None
+    assert (await load(served, "pirate", "pirate")).status_code == 200
+    known = served.store.resolve("pirate")
+    served.engine.load_error = "no"
+    assert (await load(served, "pirate", "pirate", load_inplace=True)).status_code >= 400
+    assert served.store.resolve("pirate") == known
+    put(served.lora_root / "pirate", adapter_files(seed=1))
+    assert (await load(served, "pirate", "pirate", load_inplace=True)).status_code >= 400
+    assert served.store.resolve("pirate") == known
 
 
 @pytest.mark.parametrize(

@@ -19,11 +19,12 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse, Response
 
-from timbre_server.errors import InvalidRequest
+from timbre_server.errors import AdapterLoadFailed, AdapterTooLarge, InvalidRequest
 from timbre_server.http.adapters import MAX_CONFIG_BYTES, AdapterRoom, register
 from timbre_server.http.json_bodies import JSON_ONLY, JsonRoute
 from timbre_server.http.upload import CONFIG_PART, PIECE_BYTES, TENSORS_PART
 from timbre_store.errors import NotFound, StoreError
+from timbre_store.records import AdapterRecord
 from timbre_store.upload import Upload
 
 MAX_PATH_CHARS = 4096
@@ -54,7 +55,8 @@ def vllm_router(room: AdapterRoom, root: Path, load: Callable[[str], Awaitable[o
             raise InvalidRequest(
                 f"The name {body.lora_name!r} is the base model's; choose another.", param="lora_name"
             )
-        if not body.load_inplace and await _exists(room, body.lora_name):
+        before = await _latest(room, body.lora_name)
+        if before is not None and not body.load_inplace:
             raise InvalidRequest(
                 f"The lora adapter '{body.lora_name}' has already been loaded; see 'load_inplace'.",
                 param="lora_name",
@@ -64,7 +66,13 @@ def vllm_router(room: AdapterRoom, root: Path, load: Callable[[str], Awaitable[o
             digests = await run_in_threadpool(_copy_in, root, body.lora_path, upload, limits)
             record = await register(room, body.lora_name, digests, None)
         room.on_upload(record)
-        await load(record.digest)
+        try:
+            await load(record.digest)
+        except (AdapterLoadFailed, AdapterTooLarge):
+            if before is None or before.version != record.version:  # As if it had not been asked for.
+                freed = await run_in_threadpool(room.store.delete, f"{record.name}@{record.version}")
+                room.retirement.begin(freed)
+            raise
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
     @router.post("/unload_lora_adapter")
@@ -82,12 +90,11 @@ def vllm_router(room: AdapterRoom, root: Path, load: Callable[[str], Awaitable[o
     return router
 
 
-async def _exists(room: AdapterRoom, name: str) -> bool:
+async def _latest(room: AdapterRoom, name: str) -> AdapterRecord | None:
     try:
-        await run_in_threadpool(room.store.resolve, name)
+        return await run_in_threadpool(room.store.resolve, name)
     except StoreError:
-        return False
-    return True
+        return None
 
 
 def _copy_in(root: Path, path: str, upload: Upload, limits: dict[str, int]) -> dict[str, str]:
