@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import mmap
 from itertools import pairwise
 
+import pytest
 import torch
 
 from timbre_server.native import huge_pages
@@ -62,6 +65,18 @@ def test_less_than_a_page_stays_where_it_is() -> None:
     place = small.data_ptr()
     move_together([small])
     assert small.data_ptr() == place
+
+
+def test_where_the_system_gives_no_more_pieces_all_stays_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(*args: object, **flags: object) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(mmap, "mmap", none_left)
+    large = torch.arange(huge_pages._PAGE)
+    place = large.data_ptr()
+    move_together([large])
+    assert large.data_ptr() == place
+    assert torch.equal(large, torch.arange(huge_pages._PAGE))
 
 
 def test_one_of_them_keeps_all_that_was_moved() -> None:

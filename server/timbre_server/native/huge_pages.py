@@ -34,13 +34,17 @@ class HugePages:
 
 def move_together(tensors: Iterable[Tensor]) -> None:
     """Move what lies in these tensors' storages, that nobody else has any of, to memory that lasts as long as
-    one of them: whole huge pages, and small ones for the rest. Nothing where no huge page would be full."""
+    one of them: whole huge pages, and small ones for the rest. Nothing where no huge page would be full, or
+    where the system gives none: it has a limit on how many such pieces a process may have."""
     each = {id(tensor): tensor for tensor in tensors if tensor.numel()}.values()
     storages = {storage.data_ptr(): storage for storage in (tensor.untyped_storage() for tensor in each)}
     size = sum(_aligned(storage.nbytes()) for storage in storages.values())
     if size < _PAGE:
         return
-    free = _region(size)
+    try:
+        free = _region(size)
+    except OSError:
+        return
     places: dict[int, int] = {}
     for before, storage in storages.items():
         room, free = free[: storage.nbytes()], free[_aligned(storage.nbytes()) :]
