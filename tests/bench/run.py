@@ -175,8 +175,9 @@ def measure(args: argparse.Namespace, folder: Path) -> Found:
         warm_up(server, names)
 
         def ran(each: Scenario, number: int) -> Figures:
-            size = {"new_tokens": args.new_tokens, "vocab_size": server.vocab_size}
-            streams = jobs(each, names, **size, round_=number)
+            streams = jobs(
+                each, names, new_tokens=args.new_tokens, vocab_size=server.vocab_size, round_=number
+            )
             return figures(each.kind, asyncio.run(run(server.url, streams)))
 
         for base in dict.fromkeys(each.partner for each in scenarios):
