@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    CohereConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
@@ -21,6 +22,7 @@ from transformers import (
     MistralConfig,
     MixtralConfig,
     Phi3Config,
+    PhiConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -56,6 +58,8 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     ),
     "gemma3": lambda: Gemma3TextConfig(**_SHARED, **_SLIDING, layer_types=_LAYERS),
     "phi3": lambda: Phi3Config(**_SHARED),
+    "phi": lambda: PhiConfig(**_SHARED, partial_rotary_factor=0.5),
+    "cohere": lambda: CohereConfig(**_SHARED, logit_scale=1.0),
     "gpt2": lambda: GPT2Config(
         vocab_size=VOCAB_SIZE,
         n_embd=32,

@@ -56,6 +56,25 @@ def test_llama_reads_qkv_and_gate_up_in_groups_and_ends_in_the_head(tiny_model: 
     assert [(s.num_kv_heads, s.key_dim, s.value_dim) for s in result.kv_shapes] == [(2, 8, 8)] * 3
 
 
+@pytest.mark.parametrize("family", ["llama", "phi3", "phi", "cohere", "gpt2", "gemma2", "qwen3_moe"])
+def test_sites_are_in_the_order_in_which_the_model_defines_its_layers(
+    family: str, tiny_model: TinyModel
+) -> None:
+    """Phi-3 defines an output projection before what it calls first, and Uni-LoRA counts layers."""
+    model = tiny_model(family)
+    found = [site.path for site in probed(model).sites if site.kind == "linear"]
+    assert found == [path for path, _ in model.named_modules() if path in found]
+
+
+@pytest.mark.parametrize(("family", "last"), [("phi", "fc1"), ("cohere", "up_proj")])
+def test_a_group_ends_where_another_layer_is_called(family: str, last: str, tiny_model: TinyModel) -> None:
+    """Parallel blocks read one tensor in attention and in the MLP after it."""
+    attention, output, mlp, *_ = [group.paths for group in probed(tiny_model(family)).groups]
+    assert [path.rpartition(".")[2] for path in attention] == ["q_proj", "k_proj", "v_proj"]
+    assert len(output) == 1
+    assert mlp[-1].endswith(last)
+
+
 @pytest.mark.parametrize(
     ("family", "layers", "last"),
     [

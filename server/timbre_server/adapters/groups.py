@@ -8,7 +8,9 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class LinearGroup:
-    """Linear layers that are called with one and the same input, in call order.
+    """Linear layers that are called with one and the same input, one after the other, in call order: between
+    them no other layer that adapters change is called, since what is made of their input is kept for them
+    only so long.
 
     Found by the probe, never by name: q, k, v and gate, up in most families; a fused model has groups of
     one. ``is_head`` marks the output head, which sees only the rows whose logits are kept.

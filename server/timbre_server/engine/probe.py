@@ -14,6 +14,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -177,7 +178,10 @@ def probe(model: PreTrainedModel) -> ProbeResult:
     parameters = parameter_calls.found(model, _NUM_ROWS)
     embeddings = [layer.path for layer in lone if layer.kind == "embedding"]
     tables = {id(model.get_submodule(path).weight): path for path in embeddings}
-    sites = [_site(path, model.get_submodule(path), tables) for group in groups for path in group.paths]
+    called = {path for group in groups for path in group.paths}
+    # As the model defines them: methods count layers so, and families call some in another order.
+    linear = [(path, module) for path, module in model.named_modules() if path in called]
+    sites = [_site(path, module, tables) for path, module in linear]
     sites += [lone_shape(layer, model.get_submodule(layer.path)) for layer in lone]
     blocks = block_calls.blocks(_NUM_ROWS, set(recording.paths.values()))
     sites += map(block_shape, blocks)
@@ -262,14 +266,13 @@ def _lone(model: PreTrainedModel, reads: Sequence[tuple[str, Tensor]]) -> tuple[
 def _groups(model: PreTrainedModel, entries: Sequence[tuple[str, Tensor]]) -> tuple[LinearGroup, ...]:
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     times = [path for path, _ in entries]
-    found: dict[int, list[str]] = {}
-    heads: set[int] = set()
-    for path, x in entries:
-        is_head = model.get_submodule(path) is head
-        num_rows = x.numel() // x.shape[-1]
-        if times.count(path) != 1 or num_rows != (len(_KEPT_ROWS) if is_head else _NUM_ROWS):
-            continue
-        found.setdefault(id(x), []).append(path)
-        if is_head:
-            heads.add(id(x))
-    return tuple(LinearGroup(tuple(paths), key in heads) for key, paths in found.items())
+
+    def is_adapted(path: str, x: Tensor) -> bool:
+        num_rows = len(_KEPT_ROWS) if model.get_submodule(path) is head else _NUM_ROWS
+        return times.count(path) == 1 and x.numel() // x.shape[-1] == num_rows
+
+    found: list[LinearGroup] = []
+    for _, own in groupby((entry for entry in entries if is_adapted(*entry)), key=lambda entry: id(entry[1])):
+        paths = tuple(path for path, _ in own)
+        found.append(LinearGroup(paths, any(model.get_submodule(path) is head for path in paths)))
+    return tuple(found)
