@@ -16,6 +16,7 @@ from torch.nn.functional import silu
 
 from timbre_methods.program import AdapterProgram, Diagonal, LowRank, Part
 from timbre_methods.routing import Routed, RoutedBlock, Router, Rule
+from timbre_server.adapters.adapted_group import AdaptedGroup
 from timbre_server.adapters.adapted_model import AdaptedModel, Arithmetic
 from timbre_server.adapters.groups import Block, LinearGroup
 from timbre_server.engine.packed_linear import LinearPacker
@@ -182,3 +183,31 @@ def test_blocks_are_played_as_they_run(seed: int) -> None:
         (got_TD, got_counts), (want_TD, want_counts) = model.play(table, x_TD), new.run(table, x_TD)
         assert torch.equal(got_TD, want_TD)
         assert got_counts == want_counts
+
+
+@torch.inference_mode()
+def test_a_step_after_one_whose_bind_failed_is_bound_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups that were bound before it failed have its table, and those after have not."""
+    torch.manual_seed(0)
+    weights = Net().state_dict()
+    model, new = Model(weights), Model(weights)
+    for slot in range(2):
+        own = AdapterProgram({path: (low_rank(path),) for path in SITES})
+        model.adapted.put(slot, own)
+        new.adapted.put(slot, own)
+    one, other = (RowTable([Span(1, ((slot, 1.0),)) for slot in slots]) for slots in ((0, 0), (0, 1)))
+    x_TD = torch.randn(2, D)
+    model.play(one, x_TD)
+    bind = AdaptedGroup._bind
+
+    def fail(group: AdaptedGroup, table: RowTable) -> object:
+        if group.paths == ("b.up",):
+            raise MemoryError("this once")
+        return bind(group, table)
+
+    with monkeypatch.context() as failing:
+        failing.setattr(AdaptedGroup, "_bind", fail)
+        with pytest.raises(MemoryError):
+            model.play(other, x_TD)
+        model.adapted.clear_rows()
+    assert torch.equal(model.play(other, x_TD)[0], new.run(other, x_TD)[0])

@@ -93,6 +93,7 @@ class AdaptedModel:
         self._prompts = StepPrompts(self._programs, embedding)
         self._body_rows = {layer.rows_per_token: ActiveRows() for layer in (LoneLayer("", "norm"), *lone)}
         self._head_rows = ActiveRows()
+        self._all_rows = *self._body_rows.values(), self._head_rows
         self._groups: list[AdaptedGroup] = []
         self._linears: dict[str, AdaptedLinear] = {}
         self._step = StepRouting()
@@ -137,11 +138,20 @@ class AdaptedModel:
         are_new = [rows.begin(table.times(count)) for count, rows in self._body_rows.items()]
         are_new.append(self._head_rows.begin(head_table))
         if any(are_new):
-            not_yet = self._blocks.see_copies()
-            for group in self._groups:  # One after the other, which takes half as long as between products.
+            self._bind_groups()
+        self._prompts.begin(table)
+
+    def _bind_groups(self) -> None:
+        """One after the other, which takes half as long as between products. Copies come with blocks."""
+        not_yet = self._blocks.see_copies()
+        try:
+            for group in self._groups:
                 if not group.paths[0].startswith(not_yet):
                     group.bound()
-        self._prompts.begin(table)
+        except BaseException:
+            for rows in self._all_rows:  # An equal table may be next, to which only some are bound.
+                rows.forget()
+            raise
 
     def scout(self, rows_S: Tensor, hidden_SD: Tensor, kept_rows_T: Tensor) -> None:
         """Give the scouts what the base alone made of the rows ``rows_S``, increasing, of those that are set;
@@ -154,9 +164,8 @@ class AdaptedModel:
 
     def clear_rows(self) -> None:
         """The forward has ended, well or not: base rows until told otherwise, nothing kept of its inputs."""
-        for rows in self._body_rows.values():
+        for rows in self._all_rows:
             rows.end()
-        self._head_rows.end()
         self._prompts.end()
         for group in self._groups:
             group.end_step()
@@ -251,7 +260,7 @@ class AdaptedModel:
             linear.merged = None
 
     def _set_merged_pairs(self, pairs: Pairs) -> None:
-        for rows in (*self._body_rows.values(), self._head_rows):
+        for rows in self._all_rows:
             rows.merged_pairs = pairs
 
     def drop(self, slot: int) -> None:
@@ -269,7 +278,7 @@ class AdaptedModel:
         self._step.forget(slot)
         for group in self._groups:
             group.forget(slot)
-        for rows in (*self._body_rows.values(), self._head_rows):
+        for rows in self._all_rows:
             rows.forget()
 
 
