@@ -122,3 +122,33 @@ def test_a_row_has_the_same_bits_whatever_adapters_are_beside_it(dtype: torch.dt
     assert torch.equal(outputs(adding[1:]), some[1:])
     for row in (*adding, base):
         assert torch.equal(outputs([row])[0], whole[row])
+
+
+@pytest.mark.cpp
+@torch.inference_mode()
+def test_a_mixture_keeps_its_bits_beside_one_that_is_left_to_pytorch() -> None:
+    torch.manual_seed(0)
+    inner, out, num_rows = 514, 514, 500
+    layer = nn.Linear(inner, out, bias=False).bfloat16()
+    model = nn.ModuleDict({PATH: layer})
+    packed = PackedLinear(layer, NativeProduct(layer.weight), None, plain_rows=0)
+    adapted = AdaptedModel(model, [LinearGroup((PATH,))], Arithmetic(lambda _: packed, "native"))
+    experts = [
+        (LowRank(torch.randn(rank, inner).bfloat16() / 5, torch.randn(out, rank).bfloat16()),)
+        for rank in (4, 6)
+    ]
+    top_1 = Rule(keep="top_k", top_k=1)
+    adapted.put(0, AdapterProgram({PATH: (Routed(tuple(experts), Router(torch.randn(2, inner), top_1)),)}))
+    unlike = (Dense(torch.randn(out, inner)),), (Diagonal("output", torch.randn(out)),)
+    adapted.put(1, AdapterProgram({PATH: (Routed(unlike, Router(torch.randn(2, inner), Rule())),)}))
+    x_1TI = torch.randn(1, num_rows + 1, inner).bfloat16()
+
+    def outputs(*spans: Span) -> Tensor:
+        table = RowTable(spans)
+        adapted.set_rows(table, table)
+        found: Tensor = model[PATH](x_1TI[:, : table.num_rows])[0, :num_rows]
+        adapted.clear_rows()
+        return found
+
+    own = Span(num_rows, ((0, 1.0),))
+    assert torch.equal(outputs(own), outputs(own, Span(1, ((1, 1.0),))))

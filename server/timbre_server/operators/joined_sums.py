@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from timbre_server.operators.contract import Adds, Bound, Change
+from timbre_server.operators.contract import Add, Adds, Bound, Change
+
+
+@dataclass(frozen=True, slots=True)
+class _AddAll:
+    """Equal where it adds the same."""
+
+    sums: tuple[tuple[int, Add], ...]
+
+    def __call__(self, sources: Sequence[Any], y_TO: Tensor) -> None:
+        for number, add in self.sums:
+            add(sources[number], y_TO)
 
 
 class JoinedSums(Bound):
@@ -30,28 +42,26 @@ class JoinedSums(Bound):
         rows = [every_T if change.rows_N is None else every_T[change.rows_N] for change in changes]
         return Change(torch.cat([change.values_NO for change in changes]), torch.cat(rows))
 
+    @property
+    def takes_any_type(self) -> bool:
+        """Each gets what it gets where it is alone: in another type the bits of its sums are others."""
+        return True
+
     def sums(self, x_TI: Tensor) -> Sequence[Sequence[Change]]:
-        each = [bound.sums(x_TI) for bound in self._bounds]
+        each = [bound.sums(x_TI if bound.takes_any_type else x_TI.float()) for bound in self._bounds]
         return [[change for changes in own for change in changes] for own in zip(*each, strict=True)]
 
     def adds(self, member: int) -> Adds | None:
-        each = [bound.adds(member) for bound in self._bounds]
-        if any(own is None or own.output_change is not None for own in each):
-            return None
-        sums = [(n, own.sums) for n, own in enumerate(each) if own is not None and own.sums is not None]
-
-        def add(sources: Sequence[Any], y_TO: Tensor) -> None:
-            for number, own in sums:
-                own(sources[number], y_TO)
-
-        return Adds(sums=add if sums else None)
+        sums: list[tuple[int, Add]] = []
+        for number, own in enumerate(bound.adds(member) for bound in self._bounds):
+            if own is None or own.input_change or own.output_change or own.product_change:
+                return None
+            if own.sums is not None:
+                sums.append((number, own.sums))
+        return Adds(sums=_AddAll(tuple(sums)) if sums else None)
 
     def source(self, x_TI: Tensor) -> Sequence[Any]:
         return [bound.source(x_TI) for bound in self._bounds]
-
-    @property
-    def takes_any_type(self) -> bool:
-        return all(bound.takes_any_type for bound in self._bounds)
 
     @property
     def outlasts_tables(self) -> bool:
