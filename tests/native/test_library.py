@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import platform
 import re
+import shutil
 import stat
+import subprocess
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +36,15 @@ def test_no_two_sources_have_a_type_of_one_name() -> None:
     names = Counter(name for path in native.SOURCES.iterdir() for name in defined.findall(path.read_text()))
     assert {"Uses", "Slices"} <= set(names)
     assert [name for name, count in names.items() if count > 1] == []
+
+
+@pytest.mark.cpp
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="of that family of processors")
+@pytest.mark.parametrize("source", sorted(native.SOURCES.glob("*.cpp")), ids=lambda source: source.stem)
+def test_sources_compile_for_a_processor_without_wide_registers(source: Path) -> None:
+    compiler = next(filter(shutil.which, native.COMPILERS))
+    options = ["-std=c++17", "-O1", "-march=x86-64", "-fPIC", "-c", "-o", "/dev/null"]
+    subprocess.run([compiler, *options, str(source)], check=True)
 
 
 @pytest.mark.cpp

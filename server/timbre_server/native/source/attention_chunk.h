@@ -3,7 +3,8 @@
 //
 // Keys are taken in pieces, whose scores are all that is kept: sums over the pieces before are scaled to the
 // highest score since. A query's sums are made in the order of positions, and keys that it does not see add
-// zeros, so that its result does not depend on how its sequence was cut into steps and tiles.
+// zeros, so that its result does not depend on how its sequence was cut into steps and tiles (of finite values:
+// zero times another is no number).
 #pragma once
 
 #include <algorithm>

@@ -72,7 +72,7 @@ static inline void add_products(
     for (int n = 0; n < N; n++) from[n] = wide(panel + n * stride);
     for (int r = 0; r < SIDE; r++) {
         Wide row = wide(rows[r] + i);
-#ifdef __x86_64__
+#ifdef __AVX__
         asm("" : "+v"(row));
 #endif
         for (int n = 0; n < N; n++) add_product(sums[n][r], row, from[n]);
