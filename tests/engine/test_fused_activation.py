@@ -51,7 +51,7 @@ def test_an_activation_s_numbers_are_the_module_s(name: str) -> None:
         assert_same(activation(x.transpose(1, 2)), module(x.transpose(1, 2)))
         assert_same(activation.times(x.clone(), 1 - x), module(x) * (1 - x))
         assert torch.equal(x, before), "the activation alone writes to no input"
-    extremes = torch.tensor([0.0, -0.0, 1e4, -1e4, 90.0, -90.0, 1e30, torch.nan])
+    extremes = torch.tensor([0.0, -0.0, 1e4, -1e4, 90.0, -90.0, 1e30, -1e30, -3e38, torch.inf, torch.nan])
     torch.testing.assert_close(activation(extremes), module(extremes), equal_nan=True)
 
 

@@ -10,9 +10,10 @@ struct Curve {
 };
 
 static inline Wide activated(Wide x, Curve curve) {
-    const Wide at = x * (x * curve.bend * x + curve.slope);
+    const Wide bent = curve.bend == 0 ? Wide{} : x * curve.bend * x;  // Of infinity times zero there is no number.
+    const Wide at = x * (bent + curve.slope);
     const Wide below = exponential((Wide)((WideBits)at | 0x80000000));  // e^-|at|
-    return x * (at < 0 ? below : Wide{} + 1.0f) / (below + 1.0f);
+    return x * (at < 0 ? (at < -87 ? Wide{} : below) : Wide{} + 1.0f) / (below + 1.0f);
 }
 
 // WIDTH numbers.
