@@ -31,6 +31,12 @@ def test_one_value_that_does_not_come_back_keeps_all(odd: float) -> None:
     assert narrowed(before) is before
 
 
+def test_an_infinity_among_others_is_no_float16() -> None:
+    """Kernels read float16 as finite numbers."""
+    before = torch.tensor([*HALF, torch.inf])
+    assert narrowed(before) is before
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_what_shall_be_rounded_is_to_the_nearest(dtype: torch.dtype) -> None:
     before = torch.tensor([1 + 2**-11 + 2**-20, -(0.1**3), 0.0])
