@@ -71,6 +71,19 @@ def test_a_weight_of_no_module_is_multiplied_and_not_kept(
     assert kept() is None
 
 
+@pytest.mark.parametrize(("dtype", "native"), KINDS)
+def test_weights_that_begin_at_one_place_are_packed_each(dtype: torch.dtype, native: bool) -> None:
+    packer, whole, first = packer_for(dtype, native=native), nn.Linear(24, 64), nn.Linear(24, 16)
+    whole.to(dtype), first.to(dtype)
+    first.weight = nn.Parameter(whole.weight[:16], requires_grad=False)
+    x = torch.randn(3, 24).to(dtype)
+    with torch.inference_mode():
+        for layer in (whole, first):
+            torch.testing.assert_close(
+                packer.product_of(layer)(x), layer(x), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype]
+            )
+
+
 def test_one_and_two_float32_rows_are_the_layer_s_own_bits() -> None:
     torch.manual_seed(1)
     layer = nn.Linear(576, 192)

@@ -61,8 +61,8 @@ class LinearPacker:
         self._pages = HugePages()
         known = _layouts(dtype, native=native) if is_tried else iter(())
         self._layout = next((layout for layout in known if _computes_linear(layout, dtype)), None)
-        self._packed: dict[int, tuple[Tensor, BiasedProduct]] = {}
-        """By where a weight lies: it, so that the place stays its own, and the product with its copy."""
+        self._packed: dict[tuple[object, ...], tuple[Tensor, BiasedProduct]] = {}
+        """By where and how a weight lies: it, so that the place stays its own, and its packed product."""
 
     @property
     def works(self) -> bool:
@@ -81,7 +81,7 @@ class LinearPacker:
         if self._layout is None or not self.takes(module):
             return None
         weight = weight_of(module)
-        place = weight.data_ptr()
+        place = weight.data_ptr(), weight.shape, weight.stride()
         if place not in self._packed:
             self._packed[place] = weight, self._layout.pack(weight.detach(), self._pages.copied)
         return PackedLinear(module, self._packed[place][1], bias_of(module), self._layout.plain_rows)

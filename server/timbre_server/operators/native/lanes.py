@@ -61,7 +61,7 @@ class Group:
 
     @property
     def fields(self) -> tuple[int, ...]:
-        """``SpectralRows`` of ``spectral.cpp``."""
+        """``SpectralRows`` of ``spectrum.h``."""
         return *self.rows, *[NO_ROW] * (MOST_ROWS - len(self.rows)), len(self.rows)
 
 
