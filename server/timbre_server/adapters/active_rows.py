@@ -5,6 +5,7 @@ Legend: T rows, P copies of them, D features.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -68,6 +69,35 @@ class ActiveRows:
     def end(self) -> None:
         self.table = self.copies = None
         self.are_merged = False
+
+
+class StepRows:
+    """Those of one step as each kind of layer sees them: a norm may have several for each token, and the head
+    those alone whose logits are kept."""
+
+    def __init__(self, rows_per_token: Iterable[int]) -> None:
+        self.by_rows_per_token = {count: ActiveRows() for count in (1, *rows_per_token)}
+        self.body = self.by_rows_per_token[1]
+        self.head = ActiveRows()
+        self._all = *self.by_rows_per_token.values(), self.head
+
+    def begin(self, table: RowTable, head_table: RowTable) -> bool:
+        """Whether any layers see others than in the step before."""
+        are_new = [rows.begin(table.times(count)) for count, rows in self.by_rows_per_token.items()]
+        return any([*are_new, self.head.begin(head_table)])
+
+    def forget(self) -> None:
+        for rows in self._all:
+            rows.forget()
+
+    def end(self) -> None:
+        for rows in self._all:
+            rows.end()
+
+    def merge(self, pairs: Pairs) -> None:
+        """These adapters' weights are merged from now on."""
+        for rows in self._all:
+            rows.merged_pairs = pairs
 
 
 @dataclass(slots=True, eq=False)

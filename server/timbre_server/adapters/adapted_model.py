@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from timbre_methods.program import AdapterProgram
 from timbre_methods.routing import Routed, Router, Scout, Scouted
-from timbre_server.adapters.active_rows import ActiveRows
+from timbre_server.adapters.active_rows import ActiveRows, StepRows
 from timbre_server.adapters.adapted_embedding import AdaptedEmbedding
 from timbre_server.adapters.adapted_group import AdaptedGroup, PreparedKinds
 from timbre_server.adapters.adapted_linear import AdaptedLinear, Product
@@ -91,9 +91,7 @@ class AdaptedModel:
         Without ``embedding``, the base's layer of token embeddings, no adapter may bring virtual tokens."""
         self._programs = SlotPrograms()
         self._prompts = StepPrompts(self._programs, embedding)
-        self._body_rows = {layer.rows_per_token: ActiveRows() for layer in (LoneLayer("", "norm"), *lone)}
-        self._head_rows = ActiveRows()
-        self._all_rows = *self._body_rows.values(), self._head_rows
+        self._rows = StepRows(layer.rows_per_token for layer in lone)
         self._groups: list[AdaptedGroup] = []
         self._linears: dict[str, AdaptedLinear] = {}
         self._step = StepRouting()
@@ -102,7 +100,7 @@ class AdaptedModel:
         self._listener: Callable[[int | None], None] = lambda _: None
         operators = {operator.part: operator for operator in all_operators(self._step, arithmetic.kernels)}
         for group in groups:
-            rows = self._head_rows if group.is_head else self._body_rows[1]
+            rows = self._rows.head if group.is_head else self._rows.body
             adapted = AdaptedGroup(group.paths, rows, self._programs, operators)
             self._groups.append(adapted)
             for member, path in enumerate(group.paths):
@@ -112,13 +110,14 @@ class AdaptedModel:
         lookups = {operator.part: operator for operator in embedding_operators()}
         for layer in lone:
             is_embedding = layer.kind == "embedding"
-            rows, known = self._body_rows[layer.rows_per_token], lookups if is_embedding else operators
+            rows = self._rows.by_rows_per_token[layer.rows_per_token]
+            known = lookups if is_embedding else operators
             adapted = AdaptedGroup((layer.path,), rows, self._programs, known)
             self._groups.append(adapted)
             base = model.get_submodule(layer.path)
             make = AdaptedEmbedding if is_embedding else partial(AdaptedNorm, norm=arithmetic.norm_of(base))
             _put_in_place(model, layer.path, make(base, adapted))
-        rows, programs = self._body_rows[1], self._programs
+        rows, programs = self._rows.body, self._programs
         routed = operators[Routed]
         assert isinstance(routed, RoutedOperator)
         self._blocks = RoutedBlocks(model, blocks, rows, self._step, routed.routers)
@@ -135,9 +134,7 @@ class AdaptedModel:
         for slot in self._programs.use(table.slots):
             self._forget(slot)
         self._step.begin(table.slots)
-        are_new = [rows.begin(table.times(count)) for count, rows in self._body_rows.items()]
-        are_new.append(self._head_rows.begin(head_table))
-        if any(are_new):
+        if self._rows.begin(table, head_table):
             self._bind_groups()
         self._prompts.begin(table)
 
@@ -149,14 +146,13 @@ class AdaptedModel:
                 if not group.paths[0].startswith(not_yet):
                     group.bound()
         except BaseException:
-            for rows in self._all_rows:  # An equal table may be next, to which only some are bound.
-                rows.forget()
+            self._rows.forget()  # An equal table may be next, to which only some are bound.
             raise
 
     def scout(self, rows_S: Tensor, hidden_SD: Tensor, kept_rows_T: Tensor) -> None:
         """Give the scouts what the base alone made of the rows ``rows_S``, increasing, of those that are set;
         ``kept_rows_T`` are the rows whose logits are kept. Every row of an adapter with one is among them."""
-        body, head = self._body_rows[1].table, self._head_rows.table
+        body, head = self._rows.body.table, self._rows.head.table
         if body is not None:
             read_scouts(self._scouts, self._step, body, rows_S, hidden_SD)
         if head is not None:
@@ -164,8 +160,7 @@ class AdaptedModel:
 
     def clear_rows(self) -> None:
         """The forward has ended, well or not: base rows until told otherwise, nothing kept of its inputs."""
-        for rows in self._all_rows:
-            rows.end()
+        self._rows.end()
         self._prompts.end()
         for group in self._groups:
             group.end_step()
@@ -177,7 +172,7 @@ class AdaptedModel:
 
     def choices_of(self, rows: Sequence[int]) -> dict[int, list[Choice]]:
         """Which experts acted on these rows of the forward that has just run. Before `clear_rows`."""
-        body, tables = self._body_rows[1].table, dict[RowTable, Tensor | None](self._step.rows_of_copies)
+        body, tables = self._rows.body.table, dict[RowTable, Tensor | None](self._step.rows_of_copies)
         return choices_of(
             rows, self._step.calls, self._places, tables if body is None else tables | {body: None}
         )
@@ -186,7 +181,7 @@ class AdaptedModel:
         """Of the rows that are set: a key that is equal for steps that launch the same on the same tensors,
         and the slots of the adapters that act. None where that is not told beforehand: of adapters of routed
         blocks, and where `act_beside_layers`."""
-        body, head = self._body_rows[1], self._head_rows
+        body, head = self._rows.body, self._rows.head
         if body.table is None:
             return body.are_merged, frozenset()
         if self.act_beside_layers or self._programs.act_on(self._blocks.paths, body.table.slots):
@@ -196,7 +191,7 @@ class AdaptedModel:
     @property
     def act_beside_layers(self) -> bool:
         """Whether adapters of the rows that are set act on parameters, or in attention."""
-        table = self._body_rows[1].table
+        table = self._rows.body.table
         slots = () if table is None else table.slots
         return self._prompts.act_in_attention or self._programs.act_on(self._parameter_paths, slots)
 
@@ -204,7 +199,7 @@ class AdaptedModel:
         """Of the forward that has just run. Before `clear_rows`."""
         step = self._step
         # Of base rows nothing was prepared: what groups hold is an earlier step's, whose adapters may leave.
-        groups = self._groups if self._body_rows[1].table is not None else ()
+        groups = self._groups if self._rows.body.table is not None else ()
         prepared = tuple(group.last_bound for group in groups)
         return RecordedForward(step, tuple(step.calls), dict(step.rows_of_copies), prepared)
 
@@ -250,18 +245,14 @@ class AdaptedModel:
         self.unmerge()
         for path, product in products.items():
             self._linears[path].merged = product
-        self._set_merged_pairs(pairs)
+        self._rows.merge(pairs)
 
     def unmerge(self) -> None:
         """Drop the merged weights."""
         self._listener(None)
-        self._set_merged_pairs(())
+        self._rows.merge(())
         for linear in self._linears.values():
             linear.merged = None
-
-    def _set_merged_pairs(self, pairs: Pairs) -> None:
-        for rows in self._all_rows:
-            rows.merged_pairs = pairs
 
     def drop(self, slot: int) -> None:
         """Free a slot's tensors, also where they were prepared for a table."""
@@ -278,8 +269,7 @@ class AdaptedModel:
         self._step.forget(slot)
         for group in self._groups:
             group.forget(slot)
-        for rows in self._all_rows:
-            rows.forget()
+        self._rows.forget()
 
 
 def _adapted_parameters(

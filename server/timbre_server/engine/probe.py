@@ -176,12 +176,7 @@ def probe(model: PreTrainedModel) -> ProbeResult:
             hook.remove()
     groups, lone = _groups(model, reads.entries), _lone(model, reads.lone)
     parameters = parameter_calls.found(model, _NUM_ROWS)
-    embeddings = [layer.path for layer in lone if layer.kind == "embedding"]
-    tables = {id(model.get_submodule(path).weight): path for path in embeddings}
-    called = {path for group in groups for path in group.paths}
-    # As the model defines them: methods count layers so, and families call some in another order.
-    linear = [(path, module) for path, module in model.named_modules() if path in called]
-    sites = [_site(path, module, tables) for path, module in linear]
+    sites = _linear_sites(model, groups, lone)
     sites += [lone_shape(layer, model.get_submodule(layer.path)) for layer in lone]
     blocks = block_calls.blocks(_NUM_ROWS, set(recording.paths.values()))
     sites += map(block_shape, blocks)
@@ -236,6 +231,16 @@ def _layer(call: AttentionCall, by_layer: Sequence[AttentionCall], path: str) ->
         has_sinks=call.sinks_H is not None,
         shares_with=next((e.layer for e in earlier if e.k_GTD.data_ptr() == call.k_GTD.data_ptr()), None),
     )
+
+
+def _linear_sites(
+    model: PreTrainedModel, groups: Sequence[LinearGroup], lone: Sequence[LoneLayer]
+) -> list[SiteShape]:
+    """As the model defines them: methods count layers so, and families call some in another order."""
+    called = {path for group in groups for path in group.paths}
+    embeddings = [layer.path for layer in lone if layer.kind == "embedding"]
+    tables = {id(model.get_submodule(path).weight): path for path in embeddings}
+    return [_site(path, module, tables) for path, module in model.named_modules() if path in called]
 
 
 def _site(path: str, module: nn.Module, tables: Mapping[int, str]) -> SiteShape:
