@@ -116,10 +116,10 @@ def two_threads() -> Iterator[None]:
 @pytest.fixture(params=[1, 2])
 def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """So many in C++, for however little work."""
-    from timbre_server.native import library
+    from timbre_server.native.library import least_work
 
     before = torch.get_num_threads()
-    monkeypatch.setattr(library, "MIN_WORK_FOR_THREADS", 0)
+    monkeypatch.setattr(least_work(), "value", 0)
     torch.set_num_threads(request.param)
     yield
     torch.set_num_threads(before)

@@ -22,6 +22,7 @@ from timbre_server.adapters.groups import Block, LinearGroup
 from timbre_server.engine.packed_linear import LinearPacker
 from timbre_server.native.arena import Arena
 from timbre_server.native.recording import Recording
+from timbre_server.native.rows import Rows
 from timbre_server.native.tape import Tape
 from timbre_server.operators.row_table import RowTable, Span
 
@@ -42,6 +43,7 @@ RULES = (
     Rule(keep="top_p", top_p=0.6),
 )
 NUM_SLOTS = 8
+MOST_ROWS = 11
 
 
 class Gated(nn.Module):
@@ -86,8 +88,8 @@ class Model:
             Arithmetic(packer.product_of, "native"),
             blocks=[Block("a", D, "a.down"), Block("b", D, "b.down")],
         )
-        self._arena = Arena()
-        self._tapes: dict[int, tuple[Tape, Tensor, Tensor]] = {}
+        self._tape: tuple[Tape, Rows, Rows] | None = None
+        """With what it reads and gives."""
 
     def run(self, table: RowTable, x_TD: Tensor) -> tuple[Tensor, dict[int, list[int]]]:
         """Also how often each expert acted."""
@@ -99,17 +101,17 @@ class Model:
 
     def play(self, table: RowTable, x_TD: Tensor) -> tuple[Tensor, dict[int, list[int]]]:
         self.adapted.set_rows(table, table)
-        if table.num_rows not in self._tapes:
-            own_x = torch.empty(1, *x_TD.shape)
-            tape, y = Recording.of(partial(self._net, own_x), self._arena)
-            self._tapes[table.num_rows] = tape, own_x, y
+        if self._tape is None:
+            own_x = torch.empty(1, MOST_ROWS, D)
+            tape, y = Recording.of(partial(self._net, own_x), Arena(), MOST_ROWS)
+            self._tape = tape, Rows(own_x, MOST_ROWS), y
             self.adapted.forget_forward()
-        tape, own_x, y = self._tapes[table.num_rows]
-        own_x[0] = x_TD
-        tape()
+        tape, own_x, y = self._tape
+        own_x(table.num_rows)[0] = x_TD
+        tape(table.num_rows)
         counts = self.adapted.expert_tokens()
         self.adapted.clear_rows()
-        return y[0].clone(), counts
+        return y(table.num_rows)[0].clone(), counts
 
 
 def low_rank(path: str) -> LowRank:

@@ -64,10 +64,10 @@ def test_joined_products_have_the_bits_of_added_ones(
     num_joined = 0
     join = PackedLinear.joined
 
-    def counted(self: PackedLinear, x: Tensor, joining: Joining) -> Tensor | None:
+    def counted(self: PackedLinear, x: Tensor, joining: Joining, y: Tensor | None = None) -> Tensor | None:
         nonlocal num_joined
         num_joined += 1
-        return join(self, x, joining)
+        return join(self, x, joining, y)
 
     monkeypatch.setattr(PackedLinear, "joined", counted)
 

@@ -47,18 +47,20 @@ def kernels_timed(found: Counter[str], device: torch.device) -> Iterator[None]:
         found.update({each.key: each.self_device_time_total * 1e-6 for each in profiled.key_averages()})
         return
 
-    def played(kernels: tape._Kernels) -> None:
-        place, (_, end) = 0, kernels.begin
+    def played(kernels: tape._Kernels, num_rows: int) -> None:
+        first, end = kernels.begin
+        size = len(kernels._calls) // end
+        place = 0
         while place < end:
-            address, words = kernels._calls[2 * place : 2 * place + 2]
+            address = kernels._calls[place * size]
             if not address:
                 choice = kernels.choices[place]
-                choice()
+                choice(num_rows)
                 place += 1 + choice.replaced
                 continue
-            part, function = _kernel_at(address)
+            part = _part_at(address)
             started = time.perf_counter()
-            function(words)
+            kernels._play(first, place, place + 1, num_rows)
             found[part] += time.perf_counter() - started
             place += 1
 
@@ -107,10 +109,9 @@ class _Symbol(ctypes.Structure):
 
 
 @cache
-def _kernel_at(address: int) -> tuple[str, Callable[[int], None]]:
-    """The part that a kernel belongs to, and the kernel, of the address of its words."""
+def _part_at(address: int) -> str:
+    """The part that a kernel belongs to."""
     symbol = _Symbol()
     ctypes.CDLL(None).dladdr(ctypes.c_void_p(address), ctypes.byref(symbol))
     name = symbol.name.decode().removeprefix("timbre_").removesuffix("_played")
-    part = next((part for begin, part in _PARTS.items() if name.startswith(begin)), f"kernel {name}")
-    return part, ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
+    return next((part for begin, part in _PARTS.items() if name.startswith(begin)), f"kernel {name}")

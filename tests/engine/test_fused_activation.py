@@ -59,7 +59,7 @@ def test_an_activation_s_numbers_are_the_module_s(name: str) -> None:
 def test_several_threads_give_the_numbers_of_one(two_threads: None) -> None:
     activation = fused(nn.SiLU())
     x, factor = random_rows(3, 40_003), random_rows(3, 40_003)
-    assert x.numel() > native.MIN_WORK_FOR_THREADS
+    assert x.numel() > native.least_work().value
     want = torch.cat([activation.times(a.clone(), b) for a, b in zip(x, factor, strict=True)])
     assert torch.equal(activation.times(x, factor).flatten(), want)
 

@@ -64,7 +64,7 @@ def test_in_cpp_the_result_is_the_norm_s(dtype: torch.dtype, size: int) -> None:
 def test_in_cpp_a_row_is_the_same_whatever_its_neighbours_and_threads(two_threads: None) -> None:
     fused = fused_norm.norm_of(random_norm(LlamaRMSNorm, torch.float32, 256), native=True)
     x_TD = random_rows(901, 256)
-    assert x_TD.numel() > native.MIN_WORK_FOR_THREADS
+    assert x_TD.numel() > native.least_work().value
     y_TD = fused(x_TD)
     for row in (0, 1, 449, 450, 451, 900):
         assert torch.equal(y_TD[row], fused(x_TD[row : row + 1])[0]), row

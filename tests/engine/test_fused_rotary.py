@@ -91,7 +91,7 @@ def test_several_threads_turn_each_row_once(tiny_model: TinyModel, two_threads: 
     rotate = model.model.layers[0].self_attn._rotate
     generator = torch.Generator().manual_seed(3)
     q_THD, k_TGD, cos_TD, sin_TD = (torch.randn(901, n, 32, generator=generator) for n in (4, 2, 1, 1))
-    assert q_THD.numel() > native.MIN_WORK_FOR_THREADS
+    assert q_THD.numel() > native.least_work().value
     want = [u * cos_TD + torch.cat((-u[..., 16:], u[..., :16]), -1) * sin_TD for u in (q_THD, k_TGD)]
     rotate(q_THD, k_TGD, cos_TD.transpose(0, 1), sin_TD.transpose(0, 1))
     torch.testing.assert_close([q_THD, k_TGD], want)

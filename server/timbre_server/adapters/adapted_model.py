@@ -18,10 +18,11 @@ from timbre_methods.routing import Routed, Router, Scout, Scouted
 from timbre_server.adapters.active_rows import ActiveRows, StepRows
 from timbre_server.adapters.adapted_embedding import AdaptedEmbedding
 from timbre_server.adapters.adapted_group import AdaptedGroup, PreparedKinds
-from timbre_server.adapters.adapted_linear import AdaptedLinear, Product
+from timbre_server.adapters.adapted_linear import AdaptedLinear
 from timbre_server.adapters.adapted_norm import AdaptedNorm
 from timbre_server.adapters.adapted_parameters import AdaptedParameters
 from timbre_server.adapters.groups import Block, LinearGroup, LoneLayer, ParameterModule
+from timbre_server.adapters.layer_product import Product
 from timbre_server.adapters.prompts import StepPrompts
 from timbre_server.adapters.routed_block import RoutedBlocks
 from timbre_server.adapters.routing_report import Choice, choices_of, expert_tokens, router_places

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from timbre_server.native.joining import Joining
+from timbre_server.native.sums import sum_into
 from timbre_server.operators.contract import Add, Bound, SideAdd
 from timbre_server.operators.row_table import RowTable
 
@@ -34,6 +39,23 @@ class InPlace:
     def follows_from_table(self) -> bool:
         """Whether it may be something else for other rows of the same adapters."""
         return bool(self.inputs and self.outputs)
+
+    def add_to(self, y: Tensor, y0: Tensor, sources: Sequence[Any], bias_O: Tensor | None) -> object:
+        """All that it adds to the float32 sums y; y0 are the base's own, and ``sources`` what the operators
+        have made of x. Returns what kernels read that lies nowhere else."""
+        held: Sequence[Tensor] = ()
+        for each in self.products:
+            if bias_O is not None and not held:
+                less_TO = (-bias_O.float()).expand_as(y).contiguous()
+                held = less_TO, torch.empty_like(y)
+                is_made = sum_into(held[1], y, less_TO)
+                assert is_made, "sums that C++ does not make"
+            each.add(held[1] if held else y, y)
+        for each in self.outputs:
+            each.add(y0, y)
+        for number, add in self.sums:
+            add(sources[number], y)
+        return held
 
     @staticmethod
     def of(bounds: Sequence[Bound], member: int, table: RowTable) -> InPlace | None:

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from timbre_methods.contract import Sites
-from timbre_server.adapters.adapted_linear import Product
 from timbre_server.adapters.adapted_model import AdaptedModel
+from timbre_server.adapters.layer_product import Product
 from timbre_server.adapters.merged_weights import WeightedPrograms, merged_weights, refusal
 from timbre_server.adapters.runtime import AdapterRuntime, LoadFailureCode
 from timbre_server.native.library import compute_alone

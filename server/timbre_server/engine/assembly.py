@@ -118,6 +118,7 @@ def _runner_options(options: EngineOptions, kernels: str) -> RunnerOptions:
         kv_cache_bytes=options.kv_cache_bytes,
         max_model_len=options.max_model_len,
         max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
         adapter_memory_bytes=options.adapter_memory_bytes,
         native_attention=kernels == "native",
         record_steps=kernels != "torch",

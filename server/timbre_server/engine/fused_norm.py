@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 
-from timbre_server.native.library import ADDRESS, NUMBER, REAL, LibraryUnavailable, kernel, num_threads
+from timbre_server.native.library import ADDRESS, NUMBER, REAL, ROWS, LibraryUnavailable, kernel
 
 _EPSILONS = ("variance_epsilon", "eps", "epsilon")
 """What modules call the number that is added to the mean square."""
@@ -60,16 +60,16 @@ def _in_cpp(weight_D: Tensor, epsilon: float) -> Norm | None:
     if name is None or not weight_D.is_contiguous():
         return None
     try:
-        run = kernel(name, ADDRESS, ADDRESS, REAL, ADDRESS, NUMBER, NUMBER)
+        run = kernel(name, ADDRESS, ADDRESS, REAL, ADDRESS, ROWS, NUMBER)
     except LibraryUnavailable:
         return None
     num_features = len(weight_D)
 
     def norm(x: Tensor) -> Tensor:
         x = x.contiguous()
-        y, size = torch.empty_like(x), x.numel()
-        rows, threads = size // num_features, num_threads(size)
-        run(x.data_ptr(), weight_D.data_ptr(), epsilon, y.data_ptr(), rows, num_features, threads)
+        y, rows = torch.empty_like(x), x.numel() // num_features
+        own = x.data_ptr(), weight_D.data_ptr(), epsilon, y.data_ptr()
+        run(*own, rows, num_features, torch.get_num_threads())
         return y
 
     return norm

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from timbre_server.native.library import ADDRESS, NUMBER, REAL, kernel, num_threads
+from timbre_server.native.library import ADDRESS, NUMBER, REAL, ROWS, kernel
 
 Curve = tuple[float, float]
 """Slope and bend of ``act(v) = v σ(slope v + bend v³)``."""
@@ -39,19 +39,20 @@ class LayerKernels:
 
 def in_cpp() -> LayerKernels:
     """Raises: LibraryUnavailable."""
-    turns = ADDRESS, NUMBER, ADDRESS, NUMBER, ADDRESS, ADDRESS, NUMBER, NUMBER
-    curves = ADDRESS, ADDRESS, REAL, REAL, ADDRESS, NUMBER
+    turns = ADDRESS, NUMBER, ADDRESS, NUMBER, ADDRESS, ADDRESS, ROWS, NUMBER
+    curves = ADDRESS, ADDRESS, REAL, REAL, ADDRESS, ROWS
     rotaries = {dtype: kernel(f"timbre_rotary_{name}", *turns) for dtype, name in _IN_CPP.items()}
     activations = {dtype: kernel(f"timbre_activation_{name}", *curves) for dtype, name in _IN_CPP.items()}
 
     def rotate(q_THD: Tensor, k_TGD: Tensor, cos_1TD: Tensor, sin_1TD: Tensor) -> None:
         (num_rows, num_heads, key_dim), num_kv_heads = q_THD.shape, k_TGD.shape[1]
         heads = q_THD.data_ptr(), num_heads, k_TGD.data_ptr(), num_kv_heads
-        threads = num_threads(q_THD.numel())
-        rotaries[q_THD.dtype](*heads, cos_1TD.data_ptr(), sin_1TD.data_ptr(), num_rows, key_dim, threads)
+        turns = cos_1TD.data_ptr(), sin_1TD.data_ptr()
+        rotaries[q_THD.dtype](*heads, *turns, num_rows, key_dim, torch.get_num_threads())
 
     def activate(x: Tensor, factor: Tensor | None, curve: Curve, y: Tensor) -> None:
-        factors, count = None if factor is None else factor.data_ptr(), x.numel()
-        activations[x.dtype](x.data_ptr(), factors, *curve, y.data_ptr(), count, num_threads(8 * count))
+        factors = None if factor is None else factor.data_ptr()
+        own = x.data_ptr(), factors, *curve, y.data_ptr()
+        activations[x.dtype](*own, x.numel(), torch.get_num_threads())
 
     return LayerKernels(torch.device("cpu"), tuple(_IN_CPP), rotate, activate)

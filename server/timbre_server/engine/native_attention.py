@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from timbre_server.engine.context import AttentionCall
 from timbre_server.engine.kv_cache import KVCache
 from timbre_server.engine.paged_attention import PagedStep, SequenceRows, needs_exact
 from timbre_server.native.library import ADDRESS, NUMBER, REAL, kernel, least_count
-from timbre_server.native.recording import NotRepeatable
+from timbre_server.native.rows import NotRepeatable
 
 NUMBERS = {torch.float32: "timbre_attention_float32", torch.bfloat16: "timbre_attention_bfloat16"}
 """The kernel for each type of cache."""
@@ -47,8 +47,8 @@ class _Heads(ctypes.Structure):
         return _Heads(x_HTD.data_ptr(), row_stride, head_stride)
 
 
-class _Attention(ctypes.Structure):
-    """``Attention`` of ``attention.h``."""
+class _StepRows(ctypes.Structure):
+    """``StepRows`` of ``attention.h``."""
 
     _fields_ = [
         ("singles", ADDRESS),
@@ -57,6 +57,14 @@ class _Attention(ctypes.Structure):
         ("num_chunks", NUMBER),
         ("slots", ADDRESS),
         ("num_rows", NUMBER),
+    ]
+
+
+class _Attention(ctypes.Structure):
+    """``Attention`` of ``attention.h``."""
+
+    _fields_ = [
+        ("rows", ADDRESS),
         ("q", _Heads),
         ("k", _Heads),
         ("v", _Heads),
@@ -79,8 +87,11 @@ class NativeStep(PagedStep):
     def __init__(self, cache: KVCache, sequences: Sequence[SequenceRows]) -> None:
         super().__init__(cache, sequences)
         self._run = kernel(NUMBERS[cache.dtype], ADDRESS)
-        self._single_rows = self._sequences(self._singles)
-        self._chunk_rows = self._sequences(self._chunks)
+        singles, chunks = self._sequences(self._singles), self._sequences(self._chunks)
+        addresses, counts = map(ctypes.addressof, (singles, chunks)), (len(singles), len(chunks))
+        self.rows = _StepRows(*addresses, *counts, self._slots_T.data_ptr(), len(self._slots_T))
+        """What the kernel is told, for as long as the step lives."""
+        self._held = singles, chunks
 
     def _sequences(self, sequences: Sequence[SequenceRows]) -> ctypes.Array[_Sequence]:
         longest_first = sorted(sequences, key=lambda s: s.end, reverse=True)  # Threads end together.
@@ -95,57 +106,37 @@ class NativeStep(PagedStep):
         if not _is_known(call, self._cache):
             return super().attend(call)
         call = _readable(call)
-        rows = _Rows(self._single_rows, self._chunk_rows, self._slots_T)
-        attention, out_THE = _attention(self._cache, rows, call)
+        attention, out_THE = _attention(self._cache, self.rows, call)
         self._run(ctypes.addressof(attention), torch.get_num_threads())
         return out_THE
 
-    def put(self, singles: ctypes.Array[_Sequence], slots_T: Tensor) -> None:
-        """Tell a kernel whose rows these are, all of them single, where it looks for that; it holds while the
-        step lives."""
-        ctypes.memmove(singles, self._single_rows, ctypes.sizeof(singles))
-        slots_T.copy_(self._slots_T)
 
+class PlayedSteps:
+    """The context of steps that are written down and played, for any sequences."""
 
-class NativeDecode:
-    """The context of steps of one row for each of so many sequences, which a tape plays: the kernel is told
-    where it finds the sequences of the step that runs."""
-
-    def __init__(self, cache: KVCache, num_rows: int) -> None:
+    def __init__(self, cache: KVCache) -> None:
         self._cache = cache
         self._run = kernel(NUMBERS[cache.dtype], ADDRESS)
-        self._rows = _Rows(
-            (_Sequence * num_rows)(), (_Sequence * 0)(), torch.zeros(num_rows, dtype=torch.int64)
-        )
+        self._rows = _StepRows()
         self._step: NativeStep | None = None
         self._calls: list[_Attention] = []
         """What the kernel is told, layer by layer."""
 
     def begin(self, step: NativeStep) -> None:
-        """``step`` is kept, as what the kernel reads is its."""
+        """What is played next is this step, which is kept: the kernel reads what is its."""
         self._step = step
-        step.put(self._rows.singles, self._rows.slots_T)
+        ctypes.memmove(ctypes.addressof(self._rows), ctypes.addressof(step.rows), ctypes.sizeof(_StepRows))
 
     def attend(self, call: AttentionCall) -> Tensor:
         if not _is_known(call, self._cache):
             raise NotRepeatable("attention that C++ does not compute")
-        call = _readable(call)
-        attention, out_THE = _attention(self._cache, self._rows, call)
+        attention, out_THE = _attention(self._cache, self._rows, _readable(call))
         self._calls.append(attention)
         self._run(ctypes.addressof(attention), torch.get_num_threads())
         return out_THE
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Rows:
-    """Whose rows a step has; the kernel reads them where they lie."""
-
-    singles: ctypes.Array[_Sequence]
-    chunks: ctypes.Array[_Sequence]
-    slots_T: Tensor
-
-
-def _attention(cache: KVCache, rows: _Rows, call: AttentionCall) -> tuple[_Attention, Tensor]:
+def _attention(cache: KVCache, rows: _StepRows, call: AttentionCall) -> tuple[_Attention, Tensor]:
     """What the kernel is told of a call that is `_readable`, and that the caller keeps; and where it puts its
     output."""
     heads, num_rows, key_dim = call.q_HTD.shape
@@ -153,12 +144,7 @@ def _attention(cache: KVCache, rows: _Rows, call: AttentionCall) -> tuple[_Atten
     out_THE = call.q_HTD.new_empty(num_rows, heads, value_dim)
     keys, values = cache.pools(call.layer)
     attention = _Attention(
-        ctypes.addressof(rows.singles),
-        ctypes.addressof(rows.chunks),
-        len(rows.singles),
-        len(rows.chunks),
-        rows.slots_T.data_ptr(),
-        num_rows,
+        ctypes.addressof(rows),
         _Heads.of(call.q_HTD),
         _Heads.of(call.k_GTD),
         _Heads.of(call.v_GTE),

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from timbre_server.native.formats import format_of
 from timbre_server.native.joining import Joining
-from timbre_server.native.library import ADDRESS, NUMBER, kernel, num_threads
+from timbre_server.native.library import ADDRESS, NUMBER, ROWS, kernel
 from timbre_server.native.panels import in_panels
 
 
@@ -29,8 +29,8 @@ def serves(dtype: torch.dtype) -> bool:
     return dtype is torch.float32 and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
-_ROWS, _WEIGHT, _OUTPUT = (ADDRESS, *[NUMBER] * 3), (ADDRESS, NUMBER, ADDRESS), (ADDRESS, NUMBER, NUMBER)
-_TYPES = *_ROWS, *_WEIGHT, *_OUTPUT
+_INPUT, _WEIGHT = (ADDRESS, NUMBER, ROWS, NUMBER), (ADDRESS, NUMBER, ADDRESS)
+_TYPES = *_INPUT, *_WEIGHT, ADDRESS, NUMBER, NUMBER
 """Of the kernel's arguments."""
 
 
@@ -55,15 +55,17 @@ class NativeProduct:
         bias_O: Tensor | None,
         dtype: torch.dtype | None = None,
         joining: Joining | None = None,
+        y: Tensor | None = None,
     ) -> Tensor:
-        """``dtype``: of y, which is rounded once. ``joining`` adds to it before."""
+        """``dtype``: of y, which is rounded once; or y itself, contiguous. ``joining`` adds to it before."""
         run = self._run
         if joining is not None:
             run = partial(kernel(joining.name, ADDRESS, *_TYPES), joining.address)
         *leading, num_in = x.shape
         assert num_in == self.num_in, f"{num_in} features for a weight of {self.num_in}"
         assert x.dtype is self._dtype, f"rows of {x.dtype} for a weight of {self._dtype}"
-        x, y = x.contiguous(), x.new_empty((*leading, self.num_out), dtype=dtype)
+        x = x.contiguous()
+        y = x.new_empty((*leading, self.num_out), dtype=dtype) if y is None else y
         bias_O = None if bias_O is None else bias_O.float().contiguous()
         run(
             x.data_ptr(),
@@ -75,6 +77,6 @@ class NativeProduct:
             y.data_ptr(),
             format_of(y),
             self.num_out,
-            num_threads(x.numel() * self.num_out),
+            torch.get_num_threads(),
         )
         return y

@@ -115,6 +115,8 @@ class PackedLinear:
         self._plain = plain
         self._product = product
         self._bias_O = bias_O
+        if bias_O is not None and isinstance(product, NativeProduct):
+            self._bias_O = bias_O.float().contiguous()  # Once: tapes are told where it lies.
         self._plain_rows = plain_rows
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -123,11 +125,11 @@ class PackedLinear:
     def in_float32(self, x: Tensor) -> Tensor:
         return self._rounded_to(torch.float32, x)
 
-    def joined(self, x: Tensor, joining: Joining) -> Tensor | None:
-        """With what it adds; None: only our own kernel can."""
+    def joined(self, x: Tensor, joining: Joining, y: Tensor | None = None) -> Tensor | None:
+        """With what it adds, in y where there is one; None: only our own kernel can."""
         if not isinstance(self._product, NativeProduct) or x.numel() == 0:
             return None
-        return self._product(x, self._bias_O, joining=joining)
+        return self._product(x, self._bias_O, joining=joining, y=y)
 
     def _rounded_to(self, dtype: torch.dtype, x: Tensor) -> Tensor:
         num_rows = x.numel() // x.shape[-1]

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from timbre_server.engine.batch import forward, hidden_states
 from timbre_server.engine.decode_graphs import DecodeGraphs, RecordableAdapters, graphs_for, kept_bytes
-from timbre_server.engine.decode_tapes import DecodeTapes
 from timbre_server.engine.kv_cache import KVCache, bytes_per_block
 from timbre_server.engine.kv_sizing import (
     KVRequest,
@@ -38,6 +37,7 @@ from timbre_server.engine.prompted_attention import AttentionPrompts
 from timbre_server.engine.sampler import SamplingRow, prompt_logprobs, sample
 from timbre_server.engine.sequence import ChunkResult, ScheduledChunk, StepPlan, StepResult
 from timbre_server.engine.step_kinds import step_for
+from timbre_server.engine.step_tapes import StepTapes
 from timbre_server.operators.row_table import RowTable
 
 _UNKNOWN_MEMORY_BYTES = 5 << 30
@@ -93,9 +93,11 @@ class RunnerOptions:
     """Left free for adapters when the cache is sized on a GPU."""
     native_attention: bool = False
     """On a CPU, attend in C++ where that gives what PyTorch gives."""
+    max_num_batched_tokens: int = 512
+    """Of a step."""
     record_steps: bool = True
-    """Record decode steps and replay them: on a GPU with Triton as CUDA graphs, on a CPU with attention in
-    C++ as tapes."""
+    """Record steps and replay them: on a GPU with Triton those that decode, as CUDA graphs; on a CPU with
+    attention in C++ all, as tapes."""
 
 
 class Runner:
@@ -125,9 +127,9 @@ class Runner:
         )
         self._step = step_for(self.cache, prepared.probed.kv_shapes, native=options.native_attention)
         limits = options.max_num_seqs, size.max_model_len
-        self._recordings: DecodeGraphs | DecodeTapes | None = None
+        self._recordings: DecodeGraphs | StepTapes | None = None
         if options.record_steps and self._step is NativeStep:
-            self._recordings = DecodeTapes(self._model, self.cache, adapters)
+            self._recordings = StepTapes(self._model, self.cache, adapters, options.max_num_batched_tokens)
         elif options.record_steps:
             self._recordings = graphs_for(prepared, self.cache, adapters, limits)
 

@@ -1,4 +1,5 @@
-"""Memory that stays where it is, for tensors that are written anew each time that a tape is played."""
+"""Memory that stays where it is, for tensors that are written anew each time that a tape is played. At first
+it is zero: what takes a number there for the place of something finds one."""
 
 from __future__ import annotations
 
@@ -10,14 +11,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from timbre_server.native.huge_pages import HugePages
+
 LEAST_BYTES = 64
+_SIZES = 8
+"""Of pieces, up to each power of two. Those of powers of two alone would all begin where the cache
+has the same few places for them."""
 
 
 class Arena:
-    """Pieces, whose sizes are powers of two so that tensors of about as many bytes use the same ones. One is
-    used again when the last tensor in it has died, and by whatever `begin` begins."""
+    """Pieces, whose sizes are rounded so that tensors of about as many bytes use the same ones. One is used
+    again when the last tensor in it has died, and by whatever `begin` begins."""
 
     def __init__(self) -> None:
+        self._pages = HugePages()
         self._pieces: dict[int, list[_Piece]] = {}
         self._by_address: dict[int, _Piece] = {}
         self._shared: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
@@ -39,11 +46,11 @@ class Arena:
     def like(self, tensor: Tensor) -> Tensor:
         """A tensor of its shape, strides and type."""
         num_bytes = tensor.untyped_storage().nbytes()
-        size = max(LEAST_BYTES, 1 << (num_bytes - 1).bit_length())
+        size = _rounded_up(num_bytes)
         pieces = self._pieces.setdefault(size, [])
         piece = next((piece for piece in pieces if piece.is_free), None)
         if piece is None:
-            piece = _Piece(size)
+            piece = _Piece(self._pages.zeros(size))
             pieces.append(piece)
             self._by_address[piece.address] = piece
         return piece.taken(tensor)
@@ -64,11 +71,15 @@ class Arena:
         return shared
 
 
+def _rounded_up(num_bytes: int) -> int:
+    step = max(LEAST_BYTES, (1 << num_bytes.bit_length()) // _SIZES)
+    return max(step, -(-num_bytes // step) * step)
+
+
 class _Piece:
     """So many bytes, for one tensor and its views at a time."""
 
-    def __init__(self, num_bytes: int) -> None:
-        memory = torch.empty(num_bytes, dtype=torch.uint8)
+    def __init__(self, memory: Tensor) -> None:
         self.address = memory.data_ptr()
         self._bytes: NDArray[np.uint8] = memory.numpy()
         self._user: Callable[[], object | None] = _nobody

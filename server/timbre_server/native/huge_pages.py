@@ -25,11 +25,18 @@ class HugePages:
 
     def copied(self, tensor: Tensor) -> Tensor:
         """A contiguous copy. On a system without huge pages it lies in others."""
-        size = _aligned(tensor.nbytes)
+        return self.zeros(tensor.nbytes).view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+    def zeros(self, num_bytes: int) -> Tensor:
+        """Of uint8, in memory that nobody has had."""
+        size = _aligned(num_bytes)
         if size > len(self._free):
-            self._free = _region(max(_PIECE, size))
-        room, self._free = self._free[: tensor.nbytes], self._free[size:]
-        return room.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+            try:
+                self._free = _region(max(_PIECE, size))
+            except OSError:  # The process has as many regions as it may.
+                return torch.zeros(num_bytes, dtype=torch.uint8)
+        room, self._free = self._free[:num_bytes], self._free[size:]
+        return room
 
 
 def move_together(tensors: Iterable[Tensor]) -> None:

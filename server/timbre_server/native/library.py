@@ -31,12 +31,14 @@ COMPILERS = ("g++", "clang++")
 SOURCES = Path(__file__).with_name("source")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-Wall", "-Wextra")
 _COMPILER_TIMEOUT_S = 300
-MIN_WORK_FOR_THREADS = 30_000
-"""Multiplications below which waking other threads costs more than they do."""
-
 
 ADDRESS, NUMBER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 """Of arguments of a `kernel`."""
+
+
+class ROWS(ctypes.c_int64):
+    """Of one that counts the rows that a kernel reads, or the numbers in them: what lies where is the same
+    for fewer of them."""
 
 
 class LibraryUnavailable(Exception):
@@ -81,21 +83,30 @@ def kernel(name: str, *types: type[Any]) -> Callable[..., None]:
     Raises: LibraryUnavailable.
     """
     found = getattr(library(), name)
-    found.argtypes, found.restype = (*types, ctypes.c_int), None
+    found.argtypes = (*(NUMBER if each is ROWS else each for each in types), ctypes.c_int)
+    found.restype = None
     played = ctypes.cast(getattr(library(), f"{name}_played"), ADDRESS).value
     assert played is not None
     words = struct.Struct("".join("f4x" if each is REAL else "q" for each in found.argtypes))
+    counts = [n for n, each in enumerate(types) if each is ROWS]
 
-    def written(args: Sequence[object]) -> KernelCall:
+    def written(args: Sequence[Any], num_rows: int) -> KernelCall:
+        counted = [(n, args[n] // num_rows) for n in counts if args[n] % num_rows == 0]
         own = words.pack(*(0 if each is None else each for each in args))
-        return KernelCall(played, array("q", own))
+        return KernelCall(played, array("q", own), counted)
 
     return notable(found, written)
 
 
+@cache
+def least_work() -> ctypes.c_int64:
+    """Multiplications below which waking other threads costs more than they do, as kernels read it."""
+    return NUMBER.in_dll(library(), "timbre_least_work")
+
+
 def num_threads(work: int) -> int:
     """For so many multiplications."""
-    return torch.get_num_threads() if work >= MIN_WORK_FOR_THREADS else 1
+    return torch.get_num_threads() if work >= least_work().value else 1
 
 
 def compute_alone() -> None:
@@ -110,7 +121,7 @@ def compute_alone() -> None:
 
 def least_count(work: int) -> int:
     """Of things with so many multiplications each, for which other threads are worth waking."""
-    return -(-MIN_WORK_FOR_THREADS // max(work, 1))
+    return -(-least_work().value // max(work, 1))
 
 
 def _openmp_runtime() -> Path | None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -18,11 +18,13 @@ class KernelCall:
     """The address of what calls the kernel."""
     words: array[int]
     """The arguments."""
+    counted: Sequence[tuple[int, int]]
+    """Which of them count rows, or numbers in rows, with what they are of one row."""
 
 
 class Notes(Protocol):
-    is_dry: bool
-    """Whether kernels are written down, and do not run."""
+    num_rows: int
+    """Of what is written down."""
 
     def note(self, call: KernelCall) -> None: ...
 
@@ -45,17 +47,15 @@ def noting(notes: Notes | None) -> Iterator[None]:
 
 
 def notable(
-    function: Callable[..., None], written: Callable[[Sequence[object]], KernelCall]
+    function: Callable[..., None], written: Callable[[Sequence[Any], int], KernelCall]
 ) -> Callable[..., None]:
-    """A kernel whose calls are written down."""
+    """A kernel that is written down, with how many rows a recording has, in place of being called."""
 
     def call(*args: object) -> None:
         own = _CURRENT.get()
         if own is None:
             function(*args)
-            return
-        if not own.is_dry:
-            function(*args)
-        own.note(written(args))
+        else:
+            own.note(written(args, own.num_rows))
 
     return call

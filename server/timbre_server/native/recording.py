@@ -1,9 +1,9 @@
 """What a function calls, written down for a `Tape`: kernels with their arguments, and PyTorch's operations
 with their tensors.
 
-Tensors that are made meanwhile lie in an `Arena`, at the same place whenever the tape is played. What must be
-decided anew each time is one call to the tape (`repeated`), or is chosen again when something has changed
-(`Choice`). What looks at numbers in between, and might do something else with others, cannot be recorded.
+Tensors that are made meanwhile lie in an `Arena`, at the same place whenever the tape is played, which may be
+for fewer rows (`native.rows`). What has to be decided is chosen when something has changed (`Choice`). What
+looks at numbers in between, and might do something else with others, cannot be recorded.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from timbre_server.native.arena import Arena
 from timbre_server.native.notes import KernelCall, current, noting
+from timbre_server.native.rows import Count, NotRepeatable, Rows, counts_rows, has_rows
 from timbre_server.native.sums import sum_into
 from timbre_server.native.tape import Choice, Note, State, Tape
 
@@ -33,54 +34,48 @@ _READING = (Tensor.tolist, Tensor.numpy, Tensor.__array__)
 """What reads numbers without an operation of PyTorch."""
 
 
-class NotRepeatable(RuntimeError):
-    """A function does something that may be something else the next time."""
-
-
 class Recording:
-    """Of one function, on this thread."""
+    """Of one function, on this thread. Kernels are written down and do not run; PyTorch's operations do, on
+    whatever lies there."""
 
-    def __init__(self, arena: Arena) -> None:
+    def __init__(self, arena: Arena, num_rows: int) -> None:
+        self.num_rows = num_rows
         self._arena = arena
         self._notes: list[Note | KernelCall | Choice] = []
         self._held: list[object] = []
-        self.is_dry = False
+        self._kept: dict[int, Rows] = {}
 
     @staticmethod
-    def of(function: Callable[[], Tensor], arena: Arena) -> tuple[Tape, Tensor]:
-        """Run it, under ``torch.inference_mode()``: the tape, and the tensor that holds what it gives, now
-        and after each time that the tape is played. Tapes in one arena must not be played at the same time,
-        and what one gave is lost when another is played.
+    def of(function: Callable[[], Tensor], arena: Arena, num_rows: int) -> tuple[Tape, Rows]:
+        """The tape of a function of so many rows (`native.rows` says which will do), and where what it gives
+        lies after each time. Call it under ``torch.inference_mode()``. Tapes in one arena must not be played
+        at the same time, and what one gave is lost when another is played.
 
         Raises: NotRepeatable.
         """
         arena.begin()
-        own = Recording(arena)
+        own = Recording(arena, num_rows)
         with _Refusing(own), _Writing(own), noting(own):
-            found = function()
-        return Tape(own._notes, own._held), arena.uncounted(found)
+            found = own.kept(function())
+        return Tape(own._notes, own._held), found
 
     @staticmethod
-    def of_kernels(function: Callable[[], object]) -> Tape:
-        """What a function calls, which is nothing but kernels and what it lets tapes call; nothing of that is
-        called. What it returns is kept with the tape."""
-        own = Recording(Arena())
-        own.is_dry = True
+    def of_kernels(function: Callable[[], object], num_rows: int) -> Tape:
+        """What a function calls, which is nothing but kernels and tapes of them; what it returns is kept with
+        the tape."""
+        own = Recording(Arena(), num_rows)
         with noting(own):
             held = function()
         return Tape(own._notes, held)
 
-    def branch(
-        self, function: Callable[..., ResultT], *inputs: Tensor, is_dry: bool = False
-    ) -> tuple[Tape, ResultT]:
-        """Run it, on a tape of its own that this one does not play; ``is_dry``: without its kernels' work."""
-        outer = self._notes, self.is_dry
-        self._notes, self.is_dry = [], self.is_dry or is_dry
+    def branch(self, function: Callable[..., ResultT], *inputs: Tensor) -> tuple[Tape, ResultT]:
+        """Written down on a tape of its own, which this one does not play."""
+        outer, self._notes = self._notes, []
         try:
             found = function(*inputs)
             return Tape(self._notes, self._held), found
         finally:
-            self._notes, self.is_dry = outer
+            self._notes = outer
 
     def note(self, call: Note | KernelCall | Choice) -> None:
         self._notes.append(call)
@@ -89,10 +84,13 @@ class Recording:
         """Note all that is on it."""
         self._notes += tape.notes
 
-    def kept(self, tensor: Tensor) -> Tensor:
+    def kept(self, tensor: Tensor) -> Rows:
         """For calls that are noted: it does not keep the tensor's place from being used again once it has
         died, as it does in the recorded function. The same one for the same tensor."""
-        return self._arena.uncounted(tensor)
+        own = self._arena.uncounted(tensor)
+        if id(own) not in self._kept:
+            self._kept[id(own)] = Rows(own, self.num_rows)
+        return self._kept[id(own)]
 
     def written(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], found: Any) -> Any:
         """What an operation of PyTorch has given, where it will be each time."""
@@ -100,29 +98,72 @@ class Recording:
         if kind == "refused":
             raise NotRepeatable(f"{func} reads numbers")
         if kind == "view":
+            self._check_view(func, args[0], found)
             return found
         if kind == "allocating":
             return self._arena.like(found)
-        args, kwargs = tree_map_only(Tensor, self.kept, (args, kwargs))
+        args, kwargs = self._counted(func, args), tree_map_only(Tensor, self.kept, kwargs)
         if kind == "in place":
-            self.note(partial(func, *args, **kwargs))
+            self.note(_Operation(func, *args, **kwargs))
             return found
         outs = tree_map_only(Tensor, self._copied, found)
-        if func is _SUM and not kwargs and sum_into(outs, *args):
-            self._held.append(args)
+        if func is _SUM and not kwargs and self._is_sum(outs, args):
             return outs
-        kept = tree_map_only(Tensor, self.kept, outs)
-        into = _out_variant(func)
+        kept, into = tree_map_only(Tensor, self.kept, outs), _out_variant(func)
         if kind == "copying":
-            self.note(partial(kept.copy_, args[0]))
+            self.note(_Operation(Tensor.copy_, kept, args[0]))
         elif into is not None:
-            self.note(partial(into, *args, **kwargs, out=kept))
+            self.note(_Operation(into, *args, **kwargs, out=kept))
         else:
-            self.note(partial(_again, func, args, kwargs, kept))
+            self.note(_Operation(partial(_again, func), args, kwargs, kept))
         return outs
+
+    def _check_view(self, func: OpOverload, x: object, found: object) -> None:
+        """Of some rows there is no view of as many each time."""
+        if not isinstance(x, Tensor) or not has_rows(x, self.num_rows):
+            return
+        if not all(has_rows(view, self.num_rows) for view in tree_leaves(found)):
+            raise NotRepeatable(f"{func} looks at some of the rows")
+
+    def _counted(self, func: OpOverload, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """With what takes their places for any number of rows."""
+        has_sizes = func._overloadpacket is torch.ops.aten.arange
+
+        def own(value: Any, *, is_size: bool) -> Any:
+            if isinstance(value, (list, tuple)):
+                return type(value)(own(each, is_size=True) for each in value)
+            if isinstance(value, Tensor):
+                return self.kept(value)
+            if is_size and type(value) is int and counts_rows(value, self.num_rows):
+                return Count(value // self.num_rows)
+            return value
+
+        return tuple(own(value, is_size=has_sizes) for value in args)
+
+    def _is_sum(self, y: Tensor, args: tuple[Any, ...]) -> bool:
+        """Whether it is written down as a kernel."""
+        each = [arg.whole if isinstance(arg, Rows) else arg for arg in args]
+        is_one = self.kept(y).are_outermost and sum_into(y, *each)
+        if is_one:
+            self._held.append(each)
+        return is_one
 
     def _copied(self, tensor: Tensor) -> Tensor:
         return self._arena.like(tensor).copy_(tensor)
+
+
+class _Operation:
+    """One of PyTorch's, of tensors and sizes by the number of rows."""
+
+    def __init__(self, call: Callable[..., object], *args: Any, **kwargs: Any) -> None:
+        self._call, self._all = call, (args, kwargs)
+        self._last: tuple[int, tuple[Any, Any]] = 0, ((), {})
+
+    def __call__(self, num_rows: int) -> None:
+        if num_rows != self._last[0]:
+            self._last = num_rows, tree_map_only((Rows, Count), lambda each: each(num_rows), self._all)
+        args, kwargs = self._last[1]
+        self._call(*args, **kwargs)
 
 
 def recording() -> Recording | None:
@@ -132,16 +173,13 @@ def recording() -> Recording | None:
     return found
 
 
-def repeated(call: Note) -> None:
-    """Call it, and in place of all that it does let tapes call it; of a tape all that is on it."""
+def repeated(call: Tape, num_rows: int) -> None:
+    """Play it for so many rows; or write down all that is on it."""
     own = recording()
-    if isinstance(call, Tape) and own is not None:
+    if own is None:
+        call(num_rows)
+    else:
         own.splice(call)
-    elif own is not None:
-        own.note(call)
-    if own is None or not own.is_dry:
-        with noting(None):
-            call()
 
 
 def either(
@@ -156,18 +194,15 @@ def either(
     own = recording()
     if own is None:
         return plain(x) if is_plain() else other(x)
-    tape, y = own.branch(plain, x, is_dry=True)
+    tape, y = own.branch(plain, x)
     kept_x, kept_y = own.kept(x), own.kept(y)
-    instead = Tape([lambda: kept_y.copy_(other(kept_x))])
+    instead = Tape([lambda num_rows: kept_y(num_rows).copy_(other(kept_x(num_rows)))])
     if not tape.is_one_call:
-        repeated(Choice(state, lambda: tape if is_plain() else instead))
+        own.note(Choice(state, lambda: tape if is_plain() else instead))
         return y
     # Then so is the whole tape, while all is plain.
-    repeated(Choice(state, lambda: None if is_plain() else instead, len(tape.notes)))
-    if is_plain():
-        repeated(tape)
-    else:
-        own.splice(tape)
+    own.note(Choice(state, lambda: None if is_plain() else instead, len(tape.notes)))
+    own.splice(tape)
     return y
 
 

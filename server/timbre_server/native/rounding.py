@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from timbre_server.native.library import ADDRESS, NUMBER, is_loaded, kernel, num_threads
+from timbre_server.native.library import ADDRESS, ROWS, is_loaded, kernel
 
 _NAMES = {
     (torch.float32, torch.bfloat16): "timbre_rounded",
@@ -36,6 +36,5 @@ def _converted(y: Tensor, x: Tensor) -> Tensor:
     name = _NAMES.get((x.dtype, y.dtype))
     if name is None:
         return y.copy_(x)
-    run, count = kernel(name, ADDRESS, ADDRESS, NUMBER), x.numel()
-    run(x.data_ptr(), y.data_ptr(), count, num_threads(count))
+    kernel(name, ADDRESS, ADDRESS, ROWS)(x.data_ptr(), y.data_ptr(), x.numel(), torch.get_num_threads())
     return y

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from timbre_server.native.library import ADDRESS, NUMBER, LibraryUnavailable, kernel, num_threads
+from timbre_server.native.library import ADDRESS, ROWS, LibraryUnavailable, kernel
 
 _NAMES = {torch.float32: "timbre_sum_float32", torch.bfloat16: "timbre_sum_bfloat16"}
 
@@ -23,8 +23,8 @@ def sum_into(y: Tensor, a: Tensor | float, b: Tensor | float) -> bool:
     if not is_served:
         return False
     try:
-        run = kernel(_NAMES[y.dtype], ADDRESS, ADDRESS, ADDRESS, NUMBER)
+        run = kernel(_NAMES[y.dtype], ADDRESS, ADDRESS, ADDRESS, ROWS)
     except LibraryUnavailable:
         return False
-    run(a.data_ptr(), b.data_ptr(), y.data_ptr(), y.numel(), num_threads(y.numel()))
+    run(a.data_ptr(), b.data_ptr(), y.data_ptr(), y.numel(), torch.get_num_threads())
     return True

@@ -1,9 +1,10 @@
 """What was written down, to be called again without the Python between: for a CPU what a CUDA graph is for a
 GPU.
 
-A decode step of a small model is some hundreds of short calls, and what stands around them (modules, views,
-PyTorch's dispatch) takes as long as a third of the step. Kernels that follow each other on a `Tape` are one
-call (``tape.cpp``), with them what a `Choice` calls while nothing changes that it follows from.
+A step of a small model is some hundreds of short calls, and what stands around them (modules, views,
+PyTorch's dispatch, memory that is new each time) takes a quarter or a third of the step. Kernels that follow
+each other on a `Tape` are one call (``tape.cpp``), with them what a `Choice` calls while nothing changes that
+it follows from. A tape is written down for some number of rows, and played for as many or fewer.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ import ctypes
 from array import array
 from collections.abc import Callable, Sequence
 from functools import cache, cached_property
-from itertools import count
+from itertools import chain, count
 
 from timbre_server.native.library import ADDRESS, NUMBER, library
 from timbre_server.native.notes import KernelCall
 
-Note = Callable[[], object]
+Note = Callable[[int], object]
+"""What is called for so many rows."""
 
 
 class State:
@@ -49,9 +51,9 @@ class Tape:
         self.notes = tuple(notes)
         self._held = held
 
-    def __call__(self) -> None:
+    def __call__(self, num_rows: int) -> None:
         for step in self._steps:
-            step()
+            step(num_rows)
 
     @property
     def begin(self) -> tuple[int, int] | None:
@@ -87,23 +89,25 @@ class _Kernels:
 
     def __init__(self, calls: Sequence[KernelCall | Choice]) -> None:
         self.choices = {n: call for n, call in enumerate(calls) if isinstance(call, Choice)}
-        self._held = tuple(calls)
+        self._words: list[array[int]] = []
         self._calls = array("q")
         for call in calls:
             if isinstance(call, Choice):
-                self._calls.extend((0, call.address))
-            else:
-                self._calls.extend((call.played, _address_of(call.words)))
+                self._calls.extend((0, call.address, 0, 0))
+                continue
+            words = array("q", [*call.words, *chain.from_iterable(call.counted)])
+            self._words.append(words)
+            self._calls.extend((call.played, _address_of(words), len(call.words), len(call.counted)))
         self.begin = _address_of(self._calls), len(calls)
         self._play = _player()
 
-    def __call__(self) -> None:
+    def __call__(self, num_rows: int) -> None:
         first, end = self.begin
-        place = self._play(first, 0, end)
+        place = self._play(first, 0, end, num_rows)
         while place < end:
             choice = self.choices[place]
-            choice()
-            place = self._play(first, place + 1 + choice.replaced, end)
+            choice(num_rows)
+            place = self._play(first, place + 1 + choice.replaced, end, num_rows)
 
 
 class Choice:
@@ -126,7 +130,7 @@ class Choice:
         """How many of the calls that follow are not made."""
         return 0 if self._tape is None else self._num_plain
 
-    def __call__(self) -> None:
+    def __call__(self, num_rows: int) -> None:
         if self._known != self._state.number:
             self._known = self._fields[1] = self._NEVER
             self._tape = self._choose()
@@ -135,7 +139,7 @@ class Choice:
             if begin is not None and not self.replaced:
                 self._fields[1:] = array("q", [self._known, *begin])
         if self._tape is not None:
-            self._tape()
+            self._tape(num_rows)
 
 
 _NOTHING = 0, 0
@@ -143,9 +147,9 @@ _NOTHING = 0, 0
 
 
 @cache
-def _player() -> Callable[[int, int, int], int]:
+def _player() -> Callable[[int, int, int, int], int]:
     found = library().timbre_play
-    found.argtypes, found.restype = (ADDRESS, NUMBER, NUMBER), ctypes.c_int64
+    found.argtypes, found.restype = (ADDRESS, NUMBER, NUMBER, NUMBER), ctypes.c_int64
     return found
 
 

@@ -39,13 +39,23 @@ static void activate_all(const Number *x, const Number *factor, Curve curve, Num
     std::copy(numbers, numbers + (own.end - i), y + i);
 }
 
+constexpr int64_t WORK = 8;  // Multiplications that one number takes as long as.
+
+template <typename Number>
+static void activate_all(
+    const Number *x, const Number *factor, Curve curve, Number *y, int64_t count, int threads
+) {
+    threads = threads_for(WORK * count, threads);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    activate_all(x, factor, curve, y, share(count, thread_number(), thread_count(), WIDTH));
+}
+
 // All are contiguous; factor may be null, and y may be x.
 #define ACTIVATION(NAME, NUMBER)                                                                             \
     extern "C" void NAME(                                                                                    \
         const NUMBER *x, const NUMBER *factor, float slope, float bend, NUMBER *y, int64_t count, int threads \
     ) {                                                                                                      \
-        _Pragma("omp parallel num_threads(threads) if (threads > 1)")                                        \
-        activate_all(x, factor, {slope, bend}, y, share(count, thread_number(), thread_count(), WIDTH));     \
+        activate_all(x, factor, {slope, bend}, y, count, threads);                                           \
     }                                                                                                        \
     PLAYED(NAME)
 

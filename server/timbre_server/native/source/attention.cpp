@@ -6,7 +6,7 @@
 #include "attention_single.h"
 
 template <class Number> static void store_row(const Attention &call, int64_t row) {
-    const int64_t D = call.key_dim, E = call.value_dim, heads = call.slots[row] * call.kv_heads;
+    const int64_t D = call.key_dim, E = call.value_dim, heads = call.rows->slots[row] * call.kv_heads;
     Number *keys = static_cast<Number *>(call.keys) + heads * D;
     Number *values = static_cast<Number *>(call.values) + heads * E;
     for (int64_t g = 0; g < call.kv_heads; g++) {
@@ -23,7 +23,7 @@ template <class Number> static void attend(const Attention &call, int most_threa
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
 #pragma omp for
-        for (int64_t row = 0; row < call.num_rows; row++) store_row<Number>(call, row);
+        for (int64_t row = 0; row < call.rows->num_rows; row++) store_row<Number>(call, row);
 #pragma omp for schedule(dynamic, 1) nowait
         for (int64_t t = 0; t < num_tiles; t++) attend_tile<Number>(call, tiles[t]);
 #pragma omp for schedule(dynamic, 1)

@@ -19,11 +19,15 @@ struct Heads {
     }
 };
 
-struct Attention {
+struct StepRows {
     const Sequence *singles, *chunks;  // Sequences with one row, and with several.
     int64_t num_singles, num_chunks;
     const int64_t *slots;  // Of all rows.
     int64_t num_rows;
+};
+
+struct Attention {
+    const StepRows *rows;
     Heads q, k, v;
     void *keys, *values, *out;  // Contiguous: [slot, KV head, dim] and [row, head, value_dim].
     int64_t kv_heads, group, key_dim, value_dim;  // Dims are multiples of LANES.
@@ -33,8 +37,9 @@ struct Attention {
 
     int64_t pairs() const {
         int64_t found = 0;
-        for (int64_t s = 0; s < num_singles; s++) found += singles[s].start + 1;
-        for (int64_t s = 0; s < num_chunks; s++) found += chunks[s].num_rows * (chunks[s].start + chunks[s].num_rows);
+        for (int64_t s = 0; s < rows->num_singles; s++) found += rows->singles[s].start + 1;
+        for (const Sequence *own = rows->chunks; own < rows->chunks + rows->num_chunks; own++)
+            found += own->num_rows * (own->start + own->num_rows);
         return found;
     }
 

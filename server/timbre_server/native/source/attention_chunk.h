@@ -27,11 +27,12 @@ struct Tile {
 
 static std::vector<Tile> tiles_of(const Attention &call) {
     std::vector<Tile> tiles;
-    for (int64_t i = 0; i < call.num_chunks; i++) {
-        const int64_t queries = call.chunks[i].num_rows * call.group;
+    for (int64_t i = 0; i < call.rows->num_chunks; i++) {
+        const Sequence &chunk = call.rows->chunks[i];
+        const int64_t queries = chunk.num_rows * call.group;
         for (int64_t g = 0; g < call.kv_heads; g++)
             for (int64_t first = 0; first < queries; first += QUERIES)
-                tiles.push_back({call.chunks + i, g, first, std::min<int64_t>(queries - first, QUERIES)});
+                tiles.push_back({&chunk, g, first, std::min<int64_t>(queries - first, QUERIES)});
     }
     return tiles;
 }

@@ -18,9 +18,9 @@ struct Single {
 // Of enough parts for all threads: memory is read fastest where the KV heads of a slot are read together.
 static std::vector<Single> singles_of(const Attention &call, int threads) {
     std::vector<Single> singles;
-    const int64_t heads = call.num_singles < threads ? 1 : call.kv_heads;
-    for (int64_t i = 0; i < call.num_singles; i++)
-        for (int64_t g = 0; g < call.kv_heads; g += heads) singles.push_back({call.singles + i, g, heads});
+    const int64_t heads = call.rows->num_singles < threads ? 1 : call.kv_heads;
+    for (int64_t i = 0; i < call.rows->num_singles; i++)
+        for (int64_t g = 0; g < call.kv_heads; g += heads) singles.push_back({call.rows->singles + i, g, heads});
     return singles;
 }
 

@@ -10,6 +10,7 @@
 #endif
 
 #include "played.h"
+#include "threads.h"
 
 typedef float Lanes __attribute__((vector_size(32)));
 typedef int32_t Integers __attribute__((vector_size(32)));
@@ -278,23 +279,3 @@ template <typename Part> struct Uses {
         return found;
     }
 };
-
-// The share of `size` things that one of `count` threads has, in whole steps of `step`.
-struct Share {
-    int64_t begin, end;
-};
-
-static inline Share share(int64_t size, int thread, int count, int64_t step) {
-    const int64_t steps = (size + step - 1) / step;
-    const int64_t begin = steps * thread / count * step, end = steps * (thread + 1) / count * step;
-    return {begin < size ? begin : size, end < size ? end : size};
-}
-
-#ifdef _OPENMP
-#include <omp.h>
-static inline int thread_number() { return omp_get_thread_num(); }
-static inline int thread_count() { return omp_get_num_threads(); }
-#else
-static inline int thread_number() { return 0; }
-static inline int thread_count() { return 1; }
-#endif

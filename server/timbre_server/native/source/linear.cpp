@@ -271,6 +271,7 @@ extern "C" void timbre_linear(
     const float *bias, void *y, int64_t y_format, int64_t out, int threads
 ) {
     const Linear linear = {{x, x_format}, rows, in, {panels, format}, bias, y, y_format, out, nullptr};
+    threads = threads_for(rows * in * out, threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     multiply_linear(linear, thread_number(), thread_count());
 }

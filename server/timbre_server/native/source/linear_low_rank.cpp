@@ -69,6 +69,7 @@ extern "C" void timbre_linear_low_rank(
     const Uses<LowRank> *all, const void *x, int64_t format, int64_t rows, int64_t in, const void *panels,
     int64_t panels_format, const float *bias, void *y, int64_t y_format, int64_t out, int threads
 ) {
+    threads = threads_for(rows * in * out, threads);
     Shrinks shrinks(all->with_rows(), {{x, format}, in}, threads);
     const Expanded expanded(shrinks, rows, out);
     const Linear linear = {{x, format}, rows, in, {panels, panels_format}, bias, y, y_format, out, &expanded};

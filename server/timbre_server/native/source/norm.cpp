@@ -24,6 +24,7 @@ template <class Number>
 static void normalise(
     const Number *x, const Number *weight, float epsilon, Number *y, int64_t rows, int64_t features, int threads
 ) {
+    threads = threads_for(rows * features, threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         thread_local Scratch memory;

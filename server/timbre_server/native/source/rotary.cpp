@@ -34,6 +34,7 @@ static void rotate_all(
     Number *q, int64_t heads, Number *k, int64_t kv_heads, const Number *cos, const Number *sin, int64_t rows,
     int64_t dim, int threads
 ) {
+    threads = threads_for(rows * heads * dim, threads);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t row = 0; row < rows; row++) {
         rotate(q + row * heads * dim, cos + row * dim, sin + row * dim, heads, dim);

@@ -2,6 +2,7 @@
 #include "wide.h"
 
 template <typename From, typename To> static void convert(const From *x, To *y, int64_t count, int threads) {
+    threads = threads_for(count, threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         const Share own = share(count, thread_number(), thread_count(), WIDTH);

@@ -3,6 +3,7 @@
 
 template <typename Number>
 static void add_all(const Number *a, const Number *b, Number *y, int64_t count, int threads) {
+    threads = threads_for(count, threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         const Share own = share(count, thread_number(), thread_count(), WIDTH);

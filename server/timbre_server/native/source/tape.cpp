@@ -1,7 +1,13 @@
 // Kernels one after the other, as a tape has them.
+#include <algorithm>
 #include <cstdint>
 
 struct Choice;
+
+// An argument that counts rows, or numbers in rows.
+struct Counted {
+    int64_t argument, per_row;
+};
 
 struct Call {
     void (*played)(const int64_t *words);  // Null: what is chosen here.
@@ -9,6 +15,7 @@ struct Call {
         const int64_t *words;
         const Choice *choice;
     };
+    int64_t num_words, num_counted;  // Words are followed by those that are counted.
 };
 
 // Calls of kernels, for as long as what they follow from is in one state.
@@ -19,21 +26,28 @@ struct Choice {
     int64_t count;
 };
 
-static void play(const Call *calls, int64_t count) {
-    for (const Call *call = calls; call < calls + count; call++) call->played(call->words);
+constexpr int64_t MOST_WORDS = 24;
+
+static void make(const Call &call, int64_t rows) {
+    int64_t words[MOST_WORDS];
+    std::copy_n(call.words, call.num_words, words);
+    const Counted *counted = reinterpret_cast<const Counted *>(call.words + call.num_words);
+    for (const Counted *own = counted; own < counted + call.num_counted; own++)
+        words[own->argument] = own->per_row * rows;
+    call.played(words);
 }
 
-// Calls from `first` on. Returns the number of the first one that is to be chosen anew, or `count`.
-extern "C" int64_t timbre_play(const Call *calls, int64_t first, int64_t count) {
+// Calls from `first` on, for so many rows. Returns the number of the first one that is to be chosen anew, or `count`.
+extern "C" int64_t timbre_play(const Call *calls, int64_t first, int64_t count, int64_t rows) {
     for (; first < count; first++) {
         const Call &call = calls[first];
         if (call.played) {
-            call.played(call.words);
+            make(call, rows);
             continue;
         }
         const Choice &choice = *call.choice;
         if (*choice.state != choice.known) return first;
-        play(choice.calls, choice.count);
+        for (int64_t n = 0; n < choice.count; n++) make(choice.calls[n], rows);
     }
     return count;
 }

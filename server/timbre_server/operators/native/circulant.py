@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from timbre_methods.program import Circulant
-from timbre_server.native.library import ADDRESS, NUMBER, kernel
+from timbre_server.native.library import ADDRESS, NUMBER, ROWS, kernel
 from timbre_server.operators.circulant import CirculantOperator
 from timbre_server.operators.contract import Bound, Members, Standing, StandingOperator, uses_of
 from timbre_server.operators.joined_sums import JoinedSums
@@ -82,7 +82,7 @@ class _SpectraKernel:
         self._plan, self._in_features = plan, in_features
         self._row_size = in_features // plan.length * plan.coordinates
         self._uses = Uses(rows)
-        self._run = kernel("timbre_circulant_spectra", ADDRESS, ADDRESS, NUMBER, NUMBER, NUMBER, ADDRESS)
+        self._run = kernel("timbre_circulant_spectra", ADDRESS, ADDRESS, NUMBER, ROWS, NUMBER, ADDRESS)
 
     def admit(self, slot: int) -> None:
         work = 8 * self._in_features
@@ -108,7 +108,7 @@ class _SizeKernel:
     def __init__(self, out_features: int, rows: LiveRows) -> None:
         self.out_features = out_features
         self.uses = Uses(rows)
-        self._run = kernel("timbre_circulant", ADDRESS, ADDRESS, NUMBER, ADDRESS, NUMBER)
+        self._run = kernel("timbre_circulant", ADDRESS, ADDRESS, ROWS, ADDRESS, NUMBER)
 
     def add(self, z: Tensor, y_TO: Tensor) -> None:
         rows = y_TO.numel() // self.out_features

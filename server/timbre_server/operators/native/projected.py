@@ -20,7 +20,7 @@ from torch import Tensor
 from timbre_methods.packed_parts import PackedBasis, PackedProjected
 from timbre_methods.program import Basis, Projected, Sparse
 from timbre_server.native.formats import format_of
-from timbre_server.native.library import ADDRESS, NUMBER, kernel
+from timbre_server.native.library import ADDRESS, NUMBER, ROWS, kernel
 from timbre_server.operators.contract import Bound, Members, Standing, StandingOperator, uses_of
 from timbre_server.operators.joined_sums import JoinedSums
 from timbre_server.operators.live_rows import LiveRows
@@ -239,7 +239,7 @@ class _Member:
 
     def __init__(self, out_features: int, uses: Uses, shrinks: Uses, width: int) -> None:
         self.out_features, self._uses, self._shrinks, self._width = out_features, uses, shrinks, width
-        self._run = kernel("timbre_projected", ADDRESS, ADDRESS, ADDRESS, NUMBER, NUMBER, ADDRESS, NUMBER)
+        self._run = kernel("timbre_projected", ADDRESS, ADDRESS, ADDRESS, ROWS, NUMBER, ADDRESS, NUMBER)
 
     @property
     def rows_N(self) -> Tensor:  # noqa: N802
@@ -259,7 +259,7 @@ class _BoundProjected(BoundKernels):
     ) -> None:
         super().__init__([None if own is None else _Member(*own, shrinks, width) for own in members])
         self._shrinks, self.width, self._sources = shrinks, width, sources
-        self._run = kernel("timbre_projected_in", ADDRESS, ADDRESS, NUMBER, NUMBER, NUMBER, ADDRESS)
+        self._run = kernel("timbre_projected_in", ADDRESS, ADDRESS, NUMBER, ROWS, NUMBER, ADDRESS)
 
     @property
     def outlasts_tables(self) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from timbre_methods.routing import Router, Rule
 from timbre_server.native.formats import format_of
-from timbre_server.native.library import ADDRESS, NUMBER, kernel, num_threads
+from timbre_server.native.library import ADDRESS, NUMBER, ROWS, kernel, num_threads
 from timbre_server.operators.live_rows import rows_fields
 from timbre_server.operators.native.low_rank_experts import AdapterGates
 from timbre_server.operators.native.uses import (
@@ -89,7 +89,7 @@ def write_gates(uses: int, x_TI: Tensor, called: int, threads: int) -> None:
     ``Called`` of ``router.cpp``, or 0; x is contiguous, in float32 or bfloat16."""
     in_features = x_TI.shape[-1]
     x = x_TI.data_ptr(), format_of(x_TI), x_TI.numel() // in_features, in_features
-    kernel("timbre_gates", ADDRESS, ADDRESS, NUMBER, NUMBER, NUMBER, ADDRESS)(uses, *x, called, threads)
+    kernel("timbre_gates", ADDRESS, ADDRESS, NUMBER, ROWS, NUMBER, ADDRESS)(uses, *x, called, threads)
 
 
 class NativeRouters(Routers):

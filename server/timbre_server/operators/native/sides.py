@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from timbre_methods.program import Diagonal, Rotation
-from timbre_server.native.library import ADDRESS, NUMBER, kernel
+from timbre_server.native.library import ADDRESS, NUMBER, ROWS, kernel
 from timbre_server.operators.contract import Adds, Bound, Change, Members, SideAdd, Standing
 from timbre_server.operators.live_rows import LiveRows
 from timbre_server.operators.native.uses import KernelChange, MemberParts, Prepared, PreparedParts, Uses
@@ -44,7 +44,7 @@ class _SideKernel:
         self.uses = Uses(rows)
         self.out_features = 0
         """Of what it was last asked for a change of: parts do not always tell."""
-        self._run = kernel(name, ADDRESS, ADDRESS, ADDRESS, NUMBER, NUMBER)
+        self._run = kernel(name, ADDRESS, ADDRESS, ADDRESS, ROWS, NUMBER)
 
     @property
     def rows_N(self) -> Tensor:  # noqa: N802

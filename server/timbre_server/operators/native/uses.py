@@ -20,7 +20,7 @@ from torch import Tensor
 
 from timbre_server.native.arena import Arena
 from timbre_server.native.formats import format_of
-from timbre_server.native.library import ADDRESS, NUMBER, kernel, least_count
+from timbre_server.native.library import ADDRESS, NUMBER, ROWS, kernel, least_count
 from timbre_server.native.notes import current
 from timbre_server.native.rounding import widen_into
 from timbre_server.operators.contract import Adds, Bound, Change, Standing
@@ -193,7 +193,7 @@ class InputKernel:
     def __init__(self, name: str, shape: tuple[int, int], rows: LiveRows, *, is_told_format: bool) -> None:
         """``shape``: [O, I]."""
         told = (NUMBER,) if is_told_format else ()
-        self._run = kernel(name, ADDRESS, ADDRESS, *told, NUMBER, NUMBER, ADDRESS, NUMBER)
+        self._run = kernel(name, ADDRESS, ADDRESS, *told, ROWS, NUMBER, ADDRESS, NUMBER)
         self._is_told_format = is_told_format
         self.out_features = shape[0]
         self.uses = Uses(rows)
