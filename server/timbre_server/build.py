@@ -16,7 +16,7 @@ from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 
 from timbre_server.engine.client import Engine
-from timbre_server.example_adapters import register_examples
+from timbre_server.example_adapters import PLAIN_EXAMPLE, register_examples
 from timbre_server.http.adapters import AdapterRoom, Retirement, adapter_router
 from timbre_server.http.app import add_routes
 from timbre_server.http.blobs import blob_router
@@ -37,7 +37,7 @@ from timbre_server.model_source import base_names, codec_folder
 from timbre_server.series import RecentNames
 from timbre_server.settings import MIB, Settings
 from timbre_server.tally import Tally
-from timbre_server.welcome import FirstRequest
+from timbre_server.welcome import FirstRequest, Key
 from timbre_store.errors import StoreError
 from timbre_store.limits import StoreLimits
 from timbre_store.records import AdapterRecord
@@ -143,17 +143,18 @@ class Rooms:
         self._parts.store.close()
 
     def first_request(self, port: int) -> FirstRequest:
-        """A request that works now: to the first adapter for this base, else to the base."""
+        """A request that works now: to an adapter for this base, first an example, else to the base."""
         text, page = self._parts.text, self._parts.store.list(100, None)
-        digest = self._parts.engine.info.model_digest
-        fitting = (item.name for item in page.items if item.manifest.base_model_digest == digest)
+        digest, settings = self._parts.engine.info.model_digest, self._settings
+        fitting = [item.name for item in page.items if item.manifest.base_model_digest == digest]
+        key_file = None if settings.api_keys else settings.api_key_file
         return FirstRequest(
-            host=self._settings.host,
+            host=settings.host,
             port=port,
-            model=next(fitting, self._parts.base_names[0]),
+            model=PLAIN_EXAMPLE if PLAIN_EXAMPLE in fitting else [*fitting, self._parts.base_names[0]][0],
             has_tokenizer=text is not None,
             has_chat_template=text is not None and text.has_chat_template,
-            needs_key=bool(self._settings.keys()),
+            key=Key(key_file) if settings.keys() else None,
         )
 
     def _serving_context(self) -> ServingContext:

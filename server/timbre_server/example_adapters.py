@@ -11,6 +11,8 @@ from timbre_store.store import Store
 
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
+PLAIN_EXAMPLE = "pirate"
+"""The one to ask first: what it does shows in any answer, without a cue."""
 
 
 def register_examples(store: Store, folder: Path, base_digest: str, say: Callable[[str], None]) -> None:

@@ -103,8 +103,9 @@ class ServerProcess:
         rooms.attach(self._app)
         self._probes.watch(engine)
         self.lifecycle.phase = Phase.SERVING
-        self._say(f"Ready after {time.monotonic() - began:.1f} s. Try it:")
-        self._say(rooms.first_request(self.http.port).curl())
+        first = rooms.first_request(self.http.port)
+        self._say(f"Ready after {time.monotonic() - began:.1f} s. {first.introduction()}")
+        self._say(first.curl())
 
     def is_alive(self) -> bool:
         return self._engine is not None and self._engine.alive
