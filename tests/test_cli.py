@@ -47,6 +47,7 @@ def test_every_setting_is_an_option_in_its_group(
         assert f"\n{title}\n" in text
     assert "{auto,bfloat16,float16,float32}" in text
     assert "(default: 8000)" in text
+    assert "--layer-replication JSON" in text
     assert max(map(len, text.splitlines())) <= 100
 
 

@@ -19,7 +19,7 @@ EPILOG = (
     "by --config (max_num_seqs = 64). A flag wins over a variable, a variable over the file."
 )
 FAILURE, USAGE_ERROR = 1, 2
-METAVARS = {"int": "N", "float": "SECONDS", "Path": "PATH", "tuple": "LIST"}
+METAVARS = {"tuple[tuple": "JSON", "int": "N", "float": "SECONDS", "Path": "PATH", "tuple": "LIST"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
