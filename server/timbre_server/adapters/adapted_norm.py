@@ -45,6 +45,11 @@ class AdaptedNorm(nn.Module):
     def bias(self) -> Tensor | None:
         return getattr(self.base, "bias", None)
 
+    @property
+    def is_fused(self) -> bool:
+        """Whether the base's output comes by another way than its own."""
+        return self._norm is not self.base
+
     def forward(self, x: Tensor) -> Tensor:
         return either(self._group.state, self._group.acts_on_none, self._norm, self._adapted, x)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from timbre_server.adapters.adapted_model import AdaptedModel, Arithmetic
+from timbre_server.adapters.adapted_norm import AdaptedNorm
 from timbre_server.adapters.base_sites import base_frame, base_sites
 from timbre_server.adapters.derivation import Derivations
 from timbre_server.adapters.kernels import choose_kernels
@@ -32,6 +34,8 @@ from timbre_server.engine.parameters import parameter_weight_of
 from timbre_server.engine.processors import take_processors
 from timbre_server.engine.runner import Runner, RunnerOptions
 from timbre_server.engine.scheduler import Scheduler, SchedulerLimits
+
+_log = logging.getLogger(__name__)
 
 
 def assemble(
@@ -76,6 +80,8 @@ def engine_around(
     adapted = AdaptedModel(
         model, probed.groups, arithmetic, probed.lone, probed.blocks, embedding, probed.parameters
     )
+    norms = [module.is_fused for module in model.modules() if isinstance(module, AdaptedNorm)]
+    _log.info("products: %s; one call each: %d of %d norms", packer.means, sum(norms), len(norms))
     runner = Runner(prepared, adapted, _runner_options(options, kernels))
     ready = msgspec.structs.replace(runner.info(), kernels=kernels)
     frame = base_frame(ready.hidden_size, map(msgspec.structs.astuple, ready.attention), ready.stack)

@@ -69,6 +69,13 @@ class LinearPacker:
         """Whether anything will be packed."""
         return self._layout is not None
 
+    @property
+    def means(self) -> str:
+        """By what it multiplies, for people."""
+        if self._layout is None:
+            return "PyTorch"
+        return "C++" if self._layout.pack is NativeProduct else "oneDNN"
+
     def takes(self, module: nn.Module) -> bool:
         """Whether a module computes ``W x + b`` with a weight of the dtype and on the device, and no more."""
         if type(module) not in (nn.Linear, Conv1D):
