@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect, bisect_left
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -25,7 +25,7 @@ from timbre_server.native.notes import current
 from timbre_server.native.rounding import widen_into
 from timbre_server.operators.contract import Adds, Bound, Change, Standing
 from timbre_server.operators.live_rows import LiveRows
-from timbre_server.operators.row_table import RowTable, Segment
+from timbre_server.operators.row_table import RowTable
 
 Fields = tuple[int, ...]
 """Of a C structure, all of which have 64 bits; structures in it and addresses are fields like others."""
@@ -46,7 +46,7 @@ def numbers_fields(tensor: Tensor) -> Fields:
 
 
 def low_rank_fields(a_RI: Tensor, b_RO: Tensor) -> Fields:
-    """``LowRank`` of ``low_rank.cpp``."""
+    """``LowRank`` of ``low_rank.h``."""
     return *numbers_fields(a_RI), *numbers_fields(b_RO), a_RI.shape[0]
 
 
@@ -277,8 +277,3 @@ class BoundInputKernels(BoundKernels, Standing[PreparedParts]):
     def bound(self, table: RowTable) -> Bound:
         self._rows.show(table)
         return self
-
-
-def rows_of(segments: Iterable[Segment]) -> Tensor:
-    """Those of any of them, each once."""
-    return torch.tensor(sorted({row for segment in segments for row in segment.rows_N.tolist()}))
