@@ -10,7 +10,9 @@ from uuid import uuid4
 
 from timbre_store.catalogue import Catalogue
 from timbre_store.content import ContentFolder
+from timbre_store.digests import verify_file
 from timbre_store.durable import full_disk_as_store_full
+from timbre_store.errors import DigestMismatch
 from timbre_store.examine import UploadedFiles, examine
 from timbre_store.failpoints import Reach
 from timbre_store.inspection import Inspect
@@ -92,11 +94,20 @@ class Registrar:
             path.unlink(missing_ok=True)
 
     def _offer_known(self, files: UploadedFiles, base_model: str | None) -> None:
-        """Lay down what was derived for the same files on the same base before: it is not computed again."""
+        """Lay down what was derived for the same files on the same base before: it is not computed again.
+
+        Not if the disk has damaged it meanwhile: the damage would be an adapter of its own."""
         known = self.catalogue.derived_digest_of(files.config_digest, files.tensors_digest, base_model)
-        if known is not None and self.blobs.has(known):
+        if known is None:
+            return
+        try:
             with full_disk_as_store_full():
                 files.derived_path.hardlink_to(self.blobs.path(known))
+            verify_file(files.derived_path, known)
+        except FileNotFoundError:
+            return
+        except DigestMismatch:
+            files.derived_path.unlink()
 
     def _record(self, arrivals: Sequence[tuple[str, Manifest]]) -> tuple[AdapterRecord, ...]:
         """The manifests' files first, then the rows: a row never refers to a file that is not durable."""

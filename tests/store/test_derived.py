@@ -85,3 +85,20 @@ def test_lost_or_damaged_derived_tensors_are_found(tmp_path: Path, samples: Modu
         path.unlink()
         with pytest.raises(NotFound, match=r"derived tensors .* upload the adapter again"):
             open_adapter(tmp_path, record.digest)
+
+
+@pytest.mark.parametrize("damage", ["damaged", "lost"])
+def test_what_is_no_longer_what_was_derived_is_derived_anew(
+    store: Store, samples: ModuleType, damage: str
+) -> None:
+    record = samples.upload(store, "a", 1)
+    path = store.blob_path(record.manifest.derived_digest)
+    sound = path.read_bytes()
+    path.chmod(0o600)
+    path.write_bytes(sound[::-1])
+    if damage == "lost":
+        path.unlink()
+    again = samples.upload(store, "b", 1)
+    assert store.blob_path(again.manifest.derived_digest).read_bytes().startswith(DERIVED)
+    path.unlink(missing_ok=True)
+    path.write_bytes(sound)
