@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -122,3 +123,16 @@ def test_dora_over_a_moved_weight_is_refused() -> None:
     raw = {"peft_type": "LORA", "init_lora_weights": "pissa", "use_dora": True}
     with pytest.raises(UnsupportedMethod, match="made good for plain LoRA alone"):
         method_for(raw).parse(raw)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_head_that_is_tied_to_its_embedding_is_refused(
+    kind: str, tied_llama: nn.Module, evaluate: ModuleType, write_with_peft: Callable[..., Any]
+) -> None:
+    """PEFT moves the table that both multiply by, so its embedding moves, too."""
+    config = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], **KINDS[kind])
+    written = write_with_peft(tied_llama, config, save_embedding_layers=False)
+    with pytest.raises(
+        InvalidTensors, match=r"lm_head: this layer multiplies by the table of 'model.embed_to"
+    ):
+        check_adapter(written.config, written.tensors, evaluate.all_sites(tied_llama))

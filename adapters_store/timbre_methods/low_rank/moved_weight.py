@@ -3,7 +3,8 @@
 PiSSA, OLoRA and KaSA take a part M of rank r out of W before training, and PEFT takes it out of the loaded
 base again. Here the base belongs to everyone, so M is a second low-rank term:
 ``y = W x + b + s B D A x − M x``, D a diagonal of ones, or KaSA's. M is a product of factors of W, so signs
-and rotations that a LAPACK may choose otherwise cancel in it. What PEFT refuses together is refused here.
+and rotations that a LAPACK may choose otherwise cancel in it. What PEFT refuses together is refused here, and
+so is a head that is tied to its embedding: PEFT takes M out of the table of both.
 
 Legend: T tokens, I in features, O out features, R rank.
 """
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from timbre_methods.config import is_on
 from timbre_methods.contract import Method, Site, Sites, Tensors
+from timbre_methods.errors import InvalidTensors
 from timbre_methods.examples import coin
 from timbre_methods.low_rank.lora import (
     LINEAR_KEYS,
@@ -113,6 +115,7 @@ class MovedWeight(Method[LoraConfig]):
         alphas = PathPatterns("alpha_pattern", config.alpha_pattern or {})
         rows = []
         for found in tensors_by_site(tensors, sites, self.keys):
+            _refuse_tied(found.site)
             self.check_site(found.site)
             a_RI, b_OR = read_factors(config, found)
             rows.append((found, a_RI, b_OR, scale(config, alphas, found.site.path, a_RI.shape[0])))
@@ -135,4 +138,14 @@ class MovedWeight(Method[LoraConfig]):
         return y_TO if site.bias_O is None else y_TO + site.bias_O.to(x_TI.dtype)
 
     def example(self, sites: Sites, generator: torch.Generator) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        return lora_example(sites, generator, with_bias=coin(generator))
+        untied = {path: site for path, site in sites.items() if site.tied_to is None}
+        return lora_example(untied, generator, with_bias=coin(generator))
+
+
+def _refuse_tied(site: Site) -> None:
+    if site.tied_to is not None:
+        raise InvalidTensors(
+            f"{site.path}: this layer multiplies by the table of {site.tied_to!r}, and PEFT took a part of "
+            "it out for both, so that the adapter was trained with another embedding; leave the layer out "
+            "of target_modules, or train a plain LoRA"
+        )
