@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import math
 import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ import torch
 import timbre_methods
 from timbre_methods.beside import BIAS, Beside, check_copies, read_beside
 from timbre_methods.config import MAX_CONFIG_KEYS, is_on, shown
-from timbre_methods.contract import DERIVED, Method, Reader, Site, Sites, Tensors
+from timbre_methods.contract import DERIVED, Method, Reader, Sites, Tensors
 from timbre_methods.errors import AdapterMismatch, InvalidConfig, InvalidTensors, UnsupportedMethod
 from timbre_methods.layer_stack import check_stack, without_stack
 from timbre_methods.least_bytes import least_bytes, least_shared_bytes
@@ -30,22 +29,7 @@ from timbre_methods.refusals import unknown_kind
 from timbre_methods.replaced import replacement
 from timbre_methods.routing import MAX_ROW_COPIES
 from timbre_methods.site_tensors import NOUNS, PREFIX, article
-
-DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
-    {
-        "F64": torch.float64,
-        "F32": torch.float32,
-        "F16": torch.float16,
-        "BF16": torch.bfloat16,
-        "I64": torch.int64,
-        "I32": torch.int32,
-        "I16": torch.int16,
-        "I8": torch.int8,
-        "U8": torch.uint8,
-        "BOOL": torch.bool,
-    }
-)
-"""Element types by their names in safetensors headers."""
+from timbre_methods.stand_ins import meta_site, meta_tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +136,7 @@ def inspect_adapter(
     Compiles on the meta device: nothing is read and nothing allocated. Raises what `Method.parse` and
     `Method.compile` raise.
     """
-    shapes = {name: _meta(name, *entry) for name, entry in header.items()}
+    shapes = {name: meta_tensor(name, *entry) for name, entry in header.items()}
     return _inspection(raw_config, shapes, sites, frame)
 
 
@@ -257,7 +241,7 @@ def _derived(method: AnyMethod, config: Any, own: Tensors, sites: Sites) -> dict
 
 
 def _inspection(raw_config: Mapping[str, Any], tensors: Tensors, sites: Sites, frame: Frame) -> Inspection:
-    shapes = {path: _meta_site(site) for path, site in sites.items()}
+    shapes = {path: meta_site(site) for path, site in sites.items()}
     method = method_for(raw_config)
     config = _parsed(method, raw_config)
     check_stack(raw_config, frame)
@@ -285,16 +269,3 @@ def _inspection(raw_config: Mapping[str, Any], tensors: Tensors, sites: Sites, f
         row_copies=program.row_copies,
         scouts=program.scout is not None,
     )
-
-
-def _meta_site(site: Site) -> Site:
-    bias_O = None if site.bias_O is None else site.bias_O.to("meta")
-    return replace(site, weight_OI=site.weight_OI.to("meta"), bias_O=bias_O)
-
-
-def _meta(name: str, dtype: str, shape: Sequence[int]) -> torch.Tensor:
-    if dtype not in DTYPES:
-        raise InvalidTensors(f"{name[:200]}: found dtype {shown(dtype)}, expected one of {', '.join(DTYPES)}")
-    if any(size < 0 for size in shape) or math.prod(shape) >= 2**62:
-        raise InvalidTensors(f"{name[:200]}: found the shape {shown(list(shape))}, which no tensor has")
-    return torch.empty(tuple(shape), dtype=DTYPES[dtype], device="meta")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from timbre_methods.registry import DTYPES
+from timbre_methods.stand_ins import DTYPES
 
 _LENGTH_BYTES = 8
 
