@@ -6,7 +6,8 @@
   trainable_tokens_delta``; new values in spite of the name. A head that multiplies by the very table changes
   with it, unless the file has rows of its own for the head.
 * ``bias``: trained biases of adapted layers, ``<path>.base_layer.bias``, and with ``all`` of others, too,
-  under their plain names. They take the place of the base's, for this adapter's rows alone.
+  under their plain names. They take the place of the base's, for this adapter's rows alone. Of a module to
+  save ``all`` writes it twice, under ``modules_to_save``, too, and the base's own under ``original_module``.
 * ``<path>.base_layer.weight`` beside an adapter on an embedding or a head: the base's own weight. It must be.
 
 This module knows no method.
@@ -27,11 +28,13 @@ from timbre_methods.contract import Site, Sites, Tensors
 from timbre_methods.errors import AdapterMismatch, InvalidConfig, InvalidTensors
 from timbre_methods.program import Part
 from timbre_methods.replaced import replaced_tokens, replacement, stored_shape
-from timbre_methods.site_tensors import PREFIX, SiteTensors
+from timbre_methods.site_tensors import PREFIX, SiteTensors, check_tensor
 
 TOKENS = "token_adapter.trainable_tokens_delta"
 COPY = "base_layer.weight"
 BIAS = "base_layer.bias"
+SAVED_BIAS = "modules_to_save.bias"
+LEFT_BIAS = "original_module.bias"
 CELLS_AT_ONCE = 2**22
 """Values of a copied weight that are compared together."""
 
@@ -48,7 +51,7 @@ class Beside:
 
     own: dict[str, Tensor] = field(default_factory=dict)
     copies: dict[str, Tensor] = field(default_factory=dict)
-    """Weights that must be the base's own, by full names."""
+    """What must be the base's own, or another tensor's equal, by full names."""
     layers: dict[str, SiteTensors] = field(default_factory=dict)
     """Replaced layers by path."""
     biases: dict[str, SiteTensors] = field(default_factory=dict)
@@ -90,8 +93,8 @@ def read_beside(raw_config: Mapping[str, Any], tensors: Tensors, sites: Sites) -
     beside = Beside()
     for name, tensor in tensors.items():
         path, key = _split(name, sites)
-        if key == COPY:
-            SiteTensors(sites[path], {COPY: tensor}).need(COPY, stored_shape(sites[path]))
+        if key == COPY or (key in (SAVED_BIAS, LEFT_BIAS) and options.bias == "all"):
+            _check_copy(name, tensor, sites[path], tensors)
             beside.copies[name] = tensor
         elif key == TOKENS:
             if not options.trainable_token_indices:
@@ -113,19 +116,45 @@ def read_beside(raw_config: Mapping[str, Any], tensors: Tensors, sites: Sites) -
     return beside
 
 
-def check_copies(copies: Tensors, sites: Sites) -> None:
-    """Raise `AdapterMismatch` for a copied weight that is not this base's, to the rounding of its dtype."""
-    for name, copy in copies.items():
-        base = sites[name[len(PREFIX) : -len(COPY) - 1]]
-        weight = base.weight_OI.T if base.is_transposed else base.weight_OI
+def check_copies(beside: Beside, sites: Sites) -> None:
+    """Raise `AdapterMismatch` for a copied value that is not this base's, to the rounding of its dtype, and
+    `InvalidTensors` for a bias that stands in the file twice with different values."""
+    for name, copy in beside.copies.items():
+        path, key = _split(name, sites)
+        base = _stored(sites[path], key)
+        if key == SAVED_BIAS:
+            base = beside.layers[path].tensors["bias"]
         step = max(1, CELLS_AT_ONCE // copy[0].numel())
         for start in range(0, len(copy), step):
-            if not _equal(copy[start : start + step], weight[start : start + step]):
-                raise AdapterMismatch(
-                    f"{name[:200]}: found other values than this base has there: the adapter was trained on "
-                    "another base, or its file brings a trained layer; for the first use that base, for the "
-                    "second list the layer in modules_to_save"
+            if _equal(copy[start : start + step], base[start : start + step]):
+                continue
+            if key == SAVED_BIAS:
+                raise InvalidTensors(
+                    f"{name[:200]}: found other values than {path}.bias has, expected the same"
                 )
+            raise AdapterMismatch(
+                f"{name[:200]}: found other values than this base has there: the adapter was trained on "
+                "another base, or its file brings a trained layer; for the first use that base, for the "
+                "second list the layer in modules_to_save"
+            )
+
+
+def _check_copy(name: str, copy: Tensor, site: Site, tensors: Tensors) -> None:
+    """Raise `InvalidTensors` for a misshapen copy, and for one of what is not there."""
+    key = _split(name, {site.path: site})[1]
+    if key == SAVED_BIAS and f"{PREFIX}{site.path}.bias" not in tensors:
+        raise InvalidTensors(f"{PREFIX}{site.path}.bias is missing, while the file holds {name[:200]}")
+    if key != COPY and site.bias_O is None:
+        raise InvalidTensors(f"{name[:200]} is surplus: this layer of the base has no bias")
+    check_tensor(name, copy, tuple(_stored(site, key).shape))
+
+
+def _stored(site: Site, key: str) -> Tensor:
+    """What the base, and so a file, holds of a site: its weight for the key of its copy, else its bias."""
+    if key != COPY:
+        assert site.bias_O is not None
+        return site.bias_O
+    return site.weight_OI.T if site.is_transposed else site.weight_OI
 
 
 def token_parts(
@@ -181,6 +210,20 @@ def _split(name: str, sites: Sites) -> tuple[str, str]:
             path = name[len(PREFIX) : -len(key) - 1]
             if name.endswith("." + key) and path in sites:
                 return path, key
+    return _split_wrapped(name, sites)
+
+
+def _split_wrapped(name: str, sites: Sites) -> tuple[str, str]:
+    """As `_split`, of a bias in a module to save, or in the one whose place that took. The module may be one
+    around the layer, and then its own copy is under the adapter's name in training."""
+    if not (name.startswith(PREFIX) and name.endswith(".bias")):
+        return "", ""
+    for key in (SAVED_BIAS, LEFT_BIAS):
+        outer, _, inner = name[len(PREFIX) : -len("bias")].partition(f".{key.removesuffix('bias')}")
+        inner = (inner.partition(".")[2] if key == SAVED_BIAS else inner).removesuffix(".")
+        path = f"{outer}.{inner}" if inner else outer
+        if path in sites:
+            return path, key
     return "", ""
 
 

@@ -164,7 +164,7 @@ def derive(raw_config: Mapping[str, Any], tensors: Tensors, sites: Sites) -> dic
     """
     method = method_for(raw_config)
     beside = _divided(method, raw_config, tensors, sites)
-    check_copies(beside.copies, sites)
+    check_copies(beside, sites)
     return _derived(method, _parsed(method, raw_config), beside.own, sites)
 
 
