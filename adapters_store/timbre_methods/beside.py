@@ -8,15 +8,16 @@
 * ``bias``: trained biases of adapted layers, ``<path>.base_layer.bias``, and with ``all`` of others, too,
   under their plain names. They take the place of the base's, for this adapter's rows alone. Of a module to
   save ``all`` writes it twice, under ``modules_to_save``, too, and the base's own under ``original_module``.
-* ``<path>.base_layer.weight`` beside an adapter on an embedding or a head: the base's own weight. It must be.
+* ``<path>.base_layer.weight`` beside an adapter on an embedding or a head: the base's own weight, as it was
+  while the adapter was trained. It must be.
 
 This module knows no method.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 import torch
@@ -37,6 +38,9 @@ SAVED_BIAS = "modules_to_save.bias"
 LEFT_BIAS = "original_module.bias"
 CELLS_AT_ONCE = 2**22
 """Values of a copied weight that are compared together."""
+MOVED_SLACK = 1e-4
+"""How far a copy may be from a weight that was computed again, of that weight's largest value: on another
+machine a decomposition in float32 comes out otherwise."""
 
 _KEYS = (COPY, BIAS, TOKENS, "weight", "bias")
 _ENDINGS = tuple(f".{key}" for key in _KEYS)
@@ -116,27 +120,30 @@ def read_beside(raw_config: Mapping[str, Any], tensors: Tensors, sites: Sites) -
     return beside
 
 
-def check_copies(beside: Beside, sites: Sites) -> None:
+def check_copies(beside: Beside, sites: Sites, in_training: Callable[[Site], Tensor]) -> None:
     """Raise `AdapterMismatch` for a copied value that is not this base's, to the rounding of its dtype, and
-    `InvalidTensors` for a bias that stands in the file twice with different values."""
+    `InvalidTensors` for a bias that stands in the file twice with different values. ``in_training`` gives the
+    weight [O, I] that a copy must hold."""
     for name, copy in beside.copies.items():
         path, key = _split(name, sites)
-        base = _stored(sites[path], key)
+        site = sites[path]
         if key == SAVED_BIAS:
-            base = beside.layers[path].tensors["bias"]
-        step = max(1, CELLS_AT_ONCE // copy[0].numel())
-        for start in range(0, len(copy), step):
-            if _equal(copy[start : start + step], base[start : start + step]):
-                continue
-            if key == SAVED_BIAS:
+            if not _equal(copy, beside.layers[path].tensors["bias"]):
                 raise InvalidTensors(
                     f"{name[:200]}: found other values than {path}.bias has, expected the same"
                 )
-            raise AdapterMismatch(
-                f"{name[:200]}: found other values than this base has there: the adapter was trained on "
-                "another base, or its file brings a trained layer; for the first use that base, for the "
-                "second list the layer in modules_to_save"
-            )
+            continue
+        weight_OI = in_training(site) if key == COPY else site.weight_OI
+        base = _stored(replace(site, weight_OI=weight_OI), key)
+        slack = 0.0 if weight_OI is site.weight_OI else MOVED_SLACK * float(weight_OI.abs().max())
+        step = max(1, CELLS_AT_ONCE // copy[0].numel())
+        for start in range(0, len(copy), step):
+            if not _equal(copy[start : start + step], base[start : start + step], slack):
+                raise AdapterMismatch(
+                    f"{name[:200]}: found other values than this base has there: the adapter was trained on "
+                    "another base, or its file brings a trained layer; for the first use that base, for the "
+                    "second list the layer in modules_to_save"
+                )
 
 
 def _check_copy(name: str, copy: Tensor, site: Site, tensors: Tensors) -> None:
@@ -235,12 +242,13 @@ def _saved_names(options: _Options, sites: Sites) -> list[str]:
     return weights + [f"{PREFIX}{site.path}.bias" for site in saved if site.bias_O is not None]
 
 
-def _equal(copy: Tensor, weight: Tensor) -> bool:
-    dtypes = {copy.dtype, weight.dtype}
-    wide, base = copy.to(torch.float32), weight.to(copy.device, torch.float32)
-    if len(dtypes) == 1:
+def _equal(copy: Tensor, base: Tensor, slack: float = 0.0) -> bool:
+    dtypes = {copy.dtype, base.dtype}
+    wide, base = copy.to(torch.float32), base.to(copy.device, torch.float32)
+    if len(dtypes) == 1 and not slack:
         return torch.equal(wide, base)
-    return torch.allclose(wide, base, rtol=max(torch.finfo(dtype).eps for dtype in dtypes), atol=1e-7)
+    rtol = max(torch.finfo(dtype).eps for dtype in dtypes)
+    return torch.allclose(wide, base, rtol=rtol, atol=max(1e-7, slack))
 
 
 def _options(raw_config: Mapping[str, Any]) -> _Options:

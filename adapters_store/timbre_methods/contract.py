@@ -129,6 +129,11 @@ class Method(Reader[Config]):
         """
         return {}
 
+    def weight_in_training(self, site: Site, derived: Tensors) -> Tensor:
+        """The site's weight [O, I] as it was while the adapter was trained, which a copy in the file holds:
+        the base's, unless training took something out of it. ``derived`` is what `derive` gave."""
+        return site.weight_OI
+
     @abstractmethod
     def compile(self, config: Config, tensors: Tensors, sites: Sites) -> AdapterProgram:
         """The adapter as operators. Runs on the meta device too, so it must not read values.

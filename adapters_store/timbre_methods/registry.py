@@ -164,8 +164,10 @@ def derive(raw_config: Mapping[str, Any], tensors: Tensors, sites: Sites) -> dic
     """
     method = method_for(raw_config)
     beside = _divided(method, raw_config, tensors, sites)
-    check_copies(beside, sites)
-    return _derived(method, _parsed(method, raw_config), beside.own, sites)
+    derived = _derived(method, _parsed(method, raw_config), beside.own, sites)
+    if isinstance(method, Method):
+        check_copies(beside, sites, lambda site: method.weight_in_training(site, derived))
+    return derived
 
 
 def compile_adapter(

@@ -14,7 +14,7 @@ from peft.tuners.lora.config import KasaConfig
 from torch import Tensor, nn
 
 from timbre_methods.contract import Site
-from timbre_methods.errors import InvalidTensors, UnsupportedMethod
+from timbre_methods.errors import AdapterMismatch, InvalidTensors, UnsupportedMethod
 from timbre_methods.registry import check_adapter, derive, method_for
 
 LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -136,3 +136,34 @@ def test_a_head_that_is_tied_to_its_embedding_is_refused(
         InvalidTensors, match=r"lm_head: this layer multiplies by the table of 'model.embed_to"
     ):
         check_adapter(written.config, written.tensors, evaluate.all_sites(tied_llama))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_head_whose_moved_weight_was_saved_gives_the_logits_of_peft(
+    kind: str, llama: nn.Module, agrees_with_peft: Callable[..., None]
+) -> None:
+    """PEFT saves the weights of an adapted head of its own accord, without what it took out."""
+    config = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], **KINDS[kind])
+    agrees_with_peft(llama, config, std=0.2)
+
+
+@pytest.mark.parametrize("is_moved", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_copy_must_be_the_base_without_what_was_taken_out(
+    dtype: torch.dtype, is_moved: bool, site: Callable[..., Site]
+) -> None:
+    base = site(path="lm_head", out_features=7, in_features=6)
+    base = replace(base, weight_OI=base.weight_OI.to(dtype))
+    raw = {"peft_type": "LORA", "r": 2, "init_lora_weights": "pissa"}
+    stem = "base_model.model.lm_head"
+    given = {f"{stem}.lora_A.weight": torch.ones(2, 6), f"{stem}.lora_B.weight": torch.ones(7, 2)}
+    u_OK, s_K, v_KI = torch.linalg.svd(base.weight_OI.double(), full_matrices=False)
+    rest_OI = u_OK[:, 2:] @ s_K[2:].diag() @ v_KI[2:]
+    copy_OI = rest_OI.to(dtype) if is_moved else base.weight_OI
+    check_adapter(raw, {**given, f"{stem}.base_layer.weight": copy_OI}, {base.path: base})
+    if is_moved:
+        derived = derive(raw, {**given, f"{stem}.base_layer.weight": copy_OI}, {base.path: base})
+        assert set(derived) == {"derived.lm_head.moved_A", "derived.lm_head.moved_B"}
+        copy_OI = copy_OI + copy_OI.abs().max() / 50 * torch.ones(7, 6, dtype=dtype).tril()
+    with pytest.raises(AdapterMismatch, match="found other values than this base has there"):
+        derive(raw, {**given, f"{stem}.base_layer.weight": copy_OI}, {base.path: base})

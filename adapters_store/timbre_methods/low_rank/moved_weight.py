@@ -95,6 +95,13 @@ class MovedWeight(Method[LoraConfig]):
             derived[derived_name(found.site.path, MOVED_B)] = b
         return derived
 
+    def weight_in_training(self, site: Site, derived: Tensors) -> Tensor:
+        moved = derived_of_site(derived, site.path)
+        if not moved:
+            return site.weight_OI
+        weight_OI = site.weight_OI.to(moved[MOVED_B].device, torch.float32)
+        return torch.addmm(weight_OI, moved[MOVED_B], moved[MOVED_A], alpha=-1)
+
     def compile(self, config: LoraConfig, tensors: Tensors, sites: Sites) -> AdapterProgram:
         parts = {}
         for found, a_RI, b_OR, s in self._adapted(config, tensors, sites):
