@@ -58,6 +58,21 @@ def test_an_adapter_that_does_not_fit_is_named(tmp_path: Path, monkeypatch: pyte
     assert not path.exists()
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_what_comes_to_no_number_is_the_adapters_fault_and_is_not_written(
+    value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    derived = {
+        "derived.q.places": torch.ones(2, dtype=torch.int32),
+        "derived.q.core": torch.tensor([1, value]),
+    }
+    monkeypatch.setattr(Lora, "derive", lambda *_: derived)
+    ended, path = run(tmp_path)
+    expected = "what the adapter's values give at q, core, comes to more than float32 holds"
+    assert (ended.code, ended.reason.partition(";")[0]) == ("invalid_adapter", expected)
+    assert not path.exists()
+
+
 def test_a_fault_is_told_and_ends_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Lora, "derive", lambda *_: 1 / 0)
     ended, _ = run(tmp_path)

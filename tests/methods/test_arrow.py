@@ -190,3 +190,12 @@ def test_general_experts_need_one_rank_for_all(site: Callable[..., Site]) -> Non
     given[f"{STEM}general.0.lora_B.weight"] = torch.ones(6, 3)
     with pytest.raises(InvalidTensors, match="ranks 3 and 2, expected one rank for all"):
         check_adapter({**RAW, "num_general": 1}, given, {base.path: base})
+
+
+def test_experts_that_lose_their_numbers_to_the_general_ones_are_refused(site: Callable[..., Site]) -> None:
+    base = site()
+    raw = {**RAW, "num_general": 1}
+    given = {name: torch.full_like(t, -3e38 if "general" in name else 3e38) for name, t in tensors(1).items()}
+    check_adapter(raw, given, {base.path: base})
+    with pytest.raises(InvalidTensors, match="an expert without the mean of the general ones comes to more"):
+        derive(raw, given, {base.path: base})

@@ -93,12 +93,14 @@ class Arrow(Method[ArrowConfig]):
         return config
 
     def derive(self, config: ArrowConfig, tensors: Tensors, sites: Sites) -> dict[str, Tensor]:
-        return {
-            derived_name(found.site.path, PROTOTYPES): torch.stack(
-                [_prototype(config, *expert) for expert in _experts(config, found)]
-            )
-            for found in tensors_by_site(tensors, sites, _keys(config))
-        }
+        derived = {}
+        for found in tensors_by_site(tensors, sites, _keys(config)):
+            experts = _experts(config, found)
+            for expert in experts:
+                _check_finite(found, expert)
+            prototypes = [_prototype(config, *expert) for expert in experts]
+            derived[derived_name(found.site.path, PROTOTYPES)] = torch.stack(prototypes)
+        return derived
 
     def compile(self, config: ArrowConfig, tensors: Tensors, sites: Sites) -> AdapterProgram:
         found = tensors_by_site(tensors, sites, _keys(config))
@@ -164,6 +166,14 @@ def _experts(config: ArrowConfig, found: SiteTensors) -> Sequence[Factors]:
             )
     mean_RI, mean_OR = (torch.stack(list(each)).mean(0) for each in zip(*general, strict=True))
     return [(a_RI - mean_RI, b_OR - mean_OR) for a_RI, b_OR in experts]
+
+
+def _check_finite(found: SiteTensors, factors: Factors) -> None:
+    if not all(factor.is_meta or torch.isfinite(factor).all() for factor in factors):
+        raise InvalidTensors(
+            f"{found.site.path}: an expert without the mean of the general ones comes to more than float32 "
+            "holds; train them with smaller values"
+        )
 
 
 def _routed(config: ArrowConfig, found: SiteTensors) -> Routed:

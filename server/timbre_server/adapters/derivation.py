@@ -22,8 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from timbre_methods.contract import Sites
-from timbre_methods.errors import MethodError
+from timbre_methods.contract import DERIVED, Sites, Tensors
+from timbre_methods.errors import InvalidTensors, MethodError
 from timbre_methods.registry import derive
 from timbre_server.adapters.transfer import step_aside
 
@@ -99,8 +99,21 @@ def write_derived(config: dict[str, Any], tensors_path: Path, derived_path: Path
     """Compute and write; nothing to keep writes no file. Raises MethodError, SafetensorError, OSError."""
     with torch.inference_mode():
         derived = derive(config, load_file(tensors_path), sites)
+        _check_finite(derived)
         if derived:  # Not save_file: it takes a full disk for a malformed file.
             derived_path.write_bytes(save({name: _alone(tensor) for name, tensor in derived.items()}))
+
+
+def _check_finite(derived: Tensors) -> None:
+    """Finite values of a file may come to infinity where they are multiplied."""
+    for name, tensor in derived.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            path, _, key = name.removeprefix(DERIVED).rpartition(".")
+            at = f" at {path}" if path else ""
+            raise InvalidTensors(
+                f"what the adapter's values give{at}, {key}, comes to more than float32 holds; train it with "
+                "smaller values"
+            )
 
 
 def _alone(tensor: Tensor) -> Tensor:
