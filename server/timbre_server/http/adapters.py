@@ -14,13 +14,14 @@ from typing import Annotated, Any
 import structlog
 from fastapi import APIRouter, Query, Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from timbre_server.engine.pin_messages import PinnedAdapter
 from timbre_server.errors import AdapterMismatch, InvalidRequest, ServerError
+from timbre_server.http.bounds import FewFields, fields
 from timbre_server.http.json_bodies import JSON_ONLY, JsonRoute, parse_json
 from timbre_server.http.upload import CONFIG_PART, MAX_TEXT_BYTES, TENSORS_PART, read_adapter_form
 from timbre_store.digests import is_digest
@@ -30,6 +31,7 @@ from timbre_store.store import Store
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_JSON_BYTES = 1 << 16
+MAX_FILES = 8
 MAX_PAGE = 1000
 
 
@@ -49,17 +51,17 @@ class AdapterRoom:
     """What the engine keeps merged."""
 
 
-class RegisterBody(BaseModel):
+class RegisterBody(FewFields):
     """An adapter made of two blobs that are already here."""
 
     model_config = ConfigDict(extra="forbid")
 
     name: str = Field(max_length=MAX_TEXT_BYTES)
-    files: dict[str, str] = Field(max_length=8)
+    files: Annotated[dict[str, str], BeforeValidator(fields(MAX_FILES))]
     base_model: str | None = Field(None, max_length=MAX_TEXT_BYTES)
 
 
-class AliasBody(BaseModel):
+class AliasBody(FewFields):
     model_config = ConfigDict(extra="forbid")
 
     alias: str = Field(max_length=MAX_TEXT_BYTES)

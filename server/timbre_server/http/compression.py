@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, Response
 from timbre_methods.errors import MethodError
 from timbre_server.errors import InvalidRequest, ServerError
 from timbre_server.http.adapters import adapter_json
+from timbre_server.http.bounds import items
 from timbre_server.http.json_bodies import JSON_ONLY, JsonRoute
 from timbre_server.http.mixes import Wanted
 from timbre_server.http.recipe_schema import MAX_RANK, Name, RecipePart
@@ -38,7 +39,7 @@ class MemberBody(RecipePart):
 class CompressBody(RecipePart):
     kind: Literal["joint_full", "joint_diagonal", "reversible"]
     rank: int = Field(ge=1, le=MAX_RANK)
-    members: Annotated[list[MemberBody], Field(min_length=1, max_length=MAX_MEMBERS, fail_fast=True)]
+    members: Annotated[list[MemberBody], items(MAX_MEMBERS, least=1)]
 
 
 def compression_router(room: RecipeRoom) -> APIRouter:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
@@ -19,9 +18,15 @@ from pydantic import (
     model_validator,
 )
 
-MAX_FIELDS = 256
+from timbre_server.http.bounds import FewFields, fields, items
+
 MAX_BIASES = 1024
+MAX_STOPS = 4
 MAX_STOP_CHARS = 1024
+MAX_STOP_IDS = 128
+MAX_MESSAGES = 4096
+MAX_PARTS = 1024
+MAX_TEMPLATE_VARIABLES = 32
 MAX_NAME_CHARS = 256
 MAX_TOKEN_ID = 2**31 - 1
 MAX_MIX = 8
@@ -31,30 +36,21 @@ INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 Prompt = str | list[str] | list[int] | list[list[int]]
 
 
-class Body(BaseModel):
+class Body(FewFields):
     """A JSON object in which ``null`` is as good as nothing."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False, protected_namespaces=())
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_nulls(cls, fields: object) -> object:
-        if isinstance(fields, dict):
-            if len(fields) > MAX_FIELDS:
-                raise ValueError(f"an object has {len(fields)} fields; at most {MAX_FIELDS} are read")
-            return {name: value for name, value in fields.items() if value is not None}
-        return fields
+    def _drop_nulls(cls, value: object) -> object:
+        if isinstance(value, dict):
+            return {name: field for name, field in value.items() if field is not None}
+        return value
 
 
 def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
-
-
-def _few_biases(value: object) -> object:
-    """Before the values are looked at: each wrong one would be an error of its own."""
-    if isinstance(value, dict) and len(value) > MAX_BIASES:
-        raise ValueError(f"{len(value)} tokens are named; expected at most {MAX_BIASES}")
-    return value
 
 
 def _is_ids(value: object) -> bool:
@@ -116,7 +112,7 @@ def _no_index(value: object) -> object:
 
 
 Weight = Annotated[float, Field(ge=-MAX_WEIGHT, le=MAX_WEIGHT)]
-OfMix = Field(min_length=1, max_length=MAX_MIX, fail_fast=True)
+OfMix = items(MAX_MIX, least=1)
 
 
 class Exact(Body):
@@ -134,7 +130,7 @@ class MergedAdapters(Exact):
     """LoRAX's spelling of a mix."""
 
     ids: Annotated[list[Name], OfMix]
-    weights: Annotated[list[Weight], Field(max_length=MAX_MIX, fail_fast=True)] = Field(default_factory=list)
+    weights: Annotated[list[Weight], items(MAX_MIX)] = Field(default_factory=list)
     """Empty: 1 each."""
     merge_strategy: Annotated[str, Field(max_length=64)] = "linear"
     density: float = Field(0.0, ge=0, le=1)
@@ -164,7 +160,7 @@ class GenerationRequest(Body):
     adapters: Annotated[list[MixedAdapter], OfMix] | None = None
     """Several together, or one with a weight: W + Σ weight · (W_adapter − W)."""
     merged_adapters: MergedAdapters | None = None
-    lora: Annotated[list[ScaledLora], Field(max_length=MAX_MIX, fail_fast=True)] = Field(default_factory=list)
+    lora: Annotated[list[ScaledLora], items(MAX_MIX)] = Field(default_factory=list)
 
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, ge=0, le=1)
@@ -174,14 +170,14 @@ class GenerationRequest(Body):
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     logit_bias: Annotated[
-        dict[str, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_few_biases)
+        dict[str, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(fields(MAX_BIASES))
     ] = Field(default_factory=dict)
     seed: int | None = Field(None, ge=INT64_MIN, le=INT64_MAX)
 
-    stop: Annotated[list[StopString], BeforeValidator(_as_list), Field(max_length=4)] = Field(
+    stop: Annotated[list[StopString], items(MAX_STOPS), BeforeValidator(_as_list)] = Field(
         default_factory=list
     )
-    stop_token_ids: list[TokenId] = Field(default_factory=list, max_length=128)
+    stop_token_ids: Annotated[list[TokenId], items(MAX_STOP_IDS)] = Field(default_factory=list)
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     min_tokens: TokenCount = 0
@@ -225,7 +221,7 @@ class TextPart(Body):
 
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart] = ""
+    content: str | Annotated[list[TextPart], items(MAX_PARTS)] = ""
     name: Annotated[str, Field(max_length=256)] | None = None
 
     def text(self) -> str:
@@ -241,7 +237,7 @@ Scalar = str | bool | int | float
 class ChatRequest(GenerationRequest):
     """``POST /v1/chat/completions``"""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)]
+    messages: Annotated[list[Message], items(MAX_MESSAGES, least=1)]
     max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKEN_ID)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKEN_ID)] | None = None
     logprobs: bool = False
@@ -249,7 +245,9 @@ class ChatRequest(GenerationRequest):
     add_special_tokens: bool = False
     add_generation_prompt: bool = True
     continue_final_message: bool = False
-    chat_template_kwargs: dict[str, Scalar] = Field(default_factory=dict, max_length=32)
+    chat_template_kwargs: Annotated[dict[str, Scalar], BeforeValidator(fields(MAX_TEMPLATE_VARIABLES))] = (
+        Field(default_factory=dict)
+    )
 
     @model_validator(mode="after")
     def _check_together(self) -> ChatRequest:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fastapi import APIRouter
-from pydantic import BaseModel, ConfigDict
+from pydantic import ConfigDict
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
@@ -20,6 +20,7 @@ from timbre_server.engine.client import Engine
 from timbre_server.engine.pin_messages import PinnedAdapter
 from timbre_server.errors import AdapterMismatch, PinConflict
 from timbre_server.http.adapters import adapter_json, pinned_json
+from timbre_server.http.bounds import FewFields
 from timbre_server.http.json_bodies import JSON_ONLY, JsonRoute
 from timbre_server.http.mixes import WeightedAdapter, summable
 from timbre_store.records import AdapterRecord
@@ -39,7 +40,7 @@ class PinRoom:
     is_allowed: bool
 
 
-class PinBody(BaseModel):
+class PinBody(FewFields):
     model_config = ConfigDict(extra="forbid")
 
     mode: Literal["merged"]

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from timbre_server.errors import InvalidRequest
+from timbre_server.http.bounds import FewFields, items
 from timbre_server.http.openai_schema import MAX_MIX, MAX_WEIGHT
 from timbre_server.http.upload import MAX_TEXT_BYTES
 from timbre_store.digests import is_digest
@@ -38,7 +39,7 @@ MAX_PARENTS = 64
 Name = Annotated[str, Field(max_length=MAX_TEXT_BYTES)]
 
 
-class RecipePart(BaseModel):
+class RecipePart(FewFields):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
@@ -50,7 +51,7 @@ class ParentBody(RecipePart):
 class RecipeBody(RecipePart):
     name: Name
     kind: Kind
-    parents: Annotated[list[ParentBody], Field(min_length=1, max_length=MAX_PARENTS, fail_fast=True)]
+    parents: Annotated[list[ParentBody], items(MAX_PARENTS, least=1)]
     rank: int | None = Field(None, ge=1, le=MAX_RANK)
     density: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=0, lt=2**63)
@@ -59,7 +60,7 @@ class RecipeBody(RecipePart):
     renormalised: bool | None = None
     router: str | None = Field(None, max_length=MAX_TEXT_BYTES)
     """Digest of a file under ``/v1/blobs``."""
-    general: Annotated[list[Name], Field(min_length=1, max_length=MAX_PARENTS, fail_fast=True)] | None = None
+    general: Annotated[list[Name], items(MAX_PARENTS, least=1)] | None = None
 
 
 def check_fields(body: RecipeBody) -> None:
