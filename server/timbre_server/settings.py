@@ -135,7 +135,7 @@ class LimitSettings(_Group):
     max_queued_requests: int = Field(1024, ge=1)
     """Most requests in the server, running or waiting; further ones get 503 queue_full."""
     max_queued_tokens: int = Field(1_000_000, ge=1)
-    """Most prompt and output tokens of all requests in the server together."""
+    """Most prompt and output tokens of all requests in the server; 1024 of output where no limit is named."""
     max_logprobs: int = Field(20, ge=-1)
     """Most log-probabilities a request may ask for at each position; -1 allows the whole vocabulary."""
 

@@ -39,6 +39,10 @@ from timbre_server.http.voice import Voice, resolve_voice
 
 Body = dict[str, Any]
 
+NOMINAL_OUTPUT_TOKENS = 1024
+"""Counted at admission for a choice whose client named no limit: it may run to the context's end, but seldom
+does. If many do, the engine preempts; the gate need not keep room for it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Wishes:
@@ -63,6 +67,8 @@ class Answer:
     id: str
     created: int
     labels: TokenLabels
+    num_expected_tokens: int
+    """Prompts and output of all choices, as admission counts them."""
 
     def deltas(self) -> AsyncGenerator[Delta, None]:
         """Starts the engine's work at the first step; closing it aborts what still runs."""
@@ -170,7 +176,9 @@ def prepare(
         max_choices=limits.max_prompts,
     )
     labels = TokenLabels(context.text, as_ids=request.return_tokens_as_token_ids)
-    return Answer(context, request, voice, prompts, choices, answer_id, int(time.time()), labels)
+    output = max_tokens if wishes.max_tokens is not None else min(max_tokens, NOMINAL_OUTPUT_TOKENS)
+    expected = sum(voice.virtual_tokens + len(choice.submit.prompt_token_ids) + output for choice in choices)
+    return Answer(context, request, voice, prompts, choices, answer_id, int(time.time()), labels, expected)
 
 
 async def deliver(
@@ -187,11 +195,7 @@ async def deliver(
     context = answer.context
     headers = answer.voice.headers() | ignored_header(ignored_fields(answer.request))
     held = ExitStack()
-    tokens = sum(
-        answer.voice.virtual_tokens + len(choice.submit.prompt_token_ids) + choice.submit.sampling.max_tokens
-        for choice in answer.choices
-    )
-    held.enter_context(context.admission.hold(len(answer.choices), tokens))
+    held.enter_context(context.admission.hold(len(answer.choices), answer.num_expected_tokens))
     if answer.request.stream:
         return EventStreamResponse(
             encoded(chunks(answer)),

@@ -20,7 +20,7 @@ class Admission(Protocol):
     """The gate in front of the engine."""
 
     def hold(self, num_requests: int, num_tokens: int) -> AbstractContextManager[None]:
-        """Room for some sequences and all their prompt and output tokens, while the block runs.
+        """Room for some sequences and their prompt and expected output tokens, while the block runs.
 
         Raises: QueueFull.
         """

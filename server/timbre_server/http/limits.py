@@ -38,7 +38,7 @@ class Admission:
 
     @contextmanager
     def hold(self, num_requests: int, num_tokens: int) -> Iterator[None]:
-        """Holds room for some sequences and for all their prompt and output tokens while the block runs.
+        """Holds room for some sequences and for their prompt and expected output tokens while the block runs.
 
         Raises: QueueFull where there is no room; nothing is held then.
         """

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 from tokenizers import Tokenizer
 
 from timbre_server.http.text import TextCodec
@@ -122,3 +123,24 @@ async def test_n_answers_are_n_choices(rig: Any) -> None:
     body = await rig.chat(n=3, max_tokens=1)
     assert [choice["index"] for choice in body["choices"]] == [0, 1, 2]
     assert body["usage"]["completion_tokens"] == 3
+
+
+async def test_an_answer_without_a_limit_may_fill_the_context_and_holds_room_for_an_ordinary_one(
+    rig: Any,
+) -> None:
+    rig.engine.info = msgspec.structs.replace(rig.engine.info, max_model_len=131_072)
+    held: list[Any] = []
+    rig.engine.reply = lambda _: held.extend(rig.gate.held) or [5]
+    await rig.chat()
+    await rig.chat(max_tokens=100_000)
+    prompt_tokens = [len(submit.prompt_token_ids) for submit in rig.engine.submitted]
+    wanted = [submit.sampling.max_tokens for submit in rig.engine.submitted]
+    assert wanted == [131_072 - prompt_tokens[0], 100_000]
+    assert held == [(1, prompt_tokens[0] + 1024), (1, prompt_tokens[1] + 100_000)]
+
+
+async def test_no_more_room_is_held_than_there_is(rig: Any) -> None:
+    held: list[Any] = []
+    rig.engine.reply = lambda _: held.extend(rig.gate.held) or [5]
+    await rig.chat()
+    assert held == [(1, 512)]
