@@ -20,6 +20,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 BACKLOG = 2048
 CLOSING_S = 3
+LEAST_TAKEN_BYTES = 64 << 10
+"""Of what waits for a client, within its time; where less waits than that, nearly all of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,8 @@ class ServerOptions:
     max_header_bytes: int = 64 << 10
     keep_alive_timeout_s: int = 5
     head_timeout_s: float = 10.0
+    write_timeout_s: float = 60.0
+    """In which a client must take some of what waits for it."""
 
 
 class HttpServer:
@@ -45,7 +49,12 @@ class HttpServer:
             uvicorn.Config(
                 app,
                 http=cast(
-                    "type[asyncio.Protocol]", partial(HeadDeadline, head_timeout_s=options.head_timeout_s)
+                    "type[asyncio.Protocol]",
+                    partial(
+                        Deadlines,
+                        head_timeout_s=options.head_timeout_s,
+                        write_timeout_s=options.write_timeout_s,
+                    ),
                 ),
                 ws="none",
                 lifespan="off",
@@ -68,13 +77,19 @@ class HttpServer:
         self._uvicorn.should_exit = True
 
 
-class HeadDeadline(H11Protocol):
-    """Closes a connection on which a request's head has begun, or is due, and does not end in time."""
+class Deadlines(H11Protocol):
+    """Closes a connection on which a request's head has begun, or is due, and does not end in time.
 
-    def __init__(self, *args: Any, head_timeout_s: float, **options: Any) -> None:
+    And aborts one whose client does not take what is written to it: whoever serves it then sees that the
+    client has left, and gives up its place.
+    """
+
+    def __init__(self, *args: Any, head_timeout_s: float, write_timeout_s: float, **options: Any) -> None:
         super().__init__(*args, **options)
         self._head_timeout_s = head_timeout_s
+        self._write_timeout_s = write_timeout_s
         self._deadline: asyncio.TimerHandle | None = None
+        self._write_deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -87,6 +102,15 @@ class HeadDeadline(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._unwatch()
+        self._unwatch_writing()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_writing()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._unwatch_writing()
 
     def _watch(self) -> None:
         """Between two requests without a byte the keep-alive timeout counts instead."""
@@ -99,6 +123,22 @@ class HeadDeadline(H11Protocol):
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
+
+    def _watch_writing(self) -> None:
+        unsent = self.transport.get_write_buffer_size()
+        self._write_deadline = self.loop.call_later(self._write_timeout_s, self._abort_unless_taken, unsent)
+
+    def _abort_unless_taken(self, unsent: int) -> None:
+        """A large answer may take long, as long as it goes on. Nothing is added to it meanwhile."""
+        if unsent - self.transport.get_write_buffer_size() < LEAST_TAKEN_BYTES:
+            self.transport.abort()
+        else:
+            self._watch_writing()
+
+    def _unwatch_writing(self) -> None:
+        if self._write_deadline is not None:
+            self._write_deadline.cancel()
+            self._write_deadline = None
 
 
 class _Uvicorn(uvicorn.Server):
