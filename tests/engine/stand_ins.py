@@ -183,7 +183,7 @@ class AdaptersBesideTheLoop(LoadingAdapters):
     def load(self, digest: str) -> None:
         self.loading.setdefault(digest, 0)
 
-    def unload(self, digest: str) -> None:
+    def unload(self, digest: str, *, has_requests: bool = False) -> None:
         self.users.pop(digest, None)
         self.gone.append(Departure(digest, 0, "unloaded"))
 

@@ -87,6 +87,8 @@ class AdapterRuntime:
         self._thread = ThreadPoolExecutor(1, "adapter-load", compute_alone)
         self._loading: tuple[str, Future[tuple[LoadedAdapter, PreparedProgram]]] | None = None
         self._departed: list[Departure] = []
+        self._retiring: set[str] = set()
+        """To be unloaded when there are no requests for them."""
         self._misfits: dict[frozenset[str], str] = {}
         """Neither an adapter's bytes nor the budget change: what is found is true while no other is held."""
 
@@ -150,6 +152,8 @@ class AdapterRuntime:
     def no_requests(self, digest: str) -> None:
         """No request is left that would use the adapter: what only requests wished for is not loaded."""
         self._residency.no_requests(digest)
+        if digest in self._retiring:
+            self.unload(digest)
 
     def favour(self, digests: Iterable[str]) -> None:
         """Load these before others and evict none of them: a request waits until it has them all."""
@@ -173,10 +177,18 @@ class AdapterRuntime:
 
     def is_leaving(self, digest: str) -> bool:
         """Whether an adapter in use was unloaded."""
-        return self._residency.is_leaving(digest)
+        return digest in self._retiring or self._residency.is_leaving(digest)
 
-    def unload(self, digest: str) -> None:
-        """Let an adapter go when its last user has gone; `poll` reports the departure."""
+    def unload(self, digest: str, *, has_requests: bool = False) -> None:
+        """Let an adapter go when its last user has gone; `poll` reports the departure.
+
+        With ``has_requests`` it goes when there are `no_requests`: those that still wait would have it loaded
+        again, and then it would stay.
+        """
+        if has_requests:
+            self._retiring.add(digest)
+            return
+        self._retiring.discard(digest)
         was_resident = self._residency.is_resident(digest)
         self._leave(self._residency.unload(digest))
         if not was_resident:
@@ -218,7 +230,7 @@ class AdapterRuntime:
         prepared_bytes, shared = loaded.prepared_bytes, loaded.shared_bytes
         needed_bytes = self._residency.bytes_with_held(prepared_bytes, shared)
         if needed_bytes > self._residency.budget_bytes:
-            reason = self._too_large(f"adapter {digest} needs {needed_bytes} bytes in memory")
+            reason = _too_large(self._residency, f"adapter {digest} needs {needed_bytes} bytes in memory")
             return [self._failed(digest, LoadFailure("adapter_too_large", reason))]
         departures = self._residency.make_room(prepared_bytes, shared)
         if departures is None:
@@ -235,15 +247,11 @@ class AdapterRuntime:
         self._loading = None
         return [Arrival(digest, loaded.method, prepared_bytes, loaded.seconds_by_phase)]
 
-    def _too_large(self, needs: str) -> str:
-        held, unpin = (" with what is pinned there", ", or unpin that") if self._residency.holds else ("", "")
-        budget = f"the budget for all adapters is {self._residency.budget_bytes}"
-        return f"{needs}{held}; {budget}: raise --adapter-memory-mib{unpin}"
-
     def _give_up_favoured(self, together_bytes: int) -> None:
         given_up = self._residency.give_up_favoured()
-        self._misfits[given_up] = self._too_large(
-            f"the adapters of this mix need {together_bytes} bytes or more in memory together"
+        self._misfits[given_up] = _too_large(
+            self._residency,
+            f"the adapters of this mix need {together_bytes} bytes or more in memory together",
         )
         if len(self._misfits) > MAX_MISFITS:
             del self._misfits[next(iter(self._misfits))]
@@ -260,6 +268,12 @@ class AdapterRuntime:
         if departure is not None:
             self._model.drop(departure.slot)
             self._departed.append(departure)
+
+
+def _too_large(residency: Residency, needs: str) -> str:
+    held, unpin = (" with what is pinned there", ", or unpin that") if residency.holds else ("", "")
+    budget = f"the budget for all adapters is {residency.budget_bytes}"
+    return f"{needs}{held}; {budget}: raise --adapter-memory-mib{unpin}"
 
 
 def _loaded(loader: Loader, model: AdaptedModel, digest: str) -> tuple[LoadedAdapter, PreparedProgram]:

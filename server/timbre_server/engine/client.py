@@ -262,8 +262,8 @@ class EngineProcess:
             if queue is not None:
                 queue.put_nowait(event)
         for gone in output.unloaded:
-            self._unloads.settle(gone.digest, None)
             if gone.reason == "unloaded":
+                self._unloads.settle(gone.digest, None)
                 unloaded = AdapterLoadFailed(f"adapter {gone.digest} was unloaded while it was being loaded")
                 self._loads.settle(gone.digest, unloaded)
         for loaded in output.loaded:

@@ -70,7 +70,7 @@ class ResidentAdapters(AdapterSlotsSource, Protocol):
 
     def load(self, digest: str) -> None: ...
 
-    def unload(self, digest: str) -> None: ...
+    def unload(self, digest: str, *, has_requests: bool) -> None: ...
 
     def poll(self) -> tuple[Sequence[Arrival], Sequence[Departure]]: ...
 
@@ -156,7 +156,7 @@ class EngineCore:
 
     def unload_adapter(self, digest: str) -> None:
         self._pinning.forget(digest)
-        self._adapters.unload(digest)
+        self._adapters.unload(digest, has_requests=self._scheduler.has_requests(digest))
 
     def step(self) -> StepOutput:
         """One turn. Without work it costs next to nothing and its ``batch_tokens`` are 0.

@@ -53,6 +53,10 @@ class MixSlots:
         """Digests asked for in vain since the step began, in the order of asking."""
         return tuple(self._missing)
 
+    def has_requests(self, digest: str) -> bool:
+        """Whether a request uses the adapter, or will ask for it."""
+        return digest in self._num_requests
+
     def begin_step(self) -> None:
         self._missing.clear()
 

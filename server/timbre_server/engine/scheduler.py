@@ -92,6 +92,10 @@ class Scheduler:
         """Digests that a waiting request asked for in vain at the last `schedule`."""
         return self._mixes.missing
 
+    def has_requests(self, digest: str) -> bool:
+        """Whether a request that has not ended uses the adapter, or will ask for it."""
+        return self._mixes.has_requests(digest)
+
     @property
     def has_work(self) -> bool:
         return bool(self._sequences or self._events)
