@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from timbre_methods.contract import Site
 from timbre_methods.errors import InvalidConfig, InvalidTensors
-from timbre_methods.registry import method_for
+from timbre_methods.registry import check_adapter, method_for
 
 LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FROM_HIDDEN = ["q_proj", "k_proj", "v_proj", "gate_proj"]
@@ -107,3 +107,11 @@ def test_what_does_not_fit_is_refused(site: Callable[..., Site]) -> None:
         compiled({**RAW, "boft_block_size": 4}, torch.zeros(1, 1, 4, 4), base)
     with pytest.raises(InvalidConfig, match="boft_block_num=3, expected one of them to be 0"):
         method_for(RAW).parse({**RAW, "boft_block_num": 3})
+
+
+def test_values_that_no_rotation_can_be_solved_for_are_refused(site: Callable[..., Site]) -> None:
+    base, raw = site(in_features=6), {"peft_type": "BOFT", "boft_block_size": 3}
+    given = {f"{STEM}.boft_s": torch.ones(6, 1), f"{STEM}.boft_R": torch.full((1, 2, 3, 3), 2e20).triu()}
+    with pytest.raises(InvalidTensors, match=r"boft_R: found values up to 1e\+20, too large for a rotation"):
+        check_adapter(raw, given, {base.path: base})
+    check_adapter(raw, {**given, f"{STEM}.boft_R": torch.ones(1, 2, 3, 3).triu()}, {base.path: base})

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from timbre_methods.contract import Site
 from timbre_methods.errors import InvalidConfig, InvalidTensors, UnsupportedMethod
-from timbre_methods.registry import method_for
+from timbre_methods.registry import check_adapter, method_for
 
 LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -105,3 +105,15 @@ def test_what_oft_does_not_have_is_refused(site: Callable[..., Site]) -> None:
     both = {NAME: torch.zeros(3, 1), NAME.replace("oft_R", "oft_embedding_R"): torch.zeros(3, 1)}
     with pytest.raises(InvalidTensors, match=r"oft_embedding_R\.weight is surplus: a linear layer has oft_R"):
         method_for(RAW).compile(method_for(RAW).parse(RAW), both, {base.path: base})
+
+
+def test_values_that_no_rotation_can_be_solved_for_are_refused(site: Callable[..., Site]) -> None:
+    """At 1e20 the I of I + S is rounded away, and a skew-symmetric matrix of three rows has no inverse."""
+    base = site(in_features=6)
+    raw = {**RAW, "use_cayley_neumann": False}
+    given = {NAME: torch.full((2, 3), 1e20)}
+    with pytest.raises(
+        InvalidTensors, match=r"oft_R\.weight: found values up to 1e\+20, too large for a rot"
+    ):
+        check_adapter(raw, given, {base.path: base})
+    check_adapter(raw, {NAME: torch.ones(2, 3)}, {base.path: base})

@@ -67,6 +67,10 @@ class Boft(Method[BoftConfig]):
             {found.site.path: (_rotation(config, found),) for found in tensors_by_site(tensors, sites, KEYS)}
         )
 
+    def check_values(self, config: BoftConfig, tensors: Tensors, sites: Sites) -> None:
+        for found in tensors_by_site(tensors, sites, KEYS):
+            _rotation(config, found)
+
     def reference(self, config: BoftConfig, tensors: Tensors, site: Site, x_TI: Tensor) -> Tensor:
         own = {key: t.to(x_TI.dtype) for key, t in tensors_of_site(tensors, site, KEYS).items()}
         weight_OI = site.weight_OI.to(x_TI.dtype)
@@ -121,7 +125,7 @@ def _rotation(config: BoftConfig, found: SiteTensors) -> Rotation:
             f"of which 2^{factors - 1} times divides the {found.site.in_features} inputs"
         )
     skew_FSBB = (free_FSBB - free_FSBB.transpose(2, 3)) / 2
-    turned_FSBB = cayley(skew_FSBB.flatten(0, 1)).view_as(skew_FSBB)
+    turned_FSBB = cayley(skew_FSBB.flatten(0, 1), found.name_of(ROTATION)).view_as(skew_FSBB)
     chunks = tuple(size << number for number in reversed(range(factors)))
     return Rotation("input", turned_FSBB.transpose(2, 3).flip(0), chunks, scale_O1.flatten())
 

@@ -8,11 +8,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from timbre_methods.errors import InvalidTensors
 
-def cayley(skew_NBB: Tensor) -> Tensor:
-    """``(I − S)(I + S)⁻¹`` of each matrix; always solvable, as S has no real eigenvalue but 0."""
+
+def cayley(skew_NBB: Tensor, name: str) -> Tensor:
+    """``(I − S)(I + S)⁻¹`` of each matrix. Solvable, as S has no real eigenvalue but 0, unless its values are
+    so large that the 1 is rounded away. Raises `InvalidTensors` then, for the tensor of this name."""
     eye_BB = torch.eye(skew_NBB.shape[-1], dtype=skew_NBB.dtype, device=skew_NBB.device)
-    rotation_NBB: Tensor = torch.linalg.solve(eye_BB + skew_NBB, eye_BB - skew_NBB, left=False)
+    solved = torch.linalg.solve_ex(eye_BB + skew_NBB, eye_BB - skew_NBB, left=False)
+    if not skew_NBB.is_meta and solved.info.any():
+        raise InvalidTensors(
+            f"{name}: found values up to {float(skew_NBB.abs().max()):.3g}, too large for a rotation to be "
+            "solved for in float32; train it with smaller values"
+        )
+    rotation_NBB: Tensor = solved.result
     return rotation_NBB
 
 

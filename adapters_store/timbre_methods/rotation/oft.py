@@ -78,6 +78,10 @@ class Oft(Method[OftConfig]):
             {found.site.path: (_rotation(config, found),) for found in tensors_by_site(tensors, sites, KEYS)}
         )
 
+    def check_values(self, config: OftConfig, tensors: Tensors, sites: Sites) -> None:
+        for found in tensors_by_site(tensors, sites, KEYS):
+            _rotation(config, found)
+
     def reference(self, config: OftConfig, tensors: Tensors, site: Site, x_TI: Tensor) -> Tensor:
         own = tensors_of_site(tensors, site, KEYS)
         rotation_DD = torch.eye(_turned_features(site), dtype=x_TI.dtype)
@@ -157,7 +161,7 @@ def _rotation(config: OftConfig, found: SiteTensors) -> Rotation:
     turned_NBB = (
         cayley_series(skew_NBB, config.num_cayley_neumann_terms)
         if config.use_cayley_neumann
-        else cayley(skew_NBB)
+        else cayley(skew_NBB, found.name_of(key))
     )
     side: Literal["input", "output"] = "output" if found.site.kind == "embedding" else "input"
     return Rotation(side, turned_NBB.transpose(1, 2).unsqueeze(0).contiguous(), (size,))
