@@ -82,7 +82,7 @@ class Beside:
 class _Options(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
 
-    bias: Annotated[str, Field(pattern=r"^(none|all|[a-z0-9]{1,32}_only)$")] | None = None
+    bias: Annotated[str, Field(pattern=r"^(none|all|[A-Za-z0-9]{1,32}_only)$")] | None = None
     modules_to_save: Annotated[list[str], Field(max_length=1024)] | None = None
     trainable_token_indices: TokenIds | dict[str, TokenIds] | None = None
 

@@ -227,8 +227,18 @@ def test_a_method_says_by_name_which_layers_it_adapts(
             ),
         ),
         ("llama", peft.LoraConfig(r=2, target_modules=["q_proj"], bias="all", modules_to_save=["o_proj"])),
+        ("llama", peft.MissConfig(r=2, target_modules=["q_proj"], bias="MiSS_only")),
     ],
-    ids=["adapted layers", "dora", "norms too", "hra", "fourierft", "saved norm and block", "saved layer"],
+    ids=[
+        "adapted layers",
+        "dora",
+        "norms too",
+        "hra",
+        "fourierft",
+        "saved norm and block",
+        "saved layer",
+        "miss",
+    ],
 )
 def test_trained_biases_give_the_logits_of_peft(
     base: str, config: peft.PeftConfig, request: pytest.FixtureRequest, agrees_with_peft: Callable[..., None]
