@@ -24,6 +24,7 @@ def read_object(content: bytes, *, what: str, max_depth: int) -> dict[str, Any]:
             object_pairs_hook=_refuse_duplicates,
             parse_constant=_refuse_constant,
             parse_float=_finite,
+            parse_int=_whole,
         )
     except RecursionError:
         raise UnsafeFile(f"{what} is nested too deeply; at most {max_depth} levels are read") from None
@@ -57,6 +58,15 @@ def _finite(literal: str) -> float:
     if not math.isfinite(number):
         raise ValueError(f"the number {literal[:40]} is too large")
     return number
+
+
+def _whole(literal: str) -> int:
+    try:
+        return int(literal)
+    except (
+        ValueError
+    ):  # Python reads no more than some thousand digits, and says what its programmers may do.
+        raise ValueError(f"a number of {len(literal.lstrip('-'))} digits is too large") from None
 
 
 def _check_nesting_and_text(value: Any, what: str, max_depth: int) -> None:

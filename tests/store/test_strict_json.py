@@ -43,6 +43,12 @@ def test_json_that_readers_may_differ_about_is_refused(content: bytes) -> None:
     assert len(str(refusal.value)) < 400
 
 
+def test_a_number_of_thousands_of_digits_is_refused_in_our_words() -> None:
+    with pytest.raises(UnsafeFile) as refusal:
+        read_object(b'{"r": -' + b"9" * 5000 + b"}", what="the sample", max_depth=3)
+    assert str(refusal.value) == "the sample cannot be read as JSON: a number of 5000 digits is too large"
+
+
 def test_an_object_as_deep_as_allowed_is_read() -> None:
     assert read_object(b' {"a": {"b": ["\\u00e9", 1.5, true]}} ', what="it", max_depth=3) == {
         "a": {"b": ["é", 1.5, True]}
