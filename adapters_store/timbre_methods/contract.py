@@ -103,6 +103,9 @@ class Reader(ABC, Generic[Config]):
     """Where the numbers of its golden test come from: ``PEFT``, or ``the paper's formula``."""
     scales_bias: ClassVar[bool] = False
     """Whether it changes what the base's bias adds, so that no other bias can take its place."""
+    derivation: ClassVar[int] = 1
+    """Counted up when `Method.derive` comes to give others of the same files and base than before. What the
+    store keeps of an earlier count still serves the adapters that have it, and no new registration."""
     may_be_stacked: ClassVar[bool] = False
     """Whether its configs may say that layers of the base are repeated (`layer_stack`)."""
     kinds: ClassVar[frozenset[SiteKind]] = frozenset({"linear"})

@@ -71,6 +71,13 @@ def prompt_methods() -> Mapping[str, PromptMethod[Any]]:
 
 
 @cache
+def derivations() -> Mapping[str, int]:
+    """`Reader.derivation` of the methods that have changed what they derive, by name."""
+    counts = {name: each.derivation for name, each in methods().items()}
+    return MappingProxyType({name: count for name, count in counts.items() if count > 1})
+
+
+@cache
 def _readers() -> Mapping[str, AnyMethod]:
     found: dict[str, AnyMethod] = {}
     for module_info in pkgutil.walk_packages(timbre_methods.__path__, timbre_methods.__name__ + "."):

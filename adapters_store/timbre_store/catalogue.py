@@ -12,7 +12,7 @@ Every change is one transaction: after a crash it happened or it did not. Laws b
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from threading import Lock
@@ -101,14 +101,26 @@ class Catalogue:
         return self._mentioned(digests, columns)
 
     def derived_digest_of(
-        self, config_digest: str, tensors_digest: str, base_model: str | None
+        self,
+        config_digest: str,
+        tensors_digest: str,
+        base_model: str | None,
+        derivations: Mapping[str, int],
     ) -> str | None:
-        """What was derived for an adapter of these files on this base; None where nothing was."""
+        """What was derived for an adapter of these files on this base, as its method does it by its count in
+        ``derivations``, or 1; None where nothing was."""
         columns = manifests.c.config_digest, manifests.c.tensors_digest
         query = select(manifests.c.content).where(columns[0] == config_digest, columns[1] == tensors_digest)
         with self.reading() as connection:
             found = [Manifest.from_bytes(content) for content in connection.scalars(query)]
-        return next((m.derived_digest for m in found if m.base_model_digest == base_model), None)
+        return next(
+            (
+                each.derived_digest
+                for each in found
+                if each.base_model_digest == base_model and each.derivation == derivations.get(each.method, 1)
+            ),
+            None,
+        )
 
     def referenced_manifests(self, digests: Collection[str]) -> set[str]:
         """Those of them that a version refers to."""

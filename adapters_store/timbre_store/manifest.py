@@ -25,6 +25,7 @@ from timbre_store.strict_json import read_object
 
 FORMAT = 1
 OPTIONAL: Mapping[str, object] = {
+    "derivation": 1,
     "derived_digest": None,
     "invocation_tokens": (),
     "recipe": None,
@@ -54,6 +55,8 @@ class Manifest:
     tensors_digest: str
     derived_digest: str | None = None
     """What registration added to the tensors, from the base's weights; left out of the bytes where None."""
+    derivation: int = 1
+    """How many times its method had changed what it derives, and one."""
     virtual_tokens: int = 0
     """Positions of every request, before its own tokens, that are the adapter's."""
     invocation_tokens: tuple[int, ...] = ()
@@ -123,7 +126,7 @@ def _check_fields(raw: dict[str, Any]) -> None:
         "parameters",
         "stored_bytes",
         "prepared_bytes",
-        *(raw.keys() & {"virtual_tokens", "row_copies"}),
+        *(raw.keys() & {"derivation", "virtual_tokens", "row_copies"}),
     ):
         if type(raw[name]) is not int or raw[name] < 0:
             raise UnsafeFile(f"the manifest's {name} is {raw[name]!r}; expected a whole number, 0 or more")

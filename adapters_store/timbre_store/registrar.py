@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,6 +36,7 @@ class Registrar:
     catalogue: Catalogue
     tmp: Path
     inspect: Inspect
+    derivations: Mapping[str, int]
     limits: StoreLimits
     clock: Callable[[], float]
     reach: Reach
@@ -81,7 +82,9 @@ class Registrar:
             self._offer_known(files, base_model)
             manifest = examine(files, base_model, self.inspect, self.limits)
             if files.derived_path.exists():
-                manifest = replace(manifest, derived_digest=_taken_in(files.derived_path, upload))
+                digest = _taken_in(files.derived_path, upload)
+                count = self.derivations.get(manifest.method, 1)
+                manifest = replace(manifest, derived_digest=digest, derivation=count)
             return replace(manifest, recipe=arrival.recipe)
 
     @contextmanager
@@ -97,7 +100,9 @@ class Registrar:
         """Lay down what was derived for the same files on the same base before: it is not computed again.
 
         Not if the disk has damaged it meanwhile: the damage would be an adapter of its own."""
-        known = self.catalogue.derived_digest_of(files.config_digest, files.tensors_digest, base_model)
+        known = self.catalogue.derived_digest_of(
+            files.config_digest, files.tensors_digest, base_model, self.derivations
+        )
         if known is None:
             return
         try:

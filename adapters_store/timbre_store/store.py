@@ -9,9 +9,9 @@ from __future__ import annotations
 import fcntl
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from weakref import finalize
 
 from timbre_store.catalogue import Catalogue
@@ -31,11 +31,16 @@ from timbre_store.registrar import Registrar
 from timbre_store.upload import Arrival, Upload
 from timbre_store.writer import BlobWriter
 
+NONE_CHANGED: Mapping[str, int] = MappingProxyType({})
+
 
 class Store:
     """Every method may be called from any thread, and is durable when it returns.
 
     Opening takes the folder's lock, empties ``tmp`` and makes what is missing.
+
+    ``derivations`` has the methods that derive tensors in another way than they once did, and by which count:
+    of what was derived before nothing is taken again.
 
     Raises: StoreUnavailable if another process has the store open, or its catalogue cannot be read;
     StoreFull.
@@ -47,11 +52,13 @@ class Store:
         *,
         inspect: Inspect,
         limits: StoreLimits,
+        derivations: Mapping[str, int] = NONE_CHANGED,
         clock: Callable[[], float] = time.time,
         reach: Reach = pass_by,
     ) -> None:
         self.root = root
         self._inspect = inspect
+        self._derivations = derivations
         self._limits = limits
         self._clock = clock
         self._reach = reach
@@ -87,6 +94,7 @@ class Store:
             catalogue=catalogue,
             tmp=self._layout.tmp,
             inspect=self._inspect,
+            derivations=self._derivations,
             limits=self._limits,
             clock=self._clock,
             reach=self._reach,

@@ -15,6 +15,7 @@ import structlog
 from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 
+from timbre_methods.registry import derivations
 from timbre_server.engine.client import Engine
 from timbre_server.example_adapters import PLAIN_EXAMPLE, register_examples
 from timbre_server.http.adapters import AdapterRoom, Retirement, adapter_router
@@ -94,7 +95,7 @@ def open_store(settings: Settings, engine: Engine, loop: asyncio.AbstractEventLo
         max_model_len=info.max_model_len,
     )
     limits = StoreLimits(max_blob_bytes=settings.max_upload_mib * MIB)
-    return Store(settings.store_dir, inspect=inspect, limits=limits)
+    return Store(settings.store_dir, inspect=inspect, limits=limits, derivations=derivations())
 
 
 class Rooms:

@@ -9,7 +9,7 @@ import torch
 from timbre_methods import registry
 from timbre_methods.contract import Site
 from timbre_methods.errors import AdapterMismatch, InvalidConfig, InvalidTensors, UnsupportedMethod
-from timbre_methods.registry import inspect_adapter, method_for, methods
+from timbre_methods.registry import derivations, inspect_adapter, method_for, methods
 
 LORA = {"peft_type": "LORA", "r": 2}
 Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -28,6 +28,10 @@ def test_the_methods_found_are_the_same_each_time_and_cannot_be_changed() -> Non
     assert methods() is methods()
     with pytest.raises(TypeError):
         methods()["stray"] = methods()["lora"]  # type: ignore[index]
+
+
+def test_methods_that_derive_otherwise_than_once_are_told() -> None:
+    assert derivations() == {"tinylora": 2, "unilora": 2}
 
 
 def test_a_peft_type_is_looked_up_and_never_imported() -> None:

@@ -102,3 +102,17 @@ def test_what_is_no_longer_what_was_derived_is_derived_anew(
     assert store.blob_path(again.manifest.derived_digest).read_bytes().startswith(DERIVED)
     path.unlink(missing_ok=True)
     path.write_bytes(sound)
+
+
+def test_what_a_method_derives_otherwise_by_now_is_derived_anew(tmp_path: Path, samples: ModuleType) -> None:
+    with Store(tmp_path, inspect=inspect, limits=StoreLimits()) as store:
+        first = samples.upload(store, "a", 1)
+    changed = {"toy": 2, "other": 3}
+    with Store(tmp_path, inspect=inspect, limits=StoreLimits(), derivations=changed) as store:
+        second = samples.upload(store, "a", 1)
+        assert (second.version, second.manifest.derivation) == (2, 2)
+        assert second.manifest.derived_digest != first.manifest.derived_digest
+        assert samples.upload(store, "b", 1).digest == second.digest, "the second is taken, and not the first"
+        assert open_adapter(store.root, first.digest).derived_path is not None
+    assert b'"derivation":2,' in second.manifest.to_bytes()
+    assert b'"derivation"' not in first.manifest.to_bytes()

@@ -47,6 +47,7 @@ MANIFESTS = st.builds(
     prepared_bytes=COUNTS,
     config_digest=DIGESTS,
     tensors_digest=DIGESTS,
+    derivation=st.just(1) | COUNTS,
     virtual_tokens=st.just(0) | COUNTS,
     invocation_tokens=st.lists(COUNTS, max_size=3).map(tuple),
     row_copies=st.just(1) | COUNTS,

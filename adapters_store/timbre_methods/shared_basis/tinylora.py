@@ -59,6 +59,7 @@ class Tinylora(Method[TinyloraConfig]):
     stored = "A [r, in], B [out, r], P [u, r, r]; v [u] for a group of layers"
     regenerated = "P with save_projection=false, from the seed"
     checked_against = "PEFT"
+    derivation = 2  # 1 numbered the layers in the order of the base's calls.
 
     def claims(self, raw_config: Mapping[str, Any]) -> bool:
         return raw_config.get("peft_type") == "TINYLORA"

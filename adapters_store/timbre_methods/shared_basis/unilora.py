@@ -80,6 +80,7 @@ class Unilora(Method[UniloraConfig]):
     stored = "θ once for all layers; indices and scales of A [r, in], B [out, r], or not"
     regenerated = "indices and scales, from the seed, with save_indices=false"
     checked_against = "PEFT"
+    derivation = 2  # 1 numbered the layers in the order of the base's calls.
 
     def claims(self, raw_config: Mapping[str, Any]) -> bool:
         return raw_config.get("peft_type") == "UNILORA"
