@@ -50,6 +50,24 @@ def test_tinylora_on_conv1d_gives_the_logits_of_peft(
     agrees_with_peft(gpt2, TinyLoraConfig(r=3, u=6, target_modules=modules, fan_in_fan_out=True), std=0.5)
 
 
+@pytest.mark.parametrize("base", ["llama", "tied_llama", "gemma2"])
+@pytest.mark.parametrize("save_projection", [True, False])
+@pytest.mark.filterwarnings(
+    "ignore:Specified to not:UserWarning", "ignore:Found missing adapter keys:UserWarning"
+)
+def test_tinylora_on_an_embedding_gives_the_logits_of_peft(
+    base: str,
+    save_projection: bool,
+    request: pytest.FixtureRequest,
+    agrees_with_peft: Callable[..., None],
+) -> None:
+    layers = ["embed_tokens", "q_proj", "down_proj"]
+    config = TinyLoraConfig(
+        r=3, u=5, target_modules=layers, weight_tying=0.4, save_projection=save_projection
+    )
+    agrees_with_peft(request.getfixturevalue(base), config)
+
+
 @pytest.mark.parametrize("save_projection", [True, False])
 @pytest.mark.filterwarnings("ignore:Specified to not:UserWarning")
 def test_tinylora_on_a_bf16_base_is_as_near_as_peft(

@@ -4,9 +4,11 @@ A and B are the top singular directions of W with a root of the singular value i
 v is the trained vector of a group of layers. Layer number i of N adapted ones, in model order, belongs to
 group ``min(i // max(1, N // G), G - 1)`` with ``G = max(1, round(N (1 - weight_tying)))``. P is in the file,
 or drawn again from ``projection_seed + i`` and rounded to the base's dtype, as PEFT does. Then R is
-derived, so that P is drawn once, at registration.
+derived, so that P is drawn once, at registration. An embedding's table E is W there, ``E + B R A`` with
+B [V, r], and what is added is not scaled where the base scales what it looks up.
 
-Legend: T tokens, I in features, O out features, R rank, U length of v.
+Legend: T tokens, I in features, O out features, N rows and C columns of what ``B R A`` is added to,
+V vocabulary, R rank, U length of v.
 
 Paper: arXiv 2602.04118.
 """
@@ -27,6 +29,7 @@ from timbre_methods.decompositions import thin_svd
 from timbre_methods.errors import InvalidConfig, InvalidTensors
 from timbre_methods.examples import chosen_sites, coin, peft_file, random_tensor, whole_number
 from timbre_methods.program import AdapterProgram, LowRank
+from timbre_methods.replaced import stored_shape
 from timbre_methods.shared_basis.model_tensors import model_tensor
 from timbre_methods.site_tensors import PREFIX, SiteTensors, derived_name, tensors_by_site, tensors_of_site
 
@@ -59,6 +62,7 @@ class Tinylora(Method[TinyloraConfig]):
     stored = "A [r, in], B [out, r], P [u, r, r]; v [u] for a group of layers"
     regenerated = "P with save_projection=false, from the seed"
     checked_against = "PEFT"
+    kinds = frozenset({"linear", "embedding"})
     derivation = 2  # 1 numbered the layers in the order of the base's calls.
 
     def claims(self, raw_config: Mapping[str, Any]) -> bool:
@@ -78,12 +82,11 @@ class Tinylora(Method[TinyloraConfig]):
         }
 
     def compile(self, config: TinyloraConfig, tensors: Tensors, sites: Sites) -> AdapterProgram:
-        return AdapterProgram(
-            {
-                own.site.path: (_factors(config, own, vector_U),)
-                for own, vector_U in _with_vectors(config, tensors, sites)
-            }
-        )
+        parts = {
+            own.site.path: (_factors(config, own, vector_U),)
+            for own, vector_U in _with_vectors(config, tensors, sites)
+        }
+        return AdapterProgram({path: parts[path] for path in sites if path in parts})
 
     def reference(self, config: TinyloraConfig, tensors: Tensors, site: Site, x_TI: Tensor) -> Tensor:
         weight_OI = site.weight_OI.to(x_TI.dtype)
@@ -103,12 +106,13 @@ class Tinylora(Method[TinyloraConfig]):
                 drawn_URR = drawn_URR.to(site.weight_OI.dtype)  # as PEFT keeps it
             for value, matrix_RR in zip(tensors[f"{VECTOR}{group}"], drawn_URR, strict=True):
                 core_RR += value.to(x_TI.dtype) * matrix_RR.to(x_TI.dtype)
-            weight_OI = weight_OI + own[B] @ (core_RR @ own[A])
+            change = own[B] @ (core_RR @ own[A])
+            weight_OI = weight_OI + (change if site.kind == "linear" else change.T / site.scale)
         bias_O = None if site.bias_O is None else site.bias_O.to(x_TI.dtype)
         return torch.nn.functional.linear(x_TI, weight_OI, bias_O)
 
     def example(self, sites: Sites, generator: torch.Generator) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        chosen = chosen_sites(sites, generator)
+        chosen = sorted(chosen_sites(sites, generator), key=_is_layer)
         config = TinyloraConfig(
             r=whole_number(1, 4, generator),
             u=whole_number(1, 6, generator),
@@ -119,8 +123,11 @@ class Tinylora(Method[TinyloraConfig]):
         tensors = {}
         for site in chosen:
             u_OR, sigma_R, v_RI = thin_svd(site.weight_OI).first(config.r)
-            tensors[f"{PREFIX}{site.path}.{A}"] = sigma_R.sqrt()[:, None] * v_RI
-            tensors[f"{PREFIX}{site.path}.{B}"] = u_OR * sigma_R.sqrt()
+            a_RI, b_OR = sigma_R.sqrt()[:, None] * v_RI, u_OR * sigma_R.sqrt()
+            if site.kind == "embedding":
+                a_RI, b_OR = b_OR.T.contiguous(), a_RI.T.contiguous()
+            tensors[f"{PREFIX}{site.path}.{A}"] = a_RI
+            tensors[f"{PREFIX}{site.path}.{B}"] = b_OR
             if config.save_projection:
                 shape = (config.u, len(sigma_R), len(sigma_R))
                 tensors[f"{PREFIX}{site.path}.{P}"] = random_tensor(shape, generator)
@@ -133,10 +140,15 @@ class Tinylora(Method[TinyloraConfig]):
 def _with_vectors(config: TinyloraConfig, tensors: Tensors, sites: Sites) -> list[tuple[SiteTensors, Tensor]]:
     """Each adapted layer in model order, and its group's v."""
     names = [name for name in tensors if _VECTOR_NAME.fullmatch(name)]
-    found = list(tensors_by_site(tensors, sites, KEYS, beside=names))
+    found = sorted(tensors_by_site(tensors, sites, KEYS, beside=names), key=lambda own: _is_layer(own.site))
     groups = _groups(config, len(found))
     vectors = _vectors(config, tensors, names, max(groups) + 1)
     return [(own, vectors[group]) for own, group in zip(found, groups, strict=True)]
+
+
+def _is_layer(site: Site) -> bool:
+    """False for an embedding, which every base defines before its layers, wherever it is among the sites."""
+    return site.kind != "embedding"
 
 
 def _groups(config: TinyloraConfig, num_layers: int) -> list[int]:
@@ -156,15 +168,19 @@ def _vectors(config: TinyloraConfig, tensors: Tensors, names: list[str], num_gro
 
 def _factors(config: TinyloraConfig, own: SiteTensors, vector_U: Tensor) -> LowRank:
     site, rank = own.site, _rank(config, own.site)
-    a_RI = own.need(A, (rank, site.in_features)).to(torch.float32, copy=True)
-    b_OR = own.need(B, (site.out_features, rank)).to(torch.float32)
+    rows, columns = stored_shape(site) if site.kind == "embedding" else (site.out_features, site.in_features)
+    a_RC = own.need(A, (rank, columns)).to(torch.float32, copy=True)
+    b_NR = own.need(B, (rows, rank)).to(torch.float32)
     if config.save_projection:
         core_RR = _core(vector_U, own.need(P, (config.u, rank, rank)).to(torch.float32))
     elif P in own.tensors:
         raise InvalidTensors(f"{own.name_of(P)} is surplus: the config says save_projection=false")
     else:
         core_RR = own.derived[CORE]
-    return LowRank(a_RI=a_RI, b_OR=b_OR @ core_RR)
+    if site.kind == "embedding":
+        a_RI = b_NR.T.clone(memory_format=torch.contiguous_format)
+        return LowRank(a_RI=a_RI, b_OR=(core_RR @ a_RC).T / site.scale)
+    return LowRank(a_RI=a_RC, b_OR=b_NR @ core_RR)
 
 
 def _rank(config: TinyloraConfig, site: Site) -> int:
