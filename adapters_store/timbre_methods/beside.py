@@ -29,7 +29,7 @@ from timbre_methods.contract import Site, Sites, Tensors
 from timbre_methods.errors import AdapterMismatch, InvalidConfig, InvalidTensors
 from timbre_methods.program import Part
 from timbre_methods.replaced import replaced_tokens, replacement, stored_shape
-from timbre_methods.site_tensors import PREFIX, SiteTensors, check_tensor
+from timbre_methods.site_tensors import PREFIX, SiteTensors, check_tensor, nearest_fact
 
 TOKENS = "token_adapter.trainable_tokens_delta"
 COPY = "base_layer.weight"
@@ -78,6 +78,16 @@ class Beside:
                 )
         return parts
 
+    def why_not_both(self, site: Site) -> str:
+        """What to say where `parts` changes a layer that the method adapts."""
+        if site.path in self.layers or site.path in self.rows:
+            return f"the file replaces values of {site.path!r} and adapts it, too; expected one of them"
+        return (
+            f"the file adapts {site.path!r}, which multiplies by the table of {site.tied_to!r}, and replaces "
+            "tokens of that table; leave the layer out of target_modules, or train without "
+            "trainable_token_indices"
+        )
+
 
 class _Options(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
@@ -115,9 +125,20 @@ def read_beside(raw_config: Mapping[str, Any], tensors: Tensors, sites: Sites) -
     missing = next((name for name in _saved_names(options, sites) if name not in tensors), None)
     if missing is not None:
         raise InvalidTensors(f"{missing} is missing, while modules_to_save names its layer")
-    if options.trainable_token_indices and not beside.rows:
+    if options.trainable_token_indices and not any(name.endswith(f".{TOKENS}") for name in tensors):
         raise InvalidTensors(f"...{TOKENS} is missing, while trainable_token_indices lists tokens")
     return beside
+
+
+def refuse_strays(beside: Beside, raw_config: Mapping[str, Any], sites: Sites) -> None:
+    """Raise `AdapterMismatch` for what only this module would read, of a layer that is none of ``sites``."""
+    saved = tuple(_options(raw_config).modules_to_save or ())
+    for name in beside.own:
+        key = next((key for key in (TOKENS, "weight", "bias") if name.endswith(f".{key}")), None)
+        if key is not None:
+            path = name.removeprefix(PREFIX).removesuffix(f".{key}")
+            if key == TOKENS or (saved and path.endswith(saved)):
+                raise AdapterMismatch(f"{name[:200]}: {nearest_fact(path, sites)}")
 
 
 def check_copies(beside: Beside, sites: Sites, in_training: Callable[[Site], Tensor]) -> None:

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 import timbre_methods
-from timbre_methods.beside import BIAS, Beside, check_copies, read_beside
+from timbre_methods.beside import BIAS, Beside, check_copies, read_beside, refuse_strays
 from timbre_methods.config import MAX_CONFIG_KEYS, is_on, shown
-from timbre_methods.contract import DERIVED, Method, Reader, Sites, Tensors
+from timbre_methods.contract import DERIVED, Method, Reader, Site, Sites, Tensors
 from timbre_methods.errors import AdapterMismatch, InvalidConfig, InvalidTensors, UnsupportedMethod
 from timbre_methods.layer_stack import check_stack, without_stack
 from timbre_methods.least_bytes import least_bytes, least_shared_bytes
@@ -206,11 +206,8 @@ def _divided(method: AnyMethod, raw_config: Mapping[str, Any], tensors: Tensors,
         while path and path not in layers:
             path = path.rpartition(".")[0]
         if path and layers[path].kind not in method.kinds:
-            kinds = " and ".join(f"{noun}s" for kind, noun in NOUNS.items() if kind in method.kinds)
-            raise AdapterMismatch(
-                f"{name[:200]}: {path!r} is {article(sites[path])}, and {method.name} adapts {kinds} alone; "
-                "leave it out of target_modules"
-            )
+            raise AdapterMismatch(_why_not_there(method, name, layers[path]))
+    refuse_strays(beside, raw_config, replaceable)
     return beside
 
 
@@ -226,7 +223,7 @@ def _compiled(method: AnyMethod, config: Any, beside: Beside, sites: Sites, fram
     parts = beside.parts(sites)
     both = next((path for path in parts if path in program.sites), None)
     if both is not None:
-        raise InvalidTensors(f"the file replaces values of {both!r} and adapts it, too; expected one of them")
+        raise InvalidTensors(beside.why_not_both(sites[both]))
     parts |= program.sites
     for path, found in beside.biases.items():
         if method.scales_bias:
@@ -236,6 +233,20 @@ def _compiled(method: AnyMethod, config: Any, beside: Beside, sites: Sites, fram
             )
         parts[path] = (*parts.get(path, ()), *replacement(found, "base_layer."))
     return replace(program, sites={path: parts[path] for path in sites if path in parts})
+
+
+def _why_not_there(method: Method[Any], name: str, site: Site) -> str:
+    if name == PREFIX + site.path:
+        return (
+            f"{name[:200]}: {site.path!r} is {article(site)}, and none is replaced here; leave its module "
+            "out of modules_to_save"
+        )
+    kinds = " and ".join(f"{noun}s" for kind, noun in NOUNS.items() if kind in method.kinds)
+    option = "target_parameters" if site.kind == "parameter" else "target_modules"
+    return (
+        f"{name[:200]}: {site.path!r} is {article(site)}, and {method.name} adapts {kinds} alone; "
+        f"leave it out of {option}"
+    )
 
 
 def _derived(method: AnyMethod, config: Any, own: Tensors, sites: Sites) -> dict[str, torch.Tensor]:

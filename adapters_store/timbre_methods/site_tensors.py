@@ -172,7 +172,8 @@ def nearest_fact(path: str, sites: Sites) -> str:
     shown = _first_of(children)
     nouns = " or ".join(dict.fromkeys(NOUNS[site.kind] for site in sites.values()))
     is_site = f"{parent!r} is {article(sites[parent])} itself" if parent in sites else ""
-    return f"this base has no {nouns} {path[:120]!r}; {is_site or f'below {parent!r} it has {shown}'}"
+    around = is_site or f"below {parent!r} it has {shown}"
+    return f"this base has no {nouns} {path[:120]!r} that can be adapted here; {around}"
 
 
 def article(site: Site) -> str:

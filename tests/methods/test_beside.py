@@ -115,8 +115,16 @@ def test_an_option_that_the_file_does_not_keep_is_refused(
 def test_a_layer_that_the_base_lacks_may_be_named_and_may_not_be_brought() -> None:
     named = {**RAW, "modules_to_save": ["classifier"]}
     assert list(compile_adapter(named, GAIN, SITES).sites) == ["q"]
+    for layer in ("classifier", "q_norm"):
+        raw = {**RAW, "modules_to_save": ["classifier", "norm"]}
+        brought = {**GAIN, "base_model.model.norm.weight": torch.ones(4)}
+        brought |= {f"base_model.model.{layer}.weight": torch.ones(2, 4)}
+        with pytest.raises(
+            AdapterMismatch, match=rf"no .* '{layer}' that can be adapted here; below '' it has"
+        ):
+            compile_adapter(raw, brought, SITES)
     with pytest.raises(InvalidTensors, match=r"classifier\.weight' is surplus"):
-        compile_adapter(named, {**GAIN, "base_model.model.classifier.weight": torch.ones(2, 4)}, SITES)
+        compile_adapter(RAW, {**GAIN, "base_model.model.classifier.weight": torch.ones(2, 4)}, SITES)
 
 
 @pytest.mark.parametrize(
@@ -140,6 +148,37 @@ def test_lists_of_tokens_that_contradict_each_other_are_refused() -> None:
     for listed in ({"embed": [1], "bed": [2]}, {"other": [1]}):
         with pytest.raises(InvalidConfig, match=r"trainable_token_indices: found . lists for 'embed'"):
             compile_adapter({**RAW, "trainable_token_indices": listed}, {**GAIN, **rows}, SITES)
+
+
+def test_a_parameter_that_is_brought_whole_is_refused_with_the_option_that_brought_it() -> None:
+    sites = {**SITES, "mlp.gate.weight": Site("mlp.gate.weight", torch.ones(3, 4), None, "parameter")}
+    with pytest.raises(
+        AdapterMismatch, match=r"is a parameter, and none is replaced here; .* modules_to_save"
+    ):
+        compile_adapter(
+            {**RAW, "modules_to_save": ["gate"]}, {**GAIN, "base_model.model.mlp.gate.weight": TABLE}, sites
+        )
+
+
+def test_tokens_of_an_embedding_that_is_not_adapted_here_are_refused_by_its_name() -> None:
+    rows = {"base_model.model.wpe.token_adapter.trainable_tokens_delta": torch.ones(1, 4)}
+    with pytest.raises(
+        AdapterMismatch, match="no embedding or linear layer or norm 'wpe' that can be adapted"
+    ):
+        compile_adapter({**RAW, "trainable_token_indices": {"wpe": [1]}}, {**GAIN, **rows}, SITES)
+
+
+def test_tokens_of_a_table_and_an_adapter_on_the_head_that_is_tied_to_it_are_refused() -> None:
+    raw = {**LORA, "trainable_token_indices": [1]}
+    given = {
+        "base_model.model.embed.token_adapter.trainable_tokens_delta": torch.ones(1, 4),
+        "base_model.model.head.lora_A.weight": torch.ones(1, 4),
+        "base_model.model.head.lora_B.weight": torch.ones(7, 1),
+    }
+    with pytest.raises(
+        InvalidTensors, match="adapts 'head', which multiplies by the table of 'embed', and repl"
+    ):
+        compile_adapter(raw, given, SITES)
 
 
 def test_a_head_with_a_weight_of_its_own_does_not_follow_the_tokens_of_its_embedding() -> None:

@@ -269,8 +269,8 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Tensor], type[Exception], str
     "a whole parameter": (
         {"modules_to_save": ["down_proj"]},
         {**BOTH, "base_model.model.mlp.experts.down_proj.weight": torch.ones(18, 5)},
-        InvalidTensors,
-        r"experts\.down_proj\.weight' is surplus",
+        AdapterMismatch,
+        r"down_proj\.weight: this base has no .* 'mlp\.experts\.down_proj' that can be adapted here",
     ),
     "a whole parameter beside another method": (
         {"target_parameters": None},

@@ -45,7 +45,10 @@ def test_tensors_are_grouped_by_site_in_the_bases_order(sites: dict[str, Site]) 
     ],
 )
 def test_an_unknown_layer_comes_with_the_nearest_fact(path: str, fact: str, sites: dict[str, Site]) -> None:
-    assert nearest_fact(path, sites) == f"this base has no linear layer {path!r}; {fact}"
+    assert (
+        nearest_fact(path, sites)
+        == f"this base has no linear layer {path!r} that can be adapted here; {fact}"
+    )
     with pytest.raises(AdapterMismatch, match="no linear layer"):
         list(tensors_by_site({f"{PREFIX}{path}.lora_A.weight": torch.ones(1)}, sites, KEYS))
 
