@@ -12,7 +12,6 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from timbre_server.engine.child import environment
 from timbre_server.engine.client import EngineProcess
 from timbre_server.engine.messages import AdapterUse, SamplingParams, Submit, TokenEvent
 from timbre_server.engine.options import EngineOptions
@@ -79,9 +78,3 @@ async def test_a_model_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "unheard-of"}')
     with pytest.raises(UnsupportedModel, match=str(tmp_path)):
         await EngineProcess.start(EngineOptions(model=str(tmp_path), adapters_dir=str(tmp_path)))
-
-
-@pytest.mark.parametrize("said", [{}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "active"}])
-def test_threads_sleep_before_long_where_nothing_is_said(said: dict[str, str]) -> None:
-    found = environment({"PATH": "there", **said})
-    assert found == {"PATH": "there", **(said or {"GOMP_SPINCOUNT": "10000"})}

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import msgspec
 
-from timbre_server.engine.child import end, environment, until_ready
+from timbre_server.engine.child import end, until_ready
 from timbre_server.engine.messages import (
     Abort,
     AdapterLoaded,
@@ -144,7 +144,6 @@ class EngineProcess:
                     str(theirs.fileno()),
                     pass_fds=(theirs.fileno(),),
                     stdin=asyncio.subprocess.DEVNULL,
-                    env=environment(),
                 )
             channel.send(options)
             info = await until_ready(channel, on_progress)
