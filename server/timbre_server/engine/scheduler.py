@@ -6,7 +6,8 @@ where KV entries lie in `block_tables`; what adapters are is known to nobody her
 
 A sequence holds all blocks of its present tokens from admission on, so that only decoding can run out of
 them; then the latest to arrive is preempted: it loses its blocks and computes them again later (most often
-from the prefix cache). It keeps its tokens, and drawing depends on nothing else: the text does not change.
+from the prefix cache). It keeps its tokens, and drawing depends on nothing else but logits. These are the
+same up to rounding: tokens that were decoded are now computed as those of a prompt are.
 """
 
 from __future__ import annotations

@@ -32,6 +32,8 @@ class ServingLimits:
     """-1: the whole vocabulary may be asked for."""
     max_prompts: int = 1024
     """Prompts in one completion request, and choices (prompts times n) as well."""
+    max_prompt_chars: int = 8 << 20
+    """Of all prompts of one request that are text, if there are several."""
     template_timeout_s: float = 10.0
     keep_alive_s: float = 15.0
     """Silence in a stream after which a comment is sent, so that no proxy cuts it."""

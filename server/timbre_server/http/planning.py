@@ -9,6 +9,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import msgspec
 
@@ -52,8 +53,8 @@ async def encode_prompts(
 ) -> list[EncodedPrompt]:
     """Each prompt's token ids, of which only the last ``keep_last`` count where that is given.
 
-    Raises: InvalidRequest for text without a tokenizer, ids out of the vocabulary, or nothing at all;
-    ContextLengthExceeded for a text that cannot fit however it is divided into tokens.
+    Raises: InvalidRequest for text without a tokenizer, ids out of the vocabulary, too much text, or nothing
+    at all; ContextLengthExceeded for a text that cannot fit, without a look at those behind it.
     """
     items = _items(prompt)
     codec = context.text
@@ -62,18 +63,10 @@ async def encode_prompts(
             f"{len(items)} prompts were sent; at most {context.limits.max_prompts} go in one request",
             param="prompt",
         )
-    if codec is None and any(isinstance(item, str) for item in items):
-        raise InvalidRequest(
-            "this model has no tokenizer; send the prompt as a list of token ids", param="prompt"
-        )
-    encoded: list[list[int]] = []
     if codec is not None:
         items = [_bounded(item, codec, context.engine.info, cut=keep_last is not None) for item in items]
-        texts = [item for item in items if isinstance(item, str)]
-        encoded = await codec.in_thread(
-            lambda: [codec.encode(text, add_special_tokens=add_special_tokens) for text in texts]
-        )
-    prompts = _pair(items, encoded, keep_last)
+    _check_chars(items, context.limits)
+    prompts = [await _encoded(context, item, add_special_tokens, keep_last) for item in items]
     _check_ids(prompts, context.engine.info)
     return prompts
 
@@ -87,14 +80,32 @@ def _items(prompt: Prompt) -> list[str | list[int]]:
     return [*prompt]
 
 
-def _pair(
-    items: Sequence[str | list[int]], encoded: Sequence[list[int]], keep_last: int | None
-) -> list[EncodedPrompt]:
-    from_text = iter(encoded)
-    pairs = [(next(from_text), item) if isinstance(item, str) else (item, None) for item in items]
-    if keep_last is None:
-        return [EncodedPrompt(ids, text) for ids, text in pairs]
-    return [EncodedPrompt(ids[-keep_last:], text if len(ids) <= keep_last else None) for ids, text in pairs]
+async def _encoded(
+    context: ServingContext, item: str | list[int], add_special_tokens: bool, keep_last: int | None
+) -> EncodedPrompt:
+    """A job of its own for each text, so that those of other requests have their turn between them."""
+    codec, most = context.text, context.engine.info.max_model_len
+    if isinstance(item, list):
+        return _prompt(item, None, keep_last)
+    if codec is None:
+        raise InvalidRequest(
+            "this model has no tokenizer; send the prompt as a list of token ids", param="prompt"
+        )
+    ids = await codec.in_thread(partial(codec.encode, item, add_special_tokens=add_special_tokens))
+    prompt = _prompt(ids, item, keep_last)
+    if len(prompt.token_ids) > most:
+        raise ContextLengthExceeded(
+            f"this model's maximum context length is {most} tokens, but the prompt has "
+            f"{len(prompt.token_ids)} tokens; shorten it",
+            param="prompt",
+        )
+    return prompt
+
+
+def _prompt(ids: list[int], text: str | None, keep_last: int | None) -> EncodedPrompt:
+    if keep_last is None or len(ids) <= keep_last:
+        return EncodedPrompt(ids, text)
+    return EncodedPrompt(ids[-keep_last:], None)
 
 
 def _bounded(item: str | list[int], codec: TextCodec, info: Ready, *, cut: bool) -> str | list[int]:
@@ -109,6 +120,17 @@ def _bounded(item: str | list[int], codec: TextCodec, info: Ready, *, cut: bool)
         f"{info.max_model_len} tokens",
         param="prompt",
     )
+
+
+def _check_chars(items: Sequence[str | list[int]], limits: ServingLimits) -> None:
+    """Of several: one alone is as long as the context lets it be."""
+    num_chars = sum(len(item) for item in items if isinstance(item, str))
+    if len(items) > 1 and num_chars > limits.max_prompt_chars:
+        raise InvalidRequest(
+            f"the prompts have {num_chars} characters together; at most {limits.max_prompt_chars} are read "
+            "in one request",
+            param="prompt",
+        )
 
 
 def _check_ids(prompts: Sequence[EncodedPrompt], info: Ready) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -163,6 +165,50 @@ async def test_wrong_values_without_number_are_not_looked_at_one_by_one(rig: Any
     status, error = await rig.refused(**{f"extra_{index}": index for index in range(256)})
     assert status == 400
     assert "at most 256 are read" in error["message"]
+
+
+class CountedCodec:
+    """The same, and counts the texts that were encoded and those of each job."""
+
+    def __init__(self, codec: Any) -> None:
+        self._codec = codec
+        self.num_encoded = 0
+        self.by_job: list[int] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._codec, name)
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> Any:
+        self.num_encoded += 1
+        return self._codec.encode(text, add_special_tokens=add_special_tokens)
+
+    async def in_thread(self, work: Callable[[], Any], timeout_s: float | None = None) -> Any:
+        before = self.num_encoded
+        result = await self._codec.in_thread(work, timeout_s)
+        self.by_job.append(self.num_encoded - before)
+        return result
+
+
+async def test_each_text_is_a_job_and_the_first_that_does_not_fit_is_the_last(rig: Any) -> None:
+    codec = CountedCodec(rig.context.text)
+    rig.context = replace(rig.context, text=codec)
+    await rig.complete(prompt=["a", "b", "c"])
+    assert codec.by_job == [1, 1, 1]
+    status, error = await rig.refused(prompt=["a", "ab" * 257, *["c"] * 20])
+    assert (status, error["code"]) == (400, "context_length_exceeded")
+    assert "512 tokens, but the prompt has 514 tokens" in error["message"]
+    assert codec.num_encoded == 3 + 2
+
+
+async def test_the_text_of_all_prompts_is_bounded_before_any_is_encoded(rig: Any) -> None:
+    codec = CountedCodec(rig.context.text)
+    rig.context = replace(rig.context, text=codec)
+    rig.with_limits(max_prompt_chars=20)
+    await rig.complete(prompt=["a" * 10] * 2)
+    status, error = await rig.refused(prompt=["a" * 10, "a" * 11])
+    assert (status, error["param"]) == (400, "prompt")
+    assert "21 characters together; at most 20" in error["message"]
+    assert codec.num_encoded == 2
 
 
 async def test_more_tokens_at_least_than_at_most_are_refused(rig: Any) -> None:
