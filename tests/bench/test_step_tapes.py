@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -63,7 +64,11 @@ def decoding_of(dtype: torch.dtype, *, with_tapes: bool = True) -> Decoding:
 
 
 def logprobs(
-    decoding: Decoding, digests: list[str | None], prompt_tokens: int = 3, *, of_prompts: bool = False
+    decoding: Decoding,
+    digests: Sequence[str | AdapterUse | None],
+    prompt_tokens: int = 3,
+    *,
+    of_prompts: bool = False,
 ) -> list[list[float]]:
     """Of answers of different lengths, so that steps have all numbers of rows."""
     core, found = decoding._core, {}
@@ -72,7 +77,8 @@ def logprobs(
         top = 1 if of_prompts else None
         sampling = SamplingParams(max_tokens=3 + 2 * number, temperature=0, logprobs=1, prompt_logprobs=top)
         prompt = [(7 * n + 11 * number) % 500 for n in range(prompt_tokens + number)]
-        adapters = () if digest is None else (AdapterUse(digest),)
+        use = AdapterUse(digest) if isinstance(digest, str) else digest
+        adapters = () if use is None else (use,)
         core.submit(Submit(str(number), prompt, sampling, adapters))
     while core.has_work:
         for event in core.step().events:
@@ -149,10 +155,36 @@ def test_with_attention_and_mlp_side_by_side(kind: type[PreTrainedConfig], dtype
     assert found[0] == found[1]
 
 
+def test_soft_prompts_act_beside_tapes_that_are_known_to_be_right() -> None:
+    """What the embedding puts out for their rows becomes another one."""
+    virtual = 5
+
+    def make(_: Mapping[str, tuple[int, int]]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        config = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": virtual}
+        return config, {"prompt_embeddings": torch.randn(virtual, CONFIG.hidden_size)}
+
+    found = []
+    for with_tapes in (False, True):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(CONFIG).eval().requires_grad_(False)
+        decoding = Decoding.of(model, {"prompt": make}, 4, 16 << 20, "native")
+        if not with_tapes:
+            decoding._core._runner._recordings = None
+        decoding.load(["prompt-0"])
+        logprobs(decoding, [None] * 3)
+        logprobs(decoding, [None] * 3, 70)
+        use = AdapterUse("prompt-0", virtual_tokens=virtual)
+        found.append([logprobs(decoding, [use, None, use], length) for length in (3, 70)])
+    assert found[0] == found[1]
+    recordings = decoding._core._runner._recordings
+    assert isinstance(recordings, StepTapes)
+    assert [layers.are_proven for layers in recordings._layers] == [True, True]
+
+
 def only(names: tuple[str, ...], *, of_them: bool) -> Make:
     """FourierFT on layers of these names, or on all others."""
 
-    def make(shapes: Mapping[str, tuple[int, int]]) -> tuple[bytes, dict[str, Tensor]]:
+    def make(shapes: Mapping[str, tuple[int, int]]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return FAMILIES["fourierft"]({p: size for p, size in shapes.items() if p.endswith(names) == of_them})
 
     return make

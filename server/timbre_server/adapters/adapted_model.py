@@ -191,10 +191,10 @@ class AdaptedModel:
 
     @property
     def act_beside_layers(self) -> bool:
-        """Whether adapters of the rows that are set act on parameters, or in attention."""
+        """Whether adapters of the rows that are set act on parameters, in attention, or by virtual rows."""
         table = self._rows.body.table
         slots = () if table is None else table.slots
-        return self._prompts.act_in_attention or self._programs.act_on(self._parameter_paths, slots)
+        return self._prompts.act or self._programs.act_on(self._parameter_paths, slots)
 
     def recorded(self) -> RecordedForward:
         """Of the forward that has just run. Before `clear_rows`."""

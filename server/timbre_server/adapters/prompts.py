@@ -59,6 +59,11 @@ class StepPrompts:
         """Whether `entries` or `attended` would change anything."""
         return bool(self._attending) or any(isinstance(v.prompt, PromptEntries) for v in self._virtual)
 
+    @property
+    def act(self) -> bool:
+        """Whether anything is another one for them: embeddings, or what `act_in_attention`."""
+        return bool(self._attending or self._virtual)
+
     def entries(self, layer: int, k_GTE: Tensor, v_GTE: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer, those of virtual rows as their adapters have them; all in copies."""
         prompts = [(v.rows, v.tokens, v.prompt) for v in self._virtual if isinstance(v.prompt, PromptEntries)]

@@ -4,8 +4,8 @@ step of as many rows or fewer, whatever they are.
 There is one tape of the layers for steps of few rows, one for all others, and one of the head that makes
 logits of the rows that are kept. Tokens and positions lie in tensors that stay where they are, and attention
 is told anew whose rows a step has. What adapters do is decided each time that a tape is played, so one tape
-serves any of them: those on parameters and in attention alone run as usual. The first step that a tape plays
-also runs as usual, and if the two differ in a bit there are no tapes.
+serves any of them: steps whose adapters act on parameters, in attention or by virtual tokens run as usual. So
+does the first step that a tape plays, and if the two differ in a bit there are no tapes.
 
 Legend: T rows, K kept ones, D hidden features, V vocabulary.
 """

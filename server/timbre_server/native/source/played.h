@@ -6,6 +6,8 @@
 #include <type_traits>
 #include <utility>
 
+constexpr int64_t MOST_WORDS = 24;  // Of a kernel's arguments.
+
 template <typename T> static inline T argument(const int64_t *word) {
     if constexpr (std::is_pointer_v<T>) return reinterpret_cast<T>(*word);
     else if constexpr (std::is_integral_v<T>) return static_cast<T>(*word);
@@ -20,6 +22,7 @@ static inline void call(void (*kernel)(Arguments...), const int64_t *words, std:
 }
 
 template <typename... Arguments> static inline void call(void (*kernel)(Arguments...), const int64_t *words) {
+    static_assert(sizeof...(Arguments) <= MOST_WORDS);
     call(kernel, words, std::index_sequence_for<Arguments...>());
 }
 

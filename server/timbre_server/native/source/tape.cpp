@@ -1,6 +1,7 @@
 // Kernels one after the other, as a tape has them.
 #include <algorithm>
-#include <cstdint>
+
+#include "played.h"
 
 struct Choice;
 
@@ -25,8 +26,6 @@ struct Choice {
     const Call *calls;
     int64_t count;
 };
-
-constexpr int64_t MOST_WORDS = 24;
 
 static void make(const Call &call, int64_t rows) {
     int64_t words[MOST_WORDS];
