@@ -178,7 +178,7 @@ def test_soft_prompts_act_beside_tapes_that_are_known_to_be_right() -> None:
     assert found[0] == found[1]
     recordings = decoding._core._runner._recordings
     assert isinstance(recordings, StepTapes)
-    assert [layers.are_proven for layers in recordings._layers] == [True, True]
+    assert [layers.proven for layers in recordings._layers] == [{True, False}, {False}]
 
 
 def only(names: tuple[str, ...], *, of_them: bool) -> Make:
@@ -188,6 +188,23 @@ def only(names: tuple[str, ...], *, of_them: bool) -> Make:
         return FAMILIES["fourierft"]({p: size for p, size in shapes.items() if p.endswith(names) == of_them})
 
     return make
+
+
+def test_a_model_that_treats_one_row_otherwise_runs_as_usual(caplog: pytest.LogCaptureFixture) -> None:
+    def doubled(_: object, __: object, y_1TD: Tensor) -> Tensor | None:
+        return 2 * y_1TD if y_1TD.shape[1] == 1 else None
+
+    found = []
+    for with_tapes in (False, True):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(CONFIG).eval().requires_grad_(False)
+        model.model.layers[1].register_forward_hook(doubled)
+        decoding = Decoding.of(model, {}, 4, 16 << 20, "native")
+        if not with_tapes:
+            decoding._core._runner._recordings = None
+        found.append(logprobs(decoding, [None] * 3))
+    assert found[0] == found[1]
+    assert "other logits than the model" in caplog.text
 
 
 def test_a_model_that_reads_numbers_runs_as_usual(

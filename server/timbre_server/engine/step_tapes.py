@@ -5,7 +5,8 @@ There is one tape of the layers for steps of few rows, one for all others, and o
 logits of the rows that are kept. Tokens and positions lie in tensors that stay where they are, and attention
 is told anew whose rows a step has. What adapters do is decided each time that a tape is played, so one tape
 serves any of them: steps whose adapters act on parameters, in attention or by virtual tokens run as usual. So
-does the first step that a tape plays, and if the two differ in a bit there are no tapes.
+does the first step of several rows that a tape plays, and the first of one row, since models may treat that
+otherwise; if played and run differ in a bit there are no tapes.
 
 Legend: T rows, K kept ones, D hidden features, V vocabulary.
 """
@@ -68,7 +69,8 @@ class StepTapes:
         layers = next((layers for layers in self._layers if num_rows <= layers.most_rows), None)
         if layers is None or not batch.kept_rows or self._adapters.act_beside_layers:
             return None
-        return self._played(layers, batch) if layers.are_proven else self._compared(layers, batch)
+        is_proven = (num_rows == 1) in layers.proven
+        return self._played(layers, batch) if is_proven else self._compared(layers, batch)
 
     def _played(self, layers: _Layers, batch: Batch) -> Tensor:
         return self._head.play(layers.play(batch), torch.tensor(batch.kept_rows))
@@ -84,7 +86,7 @@ class StepTapes:
         # What fails here fails without tapes.
         want_KV = forward(self._model, self._cache, batch, step=NativeStep)
         if found_KV is not None and torch.allclose(found_KV, want_KV, rtol=0, atol=0, equal_nan=True):
-            layers.are_proven = True
+            layers.proven.add(len(batch.token_ids) == 1)
         else:
             self._give_up(why)
         return want_KV
@@ -100,8 +102,8 @@ class _Layers:
     def __init__(self, model: PreTrainedModel, cache: KVCache, num_rows: int) -> None:
         """Raises: `_REFUSALS`."""
         self.most_rows = num_rows
-        self.are_proven = False
-        """Whether a step was compared."""
+        self.proven = set[bool]()
+        """Whether a step was compared, of one row (True) and of several."""
         self._cache = cache
         self._context = PlayedSteps(cache)
         numbers_2T = torch.zeros(2, num_rows, dtype=torch.int64)
