@@ -190,7 +190,7 @@ def test_a_busy_server_shows_what_it_does() -> None:
     subject = busy()
     expected = {
         "vllm:num_requests_running": 3, "vllm:num_requests_waiting": 5, "vllm:kv_cache_usage_perc": 0.4,
-        "vllm:generation_tokens_total": 3, "vllm:prompt_tokens_total": 21,
+        "vllm:generation_tokens_total": 3, "vllm:prompt_tokens_total": 17,
         "vllm:prompt_tokens_cached_total": 12, "vllm:num_preemptions_total": 1,
         "vllm:prefix_cache_queries_total": 30, "vllm:prefix_cache_hits_total": 10,
         "vllm:time_to_first_token_seconds_sum": 1.5, "vllm:e2e_request_latency_seconds_sum": 7.5,

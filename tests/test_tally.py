@@ -78,3 +78,16 @@ def test_a_client_that_leaves_is_counted_by_what_its_sequence_was_at() -> None:
     tally.on_finished(replace(RECORD, request_id="whole"))
     counts = dict(tally.counters["timbre_cancelled"].items())
     assert counts == {("queued",): 1, ("prefill",): 1, ("decode",): 1}
+
+
+def test_prompts_that_never_ran_are_not_counted() -> None:
+    tally, _ = a_tally()
+    waited = replace(RECORD, first_token_s=None, generation_tokens=0, adapters=("pirate",))
+    tally.on_finished(replace(waited, finish_reason="abort"))
+    tally.on_finished(replace(waited, finish_reason="error"))
+    tally.on_output(StepOutput(StepStats(step_seconds=1.0, prompt_tokens=14)))
+    tally.on_finished(replace(waited, finish_reason="length"))
+    tally.on_finished(replace(RECORD, adapters=("pirate",)))
+    assert dict(tally.counters["vllm:prompt_tokens"].items()) == {MODEL: 14}
+    columns = [dict(tally.adapters.column(index)) for index in range(3)]
+    assert [column["pirate"] for column in columns] == [4.0, 14.0, 5.0]

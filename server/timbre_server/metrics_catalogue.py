@@ -47,7 +47,7 @@ class HistogramSpec:
 COUNTERS = {
     "vllm:prefix_cache_queries": CounterSpec("Prompt tokens looked up in the prefix cache."),
     "vllm:prefix_cache_hits": CounterSpec("Prompt tokens found in the prefix cache."),
-    "vllm:prompt_tokens": CounterSpec("Prompt tokens of finished sequences, cached ones included."),
+    "vllm:prompt_tokens": CounterSpec("Tokens of prompts that were completed, cached ones included."),
     "vllm:prompt_tokens_cached": CounterSpec("Prompt tokens of finished sequences that came from the cache."),
     "vllm:generation_tokens": CounterSpec("Tokens generated."),
     "vllm:num_preemptions": CounterSpec(
@@ -88,7 +88,7 @@ COUNTERS = {
 
 ADAPTER_COUNTERS = (
     ("timbre_adapter_requests", "Sequences ended, by adapter; a mix counts for each of its adapters."),
-    ("timbre_adapter_prompt_tokens", "Prompt tokens of those sequences, by adapter."),
+    ("timbre_adapter_prompt_tokens", "Prompt tokens of those whose prompt was completed, by adapter."),
     ("timbre_adapter_generation_tokens", "Tokens generated for them, by adapter."),
 )
 """The columns of the per-adapter table. ``_other`` holds all that are not among the most recent."""

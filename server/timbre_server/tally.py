@@ -16,6 +16,12 @@ MAX_OPEN_SEQUENCES = 65536
 MAX_EXPERT_SERIES = 1024
 
 
+def prompt_tokens_run(record: RequestRecord) -> int:
+    """0 for a sequence that ended before its prompt did. One that may have no output ends with its prompt."""
+    is_complete = record.first_token_s is not None or record.finish_reason == "length"
+    return record.prompt_tokens if is_complete else 0
+
+
 class Tally:
     """Counters, histograms and the last step's gauges, by the names of the catalogue. Used on one thread."""
 
@@ -60,6 +66,7 @@ class Tally:
             self._observe("timbre_engine_step_seconds", stats.step_seconds)
             self._observe("timbre_batch_distinct_adapters", stats.distinct_adapters)
             self._observe("vllm:iteration_tokens_total", stats.batch_tokens)
+        self._count("vllm:prompt_tokens", amount=stats.prompt_tokens)
         self._count("vllm:generation_tokens", amount=stats.generation_tokens)
         self._count("vllm:prefix_cache_queries", amount=stats.prefix_queried_tokens)
         self._count("vllm:prefix_cache_hits", amount=stats.prefix_hit_tokens)
@@ -104,7 +111,6 @@ class Tally:
         """Counts one sequence that ended."""
         self._waiting.pop(record.request_id, None)
         self._count("vllm:request_success", record.finish_reason)
-        self._count("vllm:prompt_tokens", amount=record.prompt_tokens)
         self._count("vllm:prompt_tokens_cached", amount=record.cached_tokens)
         self._observe("vllm:e2e_request_latency_seconds", record.finished_s - record.arrived_s)
         self._observe("vllm:request_prompt_tokens", record.prompt_tokens)
@@ -129,7 +135,7 @@ class Tally:
             if record.generation_tokens > 1:
                 per_token_s = decode_s / (record.generation_tokens - 1)
                 self._observe("vllm:request_time_per_output_token_seconds", per_token_s)
-        amounts = (1.0, float(record.prompt_tokens), float(record.generation_tokens))
+        amounts = (1.0, float(prompt_tokens_run(record)), float(record.generation_tokens))
         for label in record.adapters or (BASE_LABEL,):
             self.adapters.add(label, amounts)
 
