@@ -118,7 +118,7 @@ def failed() -> Subject:
             StepStats(),
             (event,),
             (AdapterLoaded("d", error_code="adapter_load_failed"),),
-            (AdapterUnloaded("e", "evicted"),),
+            (AdapterUnloaded("e", "evicted"), AdapterUnloaded("never here", "absent")),
         )
     )
     tally.on_finished(replace(RECORD, first_token_s=None, generation_tokens=0, finish_reason="error"))
@@ -215,6 +215,7 @@ def test_failures_are_counted_where_they_belong() -> None:
     assert subject.value("vllm:time_to_first_token_seconds_count", MODEL) == 0
     assert subject.value("timbre_adapter_loads_total", {"result": "failed"}) == 1
     assert subject.value("timbre_adapter_evictions_total", {"reason": "evicted"}) == 1
+    assert subject.value("timbre_adapter_evictions_total", {"reason": "unloaded"}) == 0
     assert subject.value("timbre_upload_total", {"result": "refused"}) == 1
     assert subject.value("timbre_upload_bytes_total") == 0
     assert subject.value("timbre_recipes_total", {"kind": "ties", "result": "refused"}) == 1

@@ -89,7 +89,8 @@ class Tally:
         for loaded in output.loaded:
             self._on_loaded(loaded)
         for unloaded in output.unloaded:
-            self._count("timbre_adapter_evictions", unloaded.reason)
+            if unloaded.reason != "absent":
+                self._count("timbre_adapter_evictions", unloaded.reason)
 
     def _on_loaded(self, loaded: AdapterLoaded) -> None:
         self._count("timbre_adapter_loads", "failed" if loaded.error_code else "ok")

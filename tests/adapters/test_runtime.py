@@ -159,7 +159,7 @@ def test_unloading_reports_the_departure_when_it_has_really_happened() -> None:
     assert [(d.digest, d.reason) for d in runtime.poll()[1]] == [("a", "unloaded")]
     assert runtime.resident_bytes == 0
     runtime.unload("never loaded")
-    assert [d.digest for d in runtime.poll()[1]] == ["never loaded"]
+    assert [(d.digest, d.reason) for d in runtime.poll()[1]] == [("never loaded", "absent")]
     runtime.close()
 
 

@@ -21,7 +21,8 @@ from itertools import chain, islice
 from types import MappingProxyType
 from typing import Literal
 
-EvictionReason = Literal["evicted", "unloaded"]
+EvictionReason = Literal["evicted", "unloaded", "absent"]
+"""For room; on demand; on demand, while it was not in memory."""
 
 SharedBytes = Mapping[int, int]
 """Bytes of tensors that adapters share, by a number that tells one tensor from another."""

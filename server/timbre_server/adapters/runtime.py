@@ -30,6 +30,9 @@ from timbre_server.native.library import compute_alone
 FAILURE_LASTS_S = 5.0
 """For so long a failed load is not tried again; after it a mended store is noticed."""
 
+NO_SLOT = -1
+"""Of an adapter that is told to have left without having been there."""
+
 MAX_MISFITS = 64
 """Sets of adapters that are known to be too large together; of more, the first found is forgotten."""
 
@@ -192,7 +195,7 @@ class AdapterRuntime:
         was_resident = self._residency.is_resident(digest)
         self._leave(self._residency.unload(digest))
         if not was_resident:
-            self._departed.append(Departure(digest, -1, "unloaded"))
+            self._departed.append(Departure(digest, NO_SLOT, "absent"))
 
     def poll(self) -> tuple[list[Arrival], list[Departure]]:
         """Place a load that has ended, start the next one, and report both. Never blocks."""

@@ -261,7 +261,7 @@ class EngineProcess:
             if queue is not None:
                 queue.put_nowait(event)
         for gone in output.unloaded:
-            if gone.reason == "unloaded":
+            if gone.reason != "evicted":
                 self._unloads.settle(gone.digest, None)
                 unloaded = AdapterLoadFailed(f"adapter {gone.digest} was unloaded while it was being loaded")
                 self._loads.settle(gone.digest, unloaded)

@@ -232,7 +232,7 @@ class AdapterLoaded(msgspec.Struct, frozen=True, omit_defaults=True):
 
 class AdapterUnloaded(msgspec.Struct, frozen=True):
     digest: str
-    reason: Literal["evicted", "unloaded"]
+    reason: Literal["evicted", "unloaded", "absent"]  # The last: asked for, and was not in memory.
 
 
 class TensorsDerived(msgspec.Struct, frozen=True, omit_defaults=True):
