@@ -109,9 +109,10 @@ class _Parts:
         begins = delta.index not in self._offsets
         if not (delta.token_ids or delta.finish_reason):
             return []
+        echoed = self._echoed_text(delta) if begins else ""
         if begins:
             codec, skip = self._answer.context.text, self._request.skip_special_tokens
-            self._offsets[delta.index] = TextOffsets(codec, skip_special_tokens=skip)
+            self._offsets[delta.index] = TextOffsets(codec, skip_special_tokens=skip, echoed=echoed)
         request = self._request
         silent = not delta.text and delta.finish_reason is None
         tells_tokens = request.logprobs is not None or request.return_token_ids or request.return_routing
@@ -119,7 +120,7 @@ class _Parts:
             return []
         part: dict[str, Any] = {
             "index": delta.index,
-            "text": self._echoed_text(delta) + delta.text if begins else delta.text,
+            "text": echoed + delta.text,
             "logprobs": self._logprobs(delta, begins=begins),
             "finish_reason": delta.finish_reason,
             "stop_reason": delta.stop_reason,

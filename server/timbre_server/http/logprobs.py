@@ -38,11 +38,16 @@ class TokenLabels:
 
 
 class TextOffsets:
-    """Where each token begins in the text, in characters; inside a character, where that begins."""
+    """Where each token begins in the text, in characters; inside a character, where that begins.
 
-    def __init__(self, codec: TextCodec | None, *, skip_special_tokens: bool) -> None:
+    A special token of the ``echoed`` prompt takes room where the client wrote it, and none where the
+    tokenizer added it.
+    """
+
+    def __init__(self, codec: TextCodec | None, *, skip_special_tokens: bool, echoed: str) -> None:
         self._codec = codec
         self._skip_special_tokens = skip_special_tokens
+        self._echoed = echoed
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._chars = 0
 
@@ -50,9 +55,16 @@ class TextOffsets:
         """The offset of this token; the tokens must come in order."""
         offset = self._chars
         codec = self._codec
-        if codec is not None and not (self._skip_special_tokens and codec.is_special(token_id)):
+        if codec is not None and self._is_shown(codec, token_id):
             self._chars += len(self._decoder.decode(codec.token_bytes(token_id)))
         return offset
+
+    def _is_shown(self, codec: TextCodec, token_id: int) -> bool:
+        if not codec.is_special(token_id):
+            return True
+        if self._chars < len(self._echoed):
+            return self._echoed.startswith(codec.token_bytes(token_id).decode(), self._chars)
+        return not self._skip_special_tokens
 
 
 def completion_logprobs(

@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 
+from timbre_server.http.logprobs import TextOffsets
+from timbre_server.http.text import TextCodec
+
 PATH = "/v1/completions"
 
 
@@ -163,6 +166,28 @@ async def test_echo_with_logprobs_begins_with_null_and_counts_on_from_the_prompt
     assert choice["logprobs"]["top_logprobs"][0] is None
     assert choice["logprobs"]["text_offset"] == [0, 1, 2, 3]
     assert rig.engine.submitted[0].sampling.prompt_logprobs == 1
+
+
+@pytest.mark.parametrize(
+    ("as_text", "skip", "echoed"),
+    [(True, True, "a<|im_start|>b"), (False, True, "ab"), (False, False, "a<|im_start|>b")],
+)
+async def test_special_tokens_of_an_echoed_prompt_take_the_room_that_they_have_there(
+    rig: Any, as_text: bool, skip: bool, echoed: str
+) -> None:
+    text = "a<|im_start|>b"
+    prompt: Any = text if as_text else rig.context.text.encode(text, add_special_tokens=False)
+    fields = {"echo": True, "logprobs": 0, "max_tokens": 1, "skip_special_tokens": skip}
+    [choice] = (await rig.complete(prompt=prompt, **fields))["choices"]
+    assert choice["text"] == echoed + "hell"
+    assert choice["logprobs"]["tokens"] == ["a", "<|im_start|>", "b", "hell"]
+    assert choice["logprobs"]["text_offset"] == [0, 1, echoed.index("b"), len(echoed)]
+
+
+def test_a_special_token_that_the_tokenizer_added_takes_no_room(codec: TextCodec) -> None:
+    offsets = TextOffsets(codec, skip_special_tokens=True, echoed="ab")
+    token_ids = codec.encode("<|im_start|>ab", add_special_tokens=False)
+    assert [offsets.next(token_id) for token_id in token_ids] == [0, 0, 1]
 
 
 async def test_scoring_a_prompt_asks_for_no_output(rig: Any) -> None:
