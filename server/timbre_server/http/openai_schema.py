@@ -21,7 +21,7 @@ from pydantic import (
 from timbre_server.http.bounds import FewFields, fields, items
 
 MAX_BIASES = 1024
-MAX_STOPS = 4
+MAX_STOPS = 16
 MAX_STOP_CHARS = 1024
 MAX_STOP_IDS = 128
 MAX_MESSAGES = 4096

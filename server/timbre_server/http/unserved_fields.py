@@ -22,7 +22,6 @@ HARMLESS_VALUES: Mapping[str, tuple[object, ...]] = {
     "allowed_token_ids": ([],),
     "audio": (),
     "bad_words": ([],),
-    "best_of": (1,),
     "chat_template": (),
     "documents": ([],),
     "function_call": ("none",),
@@ -57,14 +56,15 @@ def ignored_fields(request: GenerationRequest) -> tuple[str, ...]:
     Raises: UnsupportedParameter for a field that must not be left out.
     """
     extra = request.model_extra or {}
+    harmless = {**HARMLESS_VALUES, "best_of": (1, request.n)}  # Of n, the best n are all of them.
     for name, value in extra.items():
-        _refuse_if_it_matters(name, value)
+        _refuse_if_it_matters(name, value, harmless)
     if request.response_format is not None and request.response_format.type != "text":
         raise UnsupportedParameter(
             f"response_format {request.response_format.type!r} is not served here; expected 'text'",
             param="response_format",
         )
-    named = [name for name in extra if name not in HARMLESS_VALUES]
+    named = [name for name in extra if name not in harmless]
     if isinstance(request, ChatRequest):
         named += _ignored_in_messages(request)
     return tuple(dict.fromkeys(named))
@@ -76,10 +76,10 @@ def ignored_header(names: Iterable[str]) -> dict[str, str]:
     return {HEADER: ", ".join(shown[:MAX_NAMED_FIELDS])} if shown else {}
 
 
-def _refuse_if_it_matters(name: str, value: Any) -> None:
+def _refuse_if_it_matters(name: str, value: Any, harmless: Mapping[str, tuple[object, ...]]) -> None:
     refused = name.startswith(REFUSED_PREFIXES)
-    if name in HARMLESS_VALUES:
-        refused = value not in HARMLESS_VALUES[name]
+    if name in harmless:
+        refused = value not in harmless[name]
     if refused:
         raise UnsupportedParameter(
             f"{name[:64]} is not served here, and leaving it out would change the answer; send the request "

@@ -18,7 +18,7 @@ OUT_OF_BOUNDS = [
     ("repetition_penalty", 0), ("repetition_penalty", 101), ("presence_penalty", 3),
     ("frequency_penalty", -3), ("logit_bias", {"1": 101}), ("logit_bias", {"x": 1}),
     ("logit_bias", {"99999": 1}), ("logit_bias", [1]), ("seed", 2**63), ("seed", -(2**63) - 1),
-    ("seed", 1.5), ("stop", ["a"] * 5), ("stop", ""), ("stop", "x" * 1025), ("stop", [3]),
+    ("seed", 1.5), ("stop", ["a"] * 17), ("stop", ""), ("stop", "x" * 1025), ("stop", [3]),
     ("stop_token_ids", [-1]), ("stop_token_ids", [1] * 129), ("min_tokens", -1), ("min_tokens", 2**40),
     ("n", 0), ("n", 129), ("n", 2**63), ("max_tokens", -1), ("max_tokens", 2**31), ("stream", "yes"),
     ("cache_salt", ""), ("cache_salt", "x" * 1025), ("truncate_prompt_tokens", 0), ("user", "x" * 1025),
@@ -91,7 +91,8 @@ async def test_what_would_change_the_answer_is_refused_by_name(
 @pytest.mark.parametrize(
     "fields",
     [
-        {"best_of": 1}, {"suffix": ""}, {"tools": []}, {"tool_choice": "none"}, {"guided_json": None},
+        {"best_of": 1}, {"best_of": 2, "n": 2}, {"stop": ["z"] * 16}, {"suffix": ""}, {"tools": []},
+        {"tool_choice": "none"}, {"guided_json": None},
         {"response_format": {"type": "text"}}, {"adapter_source": "registry"}, {"user": "u"},
         {"safety_identifier": "s"},
     ],
