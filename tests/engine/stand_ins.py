@@ -89,8 +89,7 @@ class ScriptedRunner:
         sequence, count = chunk.sequence, chunk.sequence.num_prompt_tokens
         result = ChunkResult()
         if chunk.draws_token:
-            prompt, output = sequence.request.prompt_token_ids, sequence.token_ids[count:]
-            row = SamplingRow(sequence.request.sampling, prompt, output)
+            row = SamplingRow(sequence.request.sampling, sequence.seen_ids(), sequence.token_ids[count:])
             result = sample(self.logits(sequence, chunk.end)[None], [row])[0]
         if sequence.request.sampling.prompt_logprobs is not None and sequence.num_output_tokens == 0:
             first = max(chunk.start, sequence.num_virtual_tokens) + 1

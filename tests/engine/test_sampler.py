@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -18,6 +19,7 @@ from timbre_server.engine.sampler import LOWEST_LOGPROB, SamplingRow, prompt_log
 
 VOCAB = 300
 PROMPT = [3, 5, 5, 8, 299]
+NONE = array("q")
 OUTPUT = [8, 9, 9, 9, 12]
 
 
@@ -26,14 +28,15 @@ def some_logits(seed: int = 0, rows: int = 1, spread: float = 2.0) -> Tensor:
 
 
 def a_row(output: list[int] | None = None, **params: Any) -> SamplingRow:
-    return SamplingRow(SamplingParams(**params), PROMPT, OUTPUT if output is None else output)
+    output = OUTPUT if output is None else output
+    return SamplingRow(SamplingParams(**params), array("q", {*PROMPT, *output}), output)
 
 
 def reference_logits(logits: list[float], row: SamplingRow) -> list[float]:
     params, adjusted = row.params, list(logits)
     for token, bias in params.logit_bias.items():
         adjusted[token] += bias
-    for token in {*row.prompt_token_ids, *row.output_token_ids}:
+    for token in row.seen_token_ids:
         value = adjusted[token]
         adjusted[token] = (
             value * params.repetition_penalty if value < 0 else value / params.repetition_penalty
@@ -153,9 +156,9 @@ def test_uniform_numbers_are_spread_evenly_and_differ_by_seed_and_index() -> Non
 def test_tokens_come_as_often_as_the_distribution_says(params: dict[str, Any]) -> None:
     logits_V = torch.tensor([1.0, 2.0, 0.0, 1.5, -1.0, 0.5])
     count = 4000
-    rows = [SamplingRow(SamplingParams(seed=seed, **params), [0], []) for seed in range(count)]
+    rows = [SamplingRow(SamplingParams(seed=seed, **params), NONE, []) for seed in range(count)]
     drawn = Counter(result.token_id for result in sample(logits_V.expand(count, -1), rows))
-    fine = [SamplingRow(SamplingParams(seed=seed, **params), [0], [1]) for seed in range(count)]
+    fine = [SamplingRow(SamplingParams(seed=seed, **params), NONE, [1]) for seed in range(count)]
     expected = Counter(reference_token(logits_V.tolist(), row) for row in fine)
     assert drawn.keys() == expected.keys()
     assert all(abs(drawn[token] - expected[token]) < 5 * math.sqrt(2 * count / 4) for token in drawn)
@@ -199,7 +202,7 @@ def test_no_rows_give_no_results() -> None:
 @pytest.mark.usefixtures("two_threads")
 def test_logprobs_are_the_same_bits_alone_and_beside_others() -> None:
     logits_TV = torch.randn(40, 49152, generator=torch.Generator().manual_seed(0)) * 3
-    row = SamplingRow(SamplingParams(temperature=0.0, logprobs=2), [0], [])
+    row = SamplingRow(SamplingParams(temperature=0.0, logprobs=2), NONE, [])
     together = [result.logprobs for result in sample(logits_TV, [row] * 40)]
     assert together == [sample(one_1V, [row])[0].logprobs for one_1V in logits_TV.split(1)]
 
@@ -207,7 +210,7 @@ def test_logprobs_are_the_same_bits_alone_and_beside_others() -> None:
 def test_logprobs_are_raw_and_ranked() -> None:
     logits_TV = torch.tensor([[0.0, 2.0, 1.0, 2.0]])
     mass = math.log(1 + 2 * math.e**2 + math.e)
-    row = SamplingRow(SamplingParams(temperature=0.0, logit_bias={3: 1.0}, logprobs=2), [0], [])
+    row = SamplingRow(SamplingParams(temperature=0.0, logit_bias={3: 1.0}, logprobs=2), NONE, [])
     found = sample(logits_TV, [row])[0].logprobs
     assert found is not None
     assert (found.token_id, found.rank) == (3, 2)
@@ -230,7 +233,7 @@ def test_as_many_top_tokens_come_as_asked(asked: int, given: int) -> None:
 
 def test_impossible_tokens_have_the_lowest_logprob_that_json_can_carry() -> None:
     logits_TV = torch.tensor([[0.0, -math.inf]])
-    found = sample(logits_TV, [SamplingRow(SamplingParams(logprobs=-1), [0], [])])[0].logprobs
+    found = sample(logits_TV, [SamplingRow(SamplingParams(logprobs=-1), NONE, [])])[0].logprobs
     assert found is not None
     assert found.top == ((0, 0.0), (1, LOWEST_LOGPROB))
 
@@ -251,5 +254,5 @@ def test_prompt_tokens_are_scored_row_by_row() -> None:
 def test_the_seed_decides_and_nothing_else() -> None:
     logits_TV = some_logits(8)
     row = a_row(seed=11)
-    again = replace(row, prompt_token_ids=[1, 2])
+    again = replace(row, seen_token_ids=NONE)
     assert sample(logits_TV, [row]) == sample(logits_TV, [again])

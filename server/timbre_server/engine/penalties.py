@@ -9,6 +9,7 @@ Legend: V vocabulary, M mentioned tokens.
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
@@ -29,16 +30,17 @@ def changes_logits(params: SamplingParams, num_output_tokens: int) -> bool:
     )
 
 
-def adjust(
-    logits_V: Tensor, params: SamplingParams, prompt_ids: Sequence[int], output_ids: Sequence[int]
-) -> None:
-    """Apply a request's bias, penalties and mask to a row of float32 logits, in place."""
+def adjust(logits_V: Tensor, params: SamplingParams, seen_ids: array[int], output_ids: Sequence[int]) -> None:
+    """Apply a request's bias, penalties and mask to a row of float32 logits, in place.
+
+    ``seen_ids``: the distinct tokens of prompt and output, 64 bits each; read for a repetition penalty alone.
+    """
     size = logits_V.shape[0]
     if params.logit_bias:
         biased = {token: bias for token, bias in params.logit_bias.items() if 0 <= token < size}
         logits_V[_ids(biased, logits_V)] += logits_V.new_tensor(list(biased.values()))
-    if params.repetition_penalty != 1.0:
-        seen_M = _ids({*prompt_ids, *output_ids}, logits_V)
+    if params.repetition_penalty != 1.0 and seen_ids:
+        seen_M = torch.frombuffer(seen_ids, dtype=torch.int64).to(logits_V.device, copy=True)
         value_M = logits_V[seen_M]
         penalty = params.repetition_penalty
         logits_V[seen_M] = torch.where(value_M < 0, value_M * penalty, value_M / penalty)

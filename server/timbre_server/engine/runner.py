@@ -10,6 +10,7 @@ Legend: N kept rows, V vocabulary, S rows that scout, D hidden features.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -246,11 +247,9 @@ def _results(plan: StepPlan, kept: Sequence[Kept], logits_NV: Tensor) -> tuple[C
 
 
 def _sampling_row(chunk: ScheduledChunk) -> SamplingRow:
-    sequence = chunk.sequence
-    num_prompt = sequence.num_prompt_tokens
-    return SamplingRow(
-        sequence.request.sampling, sequence.request.prompt_token_ids, sequence.token_ids[num_prompt:]
-    )
+    sequence, params = chunk.sequence, chunk.sequence.request.sampling
+    seen = sequence.seen_ids() if params.repetition_penalty != 1.0 else array("q")
+    return SamplingRow(params, seen, sequence.token_ids[sequence.num_prompt_tokens :])
 
 
 def _score_prompt(chunk: ScheduledChunk, logits_NV: Tensor, result: ChunkResult) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,7 +33,8 @@ class SamplingRow:
     """What a row's next token depends on beside its logits."""
 
     params: SamplingParams
-    prompt_token_ids: Sequence[int]
+    seen_token_ids: array[int]
+    """The distinct ones of prompt and output; only for a repetition penalty."""
     output_token_ids: Sequence[int]
 
 
@@ -76,7 +78,7 @@ def _adjusted(raw_TV: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     adjusted_TV = raw_TV.clone()
     for at in changed:
         row = rows[at]
-        adjust(adjusted_TV[at], row.params, row.prompt_token_ids, row.output_token_ids)
+        adjust(adjusted_TV[at], row.params, row.seen_token_ids, row.output_token_ids)
     return adjusted_TV
 
 

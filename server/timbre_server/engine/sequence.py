@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -50,6 +51,9 @@ class Sequence:
     """Later requests admitted while this one waited for an adapter."""
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     """For the request's prompt tokens 1, 2, ... as far as they are computed; only where asked."""
+    _seen: set[int] = field(default_factory=set)
+    _seen_ids: array[int] = field(default_factory=lambda: array("q"))
+    _num_seen: int = 0
 
     num_virtual_tokens: int = field(init=False)
     """Leading positions that the request's adapter fills, and no answer shows."""
@@ -83,6 +87,16 @@ class Sequence:
     @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
+
+    def seen_ids(self) -> array[int]:
+        """The distinct tokens of prompt and output, without virtual ones, in order of first appearance. Each
+        token is looked at once, however often this is called; the array grows with the sequence."""
+        for token_id in self.token_ids[max(self._num_seen, self.num_virtual_tokens) :]:
+            if token_id not in self._seen:
+                self._seen.add(token_id)
+                self._seen_ids.append(token_id)
+        self._num_seen = len(self.token_ids)
+        return self._seen_ids
 
     def acting(self, position: int) -> tuple[bool, ...]:
         """Which adapters of ``mix`` act on a position."""
