@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Annotated, Any
@@ -71,6 +72,7 @@ async def _whole(answer: Answer, request: ChatRequest) -> dict[str, Any]:
     parts = _Parts(answer, request)
     usage = Usage(answer)
     choices: dict[int, dict[str, Any]] = {}
+    texts: defaultdict[int, list[str]] = defaultdict(list)
     prompt: dict[str, Any] = {}
     async with aclosing(answer.deltas()) as deltas:
         async for delta in deltas:
@@ -79,6 +81,9 @@ async def _whole(answer: Answer, request: ChatRequest) -> dict[str, Any]:
                 prompt["prompt_logprobs"] = prompt_logprobs_list(delta.prompt_logprobs, answer.labels)
             for part in parts.of(delta):
                 _append(choices.setdefault(delta.index, _empty_choice(delta.index)), part)
+                texts[delta.index].append(part["delta"].get("content", ""))
+    for index, choice in choices.items():
+        choice["message"]["content"] = "".join(texts[index])
     if request.return_token_ids:
         prompt["prompt_token_ids"] = answer.prompts[0].token_ids
     return {
@@ -105,13 +110,12 @@ def _empty_choice(index: int) -> dict[str, Any]:
 
 
 def _append(choice: dict[str, Any], part: dict[str, Any]) -> None:
-    """Adds a choice's next part to what there is of it."""
-    choice["message"]["content"] += part["delta"].get("content", "")
+    """Adds a choice's next part, but for its text, to what there is of it."""
     if part["logprobs"] is not None:
-        known = choice["logprobs"] or {"content": [], "refusal": None}
-        choice["logprobs"] = {**known, "content": known["content"] + part["logprobs"]["content"]}
+        choice["logprobs"] = choice["logprobs"] or {"content": [], "refusal": None}
+        choice["logprobs"]["content"] += part["logprobs"]["content"]
     for key in part.keys() & {"token_ids", "routing"}:
-        choice[key] = choice.get(key, []) + part[key]
+        choice.setdefault(key, []).extend(part[key])
     if part["finish_reason"] is not None:
         choice["finish_reason"], choice["stop_reason"] = part["finish_reason"], part["stop_reason"]
 

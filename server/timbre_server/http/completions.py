@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Annotated, Any
@@ -65,11 +66,15 @@ async def _whole(answer: Answer, request: CompletionRequest) -> dict[str, Any]:
     parts = _Parts(answer, request)
     usage = Usage(answer)
     choices: dict[int, dict[str, Any]] = {}
+    texts: defaultdict[int, list[str]] = defaultdict(list)
     async with aclosing(answer.deltas()) as deltas:
         async for delta in deltas:
             usage.add(delta)
             for part in parts.of(delta):
                 _append(choices.setdefault(delta.index, part), part)
+                texts[delta.index].append(part["text"])
+    for index, choice in choices.items():
+        choice["text"] = "".join(texts[index])
     return {
         **answer.head(OBJECT),
         "choices": [choices[index] for index in sorted(choices)],
@@ -83,10 +88,9 @@ def _chunks(answer: Answer, request: CompletionRequest) -> AsyncGenerator[dict[s
 
 
 def _append(choice: dict[str, Any], part: dict[str, Any]) -> None:
-    """Adds a choice's next part to what there is of it."""
+    """Adds a choice's next part, but for its text, to what there is of it."""
     if choice is part:
         return
-    choice["text"] += part["text"]
     if part["logprobs"] is not None:
         for key, values in part["logprobs"].items():
             choice["logprobs"][key] += values
