@@ -36,8 +36,8 @@ from timbre_server.adapters.groups import LinearGroup
 from timbre_server.adapters.slot_programs import MAX_IDLE_OPEN
 from timbre_server.operators.catalogue import Kernels, all_operators
 from timbre_server.operators.contract import Operator
+from timbre_server.operators.native.input_kernels import BoundInputKernels
 from timbre_server.operators.native.lanes import NO_ROW, Batch
-from timbre_server.operators.native.uses import BoundInputKernels
 from timbre_server.operators.row_table import RowTable, Span
 
 NUM_SLOTS = 24

@@ -21,8 +21,9 @@ from timbre_server.adapters.placement import Layout, placed_program, tensors_of
 from timbre_server.adapters.transfer import Transfer
 from timbre_server.native import huge_pages
 from timbre_server.operators.catalogue import all_operators
+from timbre_server.operators.native.bound_kernels import BoundKernels
+from timbre_server.operators.native.input_kernels import InputKernel
 from timbre_server.operators.native.low_rank_experts import BoundExperts
-from timbre_server.operators.native.uses import BoundKernels, InputKernel
 from timbre_server.operators.routed import _BoundRouted
 from timbre_server.operators.row_table import RowTable, Span
 from timbre_server.operators.sliced_ellpack import sliced

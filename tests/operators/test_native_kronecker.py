@@ -10,7 +10,7 @@ from torch import Tensor
 from timbre_methods.program import Kronecker
 from timbre_server.operators.contract import Operator
 from timbre_server.operators.kronecker import KroneckerOperator
-from timbre_server.operators.native.kronecker import NativeKronecker, _prepared
+from timbre_server.operators.native.kronecker import NativeKronecker
 from timbre_server.operators.row_table import RowTable, Span
 
 pytestmark = pytest.mark.cpp
@@ -95,5 +95,5 @@ def test_a_row_has_the_same_bits_whatever_rows_are_beside_it(
 def test_the_shapes_here_have_all_orders_of_products() -> None:
     generator = torch.Generator().manual_seed(4)
     parts = [drawn(w1, w2, rank, generator) for w1, w2 in SHAPES for rank in (None, 1, 8, 13)]
-    count_and_before = {_prepared(part).fields[-2:] for part in parts}
+    count_and_before = {NativeKronecker().prepared_part(part).fields[-2:] for part in parts}
     assert count_and_before == {(1, 0), (1, 1), (2, 0), (2, 1), (2, 2)}

@@ -10,66 +10,43 @@ from torch import Tensor
 from timbre_methods.packed_parts import PackedDense
 from timbre_methods.program import Block, Dense
 from timbre_server.operators.block import BlockOperator
-from timbre_server.operators.contract import Members, Standing, StandingOperator
 from timbre_server.operators.dense import DenseOperator
-from timbre_server.operators.live_rows import LiveRows
-from timbre_server.operators.native.uses import BoundInputKernels, Prepared, PreparedParts, Sources
+from timbre_server.operators.native.input_kernels import InputKernelOperator
+from timbre_server.operators.native.prepared import Prepared
 from timbre_server.operators.packed_dense import PackedDenseOperator
 
 
-class NativeBlock(StandingOperator[Block, PreparedParts], BlockOperator):
+class NativeBlock(InputKernelOperator[Block], BlockOperator):
     """`BlockOperator` by ``block.cpp``."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._sources = Sources()
+    kernel = "timbre_block"
 
-    def prepared(self, members: Members[Block]) -> PreparedParts:
-        return PreparedParts([[_block(part) for part in own if part.block.numel()] for own in members])
+    def prepared_part(self, part: Block) -> Prepared | None:
+        if not part.block.numel():
+            return None
+        index_N = part.index_N.contiguous()
+        to, of = (None, index_N) if part.side == "input" else (index_N, None)
+        return _prepared(part.block, to, of, part.out_features)
 
-    def standing(self, rows: LiveRows) -> Standing[PreparedParts]:
-        return BoundInputKernels("timbre_block", rows, self._sources)
 
-
-class NativeDense(StandingOperator[Dense, PreparedParts], DenseOperator):
+class NativeDense(InputKernelOperator[Dense], DenseOperator):
     """`DenseOperator` by ``block.cpp``, too."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._sources = Sources()
+    kernel = "timbre_block"
 
-    def prepared(self, members: Members[Dense]) -> PreparedParts:
-        return PreparedParts([[_prepared(part.delta_OI, None, None) for part in own] for own in members])
-
-    def standing(self, rows: LiveRows) -> Standing[PreparedParts]:
-        return BoundInputKernels("timbre_block", rows, self._sources)
+    def prepared_part(self, part: Dense) -> Prepared:
+        return _prepared(part.delta_OI, None, None)
 
 
-class NativePackedDense(StandingOperator[PackedDense, PreparedParts], PackedDenseOperator):
+class NativePackedDense(InputKernelOperator[PackedDense], PackedDenseOperator):
     """`PackedDenseOperator` by ``packed_dense.cpp``, of rows that are rounded to bfloat16."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._sources = Sources()
+    kernel = "timbre_packed_dense"
 
-    def prepared(self, members: Members[PackedDense]) -> PreparedParts:
-        return PreparedParts([[_packed(part) for part in own] for own in members])
-
-    def standing(self, rows: LiveRows) -> Standing[PreparedParts]:
-        return BoundInputKernels("timbre_packed_dense", rows, self._sources)
-
-
-def _packed(part: PackedDense) -> Prepared:
-    """As ``Matrix`` of ``matrices.h``."""
-    num_out, num_in = part.shape
-    return Prepared((part.panels.data_ptr(), num_out, num_in, 0), part.shape, num_out * num_in, part)
-
-
-def _block(part: Block) -> Prepared:
-    is_input = part.side == "input"
-    index_N = part.index_N.contiguous()
-    to, of = (None, index_N) if is_input else (index_N, None)
-    return _prepared(part.block, to, of, part.out_features)
+    def prepared_part(self, part: PackedDense) -> Prepared:
+        """As ``Matrix`` of ``matrices.h``."""
+        num_out, num_in = part.shape
+        return Prepared((part.panels.data_ptr(), num_out, num_in, 0), part.shape, num_out * num_in, part)
 
 
 def _prepared(

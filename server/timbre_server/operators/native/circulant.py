@@ -18,15 +18,10 @@ from timbre_server.operators.circulant import CirculantOperator
 from timbre_server.operators.contract import Bound, Members, Standing, StandingOperator, uses_of
 from timbre_server.operators.joined_sums import JoinedSums
 from timbre_server.operators.live_rows import LiveRows
+from timbre_server.operators.native.bound_kernels import BoundKernels, Sources
 from timbre_server.operators.native.fourier import MOST_ROWS, Plan, factors_of
-from timbre_server.operators.native.uses import (
-    BoundKernels,
-    MemberParts,
-    Prepared,
-    PreparedParts,
-    Sources,
-    Uses,
-)
+from timbre_server.operators.native.prepared import MemberParts, Prepared, PreparedParts
+from timbre_server.operators.native.uses import Uses
 from timbre_server.operators.row_table import RowTable
 
 _Place = tuple[int, int]
@@ -201,10 +196,6 @@ class _BoundCirculants(BoundKernels):
     ) -> None:
         super().__init__([_Member(own) if own else None for own in members])
         self._spectra, self._sources = spectra, sources
-
-    @property
-    def outlasts_tables(self) -> bool:
-        return True
 
     def source(self, x_TI: Tensor) -> _Spectra:
         x_TI = x_TI if x_TI.dtype is torch.bfloat16 else x_TI.float()

@@ -10,8 +10,8 @@ from timbre_server.operators.contract import Members, Standing, StandingOperator
 from timbre_server.operators.diagonal import DiagonalOperator
 from timbre_server.operators.live_rows import LiveRows
 from timbre_server.operators.native.low_rank_experts import AdapterGates
+from timbre_server.operators.native.prepared import Prepared
 from timbre_server.operators.native.sides import PreparedSides, StandingSides, prepared_sides
-from timbre_server.operators.native.uses import Prepared
 
 
 class NativeDiagonal(StandingOperator[Diagonal, PreparedSides], DiagonalOperator):

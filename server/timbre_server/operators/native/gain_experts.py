@@ -16,8 +16,8 @@ from timbre_methods.routing import Routed, Router, Scouted
 from timbre_server.operators.contract import Adds, Bound, Change, Members
 from timbre_server.operators.native.diagonal import prepared_gains
 from timbre_server.operators.native.low_rank_experts import AdapterGates
+from timbre_server.operators.native.prepared import PreparedParts
 from timbre_server.operators.native.sides import PreparedSides
-from timbre_server.operators.native.uses import PreparedParts
 
 
 def prepared_gains_of(

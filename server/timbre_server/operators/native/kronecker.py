@@ -10,36 +10,27 @@ from math import prod
 from torch import Tensor
 
 from timbre_methods.program import Kronecker
-from timbre_server.operators.contract import Members, Standing, StandingOperator
 from timbre_server.operators.kronecker import KroneckerOperator
-from timbre_server.operators.live_rows import LiveRows
-from timbre_server.operators.native.uses import BoundInputKernels, Fields, Prepared, PreparedParts, Sources
+from timbre_server.operators.native.input_kernels import InputKernelOperator
+from timbre_server.operators.native.prepared import Prepared
+from timbre_server.operators.native.structures import Fields
 
 
-class NativeKronecker(StandingOperator[Kronecker, PreparedParts], KroneckerOperator):
+class NativeKronecker(InputKernelOperator[Kronecker], KroneckerOperator):
     """`KroneckerOperator` by ``kronecker.cpp``."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._sources = Sources()
+    kernel = "timbre_kronecker"
 
-    def prepared(self, members: Members[Kronecker]) -> PreparedParts:
-        return PreparedParts([[_prepared(part) for part in own] for own in members])
-
-    def standing(self, rows: LiveRows) -> Standing[PreparedParts]:
-        return BoundInputKernels("timbre_kronecker", rows, self._sources)
-
-
-def _prepared(part: Kronecker) -> Prepared:
-    """As ``Kronecker`` of ``kronecker.cpp``."""
-    w1_LM = part.w1_LM.contiguous()
-    factors = [f.contiguous() for f in (part.w2_RN, part.w2_KR) if f is not None]
-    works = [_work(w1_LM, factors, before) for before in range(len(factors) + 1)]
-    before = works.index(min(works))
-    w2_fields = [_matrix_fields(factor) for factor in factors] + [(0, 0, 0)]
-    fields = *_matrix_fields(w1_LM), *w2_fields[0], *w2_fields[1], len(factors), before
-    shape = w1_LM.shape[0] * factors[-1].shape[0], w1_LM.shape[1] * factors[0].shape[1]
-    return Prepared(fields, shape, works[before], (w1_LM, factors))
+    def prepared_part(self, part: Kronecker) -> Prepared:
+        """As ``Kronecker`` of ``kronecker.cpp``."""
+        w1_LM = part.w1_LM.contiguous()
+        factors = [f.contiguous() for f in (part.w2_RN, part.w2_KR) if f is not None]
+        works = [_work(w1_LM, factors, before) for before in range(len(factors) + 1)]
+        before = works.index(min(works))
+        w2_fields = [_matrix_fields(factor) for factor in factors] + [(0, 0, 0)]
+        fields = *_matrix_fields(w1_LM), *w2_fields[0], *w2_fields[1], len(factors), before
+        shape = w1_LM.shape[0] * factors[-1].shape[0], w1_LM.shape[1] * factors[0].shape[1]
+        return Prepared(fields, shape, works[before], (w1_LM, factors))
 
 
 def _matrix_fields(matrix: Tensor) -> Fields:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from timbre_server.native.library import ADDRESS, NUMBER, kernel
 from timbre_server.operators.native.fourier import MOST_ROWS, NARROW, most_lanes
-from timbre_server.operators.native.uses import address_of, structures
+from timbre_server.operators.native.structures import address_of, structures
 from timbre_server.operators.pooling import PoolRoom
 from timbre_server.operators.row_table import Pairs, RowTable
 

@@ -16,15 +16,10 @@ from timbre_methods.program import LowRank
 from timbre_server.operators.contract import Change, Uses
 from timbre_server.operators.live_rows import LiveRows
 from timbre_server.operators.low_rank import BoundGated, Gating
-from timbre_server.operators.native.narrow_inputs import BoundNarrowInputKernels
-from timbre_server.operators.native.uses import (
-    Prepared,
-    PreparedParts,
-    Sources,
-    address_of,
-    low_rank_fields,
-    structures,
-)
+from timbre_server.operators.native.bound_kernels import Sources
+from timbre_server.operators.native.input_kernels import BoundInputKernels
+from timbre_server.operators.native.prepared import Prepared, PreparedParts
+from timbre_server.operators.native.structures import address_of, low_rank_fields, structures
 from timbre_server.operators.row_table import RowTable
 
 KERNEL = "timbre_low_rank_experts"
@@ -83,7 +78,7 @@ class BoundExperts(BoundGated):
 
     def __init__(self, uses: Uses[LowRank], table: RowTable, gating: Gating) -> None:
         rows = LiveRows()
-        self.kernels = BoundNarrowInputKernels(KERNEL, rows, Sources())
+        self.kernels = BoundInputKernels(KERNEL, rows, Sources(), reads_bfloat16=True)
         self._gates: dict[int, AdapterGates] = {}
         for slot in table.slots:
             each = [parts_by_slot.get(slot, ()) for parts_by_slot in uses]

@@ -24,17 +24,11 @@ from timbre_server.native.library import ADDRESS, NUMBER, ROWS, kernel
 from timbre_server.operators.contract import Bound, Members, Standing, StandingOperator, uses_of
 from timbre_server.operators.joined_sums import JoinedSums
 from timbre_server.operators.live_rows import LiveRows
+from timbre_server.operators.native.bound_kernels import BoundKernels, Sources
+from timbre_server.operators.native.prepared import Prepared, PreparedParts
 from timbre_server.operators.native.sliced_ellpack import prepared_slices
-from timbre_server.operators.native.uses import (
-    BoundKernels,
-    Fields,
-    Prepared,
-    PreparedParts,
-    Sources,
-    Uses,
-    address_of,
-    structures,
-)
+from timbre_server.operators.native.structures import Fields, address_of, structures
+from timbre_server.operators.native.uses import Uses
 from timbre_server.operators.packed_projected import PackedProjectedOperator, has_whole_sides, unpacked
 from timbre_server.operators.projected import ProjectedOperator
 from timbre_server.operators.row_table import RowTable
@@ -260,10 +254,6 @@ class _BoundProjected(BoundKernels):
         super().__init__([None if own is None else _Member(*own, shrinks, width) for own in members])
         self._shrinks, self.width, self._sources = shrinks, width, sources
         self._run = kernel("timbre_projected_in", ADDRESS, ADDRESS, NUMBER, ROWS, NUMBER, ADDRESS)
-
-    @property
-    def outlasts_tables(self) -> bool:
-        return True
 
     def source(self, x_TI: Tensor) -> Tensor:
         """Rows of x and what P makes of them: room for both, where they lie one after the other."""

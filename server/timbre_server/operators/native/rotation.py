@@ -29,8 +29,9 @@ from timbre_server.operators.contract import (
 )
 from timbre_server.operators.live_rows import LiveRows
 from timbre_server.operators.native.diagonal import prepared_gains
+from timbre_server.operators.native.prepared import Prepared
 from timbre_server.operators.native.sides import PreparedSides, StandingSides, prepared_sides
-from timbre_server.operators.native.uses import Prepared, address_of
+from timbre_server.operators.native.structures import address_of
 from timbre_server.operators.rotation import RotationOperator
 from timbre_server.operators.row_table import RowTable, Span
 

@@ -30,12 +30,14 @@ from timbre_server.operators.contract import (
 )
 from timbre_server.operators.joined_sums import JoinedSums
 from timbre_server.operators.live_rows import LiveRows
+from timbre_server.operators.native.bound_kernels import Sources
 from timbre_server.operators.native.gain_experts import WithGains, prepared_gains_of
+from timbre_server.operators.native.input_kernels import BoundInputKernels
 from timbre_server.operators.native.low_rank_experts import KERNEL, AdapterGates, Experts, prepared_experts
-from timbre_server.operators.native.narrow_inputs import BoundNarrowInputKernels
 from timbre_server.operators.native.routers import AdapterRouters, write_gates
 from timbre_server.operators.native.sides import StandingSides
-from timbre_server.operators.native.uses import Sources, Uses, address_of
+from timbre_server.operators.native.structures import address_of
+from timbre_server.operators.native.uses import Uses
 from timbre_server.operators.routed import RoutedOperator
 from timbre_server.operators.router import Routers
 from timbre_server.operators.row_table import RowTable, Segment
@@ -195,11 +197,11 @@ class _BoundGiven(Bound):
             mixture.gates.put(gates_NE.contiguous())
 
 
-class _BoundRouted(BoundNarrowInputKernels, LastingRouters):
+class _BoundRouted(BoundInputKernels, LastingRouters):
     """Experts' kernels, and the routers whose gates they read."""
 
     def __init__(self, step: StepRouting, rows: LiveRows, sources: Sources) -> None:
-        super().__init__(KERNEL, rows, sources)
+        super().__init__(KERNEL, rows, sources, reads_bfloat16=True)
         self._step = step
         self._mixtures: dict[int, _Served] = {}
         self._routers = Uses(rows)

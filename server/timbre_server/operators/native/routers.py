@@ -18,14 +18,8 @@ from timbre_server.native.formats import format_of
 from timbre_server.native.library import ADDRESS, NUMBER, ROWS, kernel, num_threads
 from timbre_server.operators.live_rows import rows_fields
 from timbre_server.operators.native.low_rank_experts import AdapterGates
-from timbre_server.operators.native.uses import (
-    Fields,
-    Prepared,
-    PreparedParts,
-    address_of,
-    addresses_of,
-    structures,
-)
+from timbre_server.operators.native.prepared import Prepared, PreparedParts
+from timbre_server.operators.native.structures import Fields, address_of, addresses_of, structures
 from timbre_server.operators.router import Routers, router_gates
 from timbre_server.operators.row_table import RowTable, Segment, Span
 

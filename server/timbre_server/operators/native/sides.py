@@ -15,7 +15,9 @@ from timbre_methods.program import Diagonal, Rotation
 from timbre_server.native.library import ADDRESS, NUMBER, ROWS, kernel
 from timbre_server.operators.contract import Adds, Bound, Change, Members, SideAdd, Standing
 from timbre_server.operators.live_rows import LiveRows
-from timbre_server.operators.native.uses import KernelChange, MemberParts, Prepared, PreparedParts, Uses
+from timbre_server.operators.native.bound_kernels import KernelChange
+from timbre_server.operators.native.prepared import MemberParts, Prepared, PreparedParts
+from timbre_server.operators.native.uses import Uses
 from timbre_server.operators.row_table import RowTable
 
 PartT = TypeVar("PartT", Diagonal, Rotation)

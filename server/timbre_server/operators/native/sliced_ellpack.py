@@ -1,35 +1,21 @@
-"""`SlicedEllpack` in C++: every adapter's matrix is read where it lies, once for as many as 32 of its rows.
-
-Legend: T rows of the batch, I in, O out.
-"""
+"""`SlicedEllpack` in C++: every adapter's matrix is read where it lies, once for up to 32 of its rows."""
 
 from __future__ import annotations
 
 from timbre_methods.sliced_ellpack import SlicedEllpack
-from timbre_server.operators.contract import Members, Standing, StandingOperator
-from timbre_server.operators.live_rows import LiveRows
-from timbre_server.operators.native.narrow_inputs import BoundNarrowInputKernels
-from timbre_server.operators.native.uses import (
-    Prepared,
-    PreparedParts,
-    Sources,
-    numbers_fields,
-)
+from timbre_server.operators.native.input_kernels import InputKernelOperator
+from timbre_server.operators.native.prepared import Prepared
+from timbre_server.operators.native.structures import numbers_fields
 from timbre_server.operators.sliced_ellpack import SlicedEllpackOperator
 
 
-class NativeSlicedEllpack(StandingOperator[SlicedEllpack, PreparedParts], SlicedEllpackOperator):
+class NativeSlicedEllpack(InputKernelOperator[SlicedEllpack], SlicedEllpackOperator):
     """`SlicedEllpackOperator` by ``sparse.cpp``."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._sources = Sources()
+    kernel, reads_bfloat16 = "timbre_sparse", True
 
-    def prepared(self, members: Members[SlicedEllpack]) -> PreparedParts:
-        return PreparedParts([[prepared_slices(part) for part in own] for own in members])
-
-    def standing(self, rows: LiveRows) -> Standing[PreparedParts]:
-        return BoundNarrowInputKernels("timbre_sparse", rows, self._sources)
+    def prepared_part(self, part: SlicedEllpack) -> Prepared:
+        return prepared_slices(part)
 
 
 def prepared_slices(part: SlicedEllpack) -> Prepared:

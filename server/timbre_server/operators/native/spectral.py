@@ -20,11 +20,12 @@ from timbre_methods.program import Places, Spectral
 from timbre_server.operators.contract import Bound, Members, Standing, StandingOperator, uses_of
 from timbre_server.operators.joined_sums import JoinedSums
 from timbre_server.operators.live_rows import LiveRows
+from timbre_server.operators.native.bound_kernels import Sources
 from timbre_server.operators.native.fourier import factors_of
 from timbre_server.operators.native.lanes import Batch, Group, LaneValues, ValuesOf, sum_of_mix
 from timbre_server.operators.native.spectral_kernels import BoundSpectral, Core, weight_bits
 from timbre_server.operators.native.spectral_patterns import LaneTransform, Pattern
-from timbre_server.operators.native.uses import Fields, Sources
+from timbre_server.operators.native.structures import Fields
 from timbre_server.operators.row_table import Pairs, RowTable
 from timbre_server.operators.spectral import Name, SpectralOperator, name_of
 

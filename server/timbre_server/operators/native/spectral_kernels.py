@@ -17,10 +17,11 @@ from torch import Tensor
 
 from timbre_server.native.library import ADDRESS, NUMBER, kernel, num_threads
 from timbre_server.native.notes import current
+from timbre_server.operators.native.bound_kernels import BoundKernels, Sources
 from timbre_server.operators.native.fourier import most_lanes
 from timbre_server.operators.native.lanes import Batch
 from timbre_server.operators.native.spectral_patterns import LaneTransform, Pattern
-from timbre_server.operators.native.uses import BoundKernels, Fields, Sources, address_of, structures
+from timbre_server.operators.native.structures import Fields, address_of, structures
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -90,10 +91,6 @@ class BoundSpectral(BoundKernels):
         self._num_groups = 0
         self._held: object = None
         self._run = kernel("timbre_spectra", ADDRESS, ADDRESS, NUMBER, ADDRESS)
-
-    @property
-    def outlasts_tables(self) -> bool:
-        return True
 
     def show(self, batch: Batch, cores: Mapping[int, Sequence[Core]], num_values: int) -> None:
         """The rows of a table, and what of `_Member.show` each member has."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from timbre_methods.program import Places
 from timbre_server.native.library import ADDRESS, NUMBER, kernel
 from timbre_server.operators.native.fourier import Plan
-from timbre_server.operators.native.uses import address_of
+from timbre_server.operators.native.structures import address_of
 from timbre_server.operators.transforms import Entries, HalfSpectrum, Transform, Wavelets
 
 
