@@ -17,7 +17,7 @@ from timbre_methods.program import AdapterProgram, Part
 from timbre_server.adapters.active_rows import ActiveRows, RowCopies
 from timbre_server.adapters.added import rows_of
 from timbre_server.adapters.in_place import InPlace
-from timbre_server.native.notes import current
+from timbre_server.adapters.shared_input import SharedInput
 from timbre_server.native.tape import State
 from timbre_server.operators.contract import Bound, Change, Operator, Standing, StandingOperator
 from timbre_server.operators.live_rows import LiveRows
@@ -90,11 +90,7 @@ class AdaptedGroup:
         """Another one whenever the members, asked by a tape, may do anything else than before."""
         self._last_run: object = None
         """What that was."""
-        self._input: Tensor | None = None
-        self._changes: list[list[Change]] = []
-        self._sources: list[Any] = []
-        self._is_written = False
-        self._unread: set[int] = set()
+        self._input = SharedInput(len(self.paths))
 
     @property
     def copies(self) -> RowCopies | None:
@@ -212,48 +208,27 @@ class AdaptedGroup:
 
     def end_step(self) -> None:
         """Drop the input and the shares of it that no member fetched (a forward that failed half-way)."""
-        self._input = None
-        self._changes, self._sources = [], []
-        self._unread = set()
+        self._input.drop()
 
     def changes(self, member: int, x: Tensor) -> Sequence[Change]:
-        """What the adapters add to one member's output, from the input ``x`` alone.
+        """What the adapters add to one member's output, from the input ``x`` alone."""
+        found: Sequence[Sequence[Change]] = self._input.made(member, x, self._all_changes)
+        return found[member]
 
-        Computed for all members when the first asks; kept for the others, who prove by identity that
-        theirs is the same tensor. Holding on to x makes that proof safe.
-        """
-        if self._is_new(member, x):
-            self._changes = [[] for _ in self.paths]
-            own_TI = rows_of(x)
-            x_TI = own_TI.float()
-            for bound in self.bound():
-                sums = bound.sums(own_TI if bound.takes_any_type else x_TI)
-                for changes, more in zip(self._changes, sums, strict=False):
-                    changes.extend(more)
-        found = self._changes[member]
-        self._has_read(member)
+    def _all_changes(self, x: Tensor) -> Sequence[Sequence[Change]]:
+        found: list[list[Change]] = [[] for _ in self.paths]
+        own_TI = rows_of(x)
+        x_TI = own_TI.float()
+        for bound in self.bound():
+            sums = bound.sums(own_TI if bound.takes_any_type else x_TI)
+            for changes, more in zip(found, sums, strict=False):
+                changes.extend(more)
         return found
 
     def sources(self, member: int, x: Tensor) -> Sequence[Any]:
-        """What each operator's sums are made of, from a contiguous x; made and kept as `changes` are."""
-        if self._is_new(member, x):
-            self._sources = [bound.source(x) for bound in self._bound]
-        found = self._sources
-        self._has_read(member)
+        """What each operator's sums are made of, from a contiguous x."""
+        found: Sequence[Any] = self._input.made(member, x, self._all_sources)
         return found
 
-    def _is_new(self, member: int, x: Tensor) -> bool:
-        """Whether nothing is kept of x for this member; from now on something is.
-
-        What a member that ran made is nothing to one that is written down, nor the other way round."""
-        is_written = current() is not None
-        if self._input is x and member in self._unread and self._is_written is is_written:
-            return False
-        self._input, self._is_written = x, is_written
-        self._unread = set(range(len(self.paths)))
-        return True
-
-    def _has_read(self, member: int) -> None:
-        self._unread.discard(member)
-        if not self._unread:
-            self.end_step()
+    def _all_sources(self, x: Tensor) -> Sequence[Any]:
+        return [bound.source(x) for bound in self._bound]
