@@ -213,3 +213,33 @@ def test_a_step_after_one_whose_bind_failed_is_bound_whole(monkeypatch: pytest.M
             model.play(other, x_TD)
         model.adapted.clear_rows()
     assert torch.equal(model.play(other, x_TD)[0], new.run(other, x_TD)[0])
+
+
+@torch.inference_mode()
+def test_a_step_after_one_that_failed_in_a_block_sees_its_own_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each row there were two in the block, and layers after it stay bound to the table."""
+    torch.manual_seed(0)
+    weights = Net().state_dict()
+    router = Router(torch.randn(3, D), RULES[0])
+    sites: dict[str, tuple[Part, ...]] = {"a": (RoutedBlock(router, "block"),)}
+    sites["a.down"] = (Routed(experts("a.down", 3), router, from_block=True),)
+    sites["after"] = (LowRank(torch.randn(2, D), torch.randn(D, 2)),)
+    model, new = Model(weights), Model(weights)
+    for each in (model, new):
+        each.adapted.put(0, AdapterProgram(sites))
+    table, x_TD = RowTable([Span(2), Span(2, ((0, 1.0),))]), torch.randn(4, D)
+    expected, _ = new.run(table, x_TD)
+    assert torch.equal(model.run(table, x_TD)[0], expected)
+    bound = AdaptedGroup.bound
+
+    def fail(group: AdaptedGroup) -> object:
+        if group.paths == ("a.down",):
+            raise MemoryError("this once")
+        return bound(group)
+
+    with monkeypatch.context() as failing:
+        failing.setattr(AdaptedGroup, "bound", fail)
+        with pytest.raises(MemoryError):
+            model.run(table, x_TD)
+        model.adapted.clear_rows()
+    assert torch.equal(model.run(table, x_TD)[0], expected)

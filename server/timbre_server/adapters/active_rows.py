@@ -5,7 +5,8 @@ Legend: T rows, P copies of them, D features.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +33,8 @@ class ActiveRows:
         """Whether these are all of the step's rows: to merged weights they are base rows."""
         self._last: RowTable | None = None
         self._begun: tuple[RowTable | None, bool] | None = None
-        self._live, self._live_copies = LiveRows(), LiveRows()
+        self.live = LiveRows()
+        """For what outlasts tables: whoever binds it shows them the one that runs."""
 
     def begin(self, table: RowTable) -> bool:
         """Whether layers see another one than in the step before."""
@@ -51,20 +53,19 @@ class ActiveRows:
         """What the next step sees is another one, whatever it is: an adapter has left."""
         self._begun = None
 
-    @property
-    def live(self) -> LiveRows:
-        """For what outlasts tables: whoever binds it shows them the one that runs. Of copies other ones."""
-        return self._live if self.copies is None else self._live_copies
-
-    def enter(self, copies: RowCopies, table: RowTable) -> None:
-        """A block begins, in which rows are copies, and the table is of those."""
+    @contextmanager
+    def copied(self, copies: RowCopies, table: RowTable) -> Iterator[None]:
+        """A block in which rows are copies, and the table is of those."""
+        own = self.table
+        assert own is not None, "copies of no rows"
         self.copies, self.table = copies, table
-        # Blocks may have tables of their own, and what is bound there may be so since a step before.
+        # What is bound to either may be so since a step before.
         self.live.show(table)
-
-    def leave(self, table: RowTable | None) -> None:
-        """It ends, and the table is again of the rows."""
-        self.copies, self.table = None, table
+        try:
+            yield
+        finally:
+            self.copies, self.table = None, own
+            self.live.show(own)
 
     def end(self) -> None:
         self.table = self.copies = None

@@ -77,15 +77,13 @@ class AdaptedGroup:
         self._operators = operators
         self._prepared: dict[int, PreparedKinds] = {}
         """By slot: what operators have prepared."""
-        self._standing, self._standing_copies = _Standing(operators), _Standing(operators)
-        """Of these; where rows are copies another one."""
+        self._standing = _Standing(operators)
+        """Of these."""
         self._bound_table: RowTable | None = None
         self._bound: tuple[Bound, ...] = ()
         self._in_place: tuple[InPlace | None, ...] = ()
         self._has_admitted = False
         """Since the last bind: who is bound to may act on members that nobody acted on before."""
-        self._are_copies = False
-        """Whether the last bind was to `RowCopies`, which no tape has."""
         self.state = State()
         """Another one whenever the members, asked by a tape, may do anything else than before."""
         self._last_run: object = None
@@ -112,7 +110,6 @@ class AdaptedGroup:
             if found != self._bound or self._has_admitted or any(o and o.follows_from_table for o in own):
                 self._set_in_place(found, table)
             self._bound, self._bound_table, self._has_admitted = found, table, False
-            self._are_copies = self._rows.copies is not None
         self._run(self._in_place if self._bound else _BASE)
         return self._bound
 
@@ -139,7 +136,7 @@ class AdaptedGroup:
     @property
     def outlasts_tables(self) -> bool:
         """As `Bound.outlasts_tables`, of `bound`."""
-        return not self._are_copies and all(bound.outlasts_tables for bound in self._bound)
+        return all(bound.outlasts_tables for bound in self._bound)
 
     @property
     def last_bound(self) -> tuple[Bound, ...]:
@@ -147,19 +144,19 @@ class AdaptedGroup:
         return self._bound
 
     def _bind(self, table: RowTable) -> tuple[Bound, ...]:
-        stands = self._standing if self._rows.copies is None else self._standing_copies
         for slot in table.slots:
             if slot not in self._prepared:
                 self._prepared[slot] = self.prepared(self._programs[slot])
-            if slot not in stands.slots:
-                self._admit(slot, stands)
+            if slot not in self._standing.slots:
+                self._admit(slot)
         kinds: dict[type[Part], list[int]] = {}
+        standing = self._standing.by_kind
         for slot in table.slots:
             for kind in self._prepared[slot]:
                 kinds.setdefault(kind, []).append(slot)
         return tuple(
-            stands.by_kind[kind].bound(table)
-            if kind in stands.by_kind
+            standing[kind].bound(table)
+            if kind in standing
             else self._operators[kind].bind_prepared({s: self._prepared[s][kind] for s in own}, table)
             for kind in self._operators  # In one order: that of a row's sums does not follow from other rows.
             if (own := kinds.get(kind))
@@ -177,12 +174,12 @@ class AdaptedGroup:
         """What is prepared of the slot's program need not be when a row uses it."""
         self._prepared[slot] = prepared
 
-    def _admit(self, slot: int, stands: _Standing) -> None:
+    def _admit(self, slot: int) -> None:
         self._unbind()
         try:
-            stands.admit(slot, self._prepared[slot], self._rows.live)
+            self._standing.admit(slot, self._prepared[slot], self._rows.live)
         except BaseException:  # Nobody knows what stands: the next step begins anew.
-            stands.clear()
+            self._standing.clear()
             self._drop_bound()
             raise
         self._has_admitted = True
@@ -191,9 +188,7 @@ class AdaptedGroup:
         """Drop what was prepared of it and what is kept of a running step; called when it changes hands.
 
         Also the bind: the next table may be equal to the last one, and not name the same adapters."""
-        prepared: PreparedKinds = self._prepared.pop(slot, {})
-        for stands in (self._standing, self._standing_copies):
-            stands.dismiss(slot, prepared)
+        self._standing.dismiss(slot, self._prepared.pop(slot, {}))
         self._unbind()
         self.end_step()
 

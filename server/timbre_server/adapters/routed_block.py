@@ -141,7 +141,7 @@ class _RoutedBlockLayer:
         return either(self._state, self._acts_on_none, self._plain, self._routed, x)
 
     def _routed(self, x_1TD: Tensor) -> Tensor:
-        choices, table = self._choices, self._table
+        choices = self._choices
         assert choices is not None
         gate_P = choices.choose(x_1TD.flatten(0, -2).float(), self._step)
         if not choices.layout.are_copied:
@@ -151,10 +151,9 @@ class _RoutedBlockLayer:
         layout = choices.layout
         copies = RowCopies(x_1TD, x_1TD.index_select(1, layout.row_P), layout.row_P, gate_P, self._last)
         self._step.rows_of_copies[layout.table] = layout.row_P
-        self._rows.enter(copies, layout.table)
-        y = self._plain(copies.x_1PD)
+        with self._rows.copied(copies, layout.table):
+            y = self._plain(copies.x_1PD)
         self._step.block_ends()
-        self._rows.leave(table)
         return y if copies.have_met else copies.meet(y).to(y.dtype)
 
 
