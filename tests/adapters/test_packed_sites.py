@@ -97,13 +97,13 @@ def test_only_the_adapters_of_the_step_and_some_idle_ones_have_their_parts_made(
     programs = SlotPrograms()
     for slot in range(200):
         programs.put(slot, AdapterProgram(packed(spectral(slot), TRANSFER)))
-    assert programs.num_open == 0
+    closed: list[int] = []
     for start in range(0, 200, 20):
         used = range(start, start + 20)
-        programs.use(used)
+        closed += programs.use(used)
         parts = [programs[slot].sites[PATHS[0]] for slot in used]
         assert all(programs[slot].sites[PATHS[0]] is own for slot, own in zip(used, parts, strict=True))
-    assert programs.num_open == 20 + MAX_IDLE_OPEN
+    assert closed == list(range(200 - 20 - MAX_IDLE_OPEN))
 
 
 def test_a_step_of_more_adapters_than_stay_open_makes_the_parts_of_each_once() -> None:
@@ -132,4 +132,5 @@ def test_a_slot_that_changes_hands_gives_the_new_adapter() -> None:
         assert isinstance(expected, Spectral)
         assert torch.equal(part.c_N, expected.c_N)
         programs.pop(0)
-    assert (len(programs), programs.num_open) == (0, 0)
+        with pytest.raises(KeyError):
+            programs[0]

@@ -34,10 +34,6 @@ class SlotPrograms(Mapping[int, AdapterProgram]):
     def __len__(self) -> int:
         return len(self._programs)
 
-    @property
-    def num_open(self) -> int:
-        return len(self._open)
-
     def put(self, slot: int, program: AdapterProgram) -> None:
         self._programs[slot] = program
 
