@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -241,3 +242,44 @@ async def streamed(
         await deltas.aclose()
     if answer.include_usage:
         yield {**head, "choices": [], "usage": usage.body(), **first}
+
+
+async def gathered(
+    answer: Answer,
+    kind: str,
+    parts_of: Callable[[Delta], list[Body]],
+    take_text: Callable[[Body], str],
+) -> Body:
+    """What `streamed` sends in parts as one body; each choice has its whole text under ``text``.
+
+    ``take_text`` takes a part's text out of it.
+    """
+    usage = Usage(answer)
+    choices: dict[int, Body] = {}
+    texts: defaultdict[int, list[str]] = defaultdict(list)
+    async with aclosing(answer.deltas()) as deltas:
+        async for delta in deltas:
+            usage.add(delta)
+            for part in parts_of(delta):
+                texts[delta.index].append(take_text(part))
+                if choices.setdefault(delta.index, part) is not part:
+                    _append(choices[delta.index], part)
+    return {
+        **answer.head(kind),
+        "choices": [choices[index] | {"text": "".join(texts[index])} for index in sorted(choices)],
+        "usage": usage.body(),
+        "adapter": answer.voice.body(),
+    }
+
+
+def _append(choice: Body, part: Body) -> None:
+    """Adds a choice's next part, but for its text, to what there is of it."""
+    for key in part.keys() & {"token_ids", "routing"}:
+        choice.setdefault(key, []).extend(part[key])
+    if choice["logprobs"] is None:
+        choice["logprobs"] = part["logprobs"]
+    else:
+        for key, values in (part["logprobs"] or {}).items():
+            if values:  # A chat's refusal is null.
+                choice["logprobs"][key] += values
+    choice["finish_reason"], choice["stop_reason"] = part["finish_reason"], part["stop_reason"]

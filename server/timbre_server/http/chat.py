@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Request
 from starlette.responses import Response
 
 from timbre_server.errors import InvalidRequest
-from timbre_server.http.answer import Answer, Usage, Wishes, choose_voice, deliver, prepare, streamed
+from timbre_server.http.answer import Answer, Wishes, choose_voice, deliver, gathered, prepare, streamed
 from timbre_server.http.context import ServingContext
 from timbre_server.http.generation import Delta
 from timbre_server.http.json_bodies import JSON_ONLY, JsonRoute
@@ -69,55 +67,25 @@ def _wishes(context: ServingContext, request: ChatRequest) -> Wishes:
 
 
 async def _whole(answer: Answer, request: ChatRequest) -> dict[str, Any]:
+    """What is told of the prompt stands beside the choices."""
     parts = _Parts(answer, request)
-    usage = Usage(answer)
-    choices: dict[int, dict[str, Any]] = {}
-    texts: defaultdict[int, list[str]] = defaultdict(list)
     prompt: dict[str, Any] = {}
-    async with aclosing(answer.deltas()) as deltas:
-        async for delta in deltas:
-            usage.add(delta)
-            if delta.prompt_logprobs:
-                prompt["prompt_logprobs"] = prompt_logprobs_list(delta.prompt_logprobs, answer.labels)
-            for part in parts.of(delta):
-                _append(choices.setdefault(delta.index, _empty_choice(delta.index)), part)
-                texts[delta.index].append(part["delta"].get("content", ""))
-    for index, choice in choices.items():
-        choice["message"]["content"] = "".join(texts[index])
-    if request.return_token_ids:
-        prompt["prompt_token_ids"] = answer.prompts[0].token_ids
-    return {
-        **answer.head(OBJECT),
-        "choices": [choices[index] for index in sorted(choices)],
-        "usage": usage.body(),
-        "adapter": answer.voice.body(),
-        **prompt,
-    }
+
+    def parts_of(delta: Delta) -> list[dict[str, Any]]:
+        if delta.prompt_logprobs:
+            prompt["prompt_logprobs"] = prompt_logprobs_list(delta.prompt_logprobs, answer.labels)
+        return parts.of(delta)
+
+    body = await gathered(answer, OBJECT, parts_of, lambda part: part.pop("delta").get("content", ""))
+    for choice in body["choices"]:
+        choice["message"] = {"role": "assistant", "content": choice.pop("text"), "refusal": None}
+        if request.return_token_ids:
+            prompt["prompt_token_ids"] = choice.pop("prompt_token_ids")
+    return body | prompt
 
 
 def _chunks(answer: Answer, request: ChatRequest) -> AsyncGenerator[dict[str, Any], None]:
     return streamed(answer, f"{OBJECT}.chunk", _Parts(answer, request).of)
-
-
-def _empty_choice(index: int) -> dict[str, Any]:
-    return {
-        "index": index,
-        "message": {"role": "assistant", "content": "", "refusal": None},
-        "logprobs": None,
-        "finish_reason": None,
-        "stop_reason": None,
-    }
-
-
-def _append(choice: dict[str, Any], part: dict[str, Any]) -> None:
-    """Adds a choice's next part, but for its text, to what there is of it."""
-    if part["logprobs"] is not None:
-        choice["logprobs"] = choice["logprobs"] or {"content": [], "refusal": None}
-        choice["logprobs"]["content"] += part["logprobs"]["content"]
-    for key in part.keys() & {"token_ids", "routing"}:
-        choice.setdefault(key, []).extend(part[key])
-    if part["finish_reason"] is not None:
-        choice["finish_reason"], choice["stop_reason"] = part["finish_reason"], part["stop_reason"]
 
 
 class _Parts:

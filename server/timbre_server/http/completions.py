@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Request
 from starlette.responses import Response
 
-from timbre_server.http.answer import Answer, Usage, Wishes, choose_voice, deliver, prepare, streamed
+from timbre_server.http.answer import Answer, Wishes, choose_voice, deliver, gathered, prepare, streamed
 from timbre_server.http.context import ServingContext
 from timbre_server.http.generation import Delta
 from timbre_server.http.json_bodies import JSON_ONLY, JsonRoute
@@ -63,40 +61,11 @@ def _wishes(request: CompletionRequest) -> Wishes:
 
 
 async def _whole(answer: Answer, request: CompletionRequest) -> dict[str, Any]:
-    parts = _Parts(answer, request)
-    usage = Usage(answer)
-    choices: dict[int, dict[str, Any]] = {}
-    texts: defaultdict[int, list[str]] = defaultdict(list)
-    async with aclosing(answer.deltas()) as deltas:
-        async for delta in deltas:
-            usage.add(delta)
-            for part in parts.of(delta):
-                _append(choices.setdefault(delta.index, part), part)
-                texts[delta.index].append(part["text"])
-    for index, choice in choices.items():
-        choice["text"] = "".join(texts[index])
-    return {
-        **answer.head(OBJECT),
-        "choices": [choices[index] for index in sorted(choices)],
-        "usage": usage.body(),
-        "adapter": answer.voice.body(),
-    }
+    return await gathered(answer, OBJECT, _Parts(answer, request).of, lambda part: str(part.pop("text")))
 
 
 def _chunks(answer: Answer, request: CompletionRequest) -> AsyncGenerator[dict[str, Any], None]:
     return streamed(answer, OBJECT, _Parts(answer, request).of)
-
-
-def _append(choice: dict[str, Any], part: dict[str, Any]) -> None:
-    """Adds a choice's next part, but for its text, to what there is of it."""
-    if choice is part:
-        return
-    if part["logprobs"] is not None:
-        for key, values in part["logprobs"].items():
-            choice["logprobs"][key] += values
-    for key in part.keys() & {"token_ids", "routing"}:
-        choice[key] += part[key]
-    choice["finish_reason"], choice["stop_reason"] = part["finish_reason"], part["stop_reason"]
 
 
 class _Parts:
