@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from timbre_server.engine.assembly import assemble
+from timbre_server.engine.attention import install_attention
 from timbre_server.engine.core import EngineCore
 from timbre_server.engine.messages import AdapterUse, DeriveTensors, SamplingParams, Submit
 from timbre_server.engine.options import EngineOptions
+from timbre_server.engine.probe import probe
 from timbre_server.inspection import inspector, meta_sites
 from timbre_store.errors import InvalidAdapter
 from timbre_store.limits import StoreLimits
@@ -133,6 +135,54 @@ def registered(store: Store, name: str, config: dict[str, Any], tensors: Weights
                 writer.write(content)
                 digests.append(writer.commit())
         return store.register(name, *digests, base).digest
+
+
+POSITIONS = "base_model.model.transformer.wpe"
+ON_POSITIONS: dict[str, tuple[dict[str, Any], Weights]] = {
+    "a LoRA": (
+        {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["wte", "wpe"]},
+        {
+            f"{POSITIONS}.lora_embedding_A": torch.ones(2, 256),
+            f"{POSITIONS}.lora_embedding_B": torch.ones(32, 2),
+        },
+    ),
+    "rows of its own": (
+        {"peft_type": "TRAINABLE_TOKENS", "target_modules": ["wpe"], "token_indices": [1, 2]},
+        {f"{POSITIONS}.trainable_tokens_delta": torch.ones(2, 32)},
+    ),
+    "rows beside a LoRA": (
+        {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "trainable_token_indices": {"wpe": [1, 2]}},
+        {f"{POSITIONS}.token_adapter.trainable_tokens_delta": torch.ones(2, 32)},
+    ),
+    "a table of its own": (
+        {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "modules_to_save": ["wpe"]},
+        {f"{POSITIONS}.weight": torch.ones(256, 32)},
+    ),
+}
+"""What PEFT writes for a GPT-2's learned positions."""
+
+
+@pytest.mark.parametrize("alone", [True, False], ids=["alone", "beside a LoRA of the tokens"])
+@pytest.mark.parametrize(("config", "tensors"), ON_POSITIONS.values(), ids=ON_POSITIONS)
+def test_an_adapter_of_learned_positions_is_refused_at_upload_by_their_name(
+    config: dict[str, Any],
+    tensors: Weights,
+    alone: bool,
+    tiny_model: Callable[[str], PreTrainedModel],
+    tmp_path: Path,
+) -> None:
+    model = tiny_model("gpt2")
+    install_attention(model)
+    tokens = {
+        "base_model.model.transformer.wte.lora_embedding_A": torch.ones(2, 131),
+        "base_model.model.transformer.wte.lora_embedding_B": torch.ones(32, 2),
+    }
+    inspect = inspector(meta_sites(probe(model).sites), budget_bytes=1 << 20, derive=lambda *_: None)
+    with (
+        Store(tmp_path, inspect=inspect, limits=StoreLimits()) as store,
+        pytest.raises(InvalidAdapter, match=r"this base has no .* '(transformer\.)?wpe' that can be adapted"),
+    ):
+        registered(store, "positions", config, tensors if alone else tensors | tokens, "sha256:" + "0" * 64)
 
 
 def scored(model: PreTrainedModel) -> Tensor:
