@@ -176,9 +176,9 @@ def test_layers_are_not_asked_while_the_adapters_stay(kind: str, monkeypatch: py
     chosen = [0]
     choose = Choice.__call__
 
-    def counted(self: Choice, num_rows: int) -> None:
+    def counted(self: Choice, num_rows: int) -> int:
         chosen[0] += 1
-        choose(self, num_rows)
+        return choose(self, num_rows)
 
     monkeypatch.setattr(Choice, "__call__", counted)
     monkeypatch.setattr(sys.modules[__name__], "TAPES", TAPES[:1])
@@ -193,8 +193,10 @@ def test_layers_are_not_asked_while_the_adapters_stay(kind: str, monkeypatch: py
         if order == [0, 1, 2, 3]:
             chosen[0] = 0
     assert chosen[0] == 0
-    model.play(RowTable([Span(4, ())]), numbers(4, IN))
-    assert chosen[0] == len(PATHS)
+    for order in ([], [1, 2], [], [3]):
+        table = RowTable([*(Span(1, ((slot, 1.0),)) for slot in order), Span(4)])
+        model.play(table, numbers(table.num_rows, IN))
+    assert chosen[0] == len(PATHS), "once for base rows alone"
 
 
 @pytest.mark.parametrize("kind", [*OUTLASTING, "mixtures"])

@@ -9,6 +9,7 @@ Legend: T rows of the batch, I in features.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -18,7 +19,7 @@ from timbre_server.adapters.active_rows import ActiveRows, RowCopies
 from timbre_server.adapters.added import rows_of
 from timbre_server.adapters.in_place import InPlace
 from timbre_server.adapters.shared_input import SharedInput
-from timbre_server.native.tape import State
+from timbre_server.native.tape import State, Tape
 from timbre_server.operators.contract import Bound, Change, Operator, Standing, StandingOperator
 from timbre_server.operators.live_rows import LiveRows
 from timbre_server.operators.row_table import RowTable
@@ -32,8 +33,21 @@ Operators = Mapping[type[Part], Operator[Any]]
 PreparedKinds = Mapping[type[Part], object]
 """Of one adapter at one group: what operators have prepared of each kind."""
 
-_BASE, _MERGED = "the base's own", "merged weights"
-"""What a group runs where adapters add nothing to it."""
+_MAX_BEHAVIOURS = 16
+"""Of a group, that are kept."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Behaviour:
+    """What members do; as long as it is kept, the same object whenever they do the same."""
+
+    in_place: tuple[InPlace | None, ...] = ()
+    """To each of them; None: not so. Either to all or to none."""
+    number: int = field(default_factory=State.another)
+    """Of the state of who asks for it."""
+    tapes: dict[object, Tape] = field(default_factory=dict)
+    """What was written down of it, by who did. What members have in common is on the tape of the first of
+    them: all are kept, or none."""
 
 
 class _Standing:
@@ -81,13 +95,16 @@ class AdaptedGroup:
         """Of these."""
         self._bound_table: RowTable | None = None
         self._bound: tuple[Bound, ...] = ()
-        self._in_place: tuple[InPlace | None, ...] = ()
+        self._base, self._merged, self._nothing = Behaviour(), Behaviour(), Behaviour()
+        """Where adapters add nothing, where weights are merged, and where nobody knows."""
+        self._behaviour = self._nothing
+        """Of what is bound."""
+        self._behaviours: dict[tuple[InPlace | None, ...], Behaviour] = {}
+        """What was bound last at the end."""
         self._has_admitted = False
         """Since the last bind: who is bound to may act on members that nobody acted on before."""
         self.state = State()
         """Another one whenever the members, asked by a tape, may do anything else than before."""
-        self._last_run: object = None
-        """What that was."""
         self._input = SharedInput(len(self.paths))
 
     @property
@@ -102,28 +119,25 @@ class AdaptedGroup:
         """The operators in use at this group, ready for the current table; empty for base rows only."""
         table = self._rows.table
         if table is None:
-            self._run(_MERGED if self._rows.are_merged else _BASE)
+            self.state.number = (self._merged if self._rows.are_merged else self._base).number
             return ()
         if self._bound_table is not table:
             found = self._bind(table)
-            own = self._in_place
+            own = self._behaviour.in_place
             if found != self._bound or self._has_admitted or any(o and o.follows_from_table for o in own):
-                self._set_in_place(found, table)
+                self._behaviour = self._behaviour_of(found, table)
             self._bound, self._bound_table, self._has_admitted = found, table, False
-        self._run(self._in_place if self._bound else _BASE)
+        self.state.number = (self._behaviour if self._bound else self._base).number
         return self._bound
 
-    def _set_in_place(self, bounds: Sequence[Bound], table: RowTable) -> None:
-        """The very same object where all that they do is what it was."""
+    def _behaviour_of(self, bounds: Sequence[Bound], table: RowTable) -> Behaviour:
         own = [InPlace.of(bounds, member, table) for member in range(len(self.paths))]
-        found = tuple(own) if None not in own else (None,) * len(own)
-        if found != self._in_place:
-            self._in_place = found
-
-    def _run(self, what: object) -> None:
-        if what is not self._last_run:
-            self._last_run = what
-            self.state.change()
+        in_place = tuple(own) if None not in own else (None,) * len(own)
+        found = self._behaviours.pop(in_place, None) or Behaviour(in_place)
+        self._behaviours[in_place] = found
+        if len(self._behaviours) > _MAX_BEHAVIOURS:
+            del self._behaviours[next(iter(self._behaviours))]
+        return found
 
     def acts_on_none(self) -> bool:
         """Whether all rows are base rows here."""
@@ -131,7 +145,12 @@ class AdaptedGroup:
 
     def in_place(self, member: int) -> InPlace | None:
         """What `bound` does to a member; None unless it does so to all."""
-        return self._in_place[member]
+        return self._behaviour.in_place[member]
+
+    @property
+    def tapes(self) -> dict[object, Tape]:
+        """As `Behaviour.tapes`, of what `in_place` does."""
+        return self._behaviour.tapes
 
     @property
     def outlasts_tables(self) -> bool:
@@ -180,6 +199,7 @@ class AdaptedGroup:
             self._standing.admit(slot, self._prepared[slot], self._rows.live)
         except BaseException:  # Nobody knows what stands: the next step begins anew.
             self._standing.clear()
+            self._behaviours.clear()
             self._drop_bound()
             raise
         self._has_admitted = True
@@ -198,8 +218,8 @@ class AdaptedGroup:
             self._drop_bound()
 
     def _drop_bound(self) -> None:
-        self._bound, self._in_place = (), ()
-        self._run(None)
+        self._bound, self._behaviour = (), self._nothing
+        self.state.number = self._nothing.number
 
     def end_step(self) -> None:
         """Drop the input and the shares of it that no member fetched (a forward that failed half-way)."""

@@ -77,7 +77,9 @@ class LinearOnTape:
             return base.product
         if not group.outlasts_tables or base.y.whole.dtype not in (torch.float32, torch.bfloat16):
             return Tape([self._write])
-        return Recording.of_kernels(partial(self._write, self._num_rows), self._num_rows)
+        if self not in group.tapes:
+            group.tapes[self] = Recording.of_kernels(partial(self._write, self._num_rows), self._num_rows)
+        return group.tapes[self]
 
     def _write(self, num_rows: int) -> object:
         """Returns what the kernels read."""

@@ -23,24 +23,33 @@ Note = Callable[[int], object]
 
 
 class State:
-    """What calls follow from: a number that is another one whenever these may be others."""
+    """What calls follow from: a number that is another one whenever these may be others, and may be one again
+    that it was when they were the same."""
 
     _NUMBERS = count(1)
 
     def __init__(self) -> None:
-        self._number = array("q", [0])
-        self.change()
+        self._number = array("q", [self.another()])
+
+    @classmethod
+    def another(cls) -> int:
+        """A number that no state has had."""
+        return next(cls._NUMBERS)
 
     @property
     def number(self) -> int:
         return self._number[0]
+
+    @number.setter
+    def number(self, number: int) -> None:
+        self._number[0] = number
 
     @property
     def address(self) -> int:
         return self._number.buffer_info()[0]
 
     def change(self) -> None:
-        self._number[0] = next(self._NUMBERS)
+        self.number = self.another()
 
 
 class Tape:
@@ -105,41 +114,52 @@ class _Kernels:
         first, end = self.begin
         place = self._play(first, 0, end, num_rows)
         while place < end:
-            choice = self.choices[place]
-            choice(num_rows)
-            place = self._play(first, place + 1 + choice.replaced, end, num_rows)
+            replaced = self.choices[place](num_rows)
+            place = self._play(first, place + 1 + replaced, end, num_rows)
 
 
 class Choice:
-    """What a tape calls at one place: chosen when it gets there and the state is another than it was."""
+    """What a tape calls at one place: chosen when it gets there, unless it still knows what was chosen in the
+    state that there is."""
 
     _NEVER = 0
+    _MAX_KNOWN = 8
 
     def __init__(self, state: State, choose: Callable[[], Tape | None], num_plain: int = 0) -> None:
         """``choose`` may change the state that it chooses for. What it gives takes the place of so many calls
         that follow; None: those are to be made."""
         self._state, self._choose, self._num_plain = state, choose, num_plain
-        self._fields = array("q", [state.address, self._NEVER, 0, 0])
+        unknown = [self._NEVER, 0, 0] * self._MAX_KNOWN
+        self._fields = array("q", [state.address, self._MAX_KNOWN, *unknown])
         """``Choice`` of ``tape.cpp``, which plays kernels alone."""
         self.address = _address_of(self._fields)
-        self._known = self._NEVER
-        self._tape: Tape | None = None
+        self._kept: list[Tape | None] = []
+        """What it knows, the last in place of the first when there are too many."""
+        self._num_kept = 0
+        self._last: tuple[int, Tape | None] = self._NEVER, None
+        """What was chosen last of all else, with the number of the state."""
 
-    @property
-    def replaced(self) -> int:
-        """How many of the calls that follow are not made."""
-        return 0 if self._tape is None else self._num_plain
+    def __call__(self, num_rows: int) -> int:
+        """Returns how many of the calls that follow are not to be made."""
+        number, tape = self._last
+        if number != self._state.number:
+            tape = self._choose()
+            begin = _NOTHING if tape is None else tape.begin
+            if begin is not None and (tape is None or not self._num_plain):
+                self._keep(tape, begin)
+            else:
+                self._last = self._state.number, tape
+        if tape is None:
+            return 0
+        tape(num_rows)
+        return self._num_plain
 
-    def __call__(self, num_rows: int) -> None:
-        if self._known != self._state.number:
-            self._known = self._fields[1] = self._NEVER
-            self._tape = self._choose()
-            self._known = self._state.number
-            begin = _NOTHING if self._tape is None else self._tape.begin
-            if begin is not None and not self.replaced:
-                self._fields[1:] = array("q", [self._known, *begin])
-        if self._tape is not None:
-            self._tape(num_rows)
+    def _keep(self, tape: Tape | None, begin: tuple[int, int]) -> None:
+        place = self._num_kept % self._MAX_KNOWN
+        self._num_kept += 1
+        self._kept[place : place + 1] = [tape]
+        first = 2 + 3 * place
+        self._fields[first : first + 3] = array("q", [self._state.number, *begin])
 
 
 _NOTHING = 0, 0

@@ -19,12 +19,23 @@ struct Call {
     int64_t num_words, num_counted;  // Words are followed by those that are counted.
 };
 
-// Calls of kernels, for as long as what they follow from is in one state.
-struct Choice {
-    const int64_t *state;
-    int64_t known;
+// Calls of kernels, for a state of what they follow from.
+struct Known {
+    int64_t state;
     const Call *calls;
     int64_t count;
+};
+
+struct Choice {
+    const int64_t *state;
+    int64_t num_known;
+    Known known[];
+
+    // Null: there are none.
+    const Known *now() const {
+        const Known *found = std::find_if(known, known + num_known, [&](const Known &own) { return own.state == *state; });
+        return found < known + num_known ? found : nullptr;
+    }
 };
 
 static void make(const Call &call, int64_t rows) {
@@ -44,9 +55,9 @@ extern "C" int64_t timbre_play(const Call *calls, int64_t first, int64_t count, 
             make(call, rows);
             continue;
         }
-        const Choice &choice = *call.choice;
-        if (*choice.state != choice.known) return first;
-        for (int64_t n = 0; n < choice.count; n++) make(choice.calls[n], rows);
+        const Known *chosen = call.choice->now();
+        if (!chosen) return first;
+        for (int64_t n = 0; n < chosen->count; n++) make(chosen->calls[n], rows);
     }
     return count;
 }
