@@ -28,13 +28,14 @@ from timbre_store.catalogue_reads import (
     find_record,
     parts_of,
     record_of,
+    select_names,
     select_records,
 )
 from timbre_store.errors import AdapterInUse, NameConflict, NotFound
 from timbre_store.failpoints import Reach
 from timbre_store.manifest import Manifest
 from timbre_store.names import Reference
-from timbre_store.records import AdapterRecord, Alias, Page
+from timbre_store.records import AdapterRecord, Alias, Named, Page
 from timbre_store.tables import aliases, latest_versions, manifests, mixes, versions
 
 
@@ -83,6 +84,16 @@ class Catalogue:
         with self.reading() as connection:
             rows = connection.execute(select_records().join(wanted, here).order_by(versions.c.name)).all()
         items = tuple(map(record_of, rows[:limit]))
+        return Page(items, items[-1].name if len(rows) > limit else None)
+
+    def page_of_names(self, limit: int, after: str | None) -> Page[Named]:
+        """Names and aliases in one order, with what each leads to."""
+        wanted = select_names(limit + 1, after).subquery()
+        here = (versions.c.name == wanted.c.name) & (versions.c.version == wanted.c.version)
+        query = select_records().add_columns(wanted.c.id).join(wanted, here).order_by(wanted.c.id)
+        with self.reading() as connection:
+            rows = connection.execute(query).all()
+        items = tuple(Named(row.id, record_of(row)) for row in rows[:limit])
         return Page(items, items[-1].name if len(rows) > limit else None)
 
     def aliases(self, name: str | None = None) -> tuple[Alias, ...]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Literal, overload
 
-from sqlalchemy import Connection, Row, Select, select
+from sqlalchemy import CompoundSelect, Connection, Row, Select, func, select, union_all
 
 from timbre_store.errors import NotFound
 from timbre_store.manifest import Manifest
 from timbre_store.names import Reference
 from timbre_store.records import AdapterRecord, Alias, MixPart
-from timbre_store.tables import aliases, counters, manifests, versions
+from timbre_store.tables import aliases, counters, latest_versions, manifests, versions
 
 RecordRow = tuple[str, int, str, float, bytes]
 
@@ -24,6 +24,21 @@ def select_records() -> Select[Any]:
         manifests.c.content,
     )
     return select(*columns).join_from(versions, manifests, versions.c.digest == manifests.c.digest)
+
+
+def select_names(limit: int, after: str | None) -> CompoundSelect[str, str, int]:
+    """The first names and aliases behind ``after``, and the version of an adapter that each leads to."""
+    own = latest_versions().order_by(versions.c.name).limit(limit)
+    others = select(aliases).order_by(aliases.c.alias).limit(limit)
+    if after is not None:
+        own, others = own.where(versions.c.name > after), others.where(aliases.c.alias > after)
+    names, pointers = own.subquery(), others.subquery()  # Cut apart: of both, SQLite would read all to sort.
+    latest = select(func.max(versions.c.version)).where(versions.c.name == pointers.c.name).scalar_subquery()
+    either = union_all(
+        select(names.c.name.label("id"), names.c.name, names.c.version),
+        select(pointers.c.alias, pointers.c.name, func.coalesce(pointers.c.version, latest)),
+    )
+    return either.order_by("id").limit(limit)
 
 
 def record_of(row: Row[Any]) -> AdapterRecord:

@@ -43,6 +43,14 @@ class Alias:
 
 
 @dataclass(frozen=True, slots=True)
+class Named:
+    """What a name leads to now: an adapter's own, or an alias."""
+
+    name: str
+    record: AdapterRecord
+
+
+@dataclass(frozen=True, slots=True)
 class Page(Generic[Item]):
     items: tuple[Item, ...]
     next_after: str | None

@@ -26,7 +26,7 @@ from timbre_store.layout import FILE_MODE, FOLDER_MODE, Layout
 from timbre_store.limits import StoreLimits
 from timbre_store.names import Reference, check_name
 from timbre_store.recipe import Recipe
-from timbre_store.records import AdapterRecord, Alias, Page
+from timbre_store.records import AdapterRecord, Alias, Named, Page
 from timbre_store.registrar import Registrar
 from timbre_store.upload import Arrival, Upload
 from timbre_store.writer import BlobWriter
@@ -178,6 +178,10 @@ class Store:
     def list(self, limit: int, after: str | None = None) -> Page[AdapterRecord]:
         """The latest version of each name, by name, from the first one behind ``after``."""
         return self._catalogue.page(limit, after)
+
+    def names(self, limit: int, after: str | None = None) -> Page[Named]:
+        """What each name and each alias means now, by name, from the first one behind ``after``."""
+        return self._catalogue.page_of_names(limit, after)
 
     def aliases(self, name: str | None = None) -> tuple[Alias, ...]:
         """Of one adapter, or all; by alias."""

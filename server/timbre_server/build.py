@@ -164,7 +164,7 @@ class Rooms:
             engine=parts.engine,
             text=parts.text,
             resolve=self._resolve,
-            list_adapters=parts.store.list,
+            list_names=parts.store.names,
             base_names=parts.base_names,
             admission=Admission(
                 max_requests=settings.max_queued_requests,

@@ -223,22 +223,6 @@ def test_deleting_by_digest_takes_every_version_that_has_it(store: Store, sample
     assert store.versions("a") == (kept,)
 
 
-def test_pages_hold_each_name_s_latest_version_once(store: Store, samples: ModuleType) -> None:
-    for name in ("c", "a", "e", "b", "d", "a"):
-        latest = samples.upload(store, name, ord(name))
-    samples.upload(store, "b", 1)
-    store.set_alias("alias", "a")
-    first = store.list(limit=2)
-    second = store.list(limit=2, after=first.next_after)
-    third = store.list(limit=2, after=second.next_after)
-    names = [[(record.name, record.version) for record in page.items] for page in (first, second, third)]
-    assert names == [[("a", 1), ("b", 2)], [("c", 1), ("d", 1)], [("e", 1)]]
-    assert (first.next_after, second.next_after, third.next_after) == ("b", "d", None)
-    assert first.items[0] == latest
-    assert store.list(limit=5).next_after is None
-    assert store.list(limit=5, after="e").items == ()
-
-
 def test_racing_uploads_of_one_name_each_get_a_version(store: Store, samples: ModuleType) -> None:
     start = threading.Barrier(8)
 

@@ -170,6 +170,9 @@ class StoreMachine(RuleBasedStateMachine):
         assert {(a.alias, a.name, a.version) for a in self.store.aliases()} == {
             (alias, name, pin) for alias, (name, pin) in self.aliases.items()
         }
+        meant = sorted((alias, *(self.meant(alias, None) or ())) for alias in self.aliases)
+        named = [(each.name, each.record.name, each.record.version) for each in self.store.names(18).items]
+        assert named == sorted([*((name, name, last) for name, last in latest), *meant])
         for content in self.contents_in_use():
             open_adapter(self.root, self.digests[content])
 

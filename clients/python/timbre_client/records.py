@@ -175,12 +175,13 @@ class AdapterPage:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """What a request may name as its model: the base, or an adapter on it."""
+    """What a request may name as its model: the base, or an adapter on it by name or alias."""
 
     id: str
     parent: str | None
     """The base model of an adapter."""
     root: str | None
+    """What the id leads to now: an adapter's ``name@sha256:…``, or the base's first name."""
 
     @staticmethod
     def of(body: Mapping[str, Any]) -> Model:

@@ -13,7 +13,7 @@ from typing import Protocol
 from timbre_server.engine.client import Engine
 from timbre_server.http.text import TextCodec
 from timbre_server.request_record import RequestRecord
-from timbre_store.records import AdapterRecord, Page
+from timbre_store.records import AdapterRecord, Named, Page
 
 
 class Admission(Protocol):
@@ -46,8 +46,8 @@ class ServingContext:
     """None: the model has no tokenizer, and serves prompts of token ids only."""
     resolve: Callable[[str], AdapterRecord]
     """name, name@version, name@sha256:… or alias. Blocking; called in a thread. Raises: NotFound."""
-    list_adapters: Callable[[int, str | None], Page[AdapterRecord]]
-    """(limit, after) -> latest version of each name, in order of names. Blocking; called in a thread."""
+    list_names: Callable[[int, str | None], Page[Named]]
+    """(limit, after) -> adapters by name and alias, in order of both. Blocking; called in a thread."""
     base_names: tuple[str, ...]
     """Names of the base model; the first is the one that is shown."""
     admission: Admission

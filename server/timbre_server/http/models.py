@@ -1,4 +1,4 @@
-"""``GET /v1/models``: the base model and the adapters on it, as routers and SDKs read them."""
+"""``GET /v1/models``: the base model, and adapters by name and alias, as routers and SDKs read them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from starlette.responses import Response
 from timbre_server.http.answer import json_response
 from timbre_server.http.context import ServingContext
 from timbre_server.http.voice import resolve_voice
-from timbre_store.records import AdapterRecord
+from timbre_store.records import AdapterRecord, Named
 
 OWNER = "timbre"
 MAX_PAGE = 1000
@@ -25,7 +25,8 @@ def models_router(context: ServingContext) -> APIRouter:
         limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = MAX_PAGE,
         after: Annotated[str | None, Query(max_length=256)] = None,
     ) -> Response:
-        """The base model's names first, then the adapters in order of names. ``after``: an id of the list."""
+        """The base model's names first, then the names and aliases of adapters in one order. ``after``: an id
+        of the list."""
         bases = list(context.base_names)
         if after is not None:
             bases = bases[bases.index(after) + 1 :] if after in bases else []
@@ -34,8 +35,8 @@ def models_router(context: ServingContext) -> APIRouter:
         has_more = len(bases) > len(data)
         if not has_more:
             cursor = None if after in context.base_names else after
-            adapters, has_more = await _adapters(context, room, cursor)
-            data += [_adapter(context, record, record.name) for record in adapters]
+            named, has_more = await _named(context, room, cursor)
+            data += [_adapter(context, each.record, each.name) for each in named]
         ids = [entry["id"] for entry in data]
         return json_response(
             {
@@ -59,11 +60,9 @@ def models_router(context: ServingContext) -> APIRouter:
     return router
 
 
-async def _adapters(
-    context: ServingContext, limit: int, after: str | None
-) -> tuple[tuple[AdapterRecord, ...], bool]:
-    """The next adapters, and whether there are more. One is looked up even where none is wanted."""
-    page = await asyncio.to_thread(context.list_adapters, max(limit, 1), after)
+async def _named(context: ServingContext, limit: int, after: str | None) -> tuple[tuple[Named, ...], bool]:
+    """The next names, and whether there are more. One is looked up even where none is wanted."""
+    page = await asyncio.to_thread(context.list_names, max(limit, 1), after)
     if limit == 0:
         return (), bool(page.items)
     return page.items, page.next_after is not None
@@ -74,6 +73,7 @@ def _base(context: ServingContext, name: str) -> dict[str, Any]:
 
 
 def _adapter(context: ServingContext, record: AdapterRecord, name: str) -> dict[str, Any]:
+    """``name`` may be an alias; ``root`` is what it leads to now."""
     root = f"{record.name}@{record.digest}"
     model = _model(name, int(record.created_s), root, context.base_names[0], context)
     identity = {"name": record.name, "version": record.version, "digest": record.digest}

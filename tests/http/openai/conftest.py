@@ -28,7 +28,7 @@ from timbre_server.request_record import RequestRecord
 from timbre_store.errors import NotFound
 from timbre_store.manifest import Manifest
 from timbre_store.names import Reference
-from timbre_store.records import AdapterRecord, Page
+from timbre_store.records import AdapterRecord, Named, Page
 
 BASE = "tiny-base"
 BASE_DIGEST = "sha256:" + "b" * 64
@@ -69,6 +69,7 @@ class Shelf:
 
     def __init__(self) -> None:
         self.records: list[AdapterRecord] = []
+        self.aliases: dict[str, str] = {}
 
     def add(self, name: str, version: int = 1, base: str | None = BASE_DIGEST) -> AdapterRecord:
         digest = "sha256:" + f"{len(self.records):064x}"
@@ -78,17 +79,17 @@ class Shelf:
         return record
 
     def resolve(self, reference: str) -> AdapterRecord:
-        wanted = Reference.parse(reference)
+        wanted = Reference.parse(self.aliases.get(reference, reference))
         for record in reversed(self.records):
             same_pin = wanted.version in (None, record.version) and wanted.digest in (None, record.digest)
             if record.name == wanted.name and same_pin:
                 return record
         raise NotFound(f"no adapter {reference!r}")
 
-    def page(self, limit: int, after: str | None) -> Page[AdapterRecord]:
-        latest = {record.name: record for record in self.records}
-        names = [name for name in sorted(latest) if after is None or name > after]
-        items = tuple(latest[name] for name in names[:limit])
+    def page(self, limit: int, after: str | None) -> Page[Named]:
+        every = {record.name for record in self.records} | self.aliases.keys()
+        names = [name for name in sorted(every) if after is None or name > after]
+        items = tuple(Named(name, self.resolve(name)) for name in names[:limit])
         return Page(items, items[-1].name if len(names) > limit else None)
 
 
@@ -169,7 +170,7 @@ def new_rig(engine: Any, *, with_text: bool = True) -> Rig:
         engine=engine,
         text=engine.codec if with_text else None,
         resolve=shelf.resolve,
-        list_adapters=shelf.page,
+        list_names=shelf.page,
         base_names=(BASE, "org/" + BASE),
         admission=gate,
         started_s=1_700_000_000,

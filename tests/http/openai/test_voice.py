@@ -94,6 +94,12 @@ async def test_the_first_event_of_a_stream_says_who_answers(shelved: Any) -> Non
     assert all("adapter" not in event for event in events[1:])
 
 
+@pytest.fixture
+def aliased(shelved: Any) -> Any:
+    shelved.shelf.aliases |= {"old": "pirate@1", "quill": "poet"}
+    return shelved
+
+
 async def test_models_lists_bases_first_and_then_the_latest_of_each_adapter(shelved: Any) -> None:
     body = (await shelved.get("/v1/models")).json()
     assert body["object"] == "list"
@@ -110,19 +116,32 @@ async def test_models_lists_bases_first_and_then_the_latest_of_each_adapter(shel
     assert pirate["adapter"]["version"] == 2
 
 
-@pytest.mark.parametrize("limit", [1, 2, 3, 4, 5, 6])
-async def test_pages_of_any_size_add_up_to_the_list(shelved: Any, limit: int) -> None:
+async def test_models_lists_an_alias_as_the_adapter_that_it_leads_to(aliased: Any) -> None:
+    body = (await aliased.get("/v1/models")).json()
+    cards = {entry["id"]: entry for entry in body["data"]}
+    first = aliased.shelf.records[0]
+    identity = {"name": "pirate", "version": 1, "digest": first.digest}
+    assert cards["old"]["adapter"] == {**identity, "method": "lora"}
+    assert cards["old"]["root"] == f"pirate@{first.digest}"
+    assert cards["old"]["parent"] == "tiny-base"
+    assert cards["quill"] == {**cards["poet"], "id": "quill"}
+    for alias in ("old", "quill"):
+        assert (await aliased.get(f"/v1/models/{alias}")).json() == cards[alias]
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 4, 5, 6, 7, 8])
+async def test_pages_of_any_size_add_up_to_the_list(aliased: Any, limit: int) -> None:
     seen: list[str] = []
     query = f"limit={limit}"
-    for _ in range(6):
-        body = (await shelved.get(f"/v1/models?{query}")).json()
+    for _ in range(8):
+        body = (await aliased.get(f"/v1/models?{query}")).json()
         assert len(body["data"]) <= limit
         seen += [entry["id"] for entry in body["data"]]
         if not body["has_more"]:
             break
         assert body["last_id"] == seen[-1]
         query = f"limit={limit}&after={body['last_id']}"
-    assert seen == ["tiny-base", "org/tiny-base", "pirate", "poet", "stranger"]
+    assert seen == ["tiny-base", "org/tiny-base", "old", "pirate", "poet", "quill", "stranger"]
 
 
 @pytest.mark.parametrize("query", ["limit=0", "limit=1001", "limit=x", "after=" + "x" * 257])
