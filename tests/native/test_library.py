@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import shutil
 import stat
 import subprocess
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +28,17 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     native.library.cache_clear()
     yield tmp_path
     native.library.cache_clear()
+
+
+@pytest.fixture
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """All that the library is compiled from: one small file."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    monkeypatch.setattr(native, "SOURCES", folder)
+    written = folder / "kernels.cpp"
+    written.write_text('extern "C" int answer() { return 1; }')
+    return written
 
 
 def test_no_two_sources_have_a_type_of_one_name() -> None:
@@ -89,6 +102,35 @@ def test_a_library_that_was_not_written_to_its_end_is_built_again(
     built.touch()
     assert why_not("native") is None
     assert built.stat().st_size
+
+
+@pytest.mark.cpp
+def test_a_new_library_drives_out_those_that_were_not_used_for_long(home: Path, source: Path) -> None:
+    loaded = native.library()
+    folder = home / ".cache" / "timbre"
+    (old,) = folder.iterdir()
+    recent, foreign = folder / "kernels-recent.so", folder / "other.so"
+    (folder / "kernels-gone.so").symlink_to(folder / "nowhere")  # As if another process had removed it.
+    for path, age_days in ((old, 31), (recent, 29), (foreign, 31)):
+        path.touch()
+        os.utime(path, (time.time() - age_days * 86_400,) * 2)
+
+    source.write_text('extern "C" int answer() { return 2; }')
+    native.library.cache_clear()
+    new = native.library()
+    assert (loaded.answer(), new.answer()) == (1, 2)
+    assert {recent, foreign} < set(folder.iterdir())
+    assert not old.exists()
+
+
+@pytest.mark.cpp
+def test_a_library_that_is_used_is_not_an_old_one(home: Path, source: Path) -> None:
+    native.library()
+    (built,) = (home / ".cache" / "timbre").iterdir()
+    os.utime(built, (0, 0))
+    native.library.cache_clear()
+    native.library()
+    assert time.time() - built.stat().st_mtime < 60
 
 
 @pytest.mark.cpp

@@ -16,9 +16,11 @@ import stat
 import struct
 import subprocess
 import tempfile
+import time
 from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,8 @@ COMPILERS = ("g++", "clang++")
 SOURCES = Path(__file__).with_name("source")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-Wall", "-Wextra")
 _COMPILER_TIMEOUT_S = 300
+_UNUSED_S = 30 * 24 * 3600.0
+"""A library in the cache that nobody loaded for so long is removed when another is built."""
 
 ADDRESS, NUMBER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 """Of arguments of a `kernel`."""
@@ -58,9 +62,11 @@ def library() -> ctypes.CDLL:
         if folder is not None:
             built = folder / name
             try:
+                os.utime(built)  # It is in use.
                 return ctypes.CDLL(str(built))
             except OSError:  # There is none, or a damaged one.
                 _build(compiler, runtime, built)
+                _remove_unused(folder)
                 return ctypes.CDLL(str(built))
         with tempfile.TemporaryDirectory() as temporary:
             built = Path(temporary) / name
@@ -186,6 +192,15 @@ def _build(compiler: str, runtime: Path | None, target: Path) -> None:
         with open(linked, "rb") as written:
             os.fsync(written.fileno())  # To load a torn file would end the process.
         os.replace(linked, target)
+
+
+def _remove_unused(folder: Path) -> None:
+    """A process that has loaded one keeps it; another may be removing the same."""
+    before_s = time.time() - _UNUSED_S
+    for built in folder.glob("kernels-*.so"):
+        with suppress(OSError):
+            if built.stat().st_mtime < before_s:
+                built.unlink()
 
 
 def _run(command: list[str]) -> None:
