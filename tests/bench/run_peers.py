@@ -3,6 +3,8 @@
 LoRA of rank 8 and the base alone, since that is what all of them serve. Each peer is run where its folder is
 given and is said to be skipped where not. All are started first, then every round runs every scenario on each
 of them once: those of ``make bench ARGS=--quick``, or of its usual size where ``--scenarios`` names kinds.
+``--rounds`` are counted; one more comes first and is counted for nobody, since the first of a load pays for
+what later ones find ready: shapes recorded, kernels compiled, memory taken.
 ``to base`` is to the peer's own base, ``to Timbre`` to ours under the same load in that round.
 """
 
@@ -11,7 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -83,6 +85,26 @@ def warm_up(peer: Peer, names: Mapping[str, Sequence[str]]) -> list[Timing]:
     return peer.measure([[Job(name, (200, 201, 202, 203), 3)] for own in names.values() for name in own])
 
 
+def measured_rounds(
+    count: int,
+    scenarios: Sequence[Scenario],
+    peers: Sequence[Peer],
+    streams_of: Callable[[Scenario, int], Sequence[Sequence[Job]]],
+) -> dict[tuple[str, str], list[Figures]]:
+    """By peer and scenario, of so many rounds after one that is not counted."""
+    rounds: dict[tuple[str, str], list[Figures]] = defaultdict(list)
+    for number in range(count + 1):
+        said = f"round {number}" if number else "warm-up, not counted"
+        for each in scenarios:
+            streams = streams_of(each, number)
+            for peer in (peer for peer in peers if peer.runs(each)):
+                found = figures(each.kind, peer.measure(streams))
+                if number:
+                    rounds[peer.name, each.name].append(found)
+                print(f"{said}: {peer.name}: {each.name}: {found.tokens_per_s:.1f} tokens/s", flush=True)
+    return rounds
+
+
 def measure(args: argparse.Namespace, folder: Path) -> Found:
     scenarios = chosen(args)
     with ExitStack() as stack:
@@ -97,16 +119,11 @@ def measure(args: argparse.Namespace, folder: Path) -> Found:
         peers = started(asked, setting, stack)
         for peer in peers:
             warm_up(peer, own)
-        rounds: dict[tuple[str, str], list[Figures]] = defaultdict(list)
-        for number in range(args.rounds):
-            for each in scenarios:
-                streams = jobs(
-                    each, own, new_tokens=args.new_tokens, vocab_size=server.vocab_size, round_=number
-                )
-                for peer in (peer for peer in peers if peer.runs(each)):
-                    found = figures(each.kind, peer.measure(streams))
-                    rounds[peer.name, each.name].append(found)
-                    print(f"round {number + 1}: {peer.name}: {each.name}: {found.tokens_per_s:.1f} tokens/s")
+
+        def streams_of(each: Scenario, number: int) -> list[list[Job]]:
+            return jobs(each, own, new_tokens=args.new_tokens, vocab_size=server.vocab_size, round_=number)
+
+        rounds = measured_rounds(args.rounds, scenarios, peers, streams_of)
     by_name = {f"{peer}: {name}": found for (peer, name), found in rounds.items()}
     kept = {name: [each.as_json() for each in found] for name, found in by_name.items()}
     more = {"rounds": kept, "floor": floors, "errors": first_errors(by_name)}

@@ -18,7 +18,7 @@ import run
 import run_peers
 import step_profile
 import torch
-from load import Figures, Job, figures
+from load import Figures, Job, Timing, figures
 from measured_server import MeasuredServer, free_port
 from peers.contract import Setting
 from peers.generate import Generate
@@ -200,6 +200,29 @@ def test_llama_cpp_is_told_the_place_of_an_adapter_and_to_use_none_for_the_base(
     peer.places = {"lora-0": 0, "lora-1": 1}
     assert peer.body(Job("lora-1", (1,), 2))["lora"] == [{"id": 1, "scale": 1.0}]
     assert peer.body(Job("base", (1,), 2))["lora"] == [{"id": 0, "scale": 0.0}]
+
+
+def test_the_first_round_counts_for_no_peer(capsys: pytest.CaptureFixture[str]) -> None:
+    asked: list[tuple[str, int]] = []
+
+    def slow_at_first(name: str) -> Any:
+        def measure(round_: int) -> list[Timing]:
+            asked.append((name, round_))
+            return [Timing(0.0, ((1.0, 10),), 1.0 if round_ else 100.0, 1)]
+
+        return SimpleNamespace(name=name, runs=lambda scenario: True, measure=measure)
+
+    peers = [slow_at_first("Timbre"), slow_at_first("vLLM")]
+    base = Scenario("mixed", 1, "base", 0)
+    rounds = run_peers.measured_rounds(2, [base], peers, lambda scenario, number: number)
+    assert asked == [(name, number) for number in range(3) for name in ("Timbre", "vLLM")]
+    assert {key: [each.tokens_per_s for each in found] for key, found in rounds.items()} == {
+        ("Timbre", base.name): [10.0, 10.0],
+        ("vLLM", base.name): [10.0, 10.0],
+    }
+    said = capsys.readouterr().out
+    assert f"warm-up, not counted: vLLM: {base.name}: 0.1 tokens/s" in said
+    assert f"round 2: vLLM: {base.name}: 10.0 tokens/s" in said
 
 
 def test_rows_of_peers_compare_with_their_own_base_and_with_ours() -> None:
