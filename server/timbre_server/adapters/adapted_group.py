@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -48,6 +49,18 @@ class Behaviour:
     tapes: dict[object, Tape] = field(default_factory=dict)
     """What was written down of it, by who did. What members have in common is on the tape of the first of
     them: all are kept, or none."""
+    follows_from_table: bool = field(init=False)
+    """As `InPlace.follows_from_table`, of any member."""
+
+    def __post_init__(self) -> None:
+        follows = any(own is not None and own.follows_from_table for own in self.in_place)
+        object.__setattr__(self, "follows_from_table", follows)
+
+
+@cache
+def _same(kinds: frozenset[type[Part]]) -> frozenset[type[Part]]:
+    """One object of all that are equal."""
+    return kinds
 
 
 class _Standing:
@@ -57,7 +70,8 @@ class _Standing:
         self._operators = operators
         self.by_kind: dict[type[Part], Standing[Any]] = {}
         """Of operators that have it."""
-        self.slots: set[int] = set()
+        self.kinds: dict[int, frozenset[type[Part]]] = {}
+        """Of the parts of each slot."""
 
     def admit(self, slot: int, prepared: PreparedKinds, rows: LiveRows) -> None:
         for kind, own in prepared.items():
@@ -66,17 +80,16 @@ class _Standing:
                 if kind not in self.by_kind:
                     self.by_kind[kind] = operator.standing(rows)
                 self.by_kind[kind].admit(slot, own)
-        self.slots.add(slot)
+        self.kinds[slot] = _same(frozenset(prepared))
 
     def dismiss(self, slot: int, prepared: PreparedKinds) -> None:
         """Nothing where it was not admitted."""
-        if slot in self.slots:
-            self.slots.remove(slot)
+        if self.kinds.pop(slot, None) is not None:
             for kind in prepared.keys() & self.by_kind.keys():
                 self.by_kind[kind].dismiss(slot)
 
     def clear(self) -> None:
-        self.by_kind, self.slots = {}, set()
+        self.by_kind, self.kinds = {}, {}
 
 
 class AdaptedGroup:
@@ -123,8 +136,7 @@ class AdaptedGroup:
             return ()
         if self._bound_table is not table:
             found = self._bind(table)
-            own = self._behaviour.in_place
-            if found != self._bound or self._has_admitted or any(o and o.follows_from_table for o in own):
+            if found != self._bound or self._has_admitted or self._behaviour.follows_from_table:
                 self._behaviour = self._behaviour_of(found, table)
             self._bound, self._bound_table, self._has_admitted = found, table, False
         self.state.number = (self._behaviour if self._bound else self._base).number
@@ -163,23 +175,24 @@ class AdaptedGroup:
         return self._bound
 
     def _bind(self, table: RowTable) -> tuple[Bound, ...]:
-        for slot in table.slots:
-            if slot not in self._prepared:
-                self._prepared[slot] = self.prepared(self._programs[slot])
-            if slot not in self._standing.slots:
-                self._admit(slot)
-        kinds: dict[type[Part], list[int]] = {}
-        standing = self._standing.by_kind
-        for slot in table.slots:
-            for kind in self._prepared[slot]:
-                kinds.setdefault(kind, []).append(slot)
-        return tuple(
-            standing[kind].bound(table)
-            if kind in standing
-            else self._operators[kind].bind_prepared({s: self._prepared[s][kind] for s in own}, table)
-            for kind in self._operators  # In one order: that of a row's sums does not follow from other rows.
-            if (own := kinds.get(kind))
-        )
+        # Few objects are looked at here: after a step each is fetched from memory, at every group.
+        standing = self._standing.kinds
+        each = {standing.get(slot) for slot in table.slots}
+        if None in each:
+            for slot in table.slots:
+                if slot not in standing:
+                    self._admit(slot)
+            each = {standing[slot] for slot in table.slots}
+        kinds = frozenset[type[Part]]().union(*(own for own in each if own))
+        # In one order: that of a row's sums does not follow from other rows.
+        return tuple(self._bind_kind(kind, table) for kind in self._operators if kind in kinds)
+
+    def _bind_kind(self, kind: type[Part], table: RowTable) -> Bound:
+        if kind in self._standing.by_kind:
+            return self._standing.by_kind[kind].bound(table)
+        own = {slot: self._prepared[slot] for slot in table.slots}
+        adapters = {slot: prepared[kind] for slot, prepared in own.items() if kind in prepared}
+        return self._operators[kind].bind_prepared(adapters, table)
 
     def prepared(self, program: AdapterProgram) -> PreparedKinds:
         """What `expect` takes. On any thread."""
@@ -194,6 +207,8 @@ class AdaptedGroup:
         self._prepared[slot] = prepared
 
     def _admit(self, slot: int) -> None:
+        if slot not in self._prepared:
+            self._prepared[slot] = self.prepared(self._programs[slot])
         self._unbind()
         try:
             self._standing.admit(slot, self._prepared[slot], self._rows.live)

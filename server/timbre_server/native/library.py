@@ -62,14 +62,14 @@ def library() -> ctypes.CDLL:
         if folder is not None:
             built = folder / name
             try:
-                found = ctypes.CDLL(str(built))
+                loaded = ctypes.CDLL(str(built))
             except OSError:  # There is none, or a damaged one.
                 _build(compiler, runtime, built)
                 _remove_unused(folder)
                 return ctypes.CDLL(str(built))
             with suppress(OSError):  # Whoever may read it need not own it.
                 os.utime(built)
-            return found
+            return loaded
         with tempfile.TemporaryDirectory() as temporary:
             built = Path(temporary) / name
             _build(compiler, runtime, built)
