@@ -34,21 +34,21 @@ Operators = Mapping[type[Part], Operator[Any]]
 PreparedKinds = Mapping[type[Part], object]
 """Of one adapter at one group: what operators have prepared of each kind."""
 
-_MAX_BEHAVIOURS = 16
-"""Of a group, that are kept."""
+_MAX_BEHAVIOURS = 32
+"""Of a group, that are kept: some 5 kB each, by layer and number of rows that are written down."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Behaviour:
-    """What members do; as long as it is kept, the same object whenever they do the same."""
+    """What adapters do at a group; while it is kept, one object for whenever they do the same."""
 
     in_place: tuple[InPlace | None, ...] = ()
-    """To each of them; None: not so. Either to all or to none."""
+    """What they do to each member in place: to all, or to none."""
     number: int = field(default_factory=State.another)
-    """Of the state of who asks for it."""
+    """Of `AdaptedGroup.state` while they do so."""
     tapes: dict[object, Tape] = field(default_factory=dict)
-    """What was written down of it, by who did. What members have in common is on the tape of the first of
-    them: all are kept, or none."""
+    """What members have written down of it, by who did. What they have in common is on the tape of the first:
+    all are kept, or none."""
     follows_from_table: bool = field(init=False)
     """As `InPlace.follows_from_table`, of any member."""
 
@@ -145,7 +145,11 @@ class AdaptedGroup:
     def _behaviour_of(self, bounds: Sequence[Bound], table: RowTable) -> Behaviour:
         own = [InPlace.of(bounds, member, table) for member in range(len(self.paths))]
         in_place = tuple(own) if None not in own else (None,) * len(own)
+        if in_place == self._behaviour.in_place:
+            return self._behaviour
         found = self._behaviours.pop(in_place, None) or Behaviour(in_place)
+        if None not in own and not all(bound.outlasts_tables for bound in bounds):
+            return found  # It holds what was made for one table.
         self._behaviours[in_place] = found
         if len(self._behaviours) > _MAX_BEHAVIOURS:
             del self._behaviours[next(iter(self._behaviours))]

@@ -123,7 +123,7 @@ class Choice:
     state that there is."""
 
     _NEVER = 0
-    _MAX_KNOWN = 8
+    _MAX_KNOWN = 16
 
     def __init__(self, state: State, choose: Callable[[], Tape | None], num_plain: int = 0) -> None:
         """``choose`` may change the state that it chooses for. What it gives takes the place of so many calls
@@ -133,33 +133,31 @@ class Choice:
         self._fields = array("q", [state.address, self._MAX_KNOWN, *unknown])
         """``Choice`` of ``tape.cpp``, which plays kernels alone."""
         self.address = _address_of(self._fields)
-        self._kept: list[Tape | None] = []
-        """What it knows, the last in place of the first when there are too many."""
-        self._num_kept = 0
-        self._last: tuple[int, Tape | None] = self._NEVER, None
-        """What was chosen last of all else, with the number of the state."""
+        self._known: dict[int, Tape | None] = {}
+        """What was chosen last, by the number of the state; first what was chosen first."""
+        self._num_chosen = 0
 
     def __call__(self, num_rows: int) -> int:
         """Returns how many of the calls that follow are not to be made."""
-        number, tape = self._last
-        if number != self._state.number:
+        if self._state.number not in self._known:
             tape = self._choose()
-            begin = _NOTHING if tape is None else tape.begin
-            if begin is not None and (tape is None or not self._num_plain):
-                self._keep(tape, begin)
-            else:
-                self._last = self._state.number, tape
+            if self._state.number not in self._known:
+                self._know(self._state.number, tape)
+        tape = self._known[self._state.number]
         if tape is None:
             return 0
         tape(num_rows)
         return self._num_plain
 
-    def _keep(self, tape: Tape | None, begin: tuple[int, int]) -> None:
-        place = self._num_kept % self._MAX_KNOWN
-        self._num_kept += 1
-        self._kept[place : place + 1] = [tape]
-        first = 2 + 3 * place
-        self._fields[first : first + 3] = array("q", [self._state.number, *begin])
+    def _know(self, number: int, tape: Tape | None) -> None:
+        if len(self._known) == self._MAX_KNOWN:
+            del self._known[next(iter(self._known))]
+        self._known[number] = tape
+        first = 2 + 3 * (self._num_chosen % self._MAX_KNOWN)
+        self._num_chosen += 1
+        begin = _NOTHING if tape is None else None if self._num_plain else tape.begin
+        own = (self._NEVER, *_NOTHING) if begin is None else (number, *begin)
+        self._fields[first : first + 3] = array("q", own)
 
 
 _NOTHING = 0, 0
