@@ -17,6 +17,7 @@ from random_parts import IN, KINDS, PATHS, SIZES, numbers, program, spectral
 from torch import Tensor, nn
 
 from timbre_methods.program import AdapterProgram, owned_tensors
+from timbre_server.adapters import adapted_group
 from timbre_server.adapters.adapted_model import AdaptedModel, Arithmetic
 from timbre_server.adapters.groups import LinearGroup, LoneLayer
 from timbre_server.engine.fused_norm import norm_of
@@ -122,9 +123,12 @@ def any_table(slots: list[int], num_rows: int) -> RowTable:
 @pytest.mark.parametrize("kind", KINDS)
 @torch.inference_mode()
 def test_what_is_played_has_the_bits_of_a_model_that_runs_and_never_saw_another_step(
-    kind: str, dtype: torch.dtype
+    kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     random.seed(kind)
+    # Little is known again where little is kept: by the one, by the other, or by both.
+    monkeypatch.setattr(adapted_group, "_MAX_BEHAVIOURS", random.choice([1, 2, 32]))
+    monkeypatch.setattr(Choice, "_MAX_KNOWN", random.choice([1, 2, 16]))
     torch.manual_seed(len(kind))
     base = base_model()
     programs: dict[int, AdapterProgram] = {}

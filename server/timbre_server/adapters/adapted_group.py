@@ -105,7 +105,7 @@ class AdaptedGroup:
         self._prepared: dict[int, PreparedKinds] = {}
         """By slot: what operators have prepared."""
         self._standing = _Standing(operators)
-        """Of these."""
+        """Of these, what steps have used."""
         self._bound_table: RowTable | None = None
         self._bound: tuple[Bound, ...] = ()
         self._base, self._merged, self._nothing = Behaviour(), Behaviour(), Behaviour()
@@ -113,7 +113,7 @@ class AdaptedGroup:
         self._behaviour = self._nothing
         """Of what is bound."""
         self._behaviours: dict[tuple[InPlace | None, ...], Behaviour] = {}
-        """What was bound last at the end."""
+        """By what is done in place, what was bound last at the end."""
         self._has_admitted = False
         """Since the last bind: who is bound to may act on members that nobody acted on before."""
         self.state = State()
