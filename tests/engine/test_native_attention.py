@@ -173,6 +173,30 @@ def test_a_bfloat16_cache_is_as_near_to_the_truth_as_padded_groups(sizes: tuple[
 
 
 @pytest.mark.cpp
+@pytest.mark.parametrize("window", [None, 1, 50, 150])
+@pytest.mark.parametrize(
+    "sizes", [(3, 64, 64), (2, 40, 72), (1, 8, 8), (2, 80, 24), (1, 96, 128), (1, 256, 256)]
+)
+def test_chunks_of_a_bfloat16_cache_are_near_to_the_truth(
+    sizes: tuple[int, int, int], window: int | None
+) -> None:
+    shape, lengths = LayerShape(0, *sizes), (*CHUNKS, (200, 300), (3, 257))
+    cache, tables = filled_cache(shape, [keys for _, keys in lengths], dtype=torch.bfloat16)
+    rows = chunked(lengths, tables)
+    call = in_dtype(random_call(shape, sum(n for n, _ in lengths), window=window), torch.bfloat16)
+    if window is not None:
+        forget(cache, 0, rows, window)
+    got_THE = NativeStep(cache, rows).attend(call)
+    exact, _ = filled_cache(shape, [keys for _, keys in lengths])
+    for pool, narrow in zip(exact.pools(0), cache.pools(0), strict=True):
+        pool.copy_(narrow)
+    truth_THE = PagedStep(exact, rows).attend(in_dtype(call, torch.float32))
+    # Results are rounded to 8 bits, and so are weights where the matrix unit takes them.
+    torch.testing.assert_close(got_THE.float(), truth_THE, rtol=2**-7, atol=2**-8)
+    assert (got_THE - truth_THE).abs().mean() <= 2 * (truth_THE.bfloat16() - truth_THE).abs().mean()
+
+
+@pytest.mark.cpp
 def test_scores_far_apart_and_scores_that_are_no_numbers_are_as_in_pytorch() -> None:
     shape, lengths = LayerShape(0, 1, 8, 8), (30, 30)
     cache, tables = filled_cache(shape, lengths)

@@ -17,7 +17,7 @@ template <class Number> static void store_row(const Attention &call, int64_t row
 
 template <class Number> static void attend(const Attention &call, int most_threads) {
     const int threads = call.pairs() < call.least_pairs ? 1 : most_threads;
-    const std::vector<Tile> tiles = tiles_of(call);
+    const std::vector<Tile> tiles = tiles_of(call, threads);
     const std::vector<Single> singles = singles_of(call, threads);
     const int64_t num_tiles = tiles.size(), num_singles = singles.size();
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -25,7 +25,7 @@ template <class Number> static void attend(const Attention &call, int most_threa
 #pragma omp for
         for (int64_t row = 0; row < call.rows->num_rows; row++) store_row<Number>(call, row);
 #pragma omp for schedule(dynamic, 1) nowait
-        for (int64_t t = 0; t < num_tiles; t++) attend_tile<Number>(call, tiles[t]);
+        for (int64_t t = 0; t < num_tiles; t++) attend_tile<Number>(tiles[t]);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t s = 0; s < num_singles; s++)
             attend_single<Number>(call, singles[s], s + 1 < num_singles ? &singles[s + 1] : nullptr);

@@ -1,5 +1,4 @@
-// Sequences with several rows. Queries of one KV head lie side by side in lanes, and every number of a key or
-// a value is multiplied by all of them.
+// Sequences with several rows, whose queries of one KV head lie side by side in lanes.
 //
 // Keys are taken in pieces, whose scores are all that is kept: sums over the pieces before are scaled to the
 // highest score since. A query's sums are made in the order of positions, and keys that it does not see add
@@ -7,93 +6,57 @@
 // zero times another is no number).
 #pragma once
 
-#include <algorithm>
 #include <cfloat>
 #include <cmath>
 
-#include "attention.h"
-#include "wide.h"
+#include "attention_floats.h"
+#include "attention_unit.h"
 
-constexpr int VECTORS = 3;
-constexpr int QUERIES = VECTORS * WIDTH;
-constexpr int AT_ONCE = 4;  // Numbers that are multiplied by all queries; the sums fit registers.
-constexpr int64_t PIECE = 64;  // Keys.
+constexpr int64_t MOST_TOGETHER = 8;  // Times QUERIES, for which a piece is found once.
 
-// `count` queries of a sequence and a KV head: the i-th of all is of row i / group and of head i % group.
-struct Tile {
-    const Sequence *sequence;
-    int64_t kv_head, first, count;
-};
-
-static std::vector<Tile> tiles_of(const Attention &call) {
+// Of enough tiles for all threads, which end at different times.
+static std::vector<Tile> tiles_of(const Attention &call, int threads) {
+    const Sequence *chunks = call.rows->chunks, *after = chunks + call.rows->num_chunks;
+    int64_t total = 0;
+    for (const Sequence *own = chunks; own < after; own++) total += own->num_rows * call.group * call.kv_heads;
+    const int64_t together = threads == 1 ? MOST_TOGETHER : total / (QUERIES * 4 * threads);
+    const int64_t most = QUERIES * std::clamp<int64_t>(together, 1, MOST_TOGETHER);
     std::vector<Tile> tiles;
-    for (int64_t i = 0; i < call.rows->num_chunks; i++) {
-        const Sequence &chunk = call.rows->chunks[i];
-        const int64_t queries = chunk.num_rows * call.group;
+    for (const Sequence *own = chunks; own < after; own++)
         for (int64_t g = 0; g < call.kv_heads; g++)
-            for (int64_t first = 0; first < queries; first += QUERIES)
-                tiles.push_back({&chunk, g, first, std::min<int64_t>(queries - first, QUERIES)});
-    }
+            for (int64_t first = 0, all = own->num_rows * call.group; first < all; first += most)
+                tiles.push_back({&call, own, g, first, std::min(all - first, most)});
     return tiles;
 }
 
-typedef Wide Sums[AT_ONCE][VECTORS];
-
-// In a register: GCC would load it again for each product.
-static inline Wide kept(Wide lanes) {
-#ifdef __AVX__
-    asm("" : "+v"(lanes));
-#endif
-    return lanes;
-}
-
-// sums[j] += the sum over i < count of number(i, j) * lanes[i], where lanes is [count, QUERIES].
-template <class Find>
-static inline void add_products(Sums &sums, const float *lanes, int64_t count, Find number) {
-    for (int64_t i = 0; i < count; i++) {
-        Wide own[VECTORS];
-        for (int v = 0; v < VECTORS; v++) own[v] = kept(wide(lanes + i * QUERIES + v * WIDTH));
-        for (int j = 0; j < AT_ONCE; j++) {
-            const Wide one = Wide{} + number(i, j);
-            for (int v = 0; v < VECTORS; v++) sums[j][v] += own[v] * one;
-        }
-    }
-}
-
-static inline void store(float *to, const Sums &sums) {
-    for (int j = 0; j < AT_ONCE; j++)
-        for (int v = 0; v < VECTORS; v++) put(sums[j][v], to + j * QUERIES + v * WIDTH);
-}
-
-template <class Number> class AttendedTile {
+// QUERIES of a tile at most.
+template <class Products> class Attended {
   public:
-    AttendedTile(const Attention &call, const Tile &tile) : call(call), tile(tile) {
-        const int64_t D = call.key_dim, E = call.value_dim;
-        thread_local Scratch memory;  // Kept: fresh pages cost more than what is written to them.
-        queries = memory.of(QUERIES * (D + E + PIECE) + PIECE * std::max(D, E));
-        sums = queries + QUERIES * D;
-        scores = sums + QUERIES * E;
-        scratch = scores + QUERIES * PIECE;
-        for (int64_t i = 0; i < QUERIES * E; i++) sums[i] = 0;
-        for (int i = 0; i < QUERIES; i++) positions[i / WIDTH][i % WIDTH] = tile.sequence->start + row_of(i);
+    static int64_t size(const Attention &call) {
+        return Products::size(call) + QUERIES * (height(call) + Products::PIECE);
+    }
+
+    Attended(const Tile &tile, float *memory) : tile(tile), products(tile, memory) {
+        const int64_t sums_size = QUERIES * height(*tile.call);
+        sums = memory + Products::size(*tile.call), scores = sums + sums_size;
+        std::fill(sums, sums + sums_size, 0.0f);
+        for (int i = 0; i < QUERIES; i++) positions[i / WIDTH][i % WIDTH] = tile.position_of(i);
         for (int v = 0; v < VECTORS; v++) {
             highest[v] = Wide{} - FLT_MAX;
             totals[v] = Wide{};
         }
-        for (int first = 0; first < QUERIES; first += LANES)
-            for (int64_t d = 0; d < D; d += LANES) put_queries(first, d);
     }
 
-    // Keys begin .. end - 1, which are at most PIECE, and their values.
-    void add(int64_t begin, int64_t end) {
-        score(begin, end);
+    // Keys begin .. end - 1, which are the first of a piece.
+    void add(const typename Products::Piece &piece, int64_t begin, int64_t end) {
+        products.score(piece, end - begin, scores);
         Wide factors[VECTORS];
         for (int v = 0; v < VECTORS; v++) factors[v] = weigh(begin, end, v);
-        add_values(begin, end, factors);
+        products.add_values(piece, end - begin, scores, factors, sums);
     }
 
-    void put_out() const {
-        const int64_t E = call.value_dim;
+    template <class Number> void put_out() const {
+        const int64_t E = tile.call->value_dim, heads = tile.call->kv_heads * tile.call->group;
         for (int64_t first = 0; first < tile.count; first += LANES)
             for (int64_t e = 0; e < E; e += LANES) {
                 const Lanes total = load(reinterpret_cast<const float *>(totals) + first);
@@ -101,99 +64,83 @@ template <class Number> class AttendedTile {
                 for (int i = 0; i < LANES; i++) block[i] = load(sums + (e + i) * QUERIES + first) / total;
                 transpose(block);
                 for (int i = 0; i < LANES && first + i < tile.count; i++) {
-                    const int64_t row = tile.sequence->first_row + row_of(first + i);
-                    const int64_t head = row * call.kv_heads * call.group + head_of(first + i);
-                    store(static_cast<Number *>(call.out) + head * E + e, block[i]);
+                    const int64_t row = tile.sequence->first_row + tile.row_of(first + i);
+                    const int64_t place = (row * heads + tile.head_of(first + i)) * E + e;
+                    store(static_cast<Number *>(tile.call->out) + place, block[i]);
                 }
             }
     }
 
+    int64_t end() const { return tile.last() + 1; }  // Of the keys that these see.
+
   private:
-    const Attention &call;
-    const Tile &tile;
-    float *queries, *sums, *scores;  // [key_dim, QUERIES], [value_dim, QUERIES], [PIECE, QUERIES].
-    float *scratch;
+    const Tile tile;
+    const Products products;
+    float *sums, *scores;  // [height, QUERIES], [PIECE, QUERIES].
     Wide highest[VECTORS], totals[VECTORS];
     WideIntegers positions[VECTORS];
 
-    // Of the tile's query i; after the last one the last again.
-    int64_t row_of(int64_t i) const { return (tile.first + std::min(i, tile.count - 1)) / call.group; }
-    int64_t head_of(int64_t i) const { return tile.kv_head * call.group + (tile.first + i) % call.group; }
-
-    void put_queries(int first, int64_t d) {
-        Lanes block[LANES] = {};
-        for (int i = 0; i < LANES && first + i < tile.count; i++) {
-            const int64_t row = tile.sequence->first_row + row_of(first + i);
-            block[i] = load(call.q.at<Number>(row, head_of(first + i)) + d) * call.scale;
-        }
-        transpose(block);
-        for (int i = 0; i < LANES; i++) store(queries + (d + i) * QUERIES + first, block[i]);
-    }
-
-    const Number *at(const void *pool, int64_t dim, int64_t position) const {
-        return static_cast<const Number *>(pool) +
-               (tile.sequence->slots[position] * call.kv_heads + tile.kv_head) * dim;
-    }
-
-    void score(int64_t begin, int64_t end) {
-        const int64_t D = call.key_dim;
-        for (int64_t first = begin; first < end; first += AT_ONCE) {
-            const float *keys[AT_ONCE];
-            for (int64_t j = 0; j < AT_ONCE; j++)  // After the last key the last again.
-                keys[j] = floats(at(call.keys, D, std::min(first + j, end - 1)), D, scratch + j * D);
-            Sums products = {};
-            add_products(products, queries, D, [&](int64_t d, int j) { return keys[j][d]; });
-            store(scores + (first - begin) * QUERIES, products);
-        }
-    }
+    static int64_t height(const Attention &call) { return (call.value_dim + WIDTH - 1) / WIDTH * WIDTH; }
 
     // Scores of a vector of queries become weights. Returns what takes the sums of the pieces before to the
     // highest score since.
     Wide weigh(int64_t begin, int64_t end, int v) {
         float *own = scores + v * WIDTH;
         const Wide unseen = Wide{} - INFINITY;
-        Wide most = highest[v];
+        const float scale = products.scale();
+        Wide most = highest[v], total = totals[v];
         for (int64_t key = begin; key < end; key++, own += QUERIES) {
             const WideIntegers ago = positions[v] - int32_t(key);
-            const Wide score = (ago < 0) | (ago >= int32_t(call.window)) ? unseen : wide(own);
+            const Wide score = (ago < 0) | (ago >= int32_t(tile.call->window)) ? unseen : wide(own) * scale;
             put(score, own);
             most = score > most ? score : most;
         }
         const Wide factor = exponential(highest[v] - most);
         highest[v] = most;
-        totals[v] *= factor;
+        total *= factor;
         own = scores + v * WIDTH;
         for (int64_t key = begin; key < end; key++, own += QUERIES) {
             const Wide weight = wide(own) == unseen ? Wide{} : exponential(wide(own) - most);
             put(weight, own);
-            totals[v] += weight;
+            total += weight;
         }
+        totals[v] = total;
         return factor;
-    }
-
-    void add_values(int64_t begin, int64_t end, const Wide (&factors)[VECTORS]) {
-        const int64_t E = call.value_dim;
-        const float *values[PIECE];
-        for (int64_t n = 0; n < end - begin; n++)
-            values[n] = floats(at(call.values, E, begin + n), E, scratch + n * E);
-        for (int64_t e = 0; e < E; e += AT_ONCE) {
-            Sums products;
-            for (int j = 0; j < AT_ONCE; j++)
-                for (int v = 0; v < VECTORS; v++)
-                    products[j][v] = wide(sums + (e + j) * QUERIES + v * WIDTH) * factors[v];
-            add_products(products, scores, end - begin, [&](int64_t n, int j) { return values[n][e + j]; });
-            store(sums + e * QUERIES, products);
-        }
     }
 };
 
-template <class Number> static void attend_tile(const Attention &call, const Tile &tile) {
-    const int64_t first = tile.sequence->start + tile.first / call.group;
-    const int64_t last = tile.sequence->start + (tile.first + tile.count - 1) / call.group;
-    AttendedTile<Number> attended(call, tile);
-    for (int64_t begin = call.lowest_seen(first), end; begin <= last; begin = end) {
-        end = std::min((begin / PIECE + 1) * PIECE, last + 1);
-        attended.add(begin, end);
+template <class Products, class Number> static void attend_by(const Tile &tile) {
+    constexpr int64_t STEP = Products::STEP, PIECE = Products::PIECE;
+    const int64_t num_own = (tile.count + QUERIES - 1) / QUERIES, piece_size = Products::Piece::size(*tile.call);
+    thread_local Scratch scratch;  // Kept: fresh pages cost more than what is written to them.
+    float *memory = scratch.of(piece_size + num_own * Attended<Products>::size(*tile.call));
+    typename Products::Piece piece(tile, memory);
+    memory += piece_size;
+    std::vector<Attended<Products>> attended;
+    for (int64_t n = 0; n < tile.count; n += QUERIES, memory += Attended<Products>::size(*tile.call)) {
+        const int64_t count = std::min<int64_t>(tile.count - n, QUERIES);
+        attended.emplace_back(Tile{tile.call, tile.sequence, tile.kv_head, tile.first + n, count}, memory);
     }
-    attended.put_out();
+    const auto whole = [](int64_t end) { return (end + STEP - 1) / STEP * STEP; };
+    const int64_t after = whole(tile.last() + 1);
+    for (int64_t begin = tile.lowest_seen() / STEP * STEP, end; begin < after; begin = end) {
+        end = std::min((begin / PIECE + 1) * PIECE, after);
+        piece.take(begin, end);
+        for (auto &own : attended)
+            if (begin < own.end()) own.add(piece, begin, std::min(end, whole(own.end())));
+    }
+    for (const auto &own : attended) own.template put_out<Number>();
+}
+
+template <class Number> static void attend_tile(const Tile &tile) {
+#ifdef HAS_MATRIX_UNIT
+    if constexpr (sizeof(Number) < sizeof(float))
+        if (may_use_matrix_unit()) {
+            shape_tiles(2 * SIDE);
+            attend_by<UnitProducts, Number>(tile);
+            _tile_release();
+            return;
+        }
+#endif
+    attend_by<FloatProducts<Number>, Number>(tile);
 }

@@ -10,7 +10,7 @@
 
 #include <algorithm>
 
-#include "matrix_unit.h"
+#include "tiled_rows.h"
 
 #ifdef __AVX512F__
 constexpr int TILE = 13;  // Rows, of which all sums stay in registers beside the weights.
