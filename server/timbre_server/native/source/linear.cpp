@@ -21,7 +21,7 @@ constexpr int TILE = 5;
 constexpr int VECTORS = PANEL_VECTORS;
 #ifdef HAS_MATRIX_UNIT
 constexpr int TOGETHER = DEPTH / 2;  // Pairs of inputs, of which the weights of WIDTH outputs lie together.
-constexpr int64_t TILED_BLOCK = 256;  // Rows that stay in the cache while all panels pass the matrix unit.
+constexpr int64_t TILED_BYTES = 576 << 10;  // Of rows that stay in the cache while all panels pass the matrix unit.
 #else
 constexpr int TOGETHER = 1;
 #endif
@@ -116,13 +116,21 @@ static inline void add_bias(const Linear &linear, Wide (*sums)[VECTORS], int64_t
     }
 }
 
-static inline void put_rows(const Linear &linear, Wide (*sums)[VECTORS], int64_t row, int64_t rows, int64_t first) {
-    for (int64_t m = 0; m < rows; m++)
+template <typename Y>
+static inline void put_rows(const Wide (*sums)[VECTORS], int64_t rows, int64_t left, int64_t out, Y *y) {
+    for (int64_t m = 0; m < rows; m++, y += out)
         for (int v = 0; v < VECTORS; v++) {
-            const int64_t o = first + v * WIDTH, place = (row + m) * linear.out + o;
-            if (linear.y_format == BFLOAT16) put(sums[m][v], linear.out - o, static_cast<BFloat16 *>(linear.y) + place);
-            else put(sums[m][v], linear.out - o, static_cast<float *>(linear.y) + place);
+            if (left >= PANEL) put(sums[m][v], y + v * WIDTH);
+            else put(sums[m][v], left - v * WIDTH, y + v * WIDTH);
         }
+}
+
+static inline void put_rows(
+    const Linear &linear, const Wide (*sums)[VECTORS], int64_t row, int64_t rows, int64_t first
+) {
+    const int64_t out = linear.out, place = row * out + first;
+    if (linear.y_format == BFLOAT16) put_rows(sums, rows, out - first, out, static_cast<BFloat16 *>(linear.y) + place);
+    else put_rows(sums, rows, out - first, out, static_cast<float *>(linear.y) + place);
 }
 
 // What the sums of rows from `row` on with the panel at `first` become.
@@ -232,8 +240,9 @@ static void multiply(const Linear &linear, const BFloat16 *x, int64_t rows, cons
     const int64_t in = linear.in, size = size_of(panels, in);
     Wide sums[MOST_TILED][VECTORS];
     int shaped = 0;
-    for (int64_t row = 0; row < rows; row += TILED_BLOCK) {
-        const int64_t end = std::min(row + TILED_BLOCK, rows), passes = (end - row + MOST_TILED - 1) / MOST_TILED;
+    const int64_t tiles = TILED_BYTES / (MOST_TILED * in * sizeof *x), block = std::max<int64_t>(tiles, 1) * MOST_TILED;
+    for (int64_t row = 0; row < rows; row += block) {
+        const int64_t end = std::min(row + block, rows), passes = (end - row + MOST_TILED - 1) / MOST_TILED;
         const int few = passes > 1 ? (2 * TILE_LINES + passes - 1) / passes : 0;
         for (int64_t first = own.begin; first < own.end; first += PANEL) {
             const BFloat16 *panel = panels + first / PANEL * size, *soon = panel + (few ? size : SOON);
