@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -109,6 +110,19 @@ def test_steps_of_prompts(dtype: torch.dtype, played: list[int]) -> None:
     assert kept[True] > kept[False] + 70 * len(DIGESTS)
     assert max(played) == 512
     assert any(64 < num_rows < 512 for num_rows in played)
+
+
+def test_steps_in_the_midst_of_a_prompt_are_played_once_others_were(played: list[int]) -> None:
+    """They make no logits, which would tell whether a tape is right."""
+    found = []
+    for with_tapes in (False, True):
+        decoding = decoding_of(torch.bfloat16, with_tapes=with_tapes)
+        scheduler = decoding._core._scheduler
+        scheduler.limits = replace(scheduler.limits, max_num_batched_tokens=24)
+        found.append([logprobs(decoding, ["lora-0"], 70) for _ in range(2)])
+    assert found[0] == found[1]
+    assert found[0][0] == found[0][1]
+    assert played.count(24) == 2
 
 
 def test_steps_of_more_rows_run_as_usual(played: list[int]) -> None:

@@ -67,13 +67,14 @@ class StepTapes:
         """
         num_rows = len(batch.token_ids)
         layers = next((layers for layers in self._layers if num_rows <= layers.most_rows), None)
-        if layers is None or not batch.kept_rows or self._adapters.act_beside_layers:
+        if layers is None or self._adapters.act_beside_layers:
             return None
-        is_proven = (num_rows == 1) in layers.proven
-        return self._played(layers, batch) if is_proven else self._compared(layers, batch)
+        if (num_rows == 1) in layers.proven:
+            return self._played(layers, batch)
+        return self._compared(layers, batch) if batch.kept_rows else None
 
     def _played(self, layers: _Layers, batch: Batch) -> Tensor:
-        return self._head.play(layers.play(batch), torch.tensor(batch.kept_rows))
+        return self._head.play(layers.play(batch), torch.tensor(batch.kept_rows, dtype=torch.int64))
 
     def _compared(self, layers: _Layers, batch: Batch) -> Tensor:
         """Logits of a step that is played, and then run as usual."""
@@ -142,8 +143,10 @@ class _Head:
         self._tape, self._logits_KV = Recording.of(partial(self._run, hidden_1KD), Arena(), num_rows)
 
     def play(self, hidden_1TD: Tensor, kept_rows_K: Tensor) -> Tensor:
-        """More rows than the tape has run as usual."""
+        """More rows than the tape has run as usual; none, as in the midst of a prompt, need no head."""
         num_kept = len(kept_rows_K)
+        if not num_kept:
+            return self._logits_KV(0)
         if num_kept > self._num_rows:
             return self._run(hidden_1TD.index_select(1, kept_rows_K))
         torch.index_select(hidden_1TD, 1, kept_rows_K, out=self._hidden_1KD(num_kept))
