@@ -112,17 +112,17 @@ def test_steps_of_prompts(dtype: torch.dtype, played: list[int]) -> None:
     assert any(64 < num_rows < 512 for num_rows in played)
 
 
-def test_steps_in_the_midst_of_a_prompt_are_played_once_others_were(played: list[int]) -> None:
-    """They make no logits, which would tell whether a tape is right."""
+def test_a_prompt_cut_into_steps_gives_the_bits_of_a_whole_one(played: list[int]) -> None:
+    """Its last row is alone. Steps in its midst make no logits, which would tell whether tapes are right, and
+    are played once others were."""
     found = []
-    for with_tapes in (False, True):
-        decoding = decoding_of(torch.bfloat16, with_tapes=with_tapes)
+    for most_rows in (512, 23):
+        decoding = decoding_of(torch.bfloat16)
         scheduler = decoding._core._scheduler
-        scheduler.limits = replace(scheduler.limits, max_num_batched_tokens=24)
-        found.append([logprobs(decoding, ["lora-0"], 70) for _ in range(2)])
+        scheduler.limits = replace(scheduler.limits, max_num_batched_tokens=most_rows)
+        found.append([logprobs(decoding, ["lora-0"], 70, of_prompts=scored) for scored in (True, False)])
     assert found[0] == found[1]
-    assert found[0][0] == found[0][1]
-    assert played.count(24) == 2
+    assert played.count(23) == 6
 
 
 def test_steps_of_more_rows_run_as_usual(played: list[int]) -> None:

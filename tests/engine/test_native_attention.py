@@ -128,7 +128,7 @@ def test_chunks_equal_pytorchs_and_their_keys_and_values_are_stored(
 @pytest.mark.cpp
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", [None, 50])
-def test_a_row_of_a_chunk_is_bit_for_bit_the_same_however_its_sequence_is_cut(
+def test_a_row_of_a_prompt_is_bit_for_bit_the_same_however_it_is_cut(
     dtype: torch.dtype, window: int | None
 ) -> None:
     shape, length = LayerShape(0, 3, 64, 64), 150
@@ -138,10 +138,9 @@ def test_a_row_of_a_chunk_is_bit_for_bit_the_same_however_its_sequence_is_cut(
     for cuts in ((0, 2, 66, 149, 150), (0, 97, 150)):
         for start, end in pairwise(cuts):
             tensors = (tensor[:, start:end] for tensor in (call.q_HTD, call.k_GTD, call.v_GTE))
-            step = NativeStep(cache, [SequenceRows(0, end - start, start, table)])
+            step = NativeStep(cache, [SequenceRows(0, end - start, start, table, are_prompt=True)])
             part_THE = step.attend(AttentionCall(0, *tensors, call.scale, window))
-            if end - start > 1:
-                assert torch.equal(part_THE, whole_THE[start:end])
+            assert torch.equal(part_THE, whole_THE[start:end])
 
 
 @pytest.mark.cpp

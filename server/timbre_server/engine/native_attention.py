@@ -2,8 +2,9 @@
 
 `paged_attention` copies the keys and values of single rows, and takes chunks one by one with what is masked;
 here all are read where they lie, without padding, as far as a row sees, and summed in float32 whatever the
-cache's type. The step's keys and values are stored by the same call. Soft caps, sinks, and heads whose sizes
-are no multiple of eight are left to `paged_attention`, whose meaning this is. It is used only where
+cache's type; of chunks in bfloat16 the matrix unit, where there is one, makes the products, for which their
+weights are rounded. The step's keys and values are stored by the same call. Soft caps, sinks, and heads whose
+sizes are no multiple of eight are left to `paged_attention`, whose meaning this is. It is used only where
 `step_kinds.step_for` found at start that the two agree.
 
 Legend: T rows, H query heads, D key dim, E value dim.
@@ -82,12 +83,16 @@ class _Attention(ctypes.Structure):
 
 
 class NativeStep(PagedStep):
-    """A `PagedStep` whose products are the kernel's; it holds the slots that the kernel is pointed to."""
+    """A `PagedStep` whose products are the kernel's; it holds the slots that the kernel is pointed to.
+
+    Rows of a prompt have the bits of a chunk wherever steps cut it, were there but one left.
+    """
 
     def __init__(self, cache: KVCache, sequences: Sequence[SequenceRows]) -> None:
         super().__init__(cache, sequences)
         self._run = kernel(NUMBERS[cache.dtype], ADDRESS)
-        singles, chunks = self._sequences(self._singles), self._sequences(self._chunks)
+        singles = self._sequences([s for s in sequences if _is_single(s)])
+        chunks = self._sequences([s for s in sequences if not _is_single(s)])
         addresses, counts = map(ctypes.addressof, (singles, chunks)), (len(singles), len(chunks))
         self.rows = _StepRows(*addresses, *counts, self._slots_T.data_ptr(), len(self._slots_T))
         """What the kernel is told, for as long as the step lives."""
@@ -109,6 +114,10 @@ class NativeStep(PagedStep):
         attention, out_THE = _attention(self._cache, self.rows, call)
         self._run(ctypes.addressof(attention), torch.get_num_threads())
         return out_THE
+
+
+def _is_single(sequence: SequenceRows) -> bool:
+    return sequence.num_rows == 1 and not sequence.are_prompt
 
 
 class PlayedSteps:

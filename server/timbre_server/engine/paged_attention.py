@@ -39,6 +39,8 @@ class SequenceRows:
     num_rows: int
     start: int
     block_table: tuple[int, ...]
+    are_prompt: bool = False
+    """Whether they begin in its prompt: one such row may be what is left of several."""
 
     @property
     def end(self) -> int:

@@ -58,7 +58,8 @@ def batch_of(plan: StepPlan, kept: Sequence[Kept]) -> Batch:
     for chunk, keep in zip(plan.chunks, kept, strict=True):
         first = len(token_ids)
         sequence = chunk.sequence
-        sequences.append(SequenceRows(first, chunk.num_tokens, chunk.start, tuple(sequence.block_table)))
+        table, are_prompt = tuple(sequence.block_table), chunk.start < sequence.num_prompt_tokens
+        sequences.append(SequenceRows(first, chunk.num_tokens, chunk.start, table, are_prompt))
         token_ids += sequence.token_ids[chunk.start : chunk.end]
         kept_rows += range(len(token_ids) - keep.num_rows, len(token_ids))
     return Batch(token_ids, sequences, kept_rows)
