@@ -111,7 +111,11 @@ def test_a_new_library_drives_out_those_that_were_not_used_for_long(home: Path, 
     (old,) = folder.iterdir()
     recent, foreign = folder / "kernels-recent.so", folder / "other.so"
     (folder / "kernels-gone.so").symlink_to(folder / "nowhere")  # As if another process had removed it.
-    for path, age_days in ((old, 31), (recent, 29), (foreign, 31)):
+    killed, building = folder / "building-old", folder / "building-new"
+    for build in (killed, building):
+        build.mkdir()
+        (build / "linear.o").touch()
+    for path, age_days in ((old, 31), (recent, 29), (foreign, 31), (killed, 31), (building, 1)):
         path.touch()
         os.utime(path, (time.time() - age_days * 86_400,) * 2)
 
@@ -119,8 +123,9 @@ def test_a_new_library_drives_out_those_that_were_not_used_for_long(home: Path, 
     native.library.cache_clear()
     new = native.library()
     assert (loaded.answer(), new.answer()) == (1, 2)
-    assert {recent, foreign} < set(folder.iterdir())
+    assert {recent, foreign, building} < set(folder.iterdir())
     assert not old.exists()
+    assert not killed.exists()
 
 
 @pytest.mark.cpp

@@ -34,6 +34,8 @@ SOURCES = Path(__file__).with_name("source")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-Wall", "-Wextra")
 _COMPILER_TIMEOUT_S = 300
 _UNUSED_S = 30 * 24 * 3600.0
+_BUILDING = "building-"
+"""What a folder is called where a library is built; it stays where that is killed."""
 """A library in the cache that nobody loaded for so long is removed when another is built."""
 
 ADDRESS, NUMBER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -178,7 +180,7 @@ def _processor() -> str:
 
 def _build(compiler: str, runtime: Path | None, target: Path) -> None:
     """Appears at ``target`` whole, whoever else builds it at the same time."""
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix=_BUILDING, dir=target.parent) as folder:
         threads = ["-fopenmp"] if runtime is not None else []
 
         def compiled(source: Path) -> str:
@@ -199,10 +201,10 @@ def _build(compiler: str, runtime: Path | None, target: Path) -> None:
 def _remove_unused(folder: Path) -> None:
     """A process that has loaded one keeps it; another may be removing the same."""
     before_s = time.time() - _UNUSED_S
-    for built in folder.glob("kernels-*.so"):
+    for left in (*folder.glob("kernels-*.so"), *folder.glob(f"{_BUILDING}*")):
         with suppress(OSError):
-            if built.stat().st_mtime < before_s:
-                built.unlink()
+            if left.stat().st_mtime < before_s:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def _run(command: list[str]) -> None:
