@@ -34,9 +34,9 @@ SOURCES = Path(__file__).with_name("source")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-Wall", "-Wextra")
 _COMPILER_TIMEOUT_S = 300
 _UNUSED_S = 30 * 24 * 3600.0
-_BUILDING = "building-"
-"""What a folder is called where a library is built; it stays where that is killed."""
 """A library in the cache that nobody loaded for so long is removed when another is built."""
+_BUILDING = "building-"
+"""How the name of a folder begins where one is built: what a killed build has left goes in the same way."""
 
 ADDRESS, NUMBER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 """Of arguments of a `kernel`."""
@@ -199,7 +199,7 @@ def _build(compiler: str, runtime: Path | None, target: Path) -> None:
 
 
 def _remove_unused(folder: Path) -> None:
-    """A process that has loaded one keeps it; another may be removing the same."""
+    """A process that has loaded a library keeps it; another may be removing the same."""
     before_s = time.time() - _UNUSED_S
     for left in (*folder.glob("kernels-*.so"), *folder.glob(f"{_BUILDING}*")):
         with suppress(OSError):
