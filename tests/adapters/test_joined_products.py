@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -82,12 +83,13 @@ def test_joined_products_have_the_bits_of_added_ones(
         adapted.clear_rows()
         return found
 
-    for spans in (SPANS, SPANS[::-1], SPANS[:1], SPANS[3:4]):
+    of_chunks = [replace(span, in_chunk=span.num_rows > 2) for span in SPANS]
+    for spans in (SPANS, SPANS[::-1], SPANS[:1], SPANS[3:4], of_chunks, of_chunks[::-1], of_chunks[3:4]):
         x_1TI = torch.randn(1, sum(span.num_rows for span in spans), IN).to(dtype)
         got, want = (outputs(product, spans, x_1TI) for product in (packed, Apart(packed)))
         assert got.dtype is want.dtype is dtype
         assert torch.equal(got, want)
-    assert num_joined == 4
+    assert num_joined == 7
 
 
 class AsItIs(Apart):

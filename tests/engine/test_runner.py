@@ -137,9 +137,22 @@ def test_adapters_are_told_every_row_and_the_head_s_rows_apart(tiny_model: TinyM
     )
     ((table, head_table),) = rows.told
     mix = ((4, 0.5), (2, 1.0))
-    assert table.spans == (Span(2), Span(3, ((7, 1.0),)), Span(3, mix))
-    assert head_table.spans == (Span(1), Span(3, mix))
+    assert table.spans == tuple(Span(*own, in_chunk=True) for own in ((2,), (3, ((7, 1.0),)), (3, mix)))
+    assert head_table.spans == tuple(Span(*own, in_chunk=True) for own in ((1,), (3, mix)))
     assert not rows.is_set
+
+
+def test_a_prompt_s_row_is_one_of_a_chunk_even_alone(tiny_model: TinyModel) -> None:
+    rows = RecordedRows()
+    runner = runner_of(tiny_model("llama"), rows)
+    sequence = sequence_of([1, 2, 3], [1], slots=((7, 1.0),))
+    for num_tokens in (2, 1, 1):
+        chunk = ScheduledChunk(sequence, num_tokens)
+        (outcome,) = runner.execute(StepPlan((chunk,))).results
+        sequence.num_computed_tokens = chunk.end
+        if outcome.token_id is not None:
+            sequence.token_ids.append(outcome.token_id)
+    assert [table.spans[0].in_chunk for table, _ in rows.told] == [True, True, False]
 
 
 def test_a_step_that_keeps_no_logits_at_all_still_fills_the_cache(tiny_model: TinyModel) -> None:

@@ -187,7 +187,7 @@ class _Layout:
         self.are_copied = any(count > 1 for count in counts.values())
         copies = [{slot: counts[slot] for slot, _ in span.pairs if slot in counts} for span in table.spans]
         spans = [
-            Span(span.num_rows * math.prod(own.values()), span.pairs)
+            Span(span.num_rows * math.prod(own.values()), span.pairs, in_chunk=span.in_chunk)
             for span, own in zip(table.spans, copies, strict=True)
         ]
         self.table = RowTable(spans, table.device)

@@ -36,6 +36,7 @@ def spans_of(chunk: ScheduledChunk, first: int) -> list[Span]:
             end - start,
             tuple(compress(sequence.adapter_slots, sequence.acting(start))),
             virtual_from=start if start < num_virtual else None,
+            in_chunk=chunk.num_tokens > 1 or chunk.start < sequence.num_prompt_tokens,
         )
         for start, end in pairwise(sorted({first, *inner, chunk.end}))
     ]

@@ -28,6 +28,9 @@ class LiveRows:
         self.num_rows = 0
         """Of the table."""
         self._table: RowTable | None = None
+        self._in_chunks = array("q", [0])
+        self.in_chunks_address = self._in_chunks.buffer_info()[0]
+        """Where the address of the table's ``in_chunks_T`` lies, or 0: it has no rows of chunks."""
 
     def show(self, table: RowTable) -> None:
         """Let it be the table's rows, which stay where they are while it does."""
@@ -38,6 +41,7 @@ class LiveRows:
         self._table, self._segments, self.num_rows = table, table.segments, table.num_rows
         for segment in self._segments:
             self._write(segment.slot, rows_fields(segment))
+        self._in_chunks[0] = 0 if table.in_chunks_T is None else table.in_chunks_T.data_ptr()
 
     def address(self, slot: int) -> int:
         piece, number = self._place(slot)

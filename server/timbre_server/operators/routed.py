@@ -155,6 +155,7 @@ class _SpectralExperts:
             Span(
                 span.num_rows,
                 tuple((numbers[key], 1.0) for slot, _ in span.pairs for key in numbers if key[0] == slot),
+                in_chunk=span.in_chunk,
             )
             for span in table.spans
         ]

@@ -10,7 +10,7 @@ Legend: T rows.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -25,12 +25,14 @@ class Span:
 
     Its slots are distinct: who builds a span adds the weights of equal adapters first. So a segment has no
     row twice, and may be written to by its rows. With ``virtual_from`` they stand for the virtual tokens of
-    their one adapter, from that one on.
+    their one adapter, from that one on. Rows of a chunk, as prompts are read in, may be multiplied otherwise
+    than those that decode: this says which, for a row's bits must not follow from how many are beside it.
     """
 
     num_rows: int
     pairs: Pairs = ()
     virtual_from: int | None = None
+    in_chunk: bool = False
 
     def __post_init__(self) -> None:
         assert len(self.pairs) < 2 or len(dict(self.pairs)) == len(self.pairs), (
@@ -98,7 +100,8 @@ class RowTable:
         """The table of a layer that sees each row as ``count`` consecutive ones."""
         if count == 1:
             return self
-        return RowTable([Span(span.num_rows * count, span.pairs) for span in self.spans], self.device)
+        spans = [replace(span, num_rows=span.num_rows * count, virtual_from=None) for span in self.spans]
+        return RowTable(spans, self.device)
 
     def rows_using(self, slots: Collection[int]) -> Tensor | None:
         """The rows, int64 increasing, that use any of these slots; None if all rows do."""
@@ -135,6 +138,14 @@ class RowTable:
             rows.setdefault(own, []).extend(range(start, start + span.num_rows))
             start += span.num_rows
         return {own: torch.tensor(found, device=self.device) for own, found in rows.items()}
+
+    @cached_property
+    def in_chunks_T(self) -> Tensor | None:  # noqa: N802
+        """Of each row, bool, whether it is one of a chunk; None: none is."""
+        if not any(span.in_chunk for span in self.spans):
+            return None
+        each = [torch.full((span.num_rows,), span.in_chunk) for span in self.spans]
+        return torch.cat(each)
 
     @cached_property
     def segments(self) -> tuple[Segment, ...]:

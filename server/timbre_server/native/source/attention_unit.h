@@ -6,23 +6,6 @@
 #include "matrix_unit.h"
 
 #ifdef HAS_MATRIX_UNIT
-// 16 vectors of 16 numbers of 32 bits: the rows of a matrix become its columns.
-static inline void transpose(Wide p[WIDTH]) {
-    WideIntegers lane;
-    for (int i = 0; i < WIDTH; i++) lane[i] = i;
-#pragma GCC unroll 4
-    for (int apart = 1; apart < WIDTH; apart *= 2) {
-        const WideIntegers is_odd = (lane & apart) != 0;
-        const WideIntegers low = is_odd ? lane - apart + WIDTH : lane, high = is_odd ? lane + WIDTH : lane + apart;
-#pragma GCC unroll 16
-        for (int i = 0; i < WIDTH; i++)
-            if (!(i & apart)) {
-                const Wide first = p[i], second = p[i + apart];
-                p[i] = picked(first, second, low), p[i + apart] = picked(first, second, high);
-            }
-    }
-}
-
 class UnitProducts {
   public:
     static constexpr int64_t PIECE = 128, STEP = DEPTH;

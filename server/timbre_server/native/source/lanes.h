@@ -268,8 +268,12 @@ template <typename Part> struct Uses {
     const Use<Part> *first;
     int64_t count;
     int64_t least_rows;  // Of a table, for which more than one thread is worth waking.
+    const uint8_t *const *in_chunks;  // See below; or null.
 
     int threads(int64_t rows, int most) const { return rows < least_rows ? 1 : most; }
+
+    // Of each row of the table, whether it is one of a chunk; null: none is.
+    const uint8_t *chunks() const { return in_chunks ? *in_chunks : nullptr; }
 
     // Without those of nobody.
     std::vector<Use<Part>> with_rows() const {

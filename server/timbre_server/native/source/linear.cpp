@@ -135,7 +135,6 @@ static inline void put_rows(
 
 // What the sums of rows from `row` on with the panel at `first` become.
 static inline void finish(const Linear &linear, Wide (*sums)[VECTORS], int64_t row, int64_t rows, int64_t first) {
-    add_bias(linear, sums, rows, first);
     if (linear.addend) linear.addend->add(row, rows, first, reinterpret_cast<float *>(sums));
     put_rows(linear, sums, row, rows, first);
 }
@@ -164,6 +163,7 @@ static void tile(
         Wide kept[M][VECTORS];
         for (int m = 0; m < M; m++)
             for (int v = 0; v < VECTORS; v++) kept[m][v] = sums[m][v];
+        add_bias(linear, kept, M, first);
         return finish(linear, kept, row, M, first);
     }
     add_bias(linear, sums, M, first);
@@ -238,6 +238,7 @@ static void multiply(const Linear &linear, const X *x, int64_t rows, const Numbe
 static void multiply(const Linear &linear, const BFloat16 *x, int64_t rows, const BFloat16 *panels, Share own) {
     if (!may_use_matrix_unit()) return multiply<BFloat16, BFloat16>(linear, x, rows, panels, own);
     const int64_t in = linear.in, size = size_of(panels, in);
+    const auto added = linear.addend ? linear.addend->tiled() : nullptr;
     Wide sums[MOST_TILED][VECTORS];
     int shaped = 0;
     const int64_t tiles = TILED_BYTES / (MOST_TILED * in * sizeof *x), block = std::max<int64_t>(tiles, 1) * MOST_TILED;
@@ -247,10 +248,16 @@ static void multiply(const Linear &linear, const BFloat16 *x, int64_t rows, cons
         for (int64_t first = own.begin; first < own.end; first += PANEL) {
             const BFloat16 *panel = panels + first / PANEL * size, *soon = panel + (few ? size : SOON);
             Asked asked = {reinterpret_cast<const char *>(soon), few};
+            Wide start[1][VECTORS] = {};
+            add_bias(linear, start, 1, first);
             for (int64_t at = row; at < end; at += MOST_TILED, asked.lines += in / DEPTH * few * LINE) {
                 const int count = std::min<int64_t>(MOST_TILED, end - at);
                 if (count != shaped) shape_tiles(shaped = count);
-                multiply_tiles(x + at * in, in, count, panel, reinterpret_cast<float *>(sums), asked);
+                if (linear.bias) load_sums(reinterpret_cast<float *>(start), 0, count);
+                else clear_sums();
+                add_products(x + at * in, in, count, panel, asked);
+                if (added) added->add(at, count, first);
+                store_sums(reinterpret_cast<float *>(sums), sizeof *sums, count);
                 finish(linear, sums, at, count, first);
             }
         }

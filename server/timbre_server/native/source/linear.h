@@ -1,13 +1,24 @@
 // Products of rows with a weight in panels, for kernels that make rows of their own, or add to what comes of them.
 #pragma once
 
+#include <memory>
+
 #include "wide.h"
 
 constexpr int PANEL_VECTORS = 2;
 constexpr int PANEL = PANEL_VECTORS * WIDTH;  // Outputs that lie together.
 
+// What one thread adds to the sums of up to MOST_TILED rows from `row` on, and PANEL outputs from `first` on, in tiles.
+struct TiledAddend {
+    virtual void add(int64_t row, int count, int64_t first) = 0;
+    virtual ~TiledAddend() = default;
+};
+
 // What is added to sums before they are rounded.
 struct Addend {
+    // Where the matrix unit multiplies, before all else; null: nothing.
+    virtual std::unique_ptr<TiledAddend> tiled() const { return nullptr; }
+
     // To sums [count, PANEL] of rows from `row` on, with outputs from `first` on, of which there may be fewer.
     virtual void add(int64_t row, int64_t count, int64_t first, float *sums) const = 0;
 };

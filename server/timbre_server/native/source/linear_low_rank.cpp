@@ -1,12 +1,13 @@
 // A product of the base's to which adapters of low rank add before it is rounded: nothing else is written or read in
 // float32 on the way, which with many rows takes as long as the product.
 #include "linear.h"
-#include "low_rank.h"
+#include "low_rank_unit.h"
 
 // B z of each row's adapters, in their order.
 class Expanded : public Addend {
   public:
-    Expanded(const Shrinks &shrinks, int64_t rows, int64_t out) : begins(rows + 1, 0), out(out) {
+    Expanded(const Shrinks &shrinks, const TiledLowRank *chunks, int64_t rows, int64_t out)
+        : chunks(chunks), begins(rows + 1, 0), out(out) {
         static_assert(STEP == PANEL);
         const auto visit = [&](auto with) {
             for (int64_t u = 0; u < shrinks.count(); u++)
@@ -21,7 +22,10 @@ class Expanded : public Addend {
         });
     }
 
+    std::unique_ptr<TiledAddend> tiled() const override { return chunks ? chunks->adding() : nullptr; }
+
     void add(int64_t row, int64_t count, int64_t first, float *sums) const override {
+        if (begins[row] == begins[row + count]) return;
         for (int64_t i = 0, together; i < count; i += together) {
             const int64_t begin = begins[row + i];
             float *to = sums + i * PANEL;
@@ -39,7 +43,8 @@ class Expanded : public Addend {
         const float *z;
     };
 
-    std::vector<int64_t> begins;  // Of each row.
+    const TiledLowRank *chunks;  // Or null.
+    std::vector<int64_t> begins;  // Of each other row.
     std::vector<Own> own;
     int64_t out;
 
@@ -70,11 +75,15 @@ extern "C" void timbre_linear_low_rank(
     int64_t panels_format, const float *bias, void *y, int64_t y_format, int64_t out, int threads
 ) {
     threads = threads_for(rows * in * out, threads);
-    Shrinks shrinks(all->with_rows(), {{x, format}, in}, threads);
-    const Expanded expanded(shrinks, rows, out);
+    const Input input = {{x, format}, in};
+    const Parted parted(all->with_rows(), input, all->chunks());
+    TiledLowRank tiled(parted.tiled, input, rows, out);
+    Shrinks shrinks(parted.others, input, threads);
+    const Expanded expanded(shrinks, parted.tiled.empty() ? nullptr : &tiled, rows, out);
     const Linear linear = {{x, format}, rows, in, {panels, panels_format}, bias, y, y_format, out, &expanded};
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
+        tiled.shrink();
 #pragma omp for schedule(dynamic, 1)
         for (int64_t u = 0; u < shrinks.count(); u++) shrinks.shrink(u, thread_count());
         multiply_linear(linear, thread_number(), thread_count());

@@ -1,6 +1,6 @@
 // y[row] += weight B (A x[row]), for adapters with A, B, ranks and rows of their own.
 #include "gates.h"
-#include "low_rank.h"
+#include "low_rank_unit.h"
 
 // y[n] += B z_n of N rows.
 template <int N, typename Number>
@@ -24,9 +24,7 @@ static void expand_all(const LowRankUse &use, const float *z, float *y, int64_t 
 }
 
 // Threads share pieces; where rows have several adapters, each thread adds to outputs of its own instead.
-static void add_low_rank(
-    const std::vector<LowRankUse> &whole, const Input &input, float *y, int64_t out, int threads
-) {
+static void add_others(const std::vector<LowRankUse> &whole, const Input &input, float *y, int64_t out, int threads) {
     Shrinks shrinks(whole, input, threads);
     const LowRankUse *uses = shrinks.uses.data();
     const int64_t count = shrinks.count();
@@ -47,13 +45,29 @@ static void add_low_rank(
     }
 }
 
+static void add_low_rank(
+    const std::vector<LowRankUse> &uses, const Input &input, int64_t rows, float *y, int64_t out,
+    const uint8_t *in_chunks, int threads
+) {
+    const Parted parted(uses, input, in_chunks);
+    if (!parted.tiled.empty()) {
+        TiledLowRank tiled(parted.tiled, input, rows, out);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+        {
+            tiled.shrink();
+            tiled.add_to(y, share(out, thread_number(), thread_count(), PANEL));
+        }
+    }
+    if (!parted.others.empty()) add_others(parted.others, input, y, out, threads);
+}
+
 // x [rows, in] and y [rows, out] are contiguous; x is of float32 or of bfloat16.
 extern "C" void timbre_low_rank(
     const Uses<LowRank> *all, const void *x, int64_t format, int64_t rows, int64_t in, float *y, int64_t out,
     int threads
 ) {
     const auto uses = all->with_rows();
-    add_low_rank(uses, {{x, format}, in}, y, out, all->threads(rows, threads));
+    add_low_rank(uses, {{x, format}, in}, rows, y, out, all->chunks(), all->threads(rows, threads));
 }
 PLAYED(timbre_low_rank)
 
@@ -97,6 +111,6 @@ extern "C" void timbre_low_rank_experts(
             if (end > begin) kept.push_back({&expert->part, &kept_rows[e]});
         }
     }
-    add_low_rank(kept, {{x, format}, in}, y, out, all->threads(rows, threads));
+    add_low_rank(kept, {{x, format}, in}, rows, y, out, all->chunks(), all->threads(rows, threads));
 }
 PLAYED(timbre_low_rank_experts)

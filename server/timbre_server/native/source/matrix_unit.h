@@ -27,6 +27,23 @@ static bool may_use_matrix_unit() {
 // What was written lies in memory, from where GCC does not know that tiles are read.
 static inline void settle(const void *written) { asm volatile("" : : "r"(written) : "memory"); }
 
+// 16 vectors of 16 numbers of 32 bits: the rows of a matrix become its columns.
+static inline void transpose(Wide p[WIDTH]) {
+    WideIntegers lane;
+    for (int i = 0; i < WIDTH; i++) lane[i] = i;
+#pragma GCC unroll 4
+    for (int apart = 1; apart < WIDTH; apart *= 2) {
+        const WideIntegers is_odd = (lane & apart) != 0;
+        const WideIntegers low = is_odd ? lane - apart + WIDTH : lane, high = is_odd ? lane + WIDTH : lane + apart;
+#pragma GCC unroll 16
+        for (int i = 0; i < WIDTH; i++)
+            if (!(i & apart)) {
+                const Wide first = p[i], second = p[i + apart];
+                p[i] = picked(first, second, low), p[i + apart] = picked(first, second, high);
+            }
+    }
+}
+
 // Tiles 0 and 1 are sums of up to SIDE rows, 2 and 3 of the rows after them; 4 and 5 are these rows, 6 and 7 weights.
 struct alignas(LINE) TileShapes {
     uint8_t palette = 1, start = 0, unused[14] = {};

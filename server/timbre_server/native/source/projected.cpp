@@ -95,7 +95,7 @@ class Cores {
 
     void multiply_sparse(int threads) {
         if (sparse.empty()) return;
-        const Uses<Slices> uses = {sparse.data(), int64_t(sparse.size()), 0};
+        const Uses<Slices> uses = {sparse.data(), int64_t(sparse.size()), 0, nullptr};
         timbre_sparse(&uses, z, FLOAT32, rows, part.p.rows, h.data(), part.q.columns, threads);
     }
 

@@ -24,7 +24,7 @@ class Uses:
         self._held: dict[int, MemberParts] = {}
         self._uses = array("q")
         self._work = 0
-        self._fields = array("q", [0, 0, 0])
+        self._fields = array("q", [0, 0, 0, rows.in_chunks_address])
         self.address = address_of(self._fields)
         """Where it stays."""
 
@@ -43,7 +43,7 @@ class Uses:
         self._tell()
 
     def _tell(self) -> None:
-        self._fields[:] = array("q", [address_of(self._uses), len(self._slots), least_count(self._work)])
+        self._fields[:3] = array("q", [address_of(self._uses), len(self._slots), least_count(self._work)])
 
     @property
     def slots(self) -> Collection[int]:
