@@ -3,20 +3,27 @@
 // In float32 whatever the numbers' type, and rounded once. A row's result follows from that row alone.
 #include <cmath>
 
-#include "lanes.h"
+#include "wide.h"
 
 constexpr int SUMS = 4;  // Sums at once: no addition waits for the last.
 
-static float mean_square(const float *x, int64_t features) {
-    Lanes sums[SUMS] = {};
+template <class Number> static Wide wide_of(const Number *from) {
+    Wide numbers;
+    get(numbers, from);
+    return numbers;
+}
+
+template <class Number> static float mean_square(const Number *x, int64_t features) {
+    Wide sums[SUMS] = {};
     int64_t d = 0;
-    for (; d + SUMS * LANES <= features; d += SUMS * LANES)
+    for (; d + SUMS * WIDTH <= features; d += SUMS * WIDTH)
         for (int j = 0; j < SUMS; j++) {
-            const Lanes own = load(x + d + j * LANES);
-            sums[j] += own * own;
+            const Wide own = wide_of(x + d + j * WIDTH);
+            add_product(sums[j], own, own);
         }
+    for (; d + WIDTH <= features; d += WIDTH) add_product(sums[0], wide_of(x + d), wide_of(x + d));
     float rest = 0;
-    for (; d < features; d++) rest += x[d] * x[d];
+    for (; d < features; d++) rest += value(x[d]) * value(x[d]);
     return (sum((sums[0] + sums[1]) + (sums[2] + sums[3])) + rest) / features;
 }
 
@@ -27,17 +34,14 @@ static void normalise(
     threads = threads_for(rows * features, threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        thread_local Scratch memory;
-        float *scratch = memory.of(2 * features);
-        const float *weights = floats(weight, features, scratch);
         const Share own = share(rows, thread_number(), thread_count(), 1);
         for (int64_t row = own.begin; row < own.end; row++) {
-            const float *from = floats(x + row * features, features, scratch + features);
-            const float factor = 1 / std::sqrt(mean_square(from, features) + epsilon);
+            const Number *from = x + row * features;
             Number *to = y + row * features;
+            const float factor = 1 / std::sqrt(mean_square(from, features) + epsilon);
             int64_t d = 0;
-            for (; d + LANES <= features; d += LANES) store(to + d, load(from + d) * factor * load(weights + d));
-            for (; d < features; d++) put(from[d] * factor * weights[d], to + d);
+            for (; d + WIDTH <= features; d += WIDTH) put(wide_of(from + d) * factor * wide_of(weight + d), to + d);
+            for (; d < features; d++) put(value(from[d]) * factor * value(weight[d]), to + d);
         }
     }
 }

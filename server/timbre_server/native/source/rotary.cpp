@@ -1,7 +1,7 @@
 // Rotary positions, in place: of each head's halves a and b,  a cos - b sin  and  b cos + a sin.
 //
 // In float32 whatever the numbers' type, and rounded once.
-#include "lanes.h"
+#include "wide.h"
 
 // One pair of numbers, or of lanes of them.
 template <typename Of> static inline void turn(Of &a, Of &b, Of cos_a, Of sin_a, Of cos_b, Of sin_b) {
@@ -15,10 +15,12 @@ static void rotate(Number *x, const Number *cos, const Number *sin, int64_t head
     const int64_t half = dim / 2;
     for (int64_t h = 0; h < heads; h++, x += dim) {
         int64_t d = 0;
-        for (; d + LANES <= half; d += LANES) {
-            Lanes a = load(x + d), b = load(x + half + d);
-            turn(a, b, load(cos + d), load(sin + d), load(cos + half + d), load(sin + half + d));
-            store(x + d, a), store(x + half + d, b);
+        for (; d + WIDTH <= half; d += WIDTH) {
+            Wide a, b, cos_a, sin_a, cos_b, sin_b;
+            get(a, x + d), get(b, x + half + d);
+            get(cos_a, cos + d), get(sin_a, sin + d), get(cos_b, cos + half + d), get(sin_b, sin + half + d);
+            turn(a, b, cos_a, sin_a, cos_b, sin_b);
+            put(a, x + d), put(b, x + half + d);
         }
         for (; d < half; d++) {
             float a = value(x[d]), b = value(x[half + d]);
