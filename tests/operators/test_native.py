@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -181,13 +183,19 @@ def test_outputs_of_few_and_of_many_entries_are_summed(crowd: str, longest: int)
     torch.testing.assert_close(native, plain, atol=2e-4, rtol=1e-4)
 
 
-def test_a_row_of_sparse_changes_has_the_same_bits_whatever_rows_are_beside_it() -> None:
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("values_dtype", FORMATS)
+def test_a_row_of_sparse_changes_has_the_same_bits_whatever_rows_are_beside_it(
+    dtype: torch.dtype, values_dtype: torch.dtype
+) -> None:
     """45 of one adapter are 32, eight and five."""
     generator = torch.Generator().manual_seed(4)
     cells = torch.randperm(70 * 43, generator=generator)[:900].sort().values
     row_ends, values = torch.searchsorted(cells, torch.arange(71) * 43), torch.randn(900, generator=generator)
-    part = slices_of(Sparse(row_ends, (cells % 43).int(), values, 43))
-    x_TI = torch.randn(45, 43, generator=generator)
+    part = slices_of(Sparse(row_ends, (cells % 43).int(), values.to(values_dtype).float(), 43))
+    part = replace(part, values_KC=part.values_KC.to(values_dtype))
+    x_TI = torch.randn(45, 43, generator=generator).to(dtype)
 
     def changes(first: int, count: int) -> Tensor:
         table = RowTable([Span(count, ((0, 0.7),))])

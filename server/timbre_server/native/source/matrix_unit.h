@@ -18,7 +18,7 @@ constexpr int DEPTH = 32;  // Inputs of a tile.
 constexpr int MOST_TILED = 2 * SIDE;  // Rows, of which all sums with two times SIDE outputs stay in tiles.
 
 // Whether the system lets this process use it, and keeps its registers: that must be asked for once.
-static bool may_use_matrix_unit() {
+static inline bool may_use_matrix_unit() {
     constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
     static const bool may = !syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA);
     return may;
@@ -26,23 +26,6 @@ static bool may_use_matrix_unit() {
 
 // What was written lies in memory, from where GCC does not know that tiles are read.
 static inline void settle(const void *written) { asm volatile("" : : "r"(written) : "memory"); }
-
-// 16 vectors of 16 numbers of 32 bits: the rows of a matrix become its columns.
-static inline void transpose(Wide p[WIDTH]) {
-    WideIntegers lane;
-    for (int i = 0; i < WIDTH; i++) lane[i] = i;
-#pragma GCC unroll 4
-    for (int apart = 1; apart < WIDTH; apart *= 2) {
-        const WideIntegers is_odd = (lane & apart) != 0;
-        const WideIntegers low = is_odd ? lane - apart + WIDTH : lane, high = is_odd ? lane + WIDTH : lane + apart;
-#pragma GCC unroll 16
-        for (int i = 0; i < WIDTH; i++)
-            if (!(i & apart)) {
-                const Wide first = p[i], second = p[i + apart];
-                p[i] = picked(first, second, low), p[i + apart] = picked(first, second, high);
-            }
-    }
-}
 
 // Tiles 0 and 1 are sums of up to SIDE rows, 2 and 3 of the rows after them; 4 and 5 are these rows, 6 and 7 weights.
 struct alignas(LINE) TileShapes {
@@ -63,4 +46,6 @@ static inline void shape_tiles(int rows) {
     settle(&shapes);
     _tile_loadconfig(&shapes);
 }
+#else
+static inline bool may_use_matrix_unit() { return false; }
 #endif

@@ -6,7 +6,7 @@
 // order whatever other rows there are, and in any format of the values.
 #include <algorithm>
 
-#include "sparse.h"
+#include "sparse_lines.h"
 
 constexpr int VECTORS = 4;  // Of rows side by side, of which all sums stay in registers.
 constexpr int MOST_ROWS = VECTORS * LANES;
@@ -199,6 +199,9 @@ template <typename Number> struct SparseWorker {
         const Place end = place_of(matrix, slices, thread + 1, threads);
         thread_local Scratch scratch;  // Kept: fresh memory costs more than what is written to it.
         float *lanes = scratch.of(in * width);
+        const Share own = {begin.slice, end.slice};
+        if (are_in_lines(x, block.rows.count))
+            return multiply_lines(matrix, own, begin.step, x, in, block.rows.rows, lanes, sums);
         const float *row = width == 1 ? floats(x + block.rows.rows[0] * in, in, lanes) : nullptr;
         for (int64_t n = 0; width > 1 && n < width; n += LANES)
             side_by_side(x, in, block.rows.rows + n, std::min(block.rows.count - n, int64_t(LANES)), lanes + n, width);
@@ -214,7 +217,9 @@ template <typename Number> struct SparseWorker {
 
     void add(const RowBlock &block, const float *sums) const {
         const Share own = share(out, thread, threads, LANES);
-        if (block.width == 1)
+        if (are_in_lines(x, block.rows.count))
+            add_lines(*block.own, block.rows, sums, y, out, own);
+        else if (block.width == 1)
             add_row(*block.own, *block.next, sums, y + block.rows.rows[0] * out, own);
         else if (block.width == LANES)
             add_rows<1>(*block.own, block.rows, sums, y, out, own);

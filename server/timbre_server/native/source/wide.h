@@ -69,6 +69,30 @@ static inline float sum(Wide v) { return sum(folded(v)); }
 static inline void add_product(Wide &sum, Wide x, Wide y) {
     sum = (Wide)_mm512_fmadd_ps((__m512)x, (__m512)y, (__m512)sum);
 }
+
+// As many vectors as one has numbers: the rows of a matrix become its columns.
+static inline void transpose(Wide p[WIDTH]) {
+    WideIntegers lane;
+    for (int i = 0; i < WIDTH; i++) lane[i] = i;
+#pragma GCC unroll 4
+    for (int apart = 1; apart < WIDTH; apart *= 2) {
+        const WideIntegers is_odd = (lane & apart) != 0;
+        const WideIntegers low = is_odd ? lane - apart + WIDTH : lane, high = is_odd ? lane + WIDTH : lane + apart;
+#pragma GCC unroll 16
+        for (int i = 0; i < WIDTH; i++)
+            if (!(i & apart)) {
+                const Wide first = p[i], second = p[i + apart];
+                p[i] = picked(first, second, low), p[i + apart] = picked(first, second, high);
+            }
+    }
+}
+#endif
+
+// A number in all places.
+template <typename V> static inline V spread(float number);
+template <> inline Lanes spread<Lanes>(float number) { return all(number); }
+#ifdef __AVX512F__
+template <> inline Wide spread<Wide>(float number) { return (Wide)_mm512_set1_ps(number); }
 #endif
 
 // The first and the second ones of pairs of bfloat16.
