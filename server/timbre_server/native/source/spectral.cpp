@@ -83,10 +83,10 @@ PLAYED(timbre_spectral_values)
 template <typename V> INLINED void add_entry(Complex<V> &sum, const SpectralEntry &entry, V value, const Complex<V> *z) {
     const Complex<V> &read = z[entry.column];
     add_product(sum.re, value, read.re);
-    add_product(sum.im, value * entry.factor, read.im);
+    add_product(sum.im, value * spread<V>(entry.factor), read.im);
 }
 template <typename V> INLINED void add_entry(V &sum, const SpectralEntry &entry, V value, const V *z) {
-    add_product(sum, value * entry.factor, z[entry.column]);
+    add_product(sum, value * spread<V>(entry.factor), z[entry.column]);
 }
 
 template <typename V> INLINED Complex<V> scaled(Complex<V> sum, float scale) { return {sum.re * scale, sum.im * scale}; }
@@ -100,9 +100,9 @@ static void apply_core(const SpectralPattern &pattern, const float *values, cons
         const SpectralSum &own = pattern.sums[k];
         Number sum = {};
         for (const SpectralEntry *end = entry + own.count; entry < end; entry++) {
-            V value = {};
+            V value;
             if constexpr (SHARED) {
-                value += values[entry->source];
+                value = spread<V>(values[entry->source]);
             } else {
                 std::memcpy(&value, values, sizeof value);
                 __builtin_prefetch(values + AHEAD * SIDE<V>, 0, 2);
