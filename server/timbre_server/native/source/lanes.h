@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <vector>
 #ifdef __FMA__
 #include <immintrin.h>
@@ -96,12 +97,13 @@ static inline float value(Float16 number) {
     return number.bits & 0x8000 ? size * -0x1p112f : size * 0x1p112f;
 }
 
-// Memory for floats, from which no register is loaded across two lines of the cache.
+// Memory for floats, from which no register is loaded across two lines of the cache. More of it is other memory.
 class Scratch {
   public:
     float *of(int64_t count) {
-        if (int64_t(lines.size()) * FLOATS < count) lines.resize((count + FLOATS - 1) / FLOATS);
-        return reinterpret_cast<float *>(lines.data());
+        const int64_t needed = (count + FLOATS - 1) / FLOATS;
+        if (size < needed) lines.reset(new Line[size = needed]);  // Zeros would cost as much as what is written there.
+        return reinterpret_cast<float *>(lines.get());
     }
 
   private:
@@ -109,7 +111,8 @@ class Scratch {
     struct alignas(LINE) Line {
         float numbers[FLOATS];
     };
-    std::vector<Line> lines;
+    std::unique_ptr<Line[]> lines;
+    int64_t size = 0;
 };
 
 // As floats: where they lie, else in `to`.
