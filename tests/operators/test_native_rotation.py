@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -40,9 +42,9 @@ def rows() -> Tensor:
     return torch.randn(ROWS, FEATURES, generator=torch.Generator().manual_seed(4))
 
 
-def turned(spans: list[Span], x_TI: Tensor) -> Tensor:
+def turned(spans: list[Span], x_TI: Tensor, own: dict[int, list[Rotation]] | None = None) -> Tensor:
     """In place."""
-    adds = NativeRotation().bind([parts()], RowTable(spans)).adds(0)
+    adds = NativeRotation().bind([own or parts()], RowTable(spans)).adds(0)
     assert adds is not None
     assert adds.input_change is not None
     y_TI = x_TI.clone()
@@ -78,3 +80,62 @@ def test_in_place_every_part_reads_what_the_row_was() -> None:
     found_TI = turned(spans, x_TI)
     torch.testing.assert_close(found_TI, expected_TI, atol=2e-5, rtol=2e-5)
     assert torch.equal(found_TI[3], x_TI[3])
+
+
+TILED = {
+    "blocks of 16": ((1, 6, 16, 16), (16,)),
+    "a block of 32 for all thirds": ((1, 1, 32, 32), (32,)),
+    "blocks of 32": ((1, 3, 32, 32), (32,)),
+    "one block": ((1, 1, 96, 96), (96,)),
+    "in float32": ((1, 3, 32, 32), (32,)),
+    "of 2 factors": ((2, 3, 32, 32), (32, 96)),
+}
+"""What the matrix unit may multiply, and what it does not."""
+
+
+def tiled_parts() -> dict[int, list[Rotation]]:
+    generator = torch.Generator().manual_seed(5)
+    whole = [
+        Rotation("input", torch.eye(shape[-1]) + torch.randn(shape, generator=generator) / 8, chunks)
+        for shape, chunks in TILED.values()
+    ]
+    own = [[part if name == "in float32" else narrowed(part)] for name, part in zip(TILED, whole, strict=True)]
+    return dict(enumerate(own))
+
+
+def of_chunks() -> list[Span]:
+    one_each = [Span(33 + 2 * slot, ((slot, 0.5 + slot),), in_chunk=True) for slot in range(len(TILED))]
+    mixes = [Span(9, ((2, 0.5), (4, 2.0)), in_chunk=True), Span(40, ((0, 1.0), (1, -1.0)), in_chunk=True)]
+    return [*one_each, *mixes, Span(1, ((1, 1.0),)), Span(1, ((2, 1.0),), in_chunk=True)]
+
+
+@pytest.mark.usefixtures("threads")
+def test_rows_of_chunks_have_the_same_bits_whatever_rows_are_beside_them() -> None:
+    spans, own = of_chunks(), tiled_parts()
+    generator = torch.Generator().manual_seed(6)
+    xs = [torch.randn(span.num_rows, 96, generator=generator) for span in spans]
+    alone = [turned([span], x, own) for span, x in zip(spans, xs, strict=True)]
+    for order in (range(len(spans)), range(len(spans) - 1, -1, -1), (2, 8, 2, 9, 6, 2)):
+        crowd = [Span(5, in_chunk=True), *(spans[n] for n in order)]
+        x_TI = torch.cat([torch.ones(5, 96), *(xs[n] for n in order)])
+        base, *found = turned(crowd, x_TI, own).split([span.num_rows for span in crowd])
+        assert torch.equal(base, torch.ones(5, 96))
+        for n, got in zip(order, found, strict=True):
+            assert torch.equal(got, alone[n]), spans[n]
+    for span, x, whole in zip(spans, xs, alone, strict=True):
+        if span.in_chunk:
+            pieces = [turned([replace(span, num_rows=len(piece))], piece, own) for piece in x.split(13)]
+            assert torch.equal(torch.cat(pieces), whole)
+
+
+@pytest.mark.usefixtures("threads")
+def test_rows_of_chunks_are_turned_as_blocks_say() -> None:
+    own, operator = tiled_parts(), NativeRotation()
+    for span in of_chunks():
+        x_TI = torch.randn(span.num_rows, 96, generator=torch.Generator().manual_seed(7))
+        expected_TI = x_TI.clone()
+        for slot, weight in span.pairs:
+            change_TI = operator.meaning(own[slot][0], x_TI, x_TI).input_change_TI
+            assert change_TI is not None
+            expected_TI += weight * change_TI
+        torch.testing.assert_close(turned([span], x_TI, own), expected_TI, atol=2e-4, rtol=2e-5)

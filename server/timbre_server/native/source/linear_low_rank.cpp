@@ -76,10 +76,10 @@ extern "C" void timbre_linear_low_rank(
 ) {
     threads = threads_for(rows * in * out, threads);
     const Input input = {{x, format}, in};
-    const Parted parted(all->with_rows(), input, all->chunks());
-    TiledLowRank tiled(parted.tiled, input, rows, out);
-    Shrinks shrinks(parted.others, input, threads);
-    const Expanded expanded(shrinks, parted.tiled.empty() ? nullptr : &tiled, rows, out);
+    const Parted<LowRank> own = parted(all->with_rows(), input, all->chunks());
+    TiledLowRank tiled(own.tiled, input, rows, out);
+    Shrinks shrinks(own.others, input, threads);
+    const Expanded expanded(shrinks, own.tiled.empty() ? nullptr : &tiled, rows, out);
     const Linear linear = {{x, format}, rows, in, {panels, panels_format}, bias, y, y_format, out, &expanded};
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {

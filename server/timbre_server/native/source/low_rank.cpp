@@ -49,16 +49,16 @@ static void add_low_rank(
     const std::vector<LowRankUse> &uses, const Input &input, int64_t rows, float *y, int64_t out,
     const uint8_t *in_chunks, int threads
 ) {
-    const Parted parted(uses, input, in_chunks);
-    if (!parted.tiled.empty()) {
-        TiledLowRank tiled(parted.tiled, input, rows, out);
+    const Parted<LowRank> own = parted(uses, input, in_chunks);
+    if (!own.tiled.empty()) {
+        TiledLowRank tiled(own.tiled, input, rows, out);
 #pragma omp parallel num_threads(threads) if (threads > 1)
         {
             tiled.shrink();
             tiled.add_to(y, share(out, thread_number(), thread_count(), PANEL));
         }
     }
-    if (!parted.others.empty()) add_others(parted.others, input, y, out, threads);
+    if (!own.others.empty()) add_others(own.others, input, y, out, threads);
 }
 
 // x [rows, in] and y [rows, out] are contiguous; x is of float32 or of bfloat16.

@@ -1,65 +1,26 @@
 // Adapters of low rank by the matrix unit, for rows of chunks.
 //
-// z = A x is a product of tiles with A in a panel. Each number of weight z becomes a pair of bfloat16, of which the
-// second is what the first one leaves: with the numbers of B twice, B z is a product of tiles, too, of 16 ranks at once.
-// Up to 32 rows that begin at a multiple of 32 are a group, in which z is zero for rows that are not the adapter's; so a
-// row's sums are the same ones in the same order whatever other rows and adapters there are.
+// z = A x is a product of tiles. Each number of weight z becomes a pair of bfloat16, of which the second is what the
+// first one leaves: with the numbers of B twice, B z is a product of tiles, too, of 16 ranks at once. Up to 32 rows
+// that begin at a multiple of 32 are a group, in which z is zero for rows that are not the adapter's; so a row's sums
+// are the same ones in the same order whatever other rows and adapters there are.
 #pragma once
 
+#include "chunk_rows.h"
 #include "linear.h"
 #include "low_rank.h"
-#include "tiled_rows.h"
 
-// Uses by the rows that the matrix unit multiplies, and by the others.
-struct Parted {
-    std::vector<LowRankUse> tiled, others;
-
-    Parted(const std::vector<LowRankUse> &uses, const Input &input, const uint8_t *in_chunks) {
-#ifdef HAS_MATRIX_UNIT
-        if (in_chunks && input.is_narrow() && may_use_matrix_unit()) {
-            for (const LowRankUse &use : uses) part(use, in_chunks);
-            return;
-        }
-#endif
-        others = uses;
-    }
-
-  private:
-    struct Some {
-        std::vector<int64_t> rows;
-        std::vector<float> weights;
-        Rows own;
-    };
-
-    std::deque<Some> some;
-
-    void part(const LowRankUse &use, const uint8_t *in_chunks) {
-        const int64_t *begin = use.rows->rows, *end = begin + use.rows->count;
-        const bool may = use.part->a.format == BFLOAT16 && use.part->b.format == BFLOAT16;
-        const int64_t tiles = may ? std::count_if(begin, end, [&](int64_t row) { return in_chunks[row]; }) : 0;
-        if (tiles == use.rows->count) return tiled.push_back(use);
-        if (!tiles) return others.push_back(use);
-        for (bool is_tiled : {true, false}) {
-            Some &own = some.emplace_back();
-            for (int64_t n = 0; n < use.rows->count; n++)
-                if (bool(in_chunks[begin[n]]) == is_tiled)
-                    own.rows.push_back(begin[n]), own.weights.push_back(use.rows->weights[n]);
-            own.own = {own.rows.data(), own.weights.data(), int64_t(own.rows.size())};
-            (is_tiled ? tiled : others).push_back({use.part, &own.own});
-        }
-    }
-};
+static Parted<LowRank> parted(
+    const std::vector<LowRankUse> &uses, const Input &input, const uint8_t *in_chunks
+) {
+    const auto may = [&](const LowRank &part) { return part.a.format == BFLOAT16 && part.b.format == BFLOAT16; };
+    return {uses, input.is_narrow() ? in_chunks : nullptr, may};
+}
 
 #ifdef HAS_MATRIX_UNIT
 constexpr int64_t PAIRS = SIDE * SIDE;  // Of one tile.
-constexpr Asked NEAR = {nullptr, -1};
 
-// A number as the pair of two whose sum it nearly is: its relative error is 2^-16 at most.
-static inline WideBits paired(Wide z) {
-    const WideBits first = rounded_to_bfloat16((WideBits)z);
-    return first | rounded_to_bfloat16((WideBits)(z - (Wide)(first << 16))) << 16;
-}
-
+// DEPTH numbers, or `count`, and zeros.
 static inline Wide pairs_at(const BFloat16 *from, int64_t count) {
     if (count >= DEPTH) return wide(from);
     BFloat16 rest[DEPTH] = {};
@@ -88,14 +49,10 @@ static void put_twice(const LowRank &part, int64_t out, int64_t first, WideBits 
     for (int64_t rank = 0; rank < part.rank; rank += SIDE, to += 2 * SIDE)
         for (int64_t r = rank; r < std::min(part.rank, rank + SIDE); r++, b += out) {
             __builtin_prefetch(b + PANEL, 0, 2);
-            for (int half : {0, 1}) {
-                WideHalves numbers = {};
-                const int64_t count = std::min<int64_t>(out - first - half * SIDE, SIDE);
-                if (count == SIDE) std::memcpy(&numbers, b + half * SIDE, sizeof numbers);
-                else if (count > 0) std::memcpy(&numbers, b + half * SIDE, count * sizeof *b);
-                const WideBits each = __builtin_convertvector(numbers, WideBits);
-                to[half * SIDE + r - rank] = each | each << 16;
-            }
+            const Wide both = pairs_at(b, out - first);
+            WideHalves halves[2];
+            std::memcpy(halves, &both, sizeof both);
+            for (int half : {0, 1}) to[half * SIDE + r - rank] = twice(halves[half]);
         }
 }
 
@@ -165,14 +122,14 @@ class TiledLowRank {
       public:
         explicit Adding(const TiledLowRank &whole) : whole(whole), starts(1, 0), firsts(whole.uses.size(), -1) {
             for (size_t u = 0; u < whole.uses.size(); u++) starts.push_back(starts.back() + whole.tiles(u) * 2 * SIDE);
-            twice.resize(starts.back());
+            numbers.resize(starts.back());
         }
 
         void add(int64_t row, int count, int64_t first) override {
             const int64_t group = row / MOST_TILED;
             for (int64_t g = whole.begins[group]; g < whole.begins[group + 1]; g++) {
                 const Group &own = *whole.in_order[g];
-                WideBits *b = twice.data() + starts[own.use];
+                WideBits *b = numbers.data() + starts[own.use];
                 if (firsts[own.use] != first) {
                     put_twice(*whole.uses[own.use].part, whole.out, firsts[own.use] = first, b);
                     settle(b);
@@ -186,7 +143,7 @@ class TiledLowRank {
       private:
         const TiledLowRank &whole;
         std::vector<int64_t> starts, firsts;  // Of each use: where its numbers lie, and of which outputs they are.
-        std::vector<WideBits> twice;
+        std::vector<WideBits> numbers;
     };
 
     const std::vector<LowRankUse> &uses;
@@ -211,15 +168,15 @@ class TiledLowRank {
     void put_pairs(const Group &own, int64_t tile, int count, const float *a) {
         const auto &[part, use_rows] = uses[own.use];
         const BFloat16 *x = static_cast<const BFloat16 *>(input.x.first) + own.group * MOST_TILED * input.in;
-        Wide sums[MOST_TILED][2];
+        Wide sums[MOST_TILED];
         clear_sums();
         add_products<true>(x, input.in, count, a, NEAR);
-        store_sums(reinterpret_cast<float *>(sums), sizeof *sums, count);
+        store_sums<true>(reinterpret_cast<float *>(sums), sizeof *sums, count);
         settle(sums);
         WideBits *to = pairs.data() + own.pairs / WIDTH + tile * MOST_TILED;
         for (int64_t n = own.begin; n < own.end; n++) {
             const int64_t row = use_rows->rows[n] - own.group * MOST_TILED;
-            to[row] = paired(sums[row][0] * use_rows->weights[n]);
+            to[row] = paired(sums[row] * use_rows->weights[n]);
         }
         settle(to);
     }

@@ -4,10 +4,9 @@
 // An adapter's blocks are read once for all of its rows, where they lie. Nothing is added before all is turned: so
 // every adapter reads what x was, whoever else changes the row. A row's sums are the same ones in the same order
 // whatever other rows there are.
-#include <algorithm>
 #include <type_traits>
 
-#include "wide.h"
+#include "rotation_unit.h"
 
 struct Rotation {
     Numbers blocks;  // [factors, stored, size, size]; of bfloat16: what they change, R - 1.
@@ -164,15 +163,43 @@ template <typename Number> struct Factor {
     }
 };
 
-// x and y [rows, features] are contiguous.
-extern "C" void timbre_rotation(
-    const Uses<Rotation> *all, float *x, float *y, int64_t rows, int64_t features, int threads
+// Whether the matrix unit may multiply its blocks, for rows that nothing else turns.
+static bool may_be_tiled(const Rotation &part) {
+    const bool is_one = part.factors == 1 && part.chunks[0] == part.size;
+    return is_one && part.blocks.format == BFLOAT16 && TiledTurns::may_turn(part.size);
+}
+
+// Of each row, whether it is one of a chunk, and of one use alone.
+static std::vector<uint8_t> turned_once(
+    const std::vector<Use<Rotation>> &uses, const uint8_t *in_chunks, int64_t rows
 ) {
-    const auto uses = all->with_rows();
-    threads = all->threads(rows, threads);
+    std::vector<uint8_t> found(in_chunks, in_chunks + rows);
+    std::vector<bool> seen(rows);
+    for (const auto &use : uses)
+        for (int64_t n = 0; n < use.rows->count; n++) {
+            const int64_t row = use.rows->rows[n];
+            if (seen[row]) found[row] = false;
+            seen[row] = true;
+        }
+    return found;
+}
+
+// A thread's share of the blocks.
+static void add_tiled(const Use<Rotation> &use, const float *x, float *y, int64_t features) {
+    const auto &[blocks, chunks, factors, stored, size] = *use.part;
+    const Share own = share(features / size, thread_number(), thread_count(), 1);
+    TiledTurns turns(size);
+    for (int64_t b = own.begin; b < own.end; b++) {
+        const BFloat16 *changes = static_cast<const BFloat16 *>(blocks.first) + (stored > 1 ? b * size * size : 0);
+        turns.add(changes, *use.rows, x + b * size, y + b * size, features);
+    }
+}
+
+// Nothing is added before all is turned.
+static void add_turned(const std::vector<Use<Rotation>> &uses, float *x, float *y, int64_t features, int threads) {
     int64_t size = 0, most = 0;
     for (const auto &use : uses) size += use.rows->count * features, most = std::max(most, use.part->factors);
-    Scratch first, second;
+    thread_local Scratch first, second;  // Kept: fresh memory costs more than what is written to it.
     float *const turned[] = {first.of(size), most > 1 ? second.of(size) : nullptr};
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
@@ -210,5 +237,21 @@ extern "C" void timbre_rotation(
             for (int64_t d = own.begin; d < own.end; d++) y[row + d] += weight * v[d];
         });
     }
+}
+
+// x and y [rows, features] are contiguous.
+extern "C" void timbre_rotation(
+    const Uses<Rotation> *all, float *x, float *y, int64_t rows, int64_t features, int threads
+) {
+    const auto uses = all->with_rows();
+    threads = all->threads(rows, threads);
+    std::vector<uint8_t> once;
+    if (all->chunks()) once = turned_once(uses, all->chunks(), rows);
+    const Parted<Rotation> parted(uses, once.empty() ? nullptr : once.data(), may_be_tiled);
+    if (!parted.tiled.empty()) {
+#pragma omp parallel num_threads(threads) if (threads > 1)
+        for (const auto &use : parted.tiled) add_tiled(use, x, y, features);
+    }
+    if (!parted.others.empty()) add_turned(parted.others, x, y, features, threads);
 }
 PLAYED(timbre_rotation)

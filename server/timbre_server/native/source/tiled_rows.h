@@ -49,9 +49,9 @@ static inline void add_tiles(const BFloat16 *x, const BFloat16 *more, int64_t ap
     if (!ONE) _tile_dpbf16ps(3, 5, 7);
 }
 
-// To the sums of rows x [count, in] is added their product with a panel, which has for every DEPTH inputs weights of SIDE
-// outputs, pair of inputs by pair, then those of the others unless there is ONE tile, and zeros for inputs that there are
-// not.
+// To the sums of rows x [count, in] is added their product with a panel, which has for every DEPTH inputs weights of
+// SIDE outputs, pair of inputs by pair, then those of the others unless there is ONE tile, and zeros for inputs that
+// there are not.
 template <bool HAS_MORE, bool ONE>
 static void add_products_of(const BFloat16 *x, int64_t in, int count, const void *panel, Asked asked) {
     const char *weights = static_cast<const char *>(panel);
@@ -77,23 +77,24 @@ static inline void clear_sums() {
     _tile_zero(3);
 }
 
-// Sums of `count` rows with 2 * SIDE outputs, which lie `apart` bytes from each other; 0: all begin with the same.
-static inline void load_sums(const float *sums, int64_t apart, int count) {
+// Sums of `count` rows with 2 * SIDE outputs, or SIDE, which lie `apart` bytes from each other; 0: all begin with the
+// same.
+template <bool ONE = false> static inline void load_sums(const float *sums, int64_t apart, int count) {
     settle(sums);
     _tile_loadd(0, sums, apart);
-    _tile_loadd(1, sums + SIDE, apart);
+    if (!ONE) _tile_loadd(1, sums + SIDE, apart);
     if (count <= SIDE) return;
     const char *more = reinterpret_cast<const char *>(sums) + SIDE * apart;
     _tile_loadd(2, more, apart);
-    _tile_loadd(3, more + LINE, apart);
+    if (!ONE) _tile_loadd(3, more + LINE, apart);
 }
 
-static inline void store_sums(float *sums, int64_t apart, int count) {
+template <bool ONE = false> static inline void store_sums(float *sums, int64_t apart, int count) {
     _tile_stored(0, sums, apart);
-    _tile_stored(1, sums + SIDE, apart);
+    if (!ONE) _tile_stored(1, sums + SIDE, apart);
     if (count <= SIDE) return;
     char *more = reinterpret_cast<char *>(sums) + SIDE * apart;
     _tile_stored(2, more, apart);
-    _tile_stored(3, more + LINE, apart);
+    if (!ONE) _tile_stored(3, more + LINE, apart);
 }
 #endif
