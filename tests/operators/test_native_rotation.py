@@ -99,8 +99,8 @@ def tiled_parts() -> dict[int, list[Rotation]]:
         Rotation("input", torch.eye(shape[-1]) + torch.randn(shape, generator=generator) / 8, chunks)
         for shape, chunks in TILED.values()
     ]
-    own = [[part if name == "in float32" else narrowed(part)] for name, part in zip(TILED, whole, strict=True)]
-    return dict(enumerate(own))
+    named = zip(TILED, whole, strict=True)
+    return {n: [part if name == "in float32" else narrowed(part)] for n, (name, part) in enumerate(named)}
 
 
 def of_chunks() -> list[Span]:

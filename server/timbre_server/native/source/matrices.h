@@ -31,6 +31,7 @@ struct Product {
 constexpr int SIDE = LANES;  // Rows of a matrix that are summed together: their sums are one vector.
 constexpr int AT_ONCE = WIDTH > LANES ? 3 : 1;  // Products, as many as there are registers for.
 constexpr int64_t MANY = 48;  // Products that a part of a matrix stays in the cache for.
+constexpr int64_t MANY_PAIRED = 64;  // Of pairs: whole tiles of the matrix unit.
 constexpr int64_t COLUMNS = 640;  // Of which SIDE rows do so, beside what they are multiplied by.
 constexpr int64_t AHEAD = 64;  // Numbers of an outer vector, after which they are asked for.
 constexpr int64_t FLOATS = LINE / sizeof(float);
@@ -163,9 +164,9 @@ static void multiply_floats(const Product *products, int64_t count, int threads)
 static void multiply_pairs(const Product *products, int64_t count, int threads) {
     const Matrix &matrix = *products->matrix;
     const int64_t in = matrix.columns, out = matrix.rows;
-    Scratch numbers, sums;
+    thread_local Scratch numbers, sums;  // Kept: fresh memory costs more than what is written to it.
     for (int64_t end; count > 0; products += end, count -= end) {
-        end = std::min(count, MANY);
+        end = std::min(count, MANY_PAIRED);
         float *from = numbers.of(in + (end * in + 1) / 2), *y = sums.of(end * out);
         BFloat16 *x = reinterpret_cast<BFloat16 *>(from + in);
         for (int64_t n = 0; n < end; n++) {
