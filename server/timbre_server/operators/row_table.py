@@ -144,8 +144,7 @@ class RowTable:
         """Of each row, bool, whether it is one of a chunk; None: none is."""
         if not any(span.in_chunk for span in self.spans):
             return None
-        each = [torch.full((span.num_rows,), span.in_chunk) for span in self.spans]
-        return torch.cat(each)
+        return torch.cat([torch.full((span.num_rows,), span.in_chunk) for span in self.spans])
 
     @cached_property
     def segments(self) -> tuple[Segment, ...]:
