@@ -11,9 +11,13 @@
 template <typename Part> struct Parted {
     std::vector<Use<Part>> tiled, others;
 
-    template <typename May> Parted(const std::vector<Use<Part>> &uses, const uint8_t *in_chunks, May may) {
+    template <typename May> Parted(std::vector<Use<Part>> uses, const uint8_t *in_chunks, May may) {
+        if (!in_chunks || !may_use_matrix_unit()) {
+            others = std::move(uses);
+            return;
+        }
         for (const Use<Part> &use : uses)
-            if (in_chunks && may_use_matrix_unit() && may(*use.part)) part(use, in_chunks);
+            if (may(*use.part)) part(use, in_chunks);
             else others.push_back(use);
     }
 

@@ -46,10 +46,10 @@ static void add_others(const std::vector<LowRankUse> &whole, const Input &input,
 }
 
 static void add_low_rank(
-    const std::vector<LowRankUse> &uses, const Input &input, int64_t rows, float *y, int64_t out,
-    const uint8_t *in_chunks, int threads
+    std::vector<LowRankUse> uses, const Input &input, int64_t rows, float *y, int64_t out, const uint8_t *in_chunks,
+    int threads
 ) {
-    const Parted<LowRank> own = parted(uses, input, in_chunks);
+    const Parted<LowRank> own = parted(std::move(uses), input, in_chunks);
     if (!own.tiled.empty()) {
         TiledLowRank tiled(own.tiled, input, rows, out);
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -66,8 +66,7 @@ extern "C" void timbre_low_rank(
     const Uses<LowRank> *all, const void *x, int64_t format, int64_t rows, int64_t in, float *y, int64_t out,
     int threads
 ) {
-    const auto uses = all->with_rows();
-    add_low_rank(uses, {{x, format}, in}, rows, y, out, all->chunks(), all->threads(rows, threads));
+    add_low_rank(all->with_rows(), {{x, format}, in}, rows, y, out, all->chunks(), all->threads(rows, threads));
 }
 PLAYED(timbre_low_rank)
 
@@ -111,6 +110,6 @@ extern "C" void timbre_low_rank_experts(
             if (end > begin) kept.push_back({&expert->part, &kept_rows[e]});
         }
     }
-    add_low_rank(kept, {{x, format}, in}, rows, y, out, all->chunks(), all->threads(rows, threads));
+    add_low_rank(std::move(kept), {{x, format}, in}, rows, y, out, all->chunks(), all->threads(rows, threads));
 }
 PLAYED(timbre_low_rank_experts)

@@ -10,11 +10,9 @@
 #include "linear.h"
 #include "low_rank.h"
 
-static Parted<LowRank> parted(
-    const std::vector<LowRankUse> &uses, const Input &input, const uint8_t *in_chunks
-) {
-    const auto may = [&](const LowRank &part) { return part.a.format == BFLOAT16 && part.b.format == BFLOAT16; };
-    return {uses, input.is_narrow() ? in_chunks : nullptr, may};
+static Parted<LowRank> parted(std::vector<LowRankUse> uses, const Input &input, const uint8_t *in_chunks) {
+    const auto may = [](const LowRank &part) { return part.a.format == BFLOAT16 && part.b.format == BFLOAT16; };
+    return {std::move(uses), input.is_narrow() ? in_chunks : nullptr, may};
 }
 
 #ifdef HAS_MATRIX_UNIT

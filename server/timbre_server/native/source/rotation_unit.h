@@ -8,7 +8,8 @@
 // Blocks of one size.
 class TiledTurns {
   public:
-    static bool may_turn(int64_t size) { return size == SIDE || size % (2 * SIDE) == 0; }
+    // Larger ones would take more memory than they are worth.
+    static bool may_turn(int64_t size) { return size == SIDE || (size % (2 * SIDE) == 0 && size <= 512); }
 
     explicit TiledTurns(int64_t size) : size(size), block(size * size / WIDTH), pairs(MOST_TILED * size / WIDTH) {}
 

@@ -22,8 +22,10 @@ static inline void get_block(const Number *const *from, int64_t count, int64_t i
     if (count == SIDE<V>)
         for (int n = 0; n < SIDE<V>; n++) get(block[n], from[n] + i);
     else
-        for (int n = 0; n < SIDE<V>; n++)
-            if (block[n] = V{}; n < count) get(block[n], from[n] + i);
+        for (int n = 0; n < SIDE<V>; n++) {
+            block[n] = V{};
+            if (n < count) get(block[n], from[n] + i);
+        }
     transpose(block);
 }
 
