@@ -138,7 +138,7 @@ def test_a_row_of_a_prompt_is_bit_for_bit_the_same_however_it_is_cut(
     for cuts in ((0, 2, 66, 149, 150), (0, 97, 150)):
         for start, end in pairwise(cuts):
             tensors = (tensor[:, start:end] for tensor in (call.q_HTD, call.k_GTD, call.v_GTE))
-            step = NativeStep(cache, [SequenceRows(0, end - start, start, table, are_prompt=True)])
+            step = NativeStep(cache, [SequenceRows(0, end - start, start, table, in_chunk=True)])
             part_THE = step.attend(AttentionCall(0, *tensors, call.scale, window))
             assert torch.equal(part_THE, whole_THE[start:end])
 

@@ -117,7 +117,7 @@ class NativeStep(PagedStep):
 
 
 def _is_single(sequence: SequenceRows) -> bool:
-    return sequence.num_rows == 1 and not sequence.are_prompt
+    return sequence.num_rows == 1 and not sequence.in_chunk
 
 
 class PlayedSteps:

@@ -39,8 +39,8 @@ class SequenceRows:
     num_rows: int
     start: int
     block_table: tuple[int, ...]
-    are_prompt: bool = False
-    """Whether they begin in its prompt: one such row may be what is left of several."""
+    in_chunk: bool = False
+    """As `ScheduledChunk.decodes` says; of several rows they are in any case."""
 
     @property
     def end(self) -> int:

@@ -36,7 +36,7 @@ def spans_of(chunk: ScheduledChunk, first: int) -> list[Span]:
             end - start,
             tuple(compress(sequence.adapter_slots, sequence.acting(start))),
             virtual_from=start if start < num_virtual else None,
-            in_chunk=chunk.num_tokens > 1 or chunk.start < sequence.num_prompt_tokens,
+            in_chunk=not chunk.decodes,
         )
         for start, end in pairwise(sorted({first, *inner, chunk.end}))
     ]
@@ -59,8 +59,7 @@ def batch_of(plan: StepPlan, kept: Sequence[Kept]) -> Batch:
     for chunk, keep in zip(plan.chunks, kept, strict=True):
         first = len(token_ids)
         sequence = chunk.sequence
-        table, are_prompt = tuple(sequence.block_table), chunk.start < sequence.num_prompt_tokens
-        sequences.append(SequenceRows(first, chunk.num_tokens, chunk.start, table, are_prompt))
+        sequences.append(_rows_of(chunk, first, sequence.block_table))
         token_ids += sequence.token_ids[chunk.start : chunk.end]
         kept_rows += range(len(token_ids) - keep.num_rows, len(token_ids))
     return Batch(token_ids, sequences, kept_rows)
@@ -84,7 +83,10 @@ def scouting_batch(plan: StepPlan) -> Batch:
     for chunk in plan.chunks:
         sequence = chunk.sequence
         if sequence.scouts:
-            table = tuple(sequence.scout_table)
-            sequences.append(SequenceRows(len(token_ids), chunk.num_tokens, chunk.start, table))
+            sequences.append(_rows_of(chunk, len(token_ids), sequence.scout_table))
             token_ids += sequence.token_ids[chunk.start : chunk.end]
     return Batch(token_ids, sequences, ())
+
+
+def _rows_of(chunk: ScheduledChunk, first: int, block_table: Sequence[int]) -> SequenceRows:
+    return SequenceRows(first, chunk.num_tokens, chunk.start, tuple(block_table), not chunk.decodes)

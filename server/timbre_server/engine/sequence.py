@@ -139,6 +139,12 @@ class ScheduledChunk:
         return self.sequence.num_computed_tokens + self.num_tokens
 
     @property
+    def decodes(self) -> bool:
+        """Whether it is one row past the prompt. All others are rows of a chunk, even one that is left of
+        several: how a prompt is cut must not show."""
+        return self.num_tokens == 1 and self.start >= self.sequence.num_prompt_tokens
+
+    @property
     def draws_token(self) -> bool:
         return self.end == len(self.sequence.token_ids)
 
